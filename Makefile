@@ -1,0 +1,43 @@
+# Everything that a user or contributor runs. Each target works on a machine that has only Python.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/cartpole.yaml
+ARGS ?=
+
+.PHONY: install train test test-long lint format benchmark clean
+
+install: $(VENV)/.installed            ## .venv with the package and what drawing needs
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plot]"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+train: install                         ## train CONFIG (CartPole-v1), then say where everything is
+	$(BIN)/python -m ppo_lightning fit --config $(CONFIG) $(ARGS)
+
+test: $(VENV)/.installed-test          ## every test that takes seconds
+	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --nbmake notebooks $(ARGS)
+
+test-long: $(VENV)/.installed-test     ## learning curves against published returns: minutes to hours
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+lint: $(VENV)/.installed-test          ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-test        ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.installed-test     ## speed beside Stable-Baselines3 and a plain loop
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) lightning_logs

@@ -1,0 +1,6 @@
+"""What watches a run from outside."""
+
+from ppo_lightning.callbacks.checkpoints import BestCheckpoint as BestCheckpoint
+from ppo_lightning.callbacks.checkpoints import LastCheckpoint as LastCheckpoint
+from ppo_lightning.callbacks.cleanup import CloseEnvironments as CloseEnvironments
+from ppo_lightning.callbacks.progress import StepProgressBar as StepProgressBar

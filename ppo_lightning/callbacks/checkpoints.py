@@ -1,0 +1,40 @@
+"""The two checkpoints that every run leaves: the best by evaluation, and the last."""
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from typing_extensions import override
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """``best.ckpt``: the policy with the highest ``eval/mean_reward``."""
+
+    def __init__(self) -> None:
+        super().__init__(filename="best", monitor="eval/mean_reward", mode="max", enable_version_counter=False)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt``: the newest state, every so many iterations, at the end, and when a single process fails.
+
+    Args:
+        every_n_epochs: iterations between two saves.
+    """
+
+    def __init__(self, every_n_epochs: int = 1) -> None:
+        super().__init__(
+            filename="last",
+            every_n_epochs=every_n_epochs,
+            save_on_train_epoch_end=True,
+            save_on_exception=True,
+            enable_version_counter=False,
+        )
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Saving is collective. Where a rank has failed, the others would wait for it.
+        if trainer.world_size == 1 and trainer.global_step > 0:
+            super().on_exception(trainer, pl_module, exception)

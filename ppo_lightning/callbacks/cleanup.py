@@ -1,0 +1,28 @@
+"""Simulators do not outlive the run that started them."""
+
+from typing import Protocol, cast
+
+from lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+
+class Simulates(Protocol):
+    """A module that holds environments."""
+
+    def close_environments(self) -> None: ...
+
+
+class CloseEnvironments(Callback):
+    """Closes the module's environments and their worker processes, however the run ends.
+
+    Lightning calls a callback's ``on_exception`` where it would skip the module's ``teardown``: after an error or an
+    interrupt.
+    """
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        cast(Simulates, pl_module).close_environments()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        cast(Simulates, pl_module).close_environments()

@@ -1,0 +1,32 @@
+"""Numbers that say how an update went. Pure functions of tensors."""
+
+import torch
+from torch import Tensor
+
+
+def approximate_kl(log_ratio: Tensor) -> Tensor:
+    """Estimate of KL(old ‖ new), in nats: the mean of (ρ - 1) - log ρ, unbiased and never negative.
+
+    (Schulman 2020, "Approximating KL divergence", the estimator k₃.)
+
+    Args:
+        log_ratio: [B] log π_new(a|s) - log π_old(a|s) for actions drawn from π_old.
+    """
+    return (log_ratio.exp() - 1 - log_ratio).mean()
+
+
+def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:
+    """Share of the samples [B] whose probability ratio left [1 - clip_range, 1 + clip_range] (dimensionless)."""
+    return ((ratio - 1).abs() > clip_range).float().mean()
+
+
+def explained_variance(value: Tensor, target: Tensor) -> Tensor:
+    """1 - Var(target - value) / Var(target): 1 is a perfect critic, 0 one no better than a constant, NaN for none.
+
+    Args:
+        value: [B] what the critic said.
+        target: [B] what it should have said. Where it does not vary the result is NaN, as in Stable-Baselines3.
+    """
+    variance = target.var(correction=0)
+    unexplained = (target - value).var(correction=0)
+    return torch.where(variance == 0, torch.nan, 1 - unexplained / variance)

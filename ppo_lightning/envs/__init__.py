@@ -1,0 +1,7 @@
+"""The world: Gymnasium environments, alone or in vectors, behind one interface."""
+
+from ppo_lightning.envs.make import EnvMaker as EnvMaker
+from ppo_lightning.envs.make import EnvSource as EnvSource
+from ppo_lightning.envs.make import Vectorization as Vectorization
+from ppo_lightning.envs.vector import Environments as Environments
+from ppo_lightning.envs.vector import Transition as Transition

@@ -1,0 +1,261 @@
+"""From what the user names to a vector of environments: ids, callables, wrappers, vectorisation."""
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import multiprocessing
+import re
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from ppo_lightning.errors import EnvironmentFault, InputError
+
+Env = gym.Env[Any, Any]
+EnvSource = str | VectorEnv | Callable[..., VectorEnv | Env]
+Vectorization = Literal["sync", "async", "vector_entry_point"]
+
+EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "pygame": "classic-control", "ale_py": "atari"}
+"""Which extra of ours installs the module that an environment could not import."""
+
+
+@dataclass(frozen=True)
+class EnvMaker:
+    """A recipe for vectors of environments; nothing runs until it is called.
+
+    Args:
+        env: Gymnasium id (``module:Id-v0`` imports the module first), a VectorEnv, or a callable that makes a VectorEnv
+            or a single environment.
+        env_kwargs: arguments for ``gymnasium.make`` or the callable.
+        wrappers: applied to each environment, first to last, innermost first.
+        vectorization: how single environments become a vector (see :class:`PPO`).
+
+    Raises:
+        InputError: the id is not known, what it needs is not installed, or wrappers do not apply.
+    """
+
+    env: EnvSource
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    wrappers: Sequence[Callable[[Env], Env]] = ()
+    vectorization: Vectorization = "sync"
+
+    def __post_init__(self) -> None:
+        if self.vectorization == "vector_entry_point" and self.wrappers:
+            raise InputError(
+                "wrappers go around single environments, vectorization=vector_entry_point has none: "
+                "use vectorization=sync, or a callable that makes the wrapped VectorEnv"
+            )
+        if self.is_instance and (self.wrappers or self.env_kwargs):
+            raise InputError("env is a VectorEnv already, wrappers and env_kwargs cannot reach into it: leave them out")
+
+    @property
+    def is_instance(self) -> bool:
+        """The user made the vector: it is used as it is, and closing it is the user's."""
+        return isinstance(self.env, VectorEnv)
+
+    @property
+    def name(self) -> str:
+        """What to call the environment in messages."""
+        if isinstance(self.env, str):
+            return self.env
+        return getattr(self.env, "__name__", type(self.env).__name__)
+
+    def again(self) -> "EnvMaker | None":
+        """A recipe for more of the same, for evaluation; None where only the one instance is known."""
+        if not isinstance(self.env, VectorEnv):
+            return self
+        spec = self.env.unwrapped.spec
+        if spec is None:
+            return None
+        kwargs = dict(spec.kwargs)
+        mode = kwargs.pop("vectorization_mode", "sync")
+        kwargs = {key: value for key, value in kwargs.items() if key not in {"num_envs", "vector_kwargs", "wrappers"}}
+        return EnvMaker(spec.id, kwargs, spec.kwargs.get("wrappers", ()), mode)
+
+    def probe(self, num_envs: int) -> tuple[gym.Space[Any], gym.Space[Any], VectorEnv | None]:
+        """Spaces of one environment, and the vector itself where making one was the only way to learn them."""
+        if isinstance(self.env, VectorEnv):
+            made: VectorEnv | Env = self.env
+        elif isinstance(self.env, str) and self.vectorization != "vector_entry_point":
+            made = self._single(find_spec(self.env))
+        else:
+            made = self._call(num_envs)
+        if isinstance(made, VectorEnv):
+            return made.single_observation_space, made.single_action_space, made
+        for wrapper in () if isinstance(self.env, str) else self.wrappers:
+            made = wrapper(made)
+        made.close()
+        return made.observation_space, made.action_space, None
+
+    def __call__(self, num_envs: int) -> VectorEnv:
+        """Make ``num_envs`` environments as one vector; a VectorEnv that comes with a number of its own keeps it."""
+        if isinstance(self.env, VectorEnv):
+            return self.env
+        if isinstance(self.env, str) and self.vectorization != "vector_entry_point":
+            spec = find_spec(self.env)
+            return self._vectorize(lambda: self._single(spec), num_envs)
+        made = self._call(num_envs)
+        if isinstance(made, VectorEnv):
+            return made
+        made.close()
+        return self._vectorize(self._wrapped_call, num_envs)
+
+    def _call(self, num_envs: int) -> VectorEnv | Env:
+        if isinstance(self.env, str):
+            spec = find_spec(self.env)
+            if spec.vector_entry_point is None:
+                raise InputError(f"{self.env} has no vector entry point: set vectorization to sync or async")
+            with missing_extra(self.env):
+                return gym.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **self.env_kwargs)
+        assert not isinstance(self.env, VectorEnv)
+        kwargs = dict(self.env_kwargs)
+        if "num_envs" not in kwargs and "num_envs" in _parameters(self.env):
+            kwargs["num_envs"] = num_envs
+        made = self.env(**kwargs)
+        if not isinstance(made, VectorEnv | gym.Env):
+            raise InputError(
+                f"env={self.name} made a {type(made).__name__}: it must return a gymnasium.vector.VectorEnv or a gymnasium.Env"
+            )
+        if isinstance(made, VectorEnv) and self.wrappers:
+            raise InputError(f"env={self.name} makes a VectorEnv, wrappers go around single environments: wrap inside it")
+        return made
+
+    def _wrapped_call(self) -> Env:
+        made = self._call(1)
+        assert isinstance(made, gym.Env)
+        for wrapper in self.wrappers:
+            made = wrapper(made)
+        return made
+
+    def _single(self, spec: EnvSpec) -> Env:
+        with missing_extra(spec.id):
+            # Gymnasium's own passive checker only warns, and costs a call per step: Watched checks instead.
+            env = gym.make(spec, disable_env_checker=True, **self.env_kwargs)
+        for wrapper in self.wrappers:
+            env = wrapper(env)
+        return env
+
+    def _vectorize(self, make: Callable[[], Env], num_envs: int) -> VectorEnv:
+        makers = [lambda index=index: Watched(make(), index) for index in range(num_envs)]
+        # SAME_STEP leaves no dummy rows, and nothing is copied: a rollout copies what it keeps.
+        if self.vectorization == "sync":
+            return SyncVectorEnv(makers, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+        # Forking a process that runs threads can deadlock the child: workers come from a clean server that has
+        # imported this package once. Scripts need `if __name__ == "__main__":`, as with any such workers.
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["ppo_lightning.envs"])
+        return AsyncVectorEnv(makers, copy=False, context="forkserver", autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+class Watched(gym.Wrapper[Any, Any, Any, Any]):
+    """One environment that names itself when it raises, or returns what its observation space does not allow.
+
+    Args:
+        env: the environment, wrapped as the user asked.
+        index: its place in the vector, from 0.
+
+    Raises:
+        EnvironmentFault: from ``reset`` and ``step``, with the environment's own traceback.
+    """
+
+    def __init__(self, env: Env, index: int) -> None:
+        super().__init__(env)
+        self.index = index
+        space = env.observation_space
+        self._shape, self._dtype = space.shape, space.dtype
+        self._step, self._is_array = env.step, isinstance(space, gym.spaces.Box)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset, with faults named."""
+        try:
+            observation, info = self.env.reset(seed=seed, options=options)
+        except Exception as error:
+            raise self._fault("reset", error) from error
+        self._check("reset", observation)
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step, with faults named."""
+        try:
+            result = self._step(action)
+        except Exception as error:
+            raise self._fault("step", error) from error
+        self._check("step", result[0])
+        return result
+
+    def _fault(self, where: str, error: Exception) -> EnvironmentFault:
+        # The traceback goes into the text, because a worker process can send nothing else.
+        lines = "".join(traceback.format_exception(error))
+        return EnvironmentFault(f"environment {self.index} raised {type(error).__name__} in {where}: {error}\n\n{lines}")
+
+    def _check(self, where: str, observation: Any) -> None:
+        if self._is_array:
+            if (
+                isinstance(observation, np.ndarray)
+                and observation.shape == self._shape
+                and observation.dtype == self._dtype
+            ):
+                return
+        elif self.observation_space.contains(observation):
+            return
+        got = f"{type(observation).__name__} {np.shape(observation)} {np.asarray(observation).dtype}"
+        raise EnvironmentFault(
+            f"environment {self.index} returned in {where} an observation that is {got}, its observation_space is "
+            f"{self.observation_space}: make the environment return what its space says, or correct the space"
+        )
+
+
+def find_spec(env_id: str) -> EnvSpec:
+    """The registered specification of an id such as ``CartPole-v1`` or ``module:Id-v0``.
+
+    Raises:
+        InputError: nothing is registered under the id; the message names the nearest ones.
+    """
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(f"env={env_id}: cannot import {module} ({error}); install it or correct its name") from error
+    with contextlib.suppress(ImportError):
+        importlib.import_module("ale_py")  # registers the Atari games where it is installed
+    try:
+        return gym.spec(name)
+    except gym.error.Error as error:
+        known = list(gym.registry)
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+        base = re.sub(r"-v\d+$", "", name).lower()
+        versions = [other for other in known if re.sub(r"-v\d+$", "", other).lower() == base]
+        matches = ", ".join(dict.fromkeys([*versions, *close]))
+        hint = f"did you mean {matches}?" if matches else "list what is there with gymnasium.pprint_registry()"
+        raise InputError(
+            f"there is no environment {name!r}: {hint} (one of another package is written package:{name})"
+        ) from error
+
+
+@contextlib.contextmanager
+def missing_extra(env_id: str):  # noqa: ANN201 - a context manager's type says nothing here
+    """Turn a failed import inside ``gymnasium.make`` into the command that installs what is missing."""
+    try:
+        yield
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        text = f"{error} {error.__cause__ or ''}"
+        extra = next((extra for module, extra in EXTRAS.items() if module.lower() in text.lower()), None)
+        if extra is None:
+            raise InputError(f"{env_id} needs a package that is not installed: {error}") from error
+        raise InputError(f'{env_id} needs packages that are not installed: pip install "ppo-lightning[{extra}]"') from error
+    except (gym.error.Error, TypeError) as error:
+        raise InputError(f"gymnasium.make({env_id!r}) failed: {error}; check env and env_kwargs") from error
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except ValueError:  # builtins have none to show
+        return set()

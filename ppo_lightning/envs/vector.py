@@ -1,0 +1,183 @@
+"""One interface to every vector of environments, with automatic resets decided in one place."""
+
+import multiprocessing
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+
+from ppo_lightning.envs.make import EnvMaker
+from ppo_lightning.errors import EnvironmentFault, InputError
+
+Array = np.ndarray[Any, Any]
+
+SUCCESS_KEYS = ("is_success", "success")
+"""Where environments say in their info that an episode reached its goal (Gymnasium-Robotics and SB3; ManiSkill)."""
+
+
+class Transition(NamedTuple):
+    """What one step of N environments gave, whatever the vector's autoreset mode."""
+
+    observation: Array
+    """[N, …] what to act on next: the first observation of the new episode where one ended."""
+    reward: Array
+    """[N]"""
+    terminated: Array
+    """[N] bool, the episode reached a terminal state."""
+    truncated: Array
+    """[N] bool, the episode was cut, by a time limit usually."""
+    valid: Array | None
+    """[N] bool, False where NEXT_STEP spent the call on a reset; None where every row is a step."""
+    ended: Array
+    """[E] indices of the environments whose episode ended."""
+    final_observation: Array | None
+    """[E, …] the last observations of those episodes."""
+    success: Array | None
+    """[E] 1.0 or 0.0 where the environment says whether it reached its goal, else NaN."""
+
+
+class Environments:
+    """N environments that reset themselves, whichever way their vector does it.
+
+    ``NEXT_STEP`` spends the call after an episode's end on the reset: that row is not a step, and ``valid`` says so.
+    ``SAME_STEP`` resets at once and hands over the last observation in ``info``. ``DISABLED`` is reset here.
+
+    Args:
+        maker: recipe for the vector, used at the first reset.
+        num_envs: how many environments, where the vector has no number of its own.
+        timeout_s: seconds after which a step or reset of worker processes is an error.
+        made: the vector, where it exists already.
+    """
+
+    def __init__(self, maker: EnvMaker, num_envs: int, timeout_s: float, made: VectorEnv | None = None) -> None:
+        self.env = maker(num_envs) if made is None else made
+        self.name = maker.name
+        self.num_envs = self.env.num_envs
+        self._timeout = timeout_s
+        mode = self.env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+        try:
+            self.mode = AutoresetMode(mode)
+        except ValueError as error:
+            known = [mode.value for mode in AutoresetMode]
+            raise InputError(f"{self.name} has metadata['autoreset_mode'] = {mode!r}: it must be one of {known}") from error
+        self._done = np.zeros(self.num_envs, dtype=bool)
+        self._none_ended = np.zeros(0, dtype=np.int64)
+        self._finalizer = None if maker.is_instance else weakref.finalize(self, _close, self.env)
+
+    @property
+    def inserts_rows(self) -> bool:
+        """Whether the vector spends a step on every reset, so that a rollout has rows which are no steps."""
+        return self.mode is AutoresetMode.NEXT_STEP
+
+    def reset(self, seed: int | None) -> Array:
+        """Start an episode everywhere: environment i is seeded with ``seed + i``, a native vector with ``seed``."""
+        self._done[:] = False
+        if isinstance(self.env, AsyncVectorEnv):
+            observation, _ = self._await(self.env, "reset", lambda env: env.reset_async(seed=seed))
+        else:
+            observation, _ = self._named("reset", lambda: self.env.reset(seed=seed))
+        self._check(observation)
+        return observation
+
+    def step(self, action: Array) -> Transition:
+        """Step all environments. Arrays may be the vector's own buffers: copy what must outlive the next call.
+
+        Raises:
+            EnvironmentFault: an environment raised, died, or did not answer in time.
+        """
+        if isinstance(self.env, AsyncVectorEnv):
+            observation, reward, terminated, truncated, info = self._await(
+                self.env, "step", lambda env: env.step_async(action)
+            )
+        else:
+            observation, reward, terminated, truncated, info = self._named("step", lambda: self.env.step(action))
+        done = terminated | truncated
+        valid = None
+        if self.mode is AutoresetMode.NEXT_STEP:
+            valid, self._done = ~self._done, done
+        if not done.any():
+            return Transition(observation, reward, terminated, truncated, valid, self._none_ended, None, None)
+
+        ended = np.flatnonzero(done)
+        if self.mode is AutoresetMode.SAME_STEP:
+            final, info = self._rows(info, ended), info.get("final_info", {})
+        else:
+            final = observation[ended]  # a copy: fancy indexing
+        success = _success(info, ended)
+        if self.mode is AutoresetMode.DISABLED:
+            observation, _ = self.env.reset(options={"reset_mask": done})
+        return Transition(observation, reward, terminated, truncated, valid, ended, final, success)
+
+    def close(self) -> None:
+        """Close the vector and its workers, dead or alive; a vector that the user made stays open."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def _rows(self, info: dict[str, Any], ended: Array) -> Array:
+        if "final_obs" not in info:
+            raise EnvironmentFault(
+                f"{self.name} resets in the same step but gives no info['final_obs'], without which a time limit cannot "
+                "be told from a terminal state: return it, or use another autoreset_mode"
+            )
+        rows = info["final_obs"][ended]
+        return np.stack(list(rows)) if rows.dtype == object else rows
+
+    def _check(self, observation: Any) -> None:
+        space = self.env.single_observation_space
+        expected = (self.num_envs, *(space.shape or ()))
+        if np.shape(observation) != expected or np.asarray(observation).dtype != space.dtype:
+            raise EnvironmentFault(
+                f"{self.name} returned from reset observations {np.shape(observation)} {np.asarray(observation).dtype}, "
+                f"its space says {expected} {space.dtype}: correct the environment or its single_observation_space"
+            )
+
+    def _named(self, where: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except EnvironmentFault:
+            raise
+        except Exception as error:
+            raise EnvironmentFault(f"{self.name} raised {type(error).__name__} in {where}: {error}") from error
+
+    def _await(self, env: AsyncVectorEnv, where: str, send: Callable[[AsyncVectorEnv], None]) -> Any:
+        """Ask worker processes and wait for their answers; name the one that does not give any."""
+
+        def ask() -> Any:
+            send(env)
+            return (env.reset_wait if where == "reset" else env.step_wait)(self._timeout)
+
+        try:
+            return self._named(where, ask)
+        except EnvironmentFault as fault:
+            if isinstance(fault.__cause__, multiprocessing.TimeoutError):
+                silent = [i for i, pipe in enumerate(env.parent_pipes) if pipe is not None and not pipe.poll()]
+                raise EnvironmentFault(
+                    f"environment {silent} did not answer within {self._timeout} s in {where}: "
+                    "raise env_timeout_s, or look at what it waits for"
+                ) from fault.__cause__
+            if isinstance(fault.__cause__, EOFError | BrokenPipeError | ConnectionResetError):
+                dead = {i: p.exitcode for i, p in enumerate(env.processes) if not p.is_alive()}
+                raise EnvironmentFault(
+                    f"the worker process of environment {list(dead)} died in {where} (exit code {list(dead.values())}): "
+                    "it was killed, for lack of memory perhaps"
+                ) from fault.__cause__
+            raise
+
+
+def _success(info: dict[str, Any], ended: Array) -> Array | None:
+    for key in SUCCESS_KEYS:
+        if key in info:
+            said = info.get(f"_{key}", np.ones(len(info[key]), dtype=bool))
+            return np.where(said, np.asarray(info[key], dtype=np.float64), np.nan)[ended]
+    return None
+
+
+def _close(env: VectorEnv) -> None:
+    if isinstance(env, AsyncVectorEnv):
+        # A dead worker, or one that is still busy, would make a polite close wait for ever.
+        healthy = all(process.is_alive() for process in env.processes) and env._state.value == "default"
+        env.close(terminate=not healthy)
+    else:
+        env.close()

@@ -1,0 +1,9 @@
+"""What goes wrong at the border, in one sentence each: what, where, what to do."""
+
+
+class InputError(ValueError):
+    """Something the user gave (a parameter, a space, a checkpoint) that cannot be used."""
+
+
+class EnvironmentFault(RuntimeError):
+    """An environment raised, hung, or returned something that is not an observation or a reward."""

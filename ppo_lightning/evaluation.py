@@ -1,0 +1,91 @@
+"""Evaluation: exactly N episodes, on environments of its own."""
+
+import warnings
+
+import numpy as np
+import torch
+from gymnasium import Space
+from torch import Tensor
+
+from ppo_lightning.envs import Environments
+from ppo_lightning.policy import Policy
+from ppo_lightning.spaces import action_decoder, storage
+
+MAX_EPISODE_STEPS = 100_000
+"""An evaluation episode that has not ended by then is counted as it stands, with a warning."""
+
+
+@torch.no_grad()
+def evaluate_episodes(
+    policy: Policy,
+    environments: Environments,
+    observation_space: Space,
+    action_space: Space,
+    *,
+    num_episodes: int,
+    seed: int,
+    deterministic: bool,
+) -> Tensor:
+    """Run ``num_episodes`` episodes from fresh resets and return what they gave.
+
+    Which environment runs how many is settled beforehand, as evenly as it goes. Taking the first N that finish instead
+    would favour short episodes. Sampling has a generator of its own, so no other stream of random numbers moves.
+
+    Args:
+        policy: acts; its normalisers are frozen.
+        environments: stepped here and nowhere else.
+        observation_space: of one environment.
+        action_space: of one environment.
+        num_episodes: how many, exactly.
+        seed: of the environments (``seed + i``) and of the actions where they are drawn.
+        deterministic: take the most probable action instead of drawing one.
+
+    Returns:
+        [num_episodes, 3] float64: undiscounted return (reward units), length (steps), success (1, 0, or NaN where the
+        environment does not say), by environment, then time.
+    """
+    num_envs = environments.num_envs
+    device = next(policy.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    decode, (_, dtype) = action_decoder(action_space), storage(observation_space)
+    quota = (num_episodes + np.arange(num_envs)[::-1]) // num_envs
+    totals, lengths = np.zeros(num_envs), np.zeros(num_envs)
+    results: list[list[tuple[float, float, float]]] = [[] for _ in range(num_envs)]
+    observation = environments.reset(seed)
+    while any(len(done) < wanted for done, wanted in zip(results, quota, strict=True)):
+        noise = None if deterministic else policy.distribution.noise(num_envs, generator=generator).to(device)
+        action = policy.act(torch.from_numpy(np.asarray(observation)).to(device, dtype), noise)
+        after = environments.step(decode(action.cpu().numpy()))
+        totals += after.reward if after.valid is None else np.where(after.valid, after.reward, 0.0)
+        lengths += 1 if after.valid is None else after.valid
+        cut = np.flatnonzero(lengths >= MAX_EPISODE_STEPS)
+        if len(cut):
+            warnings.warn(
+                f"{environments.name} has not ended an evaluation episode within {MAX_EPISODE_STEPS:,} steps: it is "
+                "counted as it stands; give the environment a time limit (env_kwargs: max_episode_steps)",
+                stacklevel=2,
+            )
+        for index in np.union1d(after.ended, cut).astype(int):
+            success = np.nan
+            if after.success is not None and index in after.ended:
+                success = after.success[np.searchsorted(after.ended, index)]
+            if len(results[index]) < quota[index]:
+                results[index].append((totals[index], lengths[index], float(success)))
+            totals[index] = lengths[index] = 0
+        observation = after.observation
+    return torch.tensor([episode for env in results for episode in env], dtype=torch.float64).view(-1, 3)
+
+
+def summarize(episodes: Tensor) -> dict[str, float]:
+    """Statistics of episodes [E, 3] under ``eval/``: returns in reward units, lengths in steps, success in [0, 1]."""
+    returns, lengths, successes = episodes.unbind(1)
+    statistics = {
+        "eval/mean_reward": returns.mean().item(),
+        "eval/std_reward": returns.std(correction=0).item(),
+        "eval/min_reward": returns.min().item(),
+        "eval/max_reward": returns.max().item(),
+        "eval/mean_ep_length": lengths.mean().item(),
+    }
+    if not successes.isnan().all():
+        statistics["eval/success_rate"] = successes.nanmean().item()
+    return statistics

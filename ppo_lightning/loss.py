@@ -1,0 +1,70 @@
+"""The clipped objective of PPO."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from ppo_lightning.diagnostics import approximate_kl, clip_fraction
+
+Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(observation, action) -> log-probability [B], entropy [B], value [B]: what :meth:`Policy.evaluate` does."""
+
+
+class LossTerms(NamedTuple):
+    """Scalars of one minibatch. Only ``loss`` carries a gradient that is used."""
+
+    loss: Tensor
+    policy_loss: Tensor
+    value_loss: Tensor
+    entropy: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+
+
+@dataclass(frozen=True)
+class PPOLoss:
+    """Clipped surrogate objective, negated for descent (Schulman et al. 2017, eqs. 7 and 9)."""
+
+    clip_range: float
+    """Change of an action's probability ratio beyond which the surrogate pays no more (dimensionless)."""
+    clip_range_vf: float | None
+    """Change of a value beyond which the critic is no longer pulled, in value units; None does not clip."""
+    normalize_advantage: bool
+    """Give the advantages of each minibatch mean 0 and standard deviation 1."""
+    vf_coef: float
+    """Weight of the critic's mean squared error."""
+    ent_coef: float
+    """Weight of the entropy bonus, in advantage units per nat."""
+
+    def __call__(self, batch: TensorDict, evaluate: Evaluate) -> LossTerms:
+        """Score a policy on ``batch`` [B].
+
+        Reads ``observation`` (as the network sees it), ``action``, ``action_log_prob`` and ``state_value`` (from when
+        the action was sampled), ``advantage`` and ``value_target``. ``value_loss`` is the plain mean squared error.
+        """
+        log_prob, entropy, value = evaluate(batch["observation"], batch["action"])
+        log_ratio = log_prob - batch["action_log_prob"]
+        ratio = log_ratio.exp()  # [B]
+        advantage = normalized(batch["advantage"]) if self.normalize_advantage else batch["advantage"]
+        gain = torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - self.clip_range, 1 + self.clip_range))
+        policy_loss = -gain.mean()
+        if self.clip_range_vf is not None:
+            old_value = batch["state_value"]
+            value = old_value + (value - old_value).clamp(-self.clip_range_vf, self.clip_range_vf)
+        value_loss = (batch["value_target"] - value).square().mean()
+        entropy = entropy.mean()
+        loss = policy_loss + self.vf_coef * value_loss - self.ent_coef * entropy
+        with torch.no_grad():
+            kl, clipped = approximate_kl(log_ratio), clip_fraction(ratio, self.clip_range)
+        return LossTerms(loss, policy_loss.detach(), value_loss.detach(), entropy.detach(), kl, clipped)
+
+
+def normalized(advantage: Tensor) -> Tensor:
+    """Advantages [B] with mean 0 and standard deviation 1; a single one, which has no spread, stays as it is."""
+    if len(advantage) == 1:
+        return advantage
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)

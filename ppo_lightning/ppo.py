@@ -1,0 +1,828 @@
+"""PPO as a LightningModule: one hook per idea, in the order in which Lightning calls them."""
+
+import dataclasses
+import inspect
+import os
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from math import ceil
+from typing import Any, Literal, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from lightning import Callback, LightningModule
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from tensordict import TensorDict
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ppo_lightning.advantage import discounted_return, generalized_advantage
+from ppo_lightning.callbacks import BestCheckpoint, CloseEnvironments, LastCheckpoint, StepProgressBar
+from ppo_lightning.checkpoint import KEY, VerifiedCheckpointIO, read_checkpoint
+from ppo_lightning.diagnostics import explained_variance
+from ppo_lightning.envs import EnvMaker, Environments
+from ppo_lightning.errors import InputError
+from ppo_lightning.evaluation import evaluate_episodes, summarize
+from ppo_lightning.loss import LossTerms, PPOLoss
+from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
+from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset, no_autocast
+from ppo_lightning.schedule import Linear, schedule
+from ppo_lightning.spaces import action_decoder, describe, storage
+
+BURN_IN = 2
+"""Iterations that ``time/fps`` leaves out: the first ones warm up allocators and caches."""
+
+
+class PPO(LightningModule):
+    """Proximal Policy Optimisation (Schulman et al. 2017) that trains on ``Trainer.fit``.
+
+    One epoch is one policy iteration: a rollout of ``num_steps`` steps in each environment, its advantages, and
+    ``update_epochs`` passes of shuffled minibatches over it. ``total_steps`` is the only budget.
+
+    Args:
+        env: Gymnasium id ("module:Id-v0" imports the module first), a VectorEnv, or a callable that makes one (or one
+            single environment); in YAML by class_path. A VectorEnv's own number of environments wins over num_envs.
+        env_kwargs: arguments for gymnasium.make, or for the callable.
+        wrappers: Gymnasium wrappers by class_path, around each environment, innermost first.
+        num_envs: environments per process that are stepped together (count).
+        vectorization: how environments run: sync (one after another, in this process), async (one worker process
+            each), vector_entry_point (the environment's own vectorised version).
+        num_steps: steps of each environment per rollout (steps).
+        total_steps: environment steps to train for, over all environments and processes, rounded up to whole
+            iterations; every schedule runs on it (steps).
+        policy: class_path or callable (observation_space, action_space) -> network, whose forward maps observations
+            [B, …] to distribution parameters [B, P] and values [B].
+        normalize_observation: subtract the running mean of observations, divide by their standard deviation, clip at
+            ±10.
+        normalize_reward: divide rewards by the standard deviation of the discounted return, clip at ±10; reported
+            returns stay in the environment's units.
+        gamma: discount factor (per environment step, 0 to 1).
+        gae_lambda: how far advantages look ahead: 0 is the one-step TD error, 1 the whole return (dimensionless, 0 to 1).
+        update_epochs: passes over each rollout (count).
+        num_minibatches: pieces into which each pass cuts the rollout (count).
+        clip_range: change of an action's probability ratio beyond which the objective pays no more; a number, or
+            {start, end} for a line over the run (dimensionless).
+        clip_range_vf: change of a value beyond which the critic is not pulled, in (normalised) reward units; null does
+            not clip.
+        normalize_advantage: give the advantages of each minibatch mean 0 and standard deviation 1.
+        ent_coef: weight of the entropy bonus; a number, or {start, end} for a line over the run (advantage units per
+            nat).
+        vf_coef: weight of the critic's mean squared error in the loss (dimensionless).
+        max_grad_norm: gradients are scaled down to this Euclidean norm over all parameters; null does not clip.
+        target_kl: end an update, before the step, when the approximate KL divergence exceeds 1.5 times this (nats);
+            null never does.
+        optimizer: class_path or callable parameters -> optimizer; its learning rate falls linearly to 0 over
+            total_steps unless lr_scheduler is given.
+        lr_scheduler: class_path or callable optimizer -> scheduler, stepped once per iteration (ConstantLR with factor
+            1 keeps the learning rate); null is linear to 0.
+        eval_interval: iterations between evaluations; null makes 20 evaluations over the run.
+        num_eval_episodes: episodes of each evaluation, exactly (count).
+        eval_deterministic: evaluate the most probable action instead of drawing one.
+        env_timeout_s: a step or reset of async environments that takes longer is an error (seconds).
+
+    Raises:
+        InputError: a value cannot be used; the sentence says which, and what to do.
+    """
+
+    policy: Policy
+    env_steps: Tensor
+    iterations: Tensor
+    n_updates: Tensor
+
+    def __init__(
+        self,
+        env: str | VectorEnv | Callable[..., VectorEnv] | Callable[..., gym.Env],
+        env_kwargs: dict[str, Any] | None = None,
+        wrappers: Sequence[Callable[[gym.Env], gym.Env]] = (),
+        num_envs: int = 8,
+        vectorization: Literal["sync", "async", "vector_entry_point"] = "sync",
+        num_steps: int = 128,
+        total_steps: int = 1_000_000,
+        policy: Callable[[gym.Space, gym.Space], nn.Module] = ActorCritic,
+        normalize_observation: bool = False,
+        normalize_reward: bool = False,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        update_epochs: int = 4,
+        num_minibatches: int = 4,
+        clip_range: float | Linear = 0.2,
+        clip_range_vf: float | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float | Linear = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float | None = 0.5,
+        target_kl: float | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=3e-4, eps=1e-5, fused=True),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        eval_interval: int | None = None,
+        num_eval_episodes: int = 10,
+        eval_deterministic: bool = True,
+        env_timeout_s: float = 60.0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self._remember_hyperparameters({name: value for name, value in locals().items() if name in _PARAMETERS})
+        for name, size in (
+            ("num_envs", num_envs),
+            ("num_steps", num_steps),
+            ("total_steps", total_steps),
+            ("update_epochs", update_epochs),
+            ("num_minibatches", num_minibatches),
+            ("eval_interval", eval_interval),
+            ("num_eval_episodes", num_eval_episodes),
+        ):
+            if size is not None and size < 1:
+                raise InputError(f"{name} must be 1 or more, got {size}")
+        for name, share in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+            if not 0 <= share <= 1:
+                raise InputError(f"{name} must lie between 0 and 1, got {share}")
+        for name, scale in (
+            ("clip_range_vf", clip_range_vf),
+            ("max_grad_norm", max_grad_norm),
+            ("target_kl", target_kl),
+            ("env_timeout_s", env_timeout_s),
+        ):
+            if scale is not None and not scale > 0:
+                raise InputError(f"{name} must be more than 0 (or null to turn it off), got {scale}")
+        if not vf_coef >= 0:
+            raise InputError(f"vf_coef must be zero or more, got {vf_coef}")
+
+        self.env_maker = EnvMaker(env, env_kwargs or {}, tuple(wrappers), vectorization)
+        self.observation_space, self.action_space, self._made = self.env_maker.probe(num_envs)
+        self.num_envs = num_envs if self._made is None else self._made.num_envs
+        self.num_steps = num_steps
+        self.total_steps = total_steps
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.update_epochs = update_epochs
+        self.num_minibatches = num_minibatches
+        self.clip_range = schedule("clip_range", clip_range)
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.ent_coef = schedule("ent_coef", ent_coef)
+        self.vf_coef = vf_coef
+        self.max_grad_norm = max_grad_norm
+        self.target_kl = target_kl
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.eval_interval = eval_interval
+        self.num_eval_episodes = num_eval_episodes
+        self.eval_deterministic = eval_deterministic
+        self.env_timeout_s = env_timeout_s
+        if num_minibatches > num_steps * self.num_envs:
+            raise InputError(
+                f"num_steps · num_envs = {num_steps} · {self.num_envs} = {num_steps * self.num_envs} samples cannot be cut "
+                f"into num_minibatches = {num_minibatches}: lower num_minibatches or raise num_steps"
+            )
+
+        self.policy = Policy(self.observation_space, self.action_space, policy, normalize_observation)
+        self.return_moments = RunningMoments(()) if normalize_reward else None
+        self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("iterations", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
+
+        self.seed: int | None = None
+        self.generator = torch.Generator()
+        self.rollouts = RolloutDataset(self, num_steps, self.observation_space, self.action_space)
+        self._eval_environments: Environments | None = None
+        self._clock = Clock()
+        self._grad_norms: list[Tensor] = []
+        # Lightning warns that it will train for 1,000 epochs; setup() replaces that limit by total_steps.
+        warnings.filterwarnings("ignore", message="`max_epochs` was not set")
+
+    # --- Lightning's hooks, in the order of a run ---------------------------------------------------------------------
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run needs: the bar, best and last checkpoint, and the end of all simulators.
+
+        Lightning's own default bar and checkpoint give way; callbacks that the user made stay.
+        """
+        trainer = self.trainer
+        defaults = [callback for callback in trainer.callbacks if _is_default(callback)]
+        bar = any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults)
+        saves = any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks)
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback not in defaults]
+        present = {type(callback) for callback in trainer.callbacks}
+        needed: list[Callback] = [CloseEnvironments()]
+        if bar:
+            needed.append(StepProgressBar())
+        if saves:
+            needed += [BestCheckpoint(), LastCheckpoint(self.iterations_between_evaluations)]
+        trainer.callbacks += [callback for callback in needed if type(callback) not in present]
+        return []
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Agree on a seed, refuse what would mislead, and replace Lightning's defaults by those that suit PPO."""
+        trainer = self.trainer
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
+        self.seed = trainer.strategy.broadcast(self._known_seed())
+        if stage != "fit":
+            return
+        self._refuse_what_misleads()
+        if trainer.max_epochs in (None, 1000):
+            trainer.fit_loop.max_epochs = -1
+        if trainer.check_val_every_n_epoch == 1:
+            trainer.check_val_every_n_epoch = self.iterations_between_evaluations
+        trainer.num_sanity_val_steps = 0
+        if trainer.log_every_n_steps == 50:
+            trainer.log_every_n_steps = 1
+        if self.env_maker.again() is None:
+            rank_zero_info(
+                f"no evaluations: {self.env_maker.name} was given as a VectorEnv, and evaluation needs environments of its "
+                "own; give a callable that makes it instead"
+            )
+            trainer.limit_val_batches = 0
+        rank_zero_info(f"seed {self.seed}")
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """The optimiser over all parameters, and the scheduler where one was given."""
+        optimizer = self.optimizer(self.policy.parameters())
+        if self.lr_scheduler is None:
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+            return optimizer
+        return [optimizer], [self.lr_scheduler(optimizer)]
+
+    @override
+    def on_fit_start(self) -> None:
+        """Seed this process's own stream, and leave at once where nothing is left to train."""
+        self.generator.manual_seed(self._stream("training", self.num_env_steps))
+        self._clock = Clock()
+        if self.num_env_steps >= self.total_steps:
+            rank_zero_info(
+                f"{self.num_env_steps:,} environment steps are trained already, total_steps is {self.total_steps:,}: "
+                "raise total_steps to go on"
+            )
+            self.trainer.should_stop = True
+
+    @override
+    def train_dataloader(self) -> RolloutDataset:
+        """The rollouts themselves: sized (1), no DataLoader, so that each is collected after the last update."""
+        return self.rollouts
+
+    @override
+    @torch.no_grad()
+    def on_train_batch_start(self, batch: TensorDict, batch_idx: int) -> None:
+        """Add ``advantage`` and ``value_target`` [T, N] to the rollout, in place."""
+        if batch["policy_version"] != self.policy_version:
+            raise InputError(
+                f"the rollout was collected with policy {batch['policy_version']}, this is policy {self.policy_version}: "
+                "something fetched it ahead of the update; pass train_dataloader() on as it is, in no DataLoader"
+            )
+        done = batch["terminated"] | batch["truncated"]
+        advantage = generalized_advantage(
+            self.scale_reward(batch["reward"], done, batch["valid"]),
+            batch["state_value"],
+            batch["next_state_value"],
+            batch["terminated"],
+            done,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+        )
+        batch["advantage"] = advantage
+        batch["value_target"] = advantage + batch["state_value"]
+
+    @override
+    def training_step(self, batch: TensorDict, batch_idx: int) -> None:
+        """Epochs of shuffled minibatches of the clipped objective; then count, log, and say when to stop."""
+        started = time.perf_counter()
+        loss, samples = self.current_loss(), self.samples(batch)
+        sizes = _cut(len(samples), self.num_minibatches)
+        terms: list[LossTerms] = []
+        self._grad_norms.clear()
+        epoch = minibatch = 0
+        going = True
+        while going and epoch < self.update_epochs:
+            order = torch.randperm(len(samples), generator=self.generator).to(samples.device)
+            epoch += 1
+            for minibatch, piece in enumerate(samples[order].split(sizes), start=1):
+                terms.append(loss(piece, self.policy.evaluate))
+                if self.diverged(terms[-1].approx_kl):
+                    going = False
+                    break
+                self.descend(terms[-1].loss, first=len(terms) == 1)
+        self.count(batch, epoch)
+        if self.lr_scheduler is not None:
+            cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers()).step()
+        self.report(batch, loss, terms, last_epoch=minibatch, seconds=time.perf_counter() - started)
+        if self.num_env_steps >= self.total_steps:
+            self.trainer.should_stop = True
+            self.trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradients, unscaled by now in any precision; never step on one that is not finite."""
+        limit = self.max_grad_norm or torch.inf
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
+        if not norm.isfinite() and self.trainer.precision != "16-mixed":  # there the scaler skips such steps itself
+            raise FloatingPointError(
+                f"the gradient's norm is {norm.item()} in iteration {int(self.iterations) + 1}, the step was not taken: lower "
+                "the learning rate, or look for observations or rewards of extreme size (normalize_observation, "
+                "normalize_reward)"
+            )
+        self._grad_norms.append(norm)
+
+    @override
+    def on_fit_end(self) -> None:
+        """Give back the evaluation interval, which the last iteration changed, to a later fit."""
+        if self.trainer.should_stop:
+            self.trainer.check_val_every_n_epoch = self.iterations_between_evaluations
+
+    @override
+    def val_dataloader(self) -> Sequence[int]:
+        """One batch: one evaluation."""
+        return range(1)
+
+    @override
+    def test_dataloader(self) -> Sequence[int]:
+        """One batch: one evaluation."""
+        return range(1)
+
+    @override
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        """Evaluate on environments of its own, and log ``eval/…`` at the current environment step."""
+        started = time.perf_counter()
+        statistics = self.evaluate()
+        # float64, as self.log would otherwise round step counts beyond 2²⁴
+        step = torch.tensor(self.num_env_steps, dtype=torch.float64)
+        # All processes have gathered the same statistics; sync_dist tells Lightning so.
+        self.log_dict({**statistics, "step": step}, batch_size=1, sync_dist=self.trainer.world_size > 1)
+        self._clock.evaluated(time.perf_counter() - started)
+
+    @override
+    def test_step(self, batch: int, batch_idx: int) -> None:
+        """The same as a validation."""
+        self.validation_step(batch, batch_idx)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a policy needs beyond weights: what it was trained on, and with which seed."""
+        checkpoint[KEY] = {
+            "observation_space": describe(self.observation_space),
+            "action_space": describe(self.action_space),
+            "seed": self.seed,
+            "episodes": list(self.rollouts.episodes.window),
+            "not_saved": self._not_saved,
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint for other spaces before its weights are touched.
+
+        Raises:
+            InputError: the checkpoint is not ours, or its spaces differ from the environment's.
+        """
+        if KEY not in checkpoint:
+            raise InputError("this is not a checkpoint of ppo_lightning: give one that PPO wrote")
+        ours = checkpoint[KEY]
+        for kind, space in (("observation", self.observation_space), ("action", self.action_space)):
+            saved = ours[f"{kind}_space"]
+            if saved != describe(space):
+                raise InputError(
+                    f"the checkpoint was trained with {kind} space {saved}, {self.env_maker.name} has {describe(space)}: "
+                    "use the environment it was trained on"
+                )
+        for name in ours["not_saved"]:
+            if name not in self._not_saved:
+                raise InputError(
+                    f"the checkpoint was made with a {name} of its own, which a file of plain data cannot hold: "
+                    f"pass {name}=… again, to PPO or to load_from_checkpoint"
+                )
+        self.seed = ours["seed"]
+        self.rollouts.episodes.window.extend(tuple(episode) for episode in ours["episodes"])
+
+    # --- the parts of a training step ---------------------------------------------------------------------------------
+
+    def current_loss(self) -> PPOLoss:
+        """The loss of this iteration; the learning rate is set to this iteration's too, where it falls linearly."""
+        progress = self.progress_share
+        if self.lr_scheduler is None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * (1 - progress)
+        return PPOLoss(
+            clip_range=self.clip_range.at(progress),
+            clip_range_vf=self.clip_range_vf,
+            normalize_advantage=self.normalize_advantage,
+            vf_coef=self.vf_coef,
+            ent_coef=self.ent_coef.at(progress),
+        )
+
+    @torch.no_grad()
+    def samples(self, batch: TensorDict) -> TensorDict:
+        """The valid rows [B] of a rollout, with observations as the network sees them: normalised once, not per pass."""
+        keys = ["action", "action_log_prob", "advantage", "value_target"]
+        if self.clip_range_vf is not None:
+            keys.append("state_value")
+        samples = batch.select(*keys).reshape(-1)
+        samples["observation"] = self.policy.features(batch["observation"].flatten(0, 1))
+        valid = batch["valid"].flatten()
+        return samples if bool(valid.all()) else samples[valid]
+
+    def diverged(self, approx_kl: Tensor) -> bool:
+        """Whether the new policy is too far from the old, by Stable-Baselines3's rule; all processes agree."""
+        if self.target_kl is None:
+            return False
+        approx_kl = cast(Tensor, self.trainer.strategy.reduce(approx_kl.clone(), reduce_op="mean"))
+        return not approx_kl.item() <= 1.5 * self.target_kl  # NaN has diverged too
+
+    def descend(self, loss: Tensor, *, first: bool) -> None:
+        """One gradient step. Lightning counts the first of each iteration, so that ``global_step`` counts iterations."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        if first:
+            optimizer.step()
+        else:
+            self.trainer.strategy.optimizer_step(self._optimizer, _nothing)
+
+    @torch.no_grad()
+    def scale_reward(self, reward: Tensor, done: Tensor, valid: Tensor) -> Tensor:
+        """Rewards [T, N] over the standard deviation of the discounted return, clipped at ±10.
+
+        The moments take in this rollout first: rewards do not enter the probability ratio, and in the first iteration
+        there would be nothing to scale by.
+        """
+        if self.return_moments is None:
+            return reward
+        carry = self.rollouts.discounted.to(reward.device)
+        total, self.rollouts.discounted = discounted_return(reward, done, carry, gamma=self.gamma)
+        self.return_moments.merge(self.gather(self.return_moments.batch_moments(total[valid])))
+        return (reward * (self.return_moments.variance.float() + 1e-8).rsqrt()).clamp(-CLIP, CLIP)
+
+    @torch.no_grad()
+    def count(self, batch: TensorDict, epochs: int) -> None:
+        """Take in the rollout: steps and episodes of all processes, and the moments of its observations."""
+        valid = batch["valid"]
+        if self.policy.moments is not None:
+            seen = self.policy.encode(batch["observation"][valid])
+            self.policy.moments.merge(self.gather(self.policy.moments.batch_moments(seen)))
+        # One gather for all that is counted: valid rows, then the newest episodes, padded to a full window.
+        window = EpisodeStatistics.WINDOW
+        finished = self.rollouts.episodes.finished[-window:]
+        packed = torch.zeros(2 + 3 * window, dtype=torch.float64)
+        packed[0], packed[1] = valid.sum(), len(finished)
+        packed[2 : 2 + finished.numel()] = finished.flatten()
+        for row in self.gather(packed.to(self.device)).cpu().view(-1, len(packed)):
+            self.env_steps += int(row[0])
+            self.rollouts.episodes.record(row[2:].view(window, 3)[: int(row[1])])
+        self.iterations += 1
+        self.n_updates += epochs
+
+    def gather(self, row: Tensor) -> Tensor:
+        """The rows [P] of all processes, [ranks, P]; of one process the row as it is."""
+        return row if self.trainer.world_size == 1 else cast(Tensor, self.all_gather(row))
+
+    @torch.no_grad()
+    def report(
+        self, batch: TensorDict, loss: PPOLoss, terms: list[LossTerms], *, last_epoch: int, seconds: float
+    ) -> None:
+        """Log once per rollout, at the environment steps of all processes.
+
+        Names and meanings are Stable-Baselines3's: ``approx_kl`` averages the last pass, ``loss`` is the last minibatch,
+        the others average all minibatches.
+
+        Args:
+            batch: the rollout.
+            loss: what was descended.
+            terms: of every minibatch, in order.
+            last_epoch: minibatches in the last pass.
+            seconds: what the update took.
+        """
+        table = torch.stack([term for row in terms for term in row]).view(len(terms), -1)
+        means = LossTerms(*table.mean(0).tolist())
+        valid = batch["valid"]
+        metrics: dict[str, float] = self.rollouts.episodes.means()
+        metrics |= self._clock.iterated(self.num_env_steps)
+        metrics |= {
+            "time/iterations": int(self.iterations),
+            "time/total_timesteps": self.num_env_steps,
+            "time/collect": self.rollouts.collect_seconds,
+            "time/update": seconds,
+            "train/approx_kl": table[-last_epoch:, LossTerms._fields.index("approx_kl")].mean().item(),
+            "train/clip_fraction": means.clip_fraction,
+            "train/clip_range": loss.clip_range,
+            "train/entropy_loss": -means.entropy,
+            "train/explained_variance": explained_variance(
+                batch["state_value"][valid], batch["value_target"][valid]
+            ).item(),
+            "train/learning_rate": self._optimizer.param_groups[0]["lr"],
+            "train/loss": table[-1, 0].item(),
+            "train/policy_gradient_loss": means.policy_loss,
+            "train/value_loss": means.value_loss,
+            "train/n_updates": int(self.n_updates),
+        }
+        if self._grad_norms:
+            metrics["train/grad_norm"] = torch.stack(self._grad_norms).mean().item()
+        if loss.clip_range_vf is not None:
+            metrics["train/clip_range_vf"] = loss.clip_range_vf
+        std = self.policy.distribution.std(self.policy.actor(self.policy.features(batch["observation"][-1])))
+        if std is not None:
+            metrics["train/std"] = std.mean().item()
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.num_env_steps)
+        # What callbacks may monitor; one self.log costs more than all the loggers above.
+        if "rollout/ep_rew_mean" in metrics:
+            self.log("rollout/ep_rew_mean", metrics["rollout/ep_rew_mean"], logger=False)
+
+    # --- what the outside asks ----------------------------------------------------------------------------------------
+
+    @property
+    def num_env_steps(self) -> int:
+        """Environment steps trained on so far, over all environments and processes."""
+        return int(self.env_steps)
+
+    @property
+    def policy_version(self) -> int:
+        """Number of updates that made the policy what it is."""
+        return int(self.iterations)
+
+    @property
+    def progress_share(self) -> float:
+        """Share of ``total_steps`` that is behind, 0 to 1."""
+        return min(1.0, self.num_env_steps / self.total_steps)
+
+    @property
+    def iterations_between_evaluations(self) -> int:
+        """``eval_interval``, or what makes 20 evaluations over the run."""
+        if self.eval_interval is not None:
+            return self.eval_interval
+        return max(1, ceil(self.total_steps / (self.num_steps * self.num_envs * self.trainer.world_size)) // 20)
+
+    def progress(self) -> dict[str, str]:
+        """What the progress bar shows beside the steps."""
+        shown = {}
+        if self._clock.fps is not None:
+            shown["fps"] = f"{self._clock.fps:,.0f}"
+        mean = self.rollouts.episodes.means().get("rollout/ep_rew_mean")
+        if mean is not None:
+            shown["return"] = f"{mean:.4g}"
+        return shown
+
+    def predict(self, observation: Any, deterministic: bool = True) -> Any:
+        """Action for one observation, or actions for a batch of them; numpy in, numpy out, as the environment takes them.
+
+        Args:
+            observation: [*shape], or [B, *shape] of the observation space, unnormalised.
+            deterministic: the most probable action; else one is drawn, with torch's global generator.
+
+        Raises:
+            InputError: the observation's shape fits neither.
+        """
+        shape, dtype = storage(self.observation_space)
+        array = np.asarray(observation)
+        if array.shape != shape and array.shape[1:] != shape:
+            raise InputError(f"predict needs an observation of shape {shape} or a batch of them, got {array.shape}")
+        single = array.shape == shape
+        with torch.no_grad():
+            rows = torch.as_tensor(array, dtype=dtype, device=self.device).view(-1, *shape)
+            noise = None
+            if not deterministic:
+                noise = self.policy.distribution.noise(len(rows), generator=torch.default_generator).to(self.device)
+            action = action_decoder(self.action_space)(self.policy.act(rows, noise).cpu().numpy())
+        return action[0] if single else action
+
+    def evaluate(self, num_episodes: int | None = None, deterministic: bool | None = None) -> dict[str, float]:
+        """Run exactly ``num_episodes`` episodes on environments of their own, shared among all processes.
+
+        Training is not disturbed: neither its environments nor its random numbers move. The episodes depend on the seed
+        and the environment steps trained so far, so the same checkpoint gives the same result.
+
+        Args:
+            num_episodes: default ``num_eval_episodes``.
+            deterministic: default ``eval_deterministic``.
+
+        Returns:
+            ``eval/mean_reward``, ``std_reward``, ``min_reward``, ``max_reward``, ``mean_ep_length``, and
+            ``success_rate`` where the environment says whether an episode succeeded.
+
+        Raises:
+            InputError: the environment was given as a VectorEnv that cannot be made again.
+        """
+        wanted = self.num_eval_episodes if num_episodes is None else num_episodes
+        if wanted < 1:
+            raise InputError(f"num_episodes must be 1 or more, got {wanted}")
+        world = self._trainer.world_size if self._trainer is not None else 1
+        share = (wanted + world - 1 - self._rank) // world
+        if self.seed is None:
+            self.seed = self._known_seed()
+        episodes = torch.full((ceil(wanted / world), 3), torch.nan, dtype=torch.float64)
+        if share:
+            with self.autocast():
+                episodes[:share] = evaluate_episodes(
+                    self.policy,
+                    self._evaluation_environments(wanted),
+                    self.observation_space,
+                    self.action_space,
+                    num_episodes=share,
+                    seed=self._stream("evaluation", self.num_env_steps),
+                    deterministic=self.eval_deterministic if deterministic is None else deterministic,
+                )
+        if world > 1:
+            episodes = self.gather(episodes.flatten().to(self.device)).cpu().view(-1, 3)
+        return summarize(episodes[~episodes[:, 0].isnan()])
+
+    @override
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "PPO":
+        """A model with the weights and hyperparameters of a checkpoint; keywords replace hyperparameters.
+
+        Raises:
+            InputError: the file is damaged, not ours, or needs something that it cannot hold.
+        """
+        if isinstance(checkpoint_path, str | os.PathLike):
+            contents = read_checkpoint(checkpoint_path)
+            for name in contents[KEY]["not_saved"]:
+                if name not in kwargs:
+                    raise InputError(
+                        f"the checkpoint was made with a {name} of its own, which a file of plain data cannot hold: "
+                        f"call load_from_checkpoint(…, {name}=…)"
+                    )
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def close_environments(self) -> None:
+        """Stop all simulators and their worker processes; whatever needs them next starts new ones."""
+        self.rollouts.close()
+        if self._eval_environments is not None:
+            self._eval_environments.close()
+            self._eval_environments = None
+
+    # --- what collecting asks -----------------------------------------------------------------------------------------
+
+    def make_environments(self) -> Environments:
+        """The environments to train on."""
+        made, self._made = self._made, self._made if self.env_maker.is_instance else None
+        environments = Environments(self.env_maker, self.num_envs, self.env_timeout_s, made)
+        rows = (self.num_steps // 2 if environments.inserts_rows else self.num_steps) * environments.num_envs
+        if self.num_minibatches > rows:
+            environments.close()
+            raise InputError(
+                f"{self.env_maker.name} spends a step on every reset (NEXT_STEP), which can leave {rows} of "
+                f"num_steps · num_envs = {self.num_steps} · {environments.num_envs} samples: num_minibatches = "
+                f"{self.num_minibatches} is too many, lower it or raise num_steps"
+            )
+        return environments
+
+    def environment_seed(self) -> int:
+        """Seed of this process's first environment; a run that goes on gets other episodes than the one before."""
+        if self.seed is None:
+            self.seed = self._known_seed()
+        return self.seed + self.num_env_steps + self._rank * self.num_envs
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision in which updates run, for what is computed outside of training_step."""
+        return no_autocast() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _rank(self) -> int:
+        return self._trainer.global_rank if self._trainer is not None else 0
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
+
+    def _known_seed(self) -> int:
+        """The seed of this run: what it had before, else that of ``seed_everything``, else one that is drawn."""
+        if self.seed is not None:
+            return self.seed
+        given = os.environ.get("PL_GLOBAL_SEED")
+        return random.SystemRandom().randrange(2**31) if given is None else int(given)
+
+    def _stream(self, purpose: str, step: int) -> int:
+        """Seed of a stream of random numbers that no other purpose, process or moment of the run shares."""
+        assert self.seed is not None
+        words = [self.seed, sum(purpose.encode()), self._rank, step]
+        return int(np.random.SeedSequence(words).generate_state(1)[0] >> 1)
+
+    def _evaluation_environments(self, num_episodes: int) -> Environments:
+        if self._eval_environments is None:
+            maker = self.env_maker.again()
+            if maker is None:
+                raise InputError(
+                    f"evaluation needs environments of its own, and {self.env_maker.name} was given as a VectorEnv: give a "
+                    "callable that makes it instead"
+                )
+            self._eval_environments = Environments(maker, min(self.num_envs, num_episodes), self.env_timeout_s)
+        return self._eval_environments
+
+    def _refuse_what_misleads(self) -> None:
+        trainer = self.trainer
+        if trainer.max_steps not in (None, -1):
+            raise InputError(
+                f"max_steps={trainer.max_steps} would count optimiser steps, and stop the schedules short: set total_steps, in "
+                "environment steps (max_epochs ends a run after so many iterations)"
+            )
+        if str(trainer.precision) not in ("32-true", "16-mixed", "bf16-mixed"):
+            raise InputError(
+                f"precision={trainer.precision} would round the running statistics and counters: use 32-true, bf16-mixed or "
+                "16-mixed"
+            )
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise InputError(
+                f"strategy {type(trainer.strategy).__name__} shards parameters, which PPO's policies are too small for and "
+                "its several backward passes per batch do not allow: use ddp"
+            )
+
+    def _remember_hyperparameters(self, given: dict[str, Any]) -> None:
+        """Keep what is plain data in the checkpoint, and the names of what is not.
+
+        Under LightningCLI, Lightning keeps the parsed configuration instead, in which classes are paths.
+        """
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters()
+            self._not_saved: list[str] = []
+            return
+        plain = {
+            name: dataclasses.asdict(value) if isinstance(value, Linear) else value
+            for name, value in given.items()
+            if _is_plain(value) or isinstance(value, Linear)
+        }
+        self.save_hyperparameters(plain)
+        changed = {name for name, value in given.items() if value is not _PARAMETERS[name]}
+        self._not_saved = sorted(changed - plain.keys())
+
+
+class Clock:
+    """Wall-clock time of one fit: since its start, and since its burn-in without evaluations."""
+
+    def __init__(self) -> None:
+        self.fps: float | None = None
+        """Environment steps per second since the burn-in; None before its end."""
+        self._started = time.perf_counter()
+        self._evaluating = 0.0  # seconds since the burn-in
+        self._last_evaluation = 0.0  # seconds since the last iteration was logged
+        self._iterations = 0
+        self._mark = (0, 0.0)  # environment steps and time at the end of the burn-in
+
+    def evaluated(self, seconds: float) -> None:
+        """Note an evaluation."""
+        self._evaluating += seconds
+        self._last_evaluation += seconds
+
+    def iterated(self, env_steps: int) -> dict[str, float]:
+        """Note the end of an iteration, and give its ``time/…`` in seconds and environment steps per second."""
+        now = time.perf_counter()
+        self._iterations += 1
+        metrics = {"time/time_elapsed": now - self._started, "time/evaluate": self._last_evaluation}
+        self._last_evaluation = 0.0
+        if self._iterations == BURN_IN:
+            self._mark, self._evaluating = (env_steps, now), 0.0
+        elif self._iterations > BURN_IN:
+            steps, then = self._mark
+            self.fps = (env_steps - steps) / (now - then - self._evaluating)
+            metrics["time/fps"] = self.fps
+        return metrics
+
+
+def _cut(samples: int, pieces: int) -> list[int]:
+    """Sizes of ``pieces`` nearly equal parts."""
+    return [samples // pieces + (piece < samples % pieces) for piece in range(pieces)]
+
+
+def _is_default(callback: Callback) -> bool:
+    """Whether Lightning added the callback by itself, as far as can be told."""
+    if type(callback) in (RichProgressBar, TQDMProgressBar):
+        return True
+    return (
+        type(callback) is ModelCheckpoint
+        and callback.monitor is None
+        and callback.dirpath is None
+        and callback.filename is None
+        and callback.save_last is None
+    )
+
+
+def _is_plain(value: object) -> bool:
+    """Whether ``weights_only`` loading can bring a value back."""
+    if isinstance(value, Mapping):
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _nothing() -> None:
+    return None
+
+
+_PARAMETERS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(PPO.__init__).parameters.items()
+    if name != "self"
+}

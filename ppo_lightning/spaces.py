@@ -1,0 +1,131 @@
+"""What a Gymnasium space is as tensors: storage, network input, network output, and the way back.
+
+Every function dispatches on the type of the space, so that a new space is a new registration here and nowhere else.
+"""
+
+from collections.abc import Callable
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import Space
+from gymnasium.spaces import Box, Discrete
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from ppo_lightning.errors import InputError
+
+SUPPORTED = "Box and Discrete"
+
+
+def _unsupported(space: Space[Any]) -> InputError:
+    return InputError(
+        f"the space {space!r} is not supported: PPO takes {SUPPORTED} spaces; convert it with a Gymnasium wrapper "
+        "(FlattenObservation, TransformAction, …)"
+    )
+
+
+@singledispatch
+def describe(space: Space[Any]) -> str:
+    """One line that two spaces share exactly when a policy for one fits the other, such as ``Box(4,) float32``."""
+    raise _unsupported(space)
+
+
+@describe.register
+def _(space: Box) -> str:
+    return f"Box{space.shape} {space.dtype}"
+
+
+@describe.register
+def _(space: Discrete) -> str:
+    return f"Discrete({space.n})"
+
+
+@singledispatch
+def storage(space: Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of one sample as a rollout keeps it. Floats are kept as float32, integers as they are."""
+    raise _unsupported(space)
+
+
+@storage.register
+def _(space: Box) -> tuple[tuple[int, ...], torch.dtype]:
+    if np.issubdtype(space.dtype, np.floating):
+        return space.shape, torch.float32
+    return space.shape, torch.from_numpy(np.empty(0, space.dtype)).dtype
+
+
+@storage.register
+def _(space: Discrete) -> tuple[tuple[int, ...], torch.dtype]:
+    return (), torch.int64
+
+
+@singledispatch
+def feature_shape(space: Space[Any]) -> tuple[int, ...]:
+    """Shape of one observation as a network sees it, after :func:`encoder`."""
+    raise _unsupported(space)
+
+
+@feature_shape.register
+def _(space: Box) -> tuple[int, ...]:
+    return space.shape
+
+
+@feature_shape.register
+def _(space: Discrete) -> tuple[int, ...]:
+    return (int(space.n),)
+
+
+@singledispatch
+def encoder(space: Space[Any]) -> Callable[[Tensor], Tensor]:
+    """Function from stored observations [B, …] to float32 features [B, \\*feature_shape]; Discrete becomes one-hot."""
+    raise _unsupported(space)
+
+
+@encoder.register
+def _(space: Box) -> Callable[[Tensor], Tensor]:
+    return Tensor.float  # the tensor itself where it is float32 already
+
+
+@encoder.register
+def _(space: Discrete) -> Callable[[Tensor], Tensor]:
+    start, n = int(space.start), int(space.n)
+    return lambda observation: one_hot(observation - start, n).float()
+
+
+@singledispatch
+def num_action_parameters(space: Space[Any]) -> int:
+    """Number of outputs P with which a network describes a distribution over the space (see policy/distributions.py)."""
+    raise _unsupported(space)
+
+
+@num_action_parameters.register
+def _(space: Box) -> int:
+    return 2 * int(np.prod(space.shape))  # mean and log standard deviation
+
+
+@num_action_parameters.register
+def _(space: Discrete) -> int:
+    return int(space.n)  # logits
+
+
+@singledispatch
+def action_decoder(space: Space[Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """Function from stored actions [N, …] to what the environment is given: Box is clipped to its bounds."""
+    raise _unsupported(space)
+
+
+@action_decoder.register
+def _(space: Box) -> Callable[[np.ndarray], np.ndarray]:
+    low, high, dtype = space.low, space.high, space.dtype
+    if not np.issubdtype(dtype, np.floating):
+        raise InputError(f"the action space {space!r} has integer bounds: use MultiDiscrete or Discrete for such actions")
+    return lambda action: np.clip(action, low, high).astype(dtype, copy=False)
+
+
+@action_decoder.register
+def _(space: Discrete) -> Callable[[np.ndarray], np.ndarray]:
+    start = space.start
+    if start == 0:
+        return lambda action: action
+    return lambda action: action + start
