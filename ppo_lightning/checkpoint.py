@@ -1,6 +1,5 @@
 """What a checkpoint must hold beyond weights, and how a file is refused."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,14 +21,14 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     @override
     def load_checkpoint(
         self,
-        path: str | os.PathLike[str],
+        path: str | Path,
         map_location: Callable[..., Any] | None = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         return read_checkpoint(path, lambda: TorchCheckpointIO.load_checkpoint(self, path, map_location, weights_only))
 
 
-def read_checkpoint(path: str | os.PathLike[str], load: Callable[[], Any] | None = None) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, load: Callable[[], Any] | None = None) -> dict[str, Any]:
     """The contents of a checkpoint file, by ``load`` or else by ``torch.load`` of plain data.
 
     Raises:
@@ -49,7 +48,7 @@ def read_checkpoint(path: str | os.PathLike[str], load: Callable[[], Any] | None
     return contents
 
 
-def newest_checkpoint(root: str | os.PathLike[str]) -> Path:
+def newest_checkpoint(root: str | Path) -> Path:
     """The newest ``last.ckpt`` below a folder that can be read.
 
     Raises:

@@ -1,8 +1,10 @@
 """The command line: LightningCLI with defaults that suit PPO. Nothing about PPO itself."""
 
+import logging
 import os
 import random
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -11,11 +13,12 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from ppo_lightning.checkpoint import newest_checkpoint, read_checkpoint
+from ppo_lightning.checkpoint import KEY, newest_checkpoint, read_checkpoint
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.plot import draw_learning_curve
 from ppo_lightning.ppo import PPO
@@ -24,22 +27,34 @@ DDP_START_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "
 DDP_TIMEOUT = timedelta(minutes=3)  # torch's half an hour is a long time to wait for a rank that died
 
 
+class RunWriter(ExperimentWriter):
+    """Goes on with a ``metrics.csv`` that is there; Lightning's own writer deletes it."""
+
+    @override
+    def _check_log_dir_exists(self) -> None:
+        file = Path(self.metrics_file_path)
+        if file.exists():
+            self.metrics_keys = file.read_text().partition("\n")[0].strip().split(",")
+
+
 class RunCSVLogger(CSVLogger):
-    """``metrics.csv`` that a resumed run goes on with; Lightning's own logger deletes what it finds."""
+    """``metrics.csv`` of a run, resumed or not, on disk within 20 rows."""
+
+    ROWS = 20
 
     @property
     @override
     def experiment(self) -> Any:
-        file = Path(self.log_dir) / "metrics.csv"
-        if self._experiment is not None or rank_zero_only.rank != 0 or not file.exists():
-            return super().experiment
-        kept = file.rename(file.with_suffix(".kept"))
-        try:
-            writer = super().experiment
-        finally:
-            kept.rename(file)
-        writer.metrics_keys = file.read_text().partition("\n")[0].strip().split(",")
-        return writer
+        if self._experiment is None and cast(Any, rank_zero_only).rank == 0:
+            self._experiment = RunWriter(self.log_dir)
+        return super().experiment
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.experiment.log_metrics(metrics, step)
+        if len(self.experiment.metrics) >= self.ROWS:
+            self.save()
 
 
 class PPOCLI(LightningCLI):
@@ -52,23 +67,33 @@ class PPOCLI(LightningCLI):
         return {name: known[name] for name in ("fit", "validate", "test")}
 
     @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Trainer and model; PPO makes its own data."""
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(PPO, "model")
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse with the checkpoint's hyperparameters as defaults, so that files and flags win over them."""
-        words = [str(word) for word in (sys.argv[1:] if args is None else cast(list[str], args))]
-        path = _flag(words, "ckpt_path")
+        words = sys.argv[1:] if args is None else cast(list[str], args)
+        path, checkpoint_seed = _flag(words, "ckpt_path"), None
         if path is not None and words[0] in self._subcommand_parsers:
             if path == "last":
                 path = str(newest_checkpoint(_flag(words, "trainer.default_root_dir") or "."))
                 words = _replace(words, "ckpt_path", path)
-            hyperparameters = dict(read_checkpoint(path).get("hyper_parameters", {}))
+            checkpoint = read_checkpoint(path)
+            checkpoint_seed = checkpoint[KEY]["seed"]
+            hyperparameters = dict(checkpoint.get("hyper_parameters", {}))
             for private in ("_instantiator", "_class_path"):
                 hyperparameters.pop(private, None)
             self._subcommand_parsers[words[0]].set_defaults({f"model.{k}": v for k, v in hyperparameters.items()})
-        super().parse_arguments(parser, words)
+        self.config = parser.parse_args(words)
         config = self.config[self.config.subcommand]
         if config.seed_everything is True:
             # Lightning would take 0. Processes started by this one find its seed in their environment.
-            config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED", random.SystemRandom().randrange(2**31)))
+            drawn = random.SystemRandom().randrange(2**31) if checkpoint_seed is None else checkpoint_seed
+            config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED", drawn))
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -80,9 +105,7 @@ class PPOCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         start_method = DDP_START_METHODS.get(str(config["strategy"]))
         if start_method is not None:
-            kwargs["strategy"] = DDPStrategy(
-                timeout=DDP_TIMEOUT, broadcast_buffers=False, start_method=cast(Any, start_method)
-            )
+            kwargs["strategy"] = DDPStrategy(timeout=DDP_TIMEOUT, start_method=cast(Any, start_method))
         if config["logger"] in (None, True):
             kwargs["logger"] = self._loggers(config["default_root_dir"] or ".")
         if self.subcommand != "fit":
@@ -104,9 +127,10 @@ class PPOCLI(LightningCLI):
     def after_fit(self) -> None:
         """Draw the learning curve and say where everything is."""
         trainer = self.trainer
-        if not trainer.is_global_zero or trainer.log_dir is None:
+        folder = trainer.log_dir  # all processes ask: the answer is broadcast
+        if not trainer.is_global_zero or folder is None:
             return
-        run = Path(trainer.log_dir)
+        run = Path(folder)
         places = {"logs": run, "checkpoints": run / "checkpoints", "plot": draw_learning_curve(run)}
         steps = f"{cast(PPO, self.model).num_env_steps:,} environment steps"
         mean = trainer.callback_metrics.get("rollout/ep_rew_mean")
@@ -120,12 +144,18 @@ class PPOCLI(LightningCLI):
 def main(args: list[str] | None = None) -> None:
     """Run the command line; what the user can mend is said in one sentence, with exit status 1."""
     torch.set_float32_matmul_precision("high")
+    # Lightning 2.6.6 advertises its cloud, and asks torch 2.13's pytree in a way that torch calls deprecated.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
     try:
         PPOCLI(
             PPO,
             trainer_defaults={"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
+            parser_kwargs={"prog": "ppo-lightning", "description": "PPO on PyTorch Lightning's Trainer"},
             args=args,
         )
     except (InputError, EnvironmentFault, FloatingPointError) as error:
@@ -156,5 +186,3 @@ def _replace(words: list[str], name: str, value: str) -> list[str]:
             replaced.append(word)
             skip = word == f"--{name}"
     return replaced
-
-

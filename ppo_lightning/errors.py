@@ -5,5 +5,5 @@ class InputError(ValueError):
     """Something the user gave (a parameter, a space, a checkpoint) that cannot be used."""
 
 
-class EnvironmentFault(RuntimeError):
+class EnvironmentFault(RuntimeError):  # noqa: N818 - what it is, beside EnvironmentError, which Python has
     """An environment raised, hung, or returned something that is not an observation or a reward."""

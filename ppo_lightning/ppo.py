@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import ceil
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
 import gymnasium as gym
 import numpy as np
@@ -18,9 +19,10 @@ from gymnasium.vector import VectorEnv
 from lightning import Callback, LightningModule
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from ppo_lightning.advantage import discounted_return, generalized_advantage
 from ppo_lightning.callbacks import BestCheckpoint, CloseEnvironments, LastCheckpoint, StepProgressBar
 from ppo_lightning.checkpoint import KEY, VerifiedCheckpointIO, read_checkpoint
 from ppo_lightning.diagnostics import explained_variance
-from ppo_lightning.envs import EnvMaker, Environments
+from ppo_lightning.envs import Environments, EnvMaker
 from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation import evaluate_episodes, summarize
 from ppo_lightning.loss import LossTerms, PPOLoss
@@ -123,7 +125,7 @@ class PPO(LightningModule):
         max_grad_norm: float | None = 0.5,
         target_kl: float | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=3e-4, eps=1e-5, fused=True),
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         eval_interval: int | None = None,
         num_eval_episodes: int = 10,
         eval_deterministic: bool = True,
@@ -197,6 +199,9 @@ class PPO(LightningModule):
         self._eval_environments: Environments | None = None
         self._clock = Clock()
         self._grad_norms: list[Tensor] = []
+        self._steps_alone = False
+        self.learning_rate = 0.0
+        """Of the update that is logged."""
         # Lightning warns that it will train for 1,000 epochs; setup() replaces that limit by total_steps.
         warnings.filterwarnings("ignore", message="`max_epochs` was not set")
 
@@ -208,7 +213,7 @@ class PPO(LightningModule):
 
         Lightning's own default bar and checkpoint give way; callbacks that the user made stay.
         """
-        trainer = self.trainer
+        trainer: Any = self.trainer  # its callbacks are set where type checkers do not see it
         defaults = [callback for callback in trainer.callbacks if _is_default(callback)]
         bar = any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults)
         saves = any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks)
@@ -225,7 +230,7 @@ class PPO(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Agree on a seed, refuse what would mislead, and replace Lightning's defaults by those that suit PPO."""
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         self.seed = trainer.strategy.broadcast(self._known_seed())
@@ -255,7 +260,12 @@ class PPO(LightningModule):
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
             return optimizer
-        return [optimizer], [self.lr_scheduler(optimizer)]
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise InputError(
+                "lr_scheduler ReduceLROnPlateau waits for a metric, schedules here run on iterations: take another"
+            )
+        return [optimizer], [scheduler]
 
     @override
     def on_fit_start(self) -> None:
@@ -273,6 +283,18 @@ class PPO(LightningModule):
     def train_dataloader(self) -> RolloutDataset:
         """The rollouts themselves: sized (1), no DataLoader, so that each is collected after the last update."""
         return self.rollouts
+
+    @override
+    def on_train_start(self) -> None:
+        """Find out whether a gradient step concerns anybody else.
+
+        It does not in one process, without a gradient scaler, where no hook asks for gradients. Lightning's calls would
+        then do nothing, at a tenth of a millisecond per minibatch.
+        """
+        trainer: Any = self.trainer
+        hooked = any(_overrides(callback, Callback) for callback in trainer.callbacks) or _overrides(self, PPO)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._steps_alone = type(trainer.strategy) is SingleDeviceStrategy and not (hooked or scaled)
 
     @override
     @torch.no_grad()
@@ -298,27 +320,19 @@ class PPO(LightningModule):
 
     @override
     def training_step(self, batch: TensorDict, batch_idx: int) -> None:
-        """Epochs of shuffled minibatches of the clipped objective; then count, log, and say when to stop."""
+        """Update the policy on the rollout; then count, log, and say when to stop."""
         started = time.perf_counter()
-        loss, samples = self.current_loss(), self.samples(batch)
-        sizes = _cut(len(samples), self.num_minibatches)
-        terms: list[LossTerms] = []
-        self._grad_norms.clear()
-        epoch = minibatch = 0
-        going = True
-        while going and epoch < self.update_epochs:
-            order = torch.randperm(len(samples), generator=self.generator).to(samples.device)
-            epoch += 1
-            for minibatch, piece in enumerate(samples[order].split(sizes), start=1):
-                terms.append(loss(piece, self.policy.evaluate))
-                if self.diverged(terms[-1].approx_kl):
-                    going = False
-                    break
-                self.descend(terms[-1].loss, first=len(terms) == 1)
-        self.count(batch, epoch)
+        self.anneal(self._optimizer)
+        self.learning_rate = self._optimizer.param_groups[0]["lr"]
+        update = self.update(batch, self.descend)
+        self.count(batch, update.epochs)
         if self.lr_scheduler is not None:
             cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers()).step()
-        self.report(batch, loss, terms, last_epoch=minibatch, seconds=time.perf_counter() - started)
+        metrics = self.metrics(batch, update, seconds=time.perf_counter() - started)
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.num_env_steps)
+        # What callbacks may monitor: one self.log costs as much as this for all metrics does a hundred times.
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         if self.num_env_steps >= self.total_steps:
             self.trainer.should_stop = True
             self.trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
@@ -326,15 +340,7 @@ class PPO(LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients, unscaled by now in any precision; never step on one that is not finite."""
-        limit = self.max_grad_norm or torch.inf
-        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
-        if not norm.isfinite() and self.trainer.precision != "16-mixed":  # there the scaler skips such steps itself
-            raise FloatingPointError(
-                f"the gradient's norm is {norm.item()} in iteration {int(self.iterations) + 1}, the step was not taken: lower "
-                "the learning rate, or look for observations or rewards of extreme size (normalize_observation, "
-                "normalize_reward)"
-            )
-        self._grad_norms.append(norm)
+        self.clip_gradients_by_norm(may_overflow=self.trainer.precision == "16-mixed")
 
     @override
     def on_fit_end(self) -> None:
@@ -402,17 +408,35 @@ class PPO(LightningModule):
                     f"the checkpoint was made with a {name} of its own, which a file of plain data cannot hold: "
                     f"pass {name}=… again, to PPO or to load_from_checkpoint"
                 )
-        self.seed = ours["seed"]
+        if "PL_GLOBAL_SEED" not in os.environ:  # else seed_everything has been asked for another
+            self.seed = ours["seed"]
         self.rollouts.episodes.window.extend(tuple(episode) for episode in ours["episodes"])
 
     # --- the parts of a training step ---------------------------------------------------------------------------------
 
+    def update(self, batch: TensorDict, descend: Callable[[Tensor], None]) -> "Update":
+        """Epochs of shuffled minibatches of the clipped objective (Schulman et al. 2017, algorithm 1).
+
+        Args:
+            batch: rollout [T, N] with advantages.
+            descend: takes one gradient step on a minibatch's loss.
+        """
+        loss, samples = self.current_loss(), self.samples(batch)
+        sizes = _cut(len(samples), self.num_minibatches)
+        terms: list[LossTerms] = []
+        self._grad_norms.clear()
+        for epoch in range(1, self.update_epochs + 1):
+            order = torch.randperm(len(samples), generator=self.generator).to(samples.device)
+            for minibatch, piece in enumerate(samples[order].split(sizes), start=1):
+                terms.append(loss(piece, self.policy.evaluate))
+                if self.diverged(terms[-1].approx_kl):
+                    return Update(loss, terms, epoch, minibatch)
+                descend(terms[-1].loss)
+        return Update(loss, terms, self.update_epochs, self.num_minibatches)
+
     def current_loss(self) -> PPOLoss:
-        """The loss of this iteration; the learning rate is set to this iteration's too, where it falls linearly."""
+        """The loss of this iteration, its coefficients where their schedules are."""
         progress = self.progress_share
-        if self.lr_scheduler is None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * (1 - progress)
         return PPOLoss(
             clip_range=self.clip_range.at(progress),
             clip_range_vf=self.clip_range_vf,
@@ -420,6 +444,12 @@ class PPO(LightningModule):
             vf_coef=self.vf_coef,
             ent_coef=self.ent_coef.at(progress),
         )
+
+    def anneal(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rate of this iteration, where no scheduler does: from its initial value linearly to 0."""
+        if self.lr_scheduler is None:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * (1 - self.progress_share)
 
     @torch.no_grad()
     def samples(self, batch: TensorDict) -> TensorDict:
@@ -439,16 +469,40 @@ class PPO(LightningModule):
         approx_kl = cast(Tensor, self.trainer.strategy.reduce(approx_kl.clone(), reduce_op="mean"))
         return not approx_kl.item() <= 1.5 * self.target_kl  # NaN has diverged too
 
-    def descend(self, loss: Tensor, *, first: bool) -> None:
+    def descend(self, loss: Tensor) -> None:
         """One gradient step. Lightning counts the first of each iteration, so that ``global_step`` counts iterations."""
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        if first:
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        if not self._grad_norms:
+            optimizer.zero_grad()
+            self.manual_backward(loss)
             optimizer.step()
+        elif self._steps_alone:
+            optimizer.optimizer.zero_grad()
+            loss.backward()
+            self.clip_gradients_by_norm()
+            optimizer.optimizer.step()
         else:
-            self.trainer.strategy.optimizer_step(self._optimizer, _nothing)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.trainer.strategy.optimizer_step(optimizer.optimizer, _nothing)
+
+    def clip_gradients_by_norm(self, *, may_overflow: bool = False) -> None:
+        """Scale all gradients together down to ``max_grad_norm``, and keep the norm that they had.
+
+        Args:
+            may_overflow: a gradient scaler skips steps that are not finite by itself.
+
+        Raises:
+            FloatingPointError: the norm is not finite; no step was taken.
+        """
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm or torch.inf)
+        if not (may_overflow or norm.isfinite()):
+            raise FloatingPointError(
+                f"the gradient's norm is {norm.item()} in iteration {int(self.iterations) + 1}, the step was not taken: lower "
+                "the learning rate, or look for observations or rewards of extreme size (normalize_observation, "
+                "normalize_reward)"
+            )
+        self._grad_norms.append(norm)
 
     @torch.no_grad()
     def scale_reward(self, reward: Tensor, done: Tensor, valid: Tensor) -> Tensor:
@@ -485,42 +539,41 @@ class PPO(LightningModule):
 
     def gather(self, row: Tensor) -> Tensor:
         """The rows [P] of all processes, [ranks, P]; of one process the row as it is."""
-        return row if self.trainer.world_size == 1 else cast(Tensor, self.all_gather(row))
+        if self._world_size == 1:
+            return row
+        rows = [torch.empty_like(row) for _ in range(self._world_size)]
+        torch.distributed.all_gather(rows, row.contiguous())
+        return torch.stack(rows)
 
     @torch.no_grad()
-    def report(
-        self, batch: TensorDict, loss: PPOLoss, terms: list[LossTerms], *, last_epoch: int, seconds: float
-    ) -> None:
-        """Log once per rollout, at the environment steps of all processes.
+    def metrics(self, batch: TensorDict, update: "Update", seconds: float) -> dict[str, float]:
+        """What is logged of an iteration, under Stable-Baselines3's names and with its meanings.
 
-        Names and meanings are Stable-Baselines3's: ``approx_kl`` averages the last pass, ``loss`` is the last minibatch,
-        the others average all minibatches.
+        ``approx_kl`` averages the last pass, ``loss`` is the last minibatch, the others average all minibatches.
 
         Args:
             batch: the rollout.
-            loss: what was descended.
-            terms: of every minibatch, in order.
-            last_epoch: minibatches in the last pass.
-            seconds: what the update took.
+            update: what was done with it.
+            seconds: how long that took.
         """
-        table = torch.stack([term for row in terms for term in row]).view(len(terms), -1)
+        table = torch.stack([term for row in update.terms for term in row]).view(len(update.terms), -1)
         means = LossTerms(*table.mean(0).tolist())
         valid = batch["valid"]
-        metrics: dict[str, float] = self.rollouts.episodes.means()
-        metrics |= self._clock.iterated(self.num_env_steps)
-        metrics |= {
+        metrics = {
+            **self.rollouts.episodes.means(),
+            **self._clock.iterated(self.num_env_steps),
             "time/iterations": int(self.iterations),
             "time/total_timesteps": self.num_env_steps,
             "time/collect": self.rollouts.collect_seconds,
             "time/update": seconds,
-            "train/approx_kl": table[-last_epoch:, LossTerms._fields.index("approx_kl")].mean().item(),
+            "train/approx_kl": table[-update.minibatches :, LossTerms._fields.index("approx_kl")].mean().item(),
             "train/clip_fraction": means.clip_fraction,
-            "train/clip_range": loss.clip_range,
+            "train/clip_range": update.loss.clip_range,
             "train/entropy_loss": -means.entropy,
             "train/explained_variance": explained_variance(
                 batch["state_value"][valid], batch["value_target"][valid]
             ).item(),
-            "train/learning_rate": self._optimizer.param_groups[0]["lr"],
+            "train/learning_rate": self.learning_rate,
             "train/loss": table[-1, 0].item(),
             "train/policy_gradient_loss": means.policy_loss,
             "train/value_loss": means.value_loss,
@@ -528,16 +581,12 @@ class PPO(LightningModule):
         }
         if self._grad_norms:
             metrics["train/grad_norm"] = torch.stack(self._grad_norms).mean().item()
-        if loss.clip_range_vf is not None:
-            metrics["train/clip_range_vf"] = loss.clip_range_vf
+        if update.loss.clip_range_vf is not None:
+            metrics["train/clip_range_vf"] = update.loss.clip_range_vf
         std = self.policy.distribution.std(self.policy.actor(self.policy.features(batch["observation"][-1])))
         if std is not None:
             metrics["train/std"] = std.mean().item()
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.num_env_steps)
-        # What callbacks may monitor; one self.log costs more than all the loggers above.
-        if "rollout/ep_rew_mean" in metrics:
-            self.log("rollout/ep_rew_mean", metrics["rollout/ep_rew_mean"], logger=False)
+        return metrics
 
     # --- what the outside asks ----------------------------------------------------------------------------------------
 
@@ -561,7 +610,7 @@ class PPO(LightningModule):
         """``eval_interval``, or what makes 20 evaluations over the run."""
         if self.eval_interval is not None:
             return self.eval_interval
-        return max(1, ceil(self.total_steps / (self.num_steps * self.num_envs * self.trainer.world_size)) // 20)
+        return max(1, ceil(self.total_steps / (self.num_steps * self.num_envs * self._world_size)) // 20)
 
     def progress(self) -> dict[str, str]:
         """What the progress bar shows beside the steps."""
@@ -616,7 +665,7 @@ class PPO(LightningModule):
         wanted = self.num_eval_episodes if num_episodes is None else num_episodes
         if wanted < 1:
             raise InputError(f"num_episodes must be 1 or more, got {wanted}")
-        world = self._trainer.world_size if self._trainer is not None else 1
+        world = self._world_size
         share = (wanted + world - 1 - self._rank) // world
         if self.seed is None:
             self.seed = self._known_seed()
@@ -644,7 +693,7 @@ class PPO(LightningModule):
         Raises:
             InputError: the file is damaged, not ours, or needs something that it cannot hold.
         """
-        if isinstance(checkpoint_path, str | os.PathLike):
+        if isinstance(checkpoint_path, str | Path):
             contents = read_checkpoint(checkpoint_path)
             for name in contents[KEY]["not_saved"]:
                 if name not in kwargs:
@@ -692,6 +741,10 @@ class PPO(LightningModule):
     @property
     def _rank(self) -> int:
         return self._trainer.global_rank if self._trainer is not None else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self._trainer.world_size if self._trainer is not None else 1
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -758,6 +811,18 @@ class PPO(LightningModule):
         self._not_saved = sorted(changed - plain.keys())
 
 
+class Update(NamedTuple):
+    """What an update did."""
+
+    loss: PPOLoss
+    terms: list[LossTerms]
+    """Of every minibatch, in order."""
+    epochs: int
+    """Passes that were begun."""
+    minibatches: int
+    """Minibatches of the last pass."""
+
+
 class Clock:
     """Wall-clock time of one fit: since its start, and since its burn-in without evaluations."""
 
@@ -808,6 +873,12 @@ def _is_default(callback: Callback) -> bool:
     )
 
 
+def _overrides(hooks: object, base: type) -> bool:
+    """Whether an object has hooks of its own around gradient steps."""
+    names = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+    return any(getattr(type(hooks), name) is not getattr(base, name) for name in names)
+
+
 def _is_plain(value: object) -> bool:
     """Whether ``weights_only`` loading can bring a value back."""
     if isinstance(value, Mapping):
@@ -822,7 +893,5 @@ def _nothing() -> None:
 
 
 _PARAMETERS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(PPO.__init__).parameters.items()
-    if name != "self"
+    name: parameter.default for name, parameter in inspect.signature(PPO.__init__).parameters.items() if name != "self"
 }

@@ -26,12 +26,26 @@ class Learner(Protocol):
     generator: torch.Generator
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the policy is."""
+        ...
+
     @property
-    def policy_version(self) -> int: ...
-    def make_environments(self) -> Environments: ...
-    def environment_seed(self) -> int: ...
-    def autocast(self) -> AbstractContextManager[Any]: ...
+    def policy_version(self) -> int:
+        """How many updates it has had."""
+        ...
+
+    def make_environments(self) -> Environments:
+        """What to step."""
+        ...
+
+    def environment_seed(self) -> int:
+        """Seed of the first environment."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of updates."""
+        ...
 
 
 class RolloutDataset(IterableDataset[TensorDict]):
@@ -112,7 +126,9 @@ class RolloutDataset(IterableDataset[TensorDict]):
         num_envs = environments.num_envs
         observation, reward, terminated, truncated, valid = (row.numpy() for row in self._rows.values())
         observed = self._rows["observation"].unbind()
-        noise = policy.distribution.noise(self.num_steps, num_envs, generator=self.learner.generator).to(device).unbind()
+        noise = (
+            policy.distribution.noise(self.num_steps, num_envs, generator=self.learner.generator).to(device).unbind()
+        )
         actions: list[Tensor] = []
         finals: list[tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []  # step, environments, observations
         successes: list[np.ndarray[Any, Any]] = []

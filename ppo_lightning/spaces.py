@@ -78,7 +78,7 @@ def _(space: Discrete) -> tuple[int, ...]:
 
 @singledispatch
 def encoder(space: Space[Any]) -> Callable[[Tensor], Tensor]:
-    """Function from stored observations [B, …] to float32 features [B, \\*feature_shape]; Discrete becomes one-hot."""
+    """Function from stored observations [B, …] to float32 features [B, …] of ``feature_shape``; Discrete becomes one-hot."""
     raise _unsupported(space)
 
 
@@ -119,7 +119,9 @@ def action_decoder(space: Space[Any]) -> Callable[[np.ndarray], np.ndarray]:
 def _(space: Box) -> Callable[[np.ndarray], np.ndarray]:
     low, high, dtype = space.low, space.high, space.dtype
     if not np.issubdtype(dtype, np.floating):
-        raise InputError(f"the action space {space!r} has integer bounds: use MultiDiscrete or Discrete for such actions")
+        raise InputError(
+            f"the action space {space!r} has integer bounds: use MultiDiscrete or Discrete for such actions"
+        )
     return lambda action: np.clip(action, low, high).astype(dtype, copy=False)
 
 

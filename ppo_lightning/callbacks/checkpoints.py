@@ -1,18 +1,41 @@
 """The two checkpoints that every run leaves: the best by evaluation, and the last."""
 
+from typing import Any
+
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 
-class BestCheckpoint(ModelCheckpoint):
+class RunCheckpoint(ModelCheckpoint):
+    """One file per run, under a fixed name in the run's folder."""
+
+    _stage = ""
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return type(self).__name__  # whatever its interval: a resumed run may have another
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._stage = stage
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._stage == "fit":  # a validation has no scores to go on with
+            super().load_state_dict(state_dict)
+
+
+class BestCheckpoint(RunCheckpoint):
     """``best.ckpt``: the policy with the highest ``eval/mean_reward``."""
 
     def __init__(self) -> None:
         super().__init__(filename="best", monitor="eval/mean_reward", mode="max", enable_version_counter=False)
 
 
-class LastCheckpoint(ModelCheckpoint):
+class LastCheckpoint(RunCheckpoint):
     """``last.ckpt``: the newest state, every so many iterations, at the end, and when a single process fails.
 
     Args:

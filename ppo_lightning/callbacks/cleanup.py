@@ -9,7 +9,8 @@ from typing_extensions import override
 class Simulates(Protocol):
     """A module that holds environments."""
 
-    def close_environments(self) -> None: ...
+    def close_environments(self) -> None:
+        """Stop them all."""
 
 
 class CloseEnvironments(Callback):

@@ -16,8 +16,13 @@ class Progresses(Protocol):
     total_steps: int
 
     @property
-    def num_env_steps(self) -> int: ...
-    def progress(self) -> dict[str, str]: ...
+    def num_env_steps(self) -> int:
+        """Steps so far, of all processes."""
+        ...
+
+    def progress(self) -> dict[str, str]:
+        """What to show beside them."""
+        ...
 
 
 class StepProgressBar(TQDMProgressBar):
@@ -56,7 +61,7 @@ class StepProgressBar(TQDMProgressBar):
         self._drawn = 0.0
 
     @override
-    def on_train_epoch_start(self, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """The bar spans all epochs."""
 
     @override
@@ -64,7 +69,9 @@ class StepProgressBar(TQDMProgressBar):
         """The bar spans all epochs."""
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if time.monotonic() - self._drawn >= self.INTERVAL_S:
             self._draw(pl_module)
 
@@ -73,9 +80,9 @@ class StepProgressBar(TQDMProgressBar):
         self.reset_dataloader_idx_tracker()
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(pl_module)
-        super().on_train_end()
+    def on_train_end(self, *args: Any) -> None:
+        self._draw(self.trainer.lightning_module)
+        super().on_train_end(*args)
 
     def _draw(self, pl_module: LightningModule) -> None:
         self._drawn = time.monotonic()

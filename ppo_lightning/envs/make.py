@@ -124,7 +124,9 @@ class EnvMaker:
                 f"env={self.name} made a {type(made).__name__}: it must return a gymnasium.vector.VectorEnv or a gymnasium.Env"
             )
         if isinstance(made, VectorEnv) and self.wrappers:
-            raise InputError(f"env={self.name} makes a VectorEnv, wrappers go around single environments: wrap inside it")
+            raise InputError(
+                f"env={self.name} makes a VectorEnv, wrappers go around single environments: wrap inside it"
+            )
         return made
 
     def _wrapped_call(self) -> Env:
@@ -192,7 +194,9 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
     def _fault(self, where: str, error: Exception) -> EnvironmentFault:
         # The traceback goes into the text, because a worker process can send nothing else.
         lines = "".join(traceback.format_exception(error))
-        return EnvironmentFault(f"environment {self.index} raised {type(error).__name__} in {where}: {error}\n\n{lines}")
+        return EnvironmentFault(
+            f"environment {self.index} raised {type(error).__name__} in {where}: {error}\n\n{lines}"
+        )
 
     def _check(self, where: str, observation: Any) -> None:
         if self._is_array:
@@ -222,7 +226,9 @@ def find_spec(env_id: str) -> EnvSpec:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise InputError(f"env={env_id}: cannot import {module} ({error}); install it or correct its name") from error
+            raise InputError(
+                f"env={env_id}: cannot import {module} ({error}); install it or correct its name"
+            ) from error
     with contextlib.suppress(ImportError):
         importlib.import_module("ale_py")  # registers the Atari games where it is installed
     try:
@@ -240,7 +246,7 @@ def find_spec(env_id: str) -> EnvSpec:
 
 
 @contextlib.contextmanager
-def missing_extra(env_id: str):  # noqa: ANN201 - a context manager's type says nothing here
+def missing_extra(env_id: str):
     """Turn a failed import inside ``gymnasium.make`` into the command that installs what is missing."""
     try:
         yield
@@ -249,7 +255,9 @@ def missing_extra(env_id: str):  # noqa: ANN201 - a context manager's type says 
         extra = next((extra for module, extra in EXTRAS.items() if module.lower() in text.lower()), None)
         if extra is None:
             raise InputError(f"{env_id} needs a package that is not installed: {error}") from error
-        raise InputError(f'{env_id} needs packages that are not installed: pip install "ppo-lightning[{extra}]"') from error
+        raise InputError(
+            f'{env_id} needs packages that are not installed: pip install "ppo-lightning[{extra}]"'
+        ) from error
     except (gym.error.Error, TypeError) as error:
         raise InputError(f"gymnasium.make({env_id!r}) failed: {error}; check env and env_kwargs") from error
 

@@ -61,7 +61,9 @@ class Environments:
             self.mode = AutoresetMode(mode)
         except ValueError as error:
             known = [mode.value for mode in AutoresetMode]
-            raise InputError(f"{self.name} has metadata['autoreset_mode'] = {mode!r}: it must be one of {known}") from error
+            raise InputError(
+                f"{self.name} has metadata['autoreset_mode'] = {mode!r}: it must be one of {known}"
+            ) from error
         self._done = np.zeros(self.num_envs, dtype=bool)
         self._none_ended = np.zeros(0, dtype=np.int64)
         self._finalizer = None if maker.is_instance else weakref.finalize(self, _close, self.env)

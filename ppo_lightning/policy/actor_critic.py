@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class ActorCritic(nn.Module):
 def perceptron(sizes: Sequence[int], activation: type[nn.Module], output_gain: float) -> nn.Sequential:
     """Linear layers of ``sizes`` units with activations between them, orthogonal, biases 0."""
     layers: list[nn.Module] = []
-    for index, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for index, (inputs, outputs) in enumerate(pairwise(sizes)):
         linear = nn.Linear(inputs, outputs)
         is_output = index == len(sizes) - 2
         nn.init.orthogonal_(linear.weight, output_gain if is_output else math.sqrt(2))

@@ -14,6 +14,7 @@ import torch
 from gymnasium import Space
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
+from typing_extensions import override
 
 from ppo_lightning.spaces import num_action_parameters
 
@@ -53,16 +54,20 @@ class Categorical(ActionDistribution):
 
     num_parameters: int
 
+    @override
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
         """Standard Gumbel noise: the argmax of logits + noise is distributed as softmax(logits) (Gumbel 1954)."""
         return torch.empty(*shape, self.num_parameters).exponential_(generator=generator).log_().neg_()
 
+    @override
     def sample(self, parameters: Tensor, noise: Tensor) -> Tensor:
         return (parameters + noise).argmax(-1)
 
+    @override
     def mode(self, parameters: Tensor) -> Tensor:
         return parameters.argmax(-1)
 
+    @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         log_probs = parameters.log_softmax(-1)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
@@ -79,16 +84,20 @@ class DiagonalGaussian(ActionDistribution):
     shape: tuple[int, ...]
     num_parameters: int
 
+    @override
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
         return torch.randn(*shape, self.num_parameters // 2, generator=generator)
 
+    @override
     def sample(self, parameters: Tensor, noise: Tensor) -> Tensor:
         mean, log_std = parameters.chunk(2, -1)
         return torch.addcmul(mean, log_std.exp(), noise).unflatten(-1, self.shape)
 
+    @override
     def mode(self, parameters: Tensor) -> Tensor:
         return parameters.chunk(2, -1)[0].unflatten(-1, self.shape)
 
+    @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = parameters.chunk(2, -1)
         standardized = (action.flatten(1) - mean) * (-log_std).exp()
@@ -96,6 +105,7 @@ class DiagonalGaussian(ActionDistribution):
         log_prob = -0.5 * (standardized.square().sum(-1) + dims * LOG_2PI) - total_log_std
         return log_prob, total_log_std + 0.5 * dims * (1 + LOG_2PI)
 
+    @override
     def std(self, parameters: Tensor) -> Tensor:
         return parameters.chunk(2, -1)[1].exp()
 

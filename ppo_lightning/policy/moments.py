@@ -30,7 +30,7 @@ class RunningMoments(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def batch_moments(self, samples: Tensor) -> Tensor:
-        """Count, mean and summed squared deviations of samples [B, \\*shape], packed as one float64 row for a gather."""
+        """Count, mean and summed squared deviations of samples [B, …], packed as one float64 row for a gather."""
         samples = samples.double()
         mean = samples.mean(0)
         squares = (samples - mean).square().sum(0)
@@ -41,13 +41,13 @@ class RunningMoments(nn.Module):
         """Merge what :meth:`batch_moments` packed, [P] or [ranks, P], in order."""
         size = self.mean.numel()
         for row in packed.reshape(-1, 1 + 2 * size):
-            count, mean, squares = row.split([1, size, size])
+            count = row[0]
             if count == 0:
                 continue
-            mean, squares = mean.view_as(self.mean), squares.view_as(self.mean)
+            mean, squares = (part.view_as(self.mean) for part in row[1:].split(size))
             total = self.count + count
             delta = mean - self.mean
             squares = self.variance * self.count + squares + delta.square() * self.count * count / total
             self.mean.add_(delta * (count / total))
             self.variance.copy_(squares / total)
-            self.count.copy_(total.squeeze())
+            self.count.copy_(total)

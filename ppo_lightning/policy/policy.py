@@ -41,7 +41,8 @@ class Policy(nn.Module):
         normalize_observation: bool,
     ) -> None:
         super().__init__()
-        describe(observation_space), describe(action_space)  # refuse unsupported spaces before anything is built
+        for space in (observation_space, action_space):
+            describe(space)  # refuses unsupported ones before anything is built
         if normalize_observation and not isinstance(observation_space, Box):
             raise InputError(
                 f"normalize_observation needs a Box observation, this environment's is {observation_space!r}: turn it off"
