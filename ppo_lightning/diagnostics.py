@@ -12,7 +12,7 @@ def approximate_kl(log_ratio: Tensor) -> Tensor:
     Args:
         log_ratio: [B] log π_new(a|s) - log π_old(a|s) for actions drawn from π_old.
     """
-    return (log_ratio.exp() - 1 - log_ratio).mean()
+    return (log_ratio.expm1() - log_ratio).mean()
 
 
 def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:

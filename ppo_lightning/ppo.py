@@ -895,3 +895,6 @@ def _nothing() -> None:
 _PARAMETERS = {
     name: parameter.default for name, parameter in inspect.signature(PPO.__init__).parameters.items() if name != "self"
 }
+# The default optimiser is a lambda, which the command line can read and change; under a name it can be pickled too.
+_adam = _PARAMETERS["optimizer"]
+_adam.__qualname__ = "_adam"

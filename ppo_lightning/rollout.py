@@ -264,9 +264,10 @@ class EpisodeStatistics:
         order = (step * done.shape[1] + env).argsort()
         success = torch.from_numpy(np.concatenate(successes)) if successes else torch.zeros(0, dtype=torch.float64)
         self.finished = torch.cat([totals[:, order].T, success[:, None]], 1)  # [E, 3]
-        last = torch.zeros_like(self._carry)
-        last[:, env] = ends  # the latest end of each environment, since steps ascend
-        self._carry = sums[:, -1] - last
+        self._carry = sums[:, -1].clone()
+        latest = torch.ones(len(env), dtype=torch.bool)
+        latest[:-1] = env[1:] != env[:-1]
+        self._carry[:, env[latest]] -= ends[:, latest]
 
     def record(self, episodes: Tensor) -> None:
         """Put finished episodes [E, 3] (return, length, success) into the window."""

@@ -4,7 +4,7 @@ Every function dispatches on the type of the space, so that a new space is a new
 """
 
 from collections.abc import Callable
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 import numpy as np
@@ -89,8 +89,11 @@ def _(space: Box) -> Callable[[Tensor], Tensor]:
 
 @encoder.register
 def _(space: Discrete) -> Callable[[Tensor], Tensor]:
-    start, n = int(space.start), int(space.n)
-    return lambda observation: one_hot(observation - start, n).float()
+    return partial(_one_hot, start=int(space.start), n=int(space.n))
+
+
+def _one_hot(observation: Tensor, start: int, n: int) -> Tensor:
+    return one_hot(observation - start, n).float()
 
 
 @singledispatch
@@ -117,17 +120,17 @@ def action_decoder(space: Space[Any]) -> Callable[[np.ndarray], np.ndarray]:
 
 @action_decoder.register
 def _(space: Box) -> Callable[[np.ndarray], np.ndarray]:
-    low, high, dtype = space.low, space.high, space.dtype
-    if not np.issubdtype(dtype, np.floating):
+    if not np.issubdtype(space.dtype, np.floating):
         raise InputError(
             f"the action space {space!r} has integer bounds: use MultiDiscrete or Discrete for such actions"
         )
-    return lambda action: np.clip(action, low, high).astype(dtype, copy=False)
+    return partial(_clip, low=space.low, high=space.high)
+
+
+def _clip(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return np.clip(action, low, high).astype(low.dtype, copy=False)
 
 
 @action_decoder.register
 def _(space: Discrete) -> Callable[[np.ndarray], np.ndarray]:
-    start = space.start
-    if start == 0:
-        return lambda action: action
-    return lambda action: action + start
+    return partial(np.add, space.start)

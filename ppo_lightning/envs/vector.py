@@ -3,6 +3,7 @@
 import multiprocessing
 import weakref
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,16 +154,19 @@ class Environments:
         try:
             return self._named(where, ask)
         except EnvironmentFault as fault:
+            silent = [i for i, pipe in enumerate(env.parent_pipes) if pipe is not None and not pipe.poll()]
+            dying = isinstance(fault.__cause__, EOFError | BrokenPipeError | ConnectionResetError)
+            ended = wait([process.sentinel for process in env.processes], timeout=5.0 if dying else 0.0)
+            codes = {i: process.exitcode for i, process in enumerate(env.processes) if process.sentinel in ended}
+            _kill(env)  # what is left can neither be asked nor closed politely
             if isinstance(fault.__cause__, multiprocessing.TimeoutError):
-                silent = [i for i, pipe in enumerate(env.parent_pipes) if pipe is not None and not pipe.poll()]
                 raise EnvironmentFault(
                     f"environment {silent} did not answer within {self._timeout} s in {where}: "
                     "raise env_timeout_s, or look at what it waits for"
                 ) from fault.__cause__
-            if isinstance(fault.__cause__, EOFError | BrokenPipeError | ConnectionResetError):
-                dead = {i: p.exitcode for i, p in enumerate(env.processes) if not p.is_alive()}
+            if dying:
                 raise EnvironmentFault(
-                    f"the worker process of environment {list(dead)} died in {where} (exit code {list(dead.values())}): "
+                    f"the worker process of environment {list(codes)} died in {where} (exit code {list(codes.values())}): "
                     "it was killed, for lack of memory perhaps"
                 ) from fault.__cause__
             raise
@@ -177,9 +181,21 @@ def _success(info: dict[str, Any], ended: Array) -> Array | None:
 
 
 def _close(env: VectorEnv) -> None:
-    if isinstance(env, AsyncVectorEnv):
-        # A dead worker, or one that is still busy, would make a polite close wait for ever.
-        healthy = all(process.is_alive() for process in env.processes) and env._state.value == "default"
-        env.close(terminate=not healthy)
+    if isinstance(env, AsyncVectorEnv) and not (env.closed or all(process.is_alive() for process in env.processes)):
+        _kill(env)
+    elif isinstance(env, AsyncVectorEnv) and env._state.value != "default":
+        _kill(env)  # interrupted while it waited
     else:
         env.close()
+
+
+def _kill(env: AsyncVectorEnv) -> None:
+    """End all worker processes. A dead one, or one that is busy, would make Gymnasium's own close wait for ever."""
+    for process in env.processes:
+        process.kill()
+    for process in env.processes:
+        process.join()
+    for pipe in env.parent_pipes:
+        if pipe is not None:
+            pipe.close()
+    env.closed = True

@@ -1,0 +1,44 @@
+"""What all tests share: one thread, a folder of their own, no seed left over from another test."""
+
+import logging
+import warnings
+
+import lightning
+import numpy as np
+import pytest
+import torch
+
+from ppo_lightning import PPO
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # as seed_everything(0) leaves it; monkeypatch takes back what tests set
+    torch.manual_seed(0)
+    np.random.seed(0)
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Train a model quietly on the CPU; keywords go to the Trainer."""
+
+    def run(model: PPO, ckpt_path=None, **kwargs) -> lightning.Trainer:
+        defaults = {
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "limit_val_batches": 0,
+            "default_root_dir": tmp_path,
+        }
+        trainer = lightning.Trainer(**{**defaults, **kwargs})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            trainer.fit(model, ckpt_path=ckpt_path)
+        return trainer
+
+    return run

@@ -1,0 +1,45 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ppo_lightning.cli import main
+from ppo_lightning.ppo import _PARAMETERS
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_trains_two_iterations_as_it_stands(config, tmp_path):
+    main(
+        ["fit", "--config", str(config), "--trainer.max_epochs", "2", "--trainer.default_root_dir", str(tmp_path)]
+        + ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+        + ["--model.num_eval_episodes", "1", "--trainer.accelerator", "cpu", "--model.num_steps", "64"]
+        + ["--model.num_minibatches", "4"]
+    )
+    assert (tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_holds_only_what_differs_from_the_defaults_in_the_order_of_the_data(config):
+    model = yaml.safe_load(config.read_text())["model"]
+    order = [name for name in _PARAMETERS if name in model]
+    assert list(model) == order
+    for name, value in model.items():
+        if name != "env":
+            assert value != _PARAMETERS[name], name
+
+
+def test_the_readme_lists_every_config():
+    readme = (ROOT / "README.md").read_text()
+    for config in CONFIGS:
+        assert config.name in readme
+
+
+def test_module_and_console_script_are_the_same():
+    for command in ([sys.executable, "-m", "ppo_lightning"], [str(Path(sys.executable).parent / "ppo-lightning")]):
+        done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+        assert "fit" in done.stdout

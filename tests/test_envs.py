@@ -1,0 +1,235 @@
+import functools
+import multiprocessing
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from probes import Endless, Faulty, Probe, Scripted
+
+from ppo_lightning import PPO, EnvironmentFault, InputError
+from ppo_lightning.envs import EnvMaker, Environments
+
+SMALL = {"num_envs": 3, "num_steps": 16, "total_steps": 96, "num_minibatches": 2}
+
+
+class FaultyOnlyIn(Faulty):
+    """Wrong in one environment of several: the one whose seed says so."""
+
+    def __init__(self, fault, index, where="step"):
+        super().__init__(fault, where=where, spare_first_reset=True)
+        self.index, self.mine = index, False
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.mine = seed == 100 + self.index
+        if not self.mine:
+            self.fault, kept = "none", self.fault
+            self.steps = 0
+            self.resets += 1
+            self.kept = kept
+            return self.see(0.0), {}
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        if not self.mine:
+            self.steps += 1
+            return self.see(0.0), 1.0, False, self.steps >= 5, {}
+        return super().step(action)
+
+
+def faulty(fault, index=1, where="step"):
+    return functools.partial(FaultyOnlyIn, fault, index, where)
+
+
+def run(model, fit):
+    model.seed = 100
+    before = [p.detach().clone() for p in model.policy.parameters()]
+    with pytest.raises(EnvironmentFault) as caught:
+        fit(model)
+    for old, new in zip(before, model.policy.parameters(), strict=True):
+        assert torch.equal(old, new)  # nothing reached the parameters
+    assert model.rollouts.environments is None  # closed
+    return str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*ERROR:UserWarning")  # Gymnasium reports a worker's error as a warning, too
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("where", ["step", "reset"])
+def test_an_environment_that_raises_is_named_with_its_own_traceback(fit, vectorization, where):
+    started = time.monotonic()
+    message = run(PPO(faulty("raise", where=where), vectorization=vectorization, **SMALL), fit)
+    assert message.startswith(f"environment 1 raised ZeroDivisionError in {where}: the pole is at infinity")
+    assert "probes.py" in message
+    assert "raise ZeroDivisionError" in message
+    assert time.monotonic() - started < 30
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("fault", "key", "step"),
+    [
+        ("nan observation", "observation", 3),
+        ("inf observation", "observation", 3),
+        ("nan reward", "reward", 2),
+        ("inf reward", "reward", 2),
+        ("none reward", "reward", 2),
+    ],
+)
+def test_what_is_not_finite_is_named_by_environment_step_and_key(fit, fault, key, step):
+    message = run(PPO(faulty(fault), **SMALL), fit)
+    assert message.startswith(f"environment 1 returned a {key} that is not finite at step {step} of the rollout")
+
+
+def test_a_final_observation_that_is_not_finite_is_named(fit):
+    class Ends(Probe):
+        def step(self, action):
+            return self.see(np.nan), 1.0, False, True, {}
+
+    message = run(PPO(Ends, **SMALL), fit)
+    assert message.startswith("environment 0 returned a final observation that is not finite at step 0")
+
+
+@pytest.mark.parametrize("fault", ["shape", "scalar", "dtype"])
+def test_an_observation_that_its_space_does_not_allow_is_named(fit, fault):
+    message = run(PPO(faulty(fault, index=2), **SMALL), fit)
+    assert message.startswith("environment 2 returned in step an observation that is")
+    assert "Box(-10.0, 10.0, (1,), float32)" in message
+
+
+def test_a_native_vector_with_wrong_observations_is_named(fit):
+    class Native(VectorEnv):
+        num_envs = 2
+        metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+        single_observation_space = Probe().observation_space
+        single_action_space = Probe().action_space
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros((2, 7), np.float32), {}
+
+    with pytest.raises(EnvironmentFault, match=r"observations \(2, 7\) float32, its space says \(2, 1\)"):
+        fit(PPO(Native, **SMALL))
+
+
+def test_a_worker_that_hangs_is_named_in_time(fit):
+    started = time.monotonic()
+    message = run(PPO(faulty("hang"), vectorization="async", env_timeout_s=1.0, **SMALL), fit)
+    assert "environment [1] did not answer within 1.0 s in step" in message
+    assert time.monotonic() - started < 40
+
+
+def test_a_worker_that_dies_is_named(fit):
+    message = run(PPO(faulty("die"), vectorization="async", **SMALL), fit)
+    assert "the worker process of environment [1] died in step (exit code [-9])" in message
+
+
+def test_an_async_timeout_is_an_option_with_effect():
+    environments = Environments(EnvMaker("CartPole-v1", vectorization="async"), 2, 7.5)
+    assert environments._timeout == 7.5
+    environments.reset(0)
+    environments.close()
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ("CartPol-v1", "no environment 'CartPol-v1': did you mean CartPole-v1"),
+        ("cartpole-v1", "did you mean CartPole-v"),
+        ("LunarLander-v2", "did you mean LunarLander-v3"),
+        ("Zaxxon-v77", "no environment 'Zaxxon-v77': list what is there"),
+        ("no_such_package:Thing-v0", "cannot import no_such_package"),
+    ],
+)
+def test_an_unknown_id_has_close_matches(env, message):
+    with pytest.raises(InputError, match=message):
+        PPO(env)
+
+
+def test_a_missing_extra_is_named_with_the_command(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "Box2D", None)
+    monkeypatch.delitem(sys.modules, "gymnasium.envs.box2d.lunar_lander", raising=False)
+    monkeypatch.delitem(sys.modules, "gymnasium.envs.box2d", raising=False)
+    monkeypatch.delitem(sys.modules, "gymnasium.envs.box2d.bipedal_walker", raising=False)
+    with pytest.raises(InputError, match=r'pip install "ppo-lightning\[box2d\]"'):
+        PPO("LunarLander-v3")
+
+
+def test_wrong_env_kwargs_are_named():
+    with pytest.raises(InputError, match=r"gymnasium.make\('CartPole-v1'\) failed.*check env and env_kwargs"):
+        PPO("CartPole-v1", env_kwargs={"gravity_of_jupiter": 1})
+
+
+def test_unsupported_spaces_are_named():
+    class Strange(Probe):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = gym.spaces.Dict({"a": gym.spaces.Discrete(2)})
+
+    with pytest.raises(InputError, match="Dict.*is not supported"):
+        PPO(Strange)
+
+
+def test_what_a_callable_must_make():
+    with pytest.raises(InputError, match="must return a gymnasium.vector.VectorEnv or a gymnasium.Env"):
+        PPO(lambda: 3)
+
+
+def test_wrappers_go_around_single_environments():
+    wrapper = functools.partial(gym.wrappers.TimeLimit, max_episode_steps=3)
+    with pytest.raises(InputError, match="vector_entry_point has none"):
+        PPO("CartPole-v1", vectorization="vector_entry_point", wrappers=[wrapper])
+    with pytest.raises(InputError, match="wrap inside it"):
+        PPO(lambda: SyncVectorEnv([Probe]), wrappers=[wrapper])
+    with pytest.raises(InputError, match="VectorEnv already"):
+        PPO(SyncVectorEnv([Endless] * 2), wrappers=[wrapper])
+    model = PPO(Endless, wrappers=[wrapper], num_envs=2, num_steps=4, num_minibatches=1)
+    assert model.rollouts.collect()["truncated"].tolist() == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
+
+
+def test_no_vector_entry_point_is_said():
+    with pytest.raises(InputError, match="Pendulum-v1 has no vector entry point"):
+        PPO("Pendulum-v1", vectorization="vector_entry_point")
+
+
+def test_too_many_minibatches_for_a_vector_that_spends_steps_on_resets():
+    make = lambda: SyncVectorEnv([lambda: Scripted(((1, "terminated"),))] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)  # noqa: E731
+    model = PPO(make, num_steps=8, num_minibatches=8)
+    assert len(model.samples(_with_advantage(model))) >= 8
+    with pytest.raises(InputError, match="spends a step on every reset"):
+        PPO(make, num_steps=8, num_minibatches=9).rollouts.collect()
+
+
+def _with_advantage(model):
+    batch = model.rollouts.collect()
+    model.on_train_batch_start(batch, 0)
+    return batch
+
+
+def test_same_step_without_final_observations_is_refused():
+    class Forgetful(SyncVectorEnv):
+        def step(self, actions):
+            *rest, info = super().step(actions)
+            info.pop("final_obs", None)
+            return *rest, info
+
+    make = lambda: Forgetful([Endless] * 2, autoreset_mode=AutoresetMode.SAME_STEP)  # noqa: E731
+    with pytest.raises(EnvironmentFault, match="gives no info"):
+        PPO(make, num_steps=32).rollouts.collect()
+
+
+def test_a_callable_is_told_how_many_where_it_asks():
+    made = []
+
+    def make(num_envs, limit):
+        made.append(num_envs)
+        return SyncVectorEnv([lambda: Endless(limit)] * num_envs)
+
+    model = PPO(make, env_kwargs={"limit": 4}, num_envs=5, num_steps=8)
+    assert model.rollouts.collect().batch_size == (8, 5)
+    assert made == [5]
+    model.evaluate(2)
+    assert made == [5, 2]

@@ -1,0 +1,721 @@
+import logging
+import math
+import pickle
+
+import gymnasium as gym
+import lightning
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger
+from probes import ActionMustMatch, ConstantReward, Target
+from torch import nn
+from torch.testing import assert_close
+
+from ppo_lightning import PPO, ActorCritic, InputError, Linear
+from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, StepProgressBar
+
+SMALL = {"num_envs": 4, "num_steps": 32, "total_steps": 512}
+
+
+class Memory(Logger):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    name = "memory"
+    version = 0
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+def trained(fit, env="CartPole-v1", seed=1, logger=None, trainer=(), **kwargs) -> PPO:
+    lightning.seed_everything(seed, verbose=False)
+    model = PPO(env, **{**SMALL, **kwargs})
+    fit(model, logger=logger or False, **dict(trainer))
+    return model
+
+
+def parameters(model: PPO) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+
+# --- the same mathematics, written plainly -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_equals_the_same_loop_in_plain_torch_bit_for_bit(fit, env):
+    """No dataset, no TensorDict, no Lightning: environments, networks, generator, Adam."""
+    lightning.seed_everything(3, verbose=False)
+    model = PPO(env, num_envs=4, num_steps=32, total_steps=6 * 128, ent_coef=0.01, clip_range_vf=0.2)
+    lightning.seed_everything(3, verbose=False)
+    network = ActorCritic(model.observation_space, model.action_space)
+    fit(model)
+
+    discrete = env == "CartPole-v1"
+    envs = SyncVectorEnv([lambda: gym.make(env)] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-4, eps=1e-5, fused=True)
+    generator = torch.Generator().manual_seed(model._stream("training", 0))
+    observation, _ = envs.reset(seed=3)
+    for iteration in range(6):
+        optimizer.param_groups[0]["lr"] = 3e-4 * (1 - iteration / 6)
+        if discrete:
+            noise = -torch.empty(32, 4, 2).exponential_(generator=generator).log()
+        else:
+            noise = torch.randn(32, 4, 1, generator=generator)
+        seen, actions, rewards, terminal, done, finals = [], [], [], [], [], {}
+        with torch.no_grad():
+            for t in range(32):
+                seen.append(torch.tensor(observation, dtype=torch.float32))
+                output = network.actor(seen[-1])
+                if discrete:
+                    action = (output + noise[t]).argmax(-1)
+                    given = action.numpy()
+                else:
+                    action = torch.addcmul(output[:, :1], output[:, 1:].exp(), noise[t])
+                    given = action.numpy().clip(-2, 2)
+                observation, reward, terminated, truncated, info = envs.step(given)
+                actions.append(action)
+                rewards.append(torch.tensor(reward, dtype=torch.float32))
+                terminal.append(torch.tensor(terminated))
+                done.append(torch.tensor(terminated | truncated))
+                for i in np.flatnonzero(terminated | truncated):
+                    finals[t, i] = torch.tensor(info["final_obs"][i])
+            last = torch.tensor(observation, dtype=torch.float32)
+            x, a = torch.cat(seen), torch.cat(actions)
+            value = network.critic(x).view(32, 4)
+            tail = network.critic(torch.stack([*last, *finals.values()]))
+            next_value = torch.cat([value[1:], tail[None, :4]])
+            for (t, i), v in zip(finals, tail[4:], strict=True):
+                next_value[t, i] = v
+            old_log_prob = log_probability(network.actor(x), a, discrete)[0]
+            advantage = torch.zeros(32, 4)
+            after = torch.zeros(4)
+            for t in reversed(range(32)):
+                delta = rewards[t] + 0.99 * next_value[t] * ~terminal[t] - value[t]
+                advantage[t] = after = torch.addcmul(delta, 0.99 * 0.95 * ~done[t], after)
+            target = (advantage + value).flatten()
+            advantage, value = advantage.flatten(), value.flatten()
+        for _ in range(4):
+            order = torch.randperm(128, generator=generator)
+            for index in order.split(32):
+                log_prob, entropy = log_probability(network.actor(x[index]), a[index], discrete)
+                normal = (advantage[index] - advantage[index].mean()) / (advantage[index].std() + 1e-8)
+                ratio = (log_prob - old_log_prob[index]).exp()
+                gain = torch.minimum(normal * ratio, normal * ratio.clamp(0.8, 1.2)).mean()
+                moved = value[index] + (network.critic(x[index]) - value[index]).clamp(-0.2, 0.2)
+                loss = -gain + 0.5 * (target[index] - moved).square().mean() - 0.01 * entropy.mean()
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+                optimizer.step()
+    assert_close(dict(model.policy.network.named_parameters()), dict(network.named_parameters()), rtol=0, atol=0)
+
+
+def log_probability(output, action, discrete):
+    if discrete:
+        log_probs = output.log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)  # before the gather: gradients are summed in this order
+        return log_probs.gather(-1, action[:, None])[:, 0], entropy
+    mean, log_std = output.chunk(2, -1)
+    z = (action - mean) * (-log_std).exp()
+    log_std = log_std.sum(-1)
+    log_2pi = math.log(2 * math.pi)
+    return -0.5 * (z.square().sum(-1) + log_2pi) - log_std, log_std + 0.5 * (1 + log_2pi)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"normalize_observation": True, "normalize_reward": True}], ids=["plain", "normalised"])
+@pytest.mark.parametrize(("env", "minibatches"), [("CartPole-v1", 4), ("Pendulum-v1", 4), ("Pendulum-v1", 7)])
+def test_ratio_is_one_in_the_first_minibatch(fit, env, kwargs, minibatches):
+    """In every iteration: normalisers are frozen from the rollout to the end of its update."""
+    logger, steps = Memory(), []
+
+    class First(PPO):
+        def descend(self, loss):
+            pass  # the policy does not move, so every minibatch is a first one
+
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            samples = self.samples(batch)
+            with torch.no_grad():
+                for piece in samples.split(len(samples) // minibatches):
+                    log_prob, _, value = self.policy.evaluate(piece["observation"], piece["action"])
+                    steps.append((log_prob - piece["action_log_prob"]).exp() - 1)
+
+    lightning.seed_everything(0, verbose=False)
+    model = First(env, num_minibatches=minibatches, **{**SMALL, "num_steps": 64}, **kwargs)
+    fit(model, logger=logger)
+    assert len(steps) >= 2 * minibatches
+    worst = max(step.abs().max().item() for step in steps)
+    assert worst <= (0 if 256 % minibatches == 0 and 256 // minibatches % 16 == 0 else 1e-6)
+    assert all(abs(row["train/approx_kl"]) < 1e-6 for _, row in logger.rows)
+
+
+def test_ratio_is_one_under_autocast(fit):
+    ratios = []
+
+    class First(PPO):
+        def training_step(self, batch, batch_idx):
+            samples = self.samples(batch)
+            log_prob, _, _ = self.policy.evaluate(samples["observation"], samples["action"])
+            ratios.append((log_prob - samples["action_log_prob"]).exp())
+            super().training_step(batch, batch_idx)
+
+    fit(First("CartPole-v1", **SMALL), precision="bf16-mixed")
+    assert_close(torch.cat(ratios), torch.ones(len(torch.cat(ratios))), atol=1e-2, rtol=0)
+
+
+# --- Lightning's side --------------------------------------------------------------------------------------------------
+
+
+def test_no_rollout_is_a_policy_old(fit):
+    """The version the rollout was collected with is the number of updates before it."""
+    versions = []
+
+    class Seen(PPO):
+        def on_train_batch_start(self, batch, batch_idx):
+            versions.append((batch["policy_version"], int(self.iterations)))
+            super().on_train_batch_start(batch, batch_idx)
+
+    fit(Seen("CartPole-v1", **SMALL))
+    assert versions == [(i, i) for i in range(4)]
+
+
+def test_refuses_a_rollout_of_an_older_policy():
+    model = PPO("CartPole-v1", **SMALL)
+    batch = model.rollouts.collect()
+    model.iterations += 1
+    with pytest.raises(InputError, match="policy 0, this is policy 1"):
+        model.on_train_batch_start(batch, 0)
+
+
+def test_a_bare_trainer_trains_to_total_steps(tmp_path, capsys):
+    lightning.seed_everything(1, verbose=False)
+    model = PPO("CartPole-v1", num_envs=4, num_steps=32, total_steps=40 * 128, num_eval_episodes=2)
+    trainer = lightning.Trainer(accelerator="cpu", default_root_dir=tmp_path)
+    trainer.fit(model)
+    assert model.num_env_steps == 40 * 128
+    assert trainer.global_step == trainer.current_epoch == 40
+    folder = tmp_path / "lightning_logs" / "version_0" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert torch.load(folder / "last.ckpt")["state_dict"]["env_steps"] == 40 * 128
+    bar = capsys.readouterr().out
+    assert "PPO: 100%" in bar
+    assert "5.12k/5.12k" in bar
+    assert "return=" in bar
+
+
+def test_users_callbacks_stay_and_defaults_give_way(tmp_path):
+    class MyBar(RichProgressBar):
+        pass
+
+    mine = ModelCheckpoint(monitor="rollout/ep_rew_mean", mode="max", filename="mine", dirpath=tmp_path)
+    trainer = lightning.Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, callbacks=[mine, MyBar()], max_epochs=2, logger=False
+    )
+    trainer.fit(PPO("CartPole-v1", **SMALL))
+    kinds = [type(callback) for callback in trainer.callbacks]
+    assert MyBar in kinds
+    assert StepProgressBar not in kinds
+    assert kinds.count(ModelCheckpoint) == kinds.count(BestCheckpoint) == kinds.count(LastCheckpoint) == 1
+    assert (tmp_path / "mine.ckpt").exists()
+
+
+def test_max_epochs_ends_a_run_early_and_changes_no_schedule(fit):
+    logger = Memory()
+    model = PPO("CartPole-v1", **SMALL)
+    fit(model, max_epochs=2, logger=logger)
+    assert model.num_env_steps == 256
+    assert [row["train/learning_rate"] for _, row in logger.rows] == pytest.approx([3e-4, 3e-4 * 3 / 4])
+
+
+def test_total_steps_is_rounded_up_to_whole_iterations(fit):
+    model = PPO("CartPole-v1", **{**SMALL, "total_steps": 300})
+    fit(model)
+    assert model.num_env_steps == 384
+
+
+def test_fitting_twice_continues_counting_and_a_finished_run_trains_no_more(fit):
+    model = PPO("CartPole-v1", **SMALL)
+    fit(model)
+    before = parameters(model)
+    fit(model)
+    assert model.num_env_steps == 512
+    assert_close(parameters(model), before, rtol=0, atol=0)
+    model.total_steps = 1024
+    fit(model)
+    assert model.num_env_steps == 1024
+    assert not torch.equal(parameters(model), before)
+
+
+def test_evaluations_come_every_interval_and_at_the_end(tmp_path):
+    logger = CSVLogger(tmp_path)
+    model = PPO("CartPole-v1", **{**SMALL, "total_steps": 5 * 128}, eval_interval=2, num_eval_episodes=2)
+    trainer = lightning.Trainer(accelerator="cpu", logger=logger, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(model)
+    rows = np.genfromtxt(f"{logger.log_dir}/metrics.csv", delimiter=",", names=True, deletechars="")
+    evaluated = rows["step"][~np.isnan(rows["eval/mean_reward"])]
+    assert evaluated.tolist() == [256, 512, 640]
+
+
+def test_callbacks_can_monitor_what_is_logged(fit):
+    """Return and training metrics alike."""
+    model = PPO("CartPole-v1", **{**SMALL, "total_steps": 10_000})
+    stop = EarlyStopping("train/learning_rate", mode="max", patience=2, check_on_train_epoch_end=True)
+    fit(model, callbacks=[stop])
+    assert int(model.iterations) == 3
+    assert {"rollout/ep_rew_mean", "train/approx_kl", "time/fps"} <= model.trainer.callback_metrics.keys()
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_all_metrics_are_logged_once_per_rollout_over_environment_steps(fit, env):
+    logger = Memory()
+    trained(fit, env, logger=logger, total_steps=4 * 1024, num_steps=256, clip_range_vf=0.2)
+    names = {
+        "rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps", "time/iterations", "time/total_timesteps",
+        "time/time_elapsed", "time/collect", "time/update", "time/evaluate", "train/approx_kl", "train/clip_fraction",
+        "train/clip_range", "train/clip_range_vf", "train/entropy_loss", "train/explained_variance",
+        "train/learning_rate", "train/loss", "train/policy_gradient_loss", "train/value_loss", "train/grad_norm",
+        "train/n_updates",
+    }  # fmt: skip
+    if env == "Pendulum-v1":
+        names |= {"train/std"}
+    assert [step for step, _ in logger.rows] == [1024, 2048, 3072, 4096]
+    assert set(logger.rows[-1][1]) == names
+    assert all(math.isfinite(value) for value in logger.rows[-1][1].values())
+    assert "time/fps" not in logger.rows[1][1]  # still its burn-in
+    assert [row["train/n_updates"] for _, row in logger.rows] == [4, 8, 12, 16]
+
+
+def test_metrics_have_stable_baselines3s_meanings(fit):
+    logger, kept = Memory(), []
+
+    class Kept(PPO):
+        def update(self, batch, descend):
+            kept.append(super().update(batch, descend))
+            return kept[-1]
+
+    lightning.seed_everything(0, verbose=False)
+    fit(Kept("Pendulum-v1", **SMALL), logger=logger)
+    (_, row), update = logger.rows[0], kept[0]
+    assert len(update.terms) == 16
+    column = lambda name: torch.stack([getattr(term, name) for term in update.terms]).tolist()  # noqa: E731
+    assert row["train/approx_kl"] == pytest.approx(np.mean(column("approx_kl")[-4:]))
+    assert row["train/loss"] == pytest.approx(column("loss")[-1])
+    assert row["train/entropy_loss"] == pytest.approx(-np.mean(column("entropy")))
+    assert row["train/value_loss"] == pytest.approx(np.mean(column("value_loss")))
+    assert row["train/policy_gradient_loss"] == pytest.approx(np.mean(column("policy_loss")), abs=1e-7)
+    assert row["train/clip_fraction"] == pytest.approx(np.mean(column("clip_fraction")))
+
+
+def test_counters_are_exact_beyond_float32(fit):
+    model = PPO("CartPole-v1", **{**SMALL, "total_steps": 2**24 + 128})
+    model.env_steps.fill_(2**24 + 1)
+    logger = Memory()
+    fit(model, logger=logger)
+    assert [step for step, _ in logger.rows] == [2**24 + 129]
+
+
+def test_hooks_of_callbacks_see_every_gradient_step_and_change_nothing(fit):
+    """Without such a callback the steps take a shorter way to the same numbers."""
+
+    class Counter(lightning.Callback):
+        calls = 0
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.calls += 1
+
+    counter = Counter()
+    plain = trained(fit)
+    hooked = trained(fit, trainer={"callbacks": [counter]})
+    assert counter.calls == 4 * 16
+    assert_close(parameters(hooked), parameters(plain), rtol=0, atol=0)
+
+
+# --- seeds, checkpoints ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_the_same_seed_twice_is_the_same_run(fit, env):
+    kwargs = {"normalize_observation": True, "normalize_reward": True}
+    first, second = trained(fit, env, **kwargs), trained(fit, env, **kwargs)
+    assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(parameters(first), parameters(trained(fit, env, seed=2, **kwargs)))
+
+
+def test_without_a_seed_one_is_drawn_logged_and_saved(tmp_path, caplog, fit, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    model = PPO("CartPole-v1", **SMALL)
+    with caplog.at_level(logging.INFO):
+        trainer = fit(model)
+    assert f"seed {model.seed}" in caplog.text
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt")["ppo_lightning"]["seed"] == model.seed
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"clip_range": Linear(0.3, 0.1), "env_kwargs": {"max_episode_steps": 50}}])
+def test_a_checkpoint_loads_with_plain_data_only_and_predicts_the_same(fit, tmp_path, kwargs):
+    lightning.seed_everything(1, verbose=False)
+    model = PPO("CartPole-v1", normalize_observation=True, **SMALL, **kwargs)
+    fit(model).save_checkpoint(tmp_path / "a.ckpt")
+    loaded = PPO.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    observations = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    assert (loaded.predict(observations) == model.predict(observations)).all()
+    assert loaded.num_env_steps == 512
+    assert loaded.clip_range == model.clip_range
+    assert loaded.env_maker == model.env_maker
+    assert loaded.evaluate(3) == model.evaluate(3)
+
+
+def test_continuing_from_a_checkpoint_keeps_optimiser_counters_and_moments(fit, tmp_path):
+    kwargs = {**SMALL, "normalize_observation": True, "normalize_reward": True}
+    model = PPO("CartPole-v1", **kwargs)
+    trainer = fit(model)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    longer = PPO("CartPole-v1", **{**kwargs, "total_steps": 1024})
+    seen = {}
+
+    class Look(lightning.Callback):
+        def on_train_start(self, trainer, pl_module):
+            state = trainer.optimizers[0].state_dict()["state"]
+            seen.update(steps=int(state[0]["step"]), env=pl_module.num_env_steps, moments=pl_module.policy.moments.count)
+            seen["window"] = list(pl_module.rollouts.episodes.window)
+
+    fit(longer, ckpt_path=tmp_path / "a.ckpt", callbacks=[Look()])
+    assert seen["steps"] == 4 * 16
+    assert seen["env"] == 512
+    assert repr(seen["window"]) == repr(list(model.rollouts.episodes.window))  # repr, as NaN differs from NaN
+    assert longer.num_env_steps == 1024
+    assert longer.trainer.global_step == 8
+    assert int(longer.policy.moments.count) == int(longer.return_moments.count) == 1024
+
+
+def test_a_model_that_has_trained_can_be_pickled(fit):
+    """For strategies that spawn processes."""
+    model = trained(fit)
+    model.trainer = None
+    twin = pickle.loads(pickle.dumps(model))  # the simulators stay where they are
+    assert twin.rollouts.environments is None
+
+
+def test_a_network_of_ones_own_must_be_given_again(fit, tmp_path):
+    make = lambda o, a: ActorCritic(o, a, hidden_sizes=(16,))  # noqa: E731
+    fit(PPO("CartPole-v1", policy=make, **SMALL)).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="policy=…"):
+        PPO.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert PPO.load_from_checkpoint(tmp_path / "a.ckpt", policy=make).num_env_steps == 512
+    with pytest.raises(InputError, match="policy=…"):
+        fit(PPO("CartPole-v1", **SMALL), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_refuses_a_checkpoint_for_other_spaces(fit, tmp_path):
+    fit(PPO("CartPole-v1", **SMALL)).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match=r"observation space Box\(4,\) float32, Pendulum-v1 has Box\(3,\) float32"):
+        fit(PPO("Pendulum-v1", **SMALL), ckpt_path=tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="Acrobot-v1 has"):
+        PPO.load_from_checkpoint(tmp_path / "a.ckpt", env="Acrobot-v1")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+def test_refuses_a_truncated_checkpoint(fit, tmp_path, keep):
+    path = tmp_path / "a.ckpt"
+    fit(PPO("CartPole-v1", **SMALL)).save_checkpoint(path)
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    model = PPO("CartPole-v1", **{**SMALL, "total_steps": 1024})
+    before = parameters(model)
+    with pytest.raises(InputError, match=r"a\.ckpt is no checkpoint that can be read"):
+        fit(model, ckpt_path=path)
+    assert torch.equal(parameters(model), before)
+    with pytest.raises(InputError, match="is no checkpoint that can be read"):
+        PPO.load_from_checkpoint(path)
+
+
+def test_refuses_a_foreign_checkpoint(fit, tmp_path):
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="not a checkpoint of ppo_lightning"):
+        PPO.load_from_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="not a checkpoint of ppo_lightning"):
+        fit(PPO("CartPole-v1", **SMALL), ckpt_path=tmp_path / "a.ckpt")
+
+
+# --- every option changes a result ---------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "env": "CartPole-v0",
+    "env_kwargs": {"max_episode_steps": 9},
+    "wrappers": [lambda env: gym.wrappers.TransformReward(env, lambda reward: 2 * reward)],
+    "num_envs": 3,
+    "vectorization": "vector_entry_point",
+    "num_steps": 16,
+    "total_steps": 256,
+    "policy": lambda o, a: ActorCritic(o, a, hidden_sizes=(8,)),
+    "normalize_observation": True,
+    "normalize_reward": True,
+    "gamma": 0.5,
+    "gae_lambda": 0.5,
+    "update_epochs": 2,
+    "num_minibatches": 2,
+    "clip_range": 0.001,
+    "clip_range_vf": 0.01,
+    "normalize_advantage": False,
+    "ent_coef": 0.5,
+    "vf_coef": 0.1,
+    "max_grad_norm": 0.01,
+    "target_kl": 1e-7,
+    "optimizer": lambda params: torch.optim.Adam(params, lr=1e-2),
+    "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_changes_the_trained_parameters(fit, option):
+    if option == "env":
+        # CartPole-v0 differs from v1 only after 200 steps: another environment altogether
+        assert trained(fit, "Acrobot-v1").policy.network.policy_layers[0].weight.shape == (64, 6)
+        return
+    default, changed = trained(fit), trained(fit, **{option: OPTIONS[option]})
+    assert parameters(default).shape != parameters(changed).shape or not torch.equal(
+        parameters(default), parameters(changed)
+    )
+
+
+def test_all_options_are_tested_here_or_by_name():
+    from ppo_lightning.ppo import _PARAMETERS
+
+    elsewhere = {"eval_interval", "num_eval_episodes", "eval_deterministic", "env_timeout_s"}
+    assert set(_PARAMETERS) == OPTIONS.keys() | elsewhere
+
+
+@pytest.mark.parametrize("name", ["clip_range", "ent_coef"])
+def test_schedules_run_over_total_steps(fit, name):
+    model = PPO("CartPole-v1", **SMALL, **{name: Linear(0.4, 0.2)})
+    values = []
+    update = model.update
+    model.update = lambda batch, descend: values.append(getattr(model.current_loss(), name)) or update(batch, descend)
+    fit(model)
+    assert values == pytest.approx([0.4, 0.35, 0.3, 0.25])
+
+
+def test_learning_rate_falls_linearly_to_zero_unless_a_scheduler_is_given(fit):
+    for scheduler, expected in (
+        (None, [3e-4, 2.25e-4, 1.5e-4, 0.75e-4]),
+        (lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=2, gamma=0.1), [3e-4, 3e-4, 3e-5, 3e-5]),
+    ):
+        logger = Memory()
+        fit(PPO("CartPole-v1", **SMALL, lr_scheduler=scheduler), logger=logger)
+        assert [row["train/learning_rate"] for _, row in logger.rows] == pytest.approx(expected)
+
+
+def test_target_kl_stops_before_the_step_that_is_too_far(fit):
+    """Stable-Baselines3's rule: at the first minibatch whose approximate KL exceeds 1.5 times the target."""
+    updates, steps = [], []
+
+    class Watched(PPO):
+        def update(self, batch, descend):
+            updates.append(super().update(batch, lambda loss: steps.append(len(updates)) or descend(loss)))
+            return updates[-1]
+
+    fast = lambda params: torch.optim.Adam(params, lr=3e-2)  # noqa: E731
+    model = Watched("CartPole-v1", **SMALL, target_kl=0.02, optimizer=fast)
+    fit(model)
+    stopped = [update for update in updates if len(update.terms) < 16]
+    assert stopped
+    for index, update in enumerate(updates):
+        kls = [term.approx_kl.item() for term in update.terms]
+        assert all(kl <= 0.03 for kl in kls[:-1])
+        over = kls[-1] > 0.03
+        assert over == (len(update.terms) < 16) or len(update.terms) == 16
+        assert steps.count(index) == len(kls) - over
+    assert model.trainer.global_step == 4
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 3, 7, 128])
+def test_every_sample_is_used_exactly_once_per_epoch(num_minibatches):
+    model = PPO("CartPole-v1", **SMALL, num_minibatches=num_minibatches, update_epochs=3)
+    batch = model.rollouts.collect()
+    model.on_train_batch_start(batch, 0)
+    batch["advantage"] = torch.arange(128.0).view(32, 4)
+    seen = []
+
+    class Loss:
+        def __call__(self, piece, evaluate):
+            seen.append(piece["advantage"].tolist())
+            from ppo_lightning.loss import LossTerms
+
+            return LossTerms(*torch.zeros(6))
+
+    model.current_loss = lambda: Loss()
+    model.update(batch, lambda loss: None)
+    assert len(seen) == 3 * num_minibatches
+    sizes = {len(piece) for piece in seen}
+    assert max(sizes) - min(sizes) <= 1
+    for epoch in range(3):
+        drawn = sum(seen[epoch * num_minibatches : (epoch + 1) * num_minibatches], [])
+        assert sorted(drawn) == list(range(128))
+    assert seen[0] != seen[num_minibatches]
+
+
+def test_minibatches_of_one_train_without_nan(fit):
+    model = trained(fit, num_minibatches=128, total_steps=256)
+    assert parameters(model).isfinite().all()
+
+
+# --- what the outside asks -------------------------------------------------------------------------------------------
+
+
+def test_predict_takes_one_observation_or_a_batch():
+    model = PPO("CartPole-v1")
+    one = np.zeros(4, dtype=np.float32)
+    assert model.predict(one) in (0, 1)
+    assert model.predict(np.stack([one] * 5)).shape == (5,)
+    torch.manual_seed(0)
+    drawn = model.predict(np.stack([one] * 200), deterministic=False)
+    assert 50 < drawn.sum() < 150
+    continuous = PPO(Target, policy=lambda o, a: ActorCritic(o, a, log_std_init=3.0))
+    actions = continuous.predict(np.zeros((100, 1)), deterministic=False)
+    assert actions.dtype == np.float32
+    assert np.abs(actions).max() == 1.0  # clipped to the action space
+    with pytest.raises(InputError, match=r"shape \(4,\)"):
+        model.predict(np.zeros(3))
+
+
+def test_predict_normalises_as_training_does(fit):
+    model = trained(fit, normalize_observation=True)
+    observation = torch.randn(20, 4)
+    expected = model.policy.actor(model.policy.features(observation)).argmax(-1)
+    assert (model.predict(observation.numpy()) == expected.numpy()).all()
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_envs": 0}, "num_envs must be 1 or more, got 0"),
+        ({"num_steps": -3}, "num_steps must be 1 or more, got -3"),
+        ({"total_steps": 0}, "total_steps must be 1 or more"),
+        ({"update_epochs": 0}, "update_epochs must be 1 or more"),
+        ({"num_minibatches": 0}, "num_minibatches must be 1 or more"),
+        ({"eval_interval": 0}, "eval_interval must be 1 or more"),
+        ({"num_eval_episodes": 0}, "num_eval_episodes must be 1 or more"),
+        ({"num_minibatches": 2000}, r"8 · .*128|128 · 8 = 1024 samples cannot be cut into num_minibatches = 2000"),
+        ({"gamma": 1.5}, "gamma must lie between 0 and 1"),
+        ({"gae_lambda": -0.1}, "gae_lambda must lie between 0 and 1"),
+        ({"gamma": math.nan}, "gamma must lie"),
+        ({"clip_range": -0.1}, "clip_range must be zero or more"),
+        ({"ent_coef": Linear(0.1, -0.1)}, "ent_coef must be zero or more"),
+        ({"vf_coef": -1.0}, "vf_coef must be zero or more"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be more than 0"),
+        ({"target_kl": -1.0}, "target_kl must be more than 0"),
+        ({"clip_range_vf": 0.0}, "clip_range_vf must be more than 0"),
+        ({"env_timeout_s": 0.0}, "env_timeout_s must be more than 0"),
+    ],
+)
+def test_refuses_a_value(kwargs, message):
+    with pytest.raises(InputError, match=message):
+        PPO("CartPole-v1", **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{"precision": "64-true"}, {"precision": "bf16-true"}, {"max_steps": 10}])
+def test_refuses_trainer_settings_that_mislead(fit, kwargs):
+    with pytest.raises(InputError, match=next(iter(kwargs))):
+        fit(PPO("CartPole-v1", **SMALL), **kwargs)
+
+
+def test_refuses_fsdp(monkeypatch):
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    model = PPO("CartPole-v1", **SMALL)
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
+    monkeypatch.setattr(type(trainer), "strategy", FSDPStrategy.__new__(FSDPStrategy))
+    monkeypatch.setattr(type(trainer), "precision", "32-true")
+    model._trainer = trainer
+    with pytest.raises(InputError, match="FSDPStrategy.*use ddp"):
+        model._refuse_what_misleads()
+
+
+def test_refuses_a_scheduler_that_waits_for_a_metric(fit):
+    with pytest.raises(InputError, match="ReduceLROnPlateau"):
+        fit(PPO("CartPole-v1", **SMALL, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau))
+
+
+def test_a_step_on_gradients_that_are_not_finite_is_never_taken(fit):
+    """The first minibatch of the second iteration is spoilt."""
+    before = []
+
+    class Spoilt(PPO):
+        def descend(self, loss):
+            if int(self.iterations) == 1:
+                before.append(parameters(self))
+                loss = loss * torch.nan
+            super().descend(loss)
+
+    model = Spoilt("CartPole-v1", **SMALL)
+    with pytest.raises(FloatingPointError, match="norm is nan in iteration 2, the step was not taken"):
+        fit(model)
+    assert torch.equal(parameters(model), before[0])
+
+
+# --- probes: each isolates one stage -----------------------------------------------------------------------------------
+
+FAST = {
+    "num_envs": 8, "num_steps": 16, "total_steps": 128 * 60, "gamma": 0.9, "num_minibatches": 2,
+    "optimizer": lambda params: torch.optim.Adam(params, lr=5e-3),
+}  # fmt: skip
+
+
+def value_of(model: PPO, *observations: float) -> list[float]:
+    with torch.no_grad():
+        return model.policy.critic(torch.tensor(observations)[:, None]).tolist()
+
+
+def test_probe_value(fit):
+    assert value_of(trained(fit, ConstantReward, **FAST), 0.0) == pytest.approx([1.0], abs=0.05)
+
+
+def test_probe_observation(fit):
+    from probes import RewardIsObservation
+
+    assert value_of(trained(fit, RewardIsObservation, **FAST), -1.0, 1.0) == pytest.approx([-1, 1], abs=0.1)
+
+
+def test_probe_discount(fit):
+    from probes import DelayedReward
+
+    assert value_of(trained(fit, DelayedReward, **FAST), -1.0, 1.0) == pytest.approx([0.9, 1.0], abs=0.1)
+
+
+def test_probe_action(fit):
+    from probes import ActionMatters
+
+    model = trained(fit, ActionMatters, **FAST)
+    assert model.predict(np.zeros(1)) == 1
+    assert value_of(model, 0.0) == pytest.approx([1.0], abs=0.15)
+
+
+def test_probe_action_and_observation(fit):
+    model = trained(fit, ActionMustMatch, **FAST)
+    assert model.predict(np.array([[-1.0], [1.0]])).tolist() == [0, 1]
+    assert model.rollouts.episodes.means()["rollout/success_rate"] > 0.95
+
+
+def test_probe_continuous_action(fit):
+    model = trained(fit, Target, **{**FAST, "total_steps": 128 * 150})
+    assert model.predict(np.zeros(1)) == pytest.approx([0.5], abs=0.1)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_learns_in_every_autoreset_mode(fit, mode):
+    make = lambda: SyncVectorEnv([ActionMustMatch] * 8, autoreset_mode=mode)  # noqa: E731
+    model = trained(fit, make, **FAST)
+    assert model.predict(np.array([[-1.0], [1.0]])).tolist() == [0, 1]

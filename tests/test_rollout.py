@@ -1,0 +1,285 @@
+from contextlib import nullcontext
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from probes import DiscreteWorld, Endless, Scripted, Target, Uneven
+from torch.testing import assert_close
+
+from ppo_lightning import PPO, generalized_advantage
+from ppo_lightning.rollout import EpisodeStatistics
+
+MODES = list(AutoresetMode)
+
+
+def vector(mode, num_envs=3, make=Scripted, **kwargs):
+    return lambda: SyncVectorEnv([lambda: make(**kwargs)] * num_envs, autoreset_mode=mode)
+
+
+def stepped_by(model: PPO) -> PPO:
+    """A critic whose value is what it sees, so that a wrong observation shows in every number."""
+    model.policy.critic = lambda features: features[:, 0].clone()
+    forward = model.policy.forward
+    model.policy.forward = lambda features: (forward(features)[0], features[:, 0].clone())
+    return model
+
+
+def advantages(mode, script, steps=24, rollouts=2):
+    """(observation, advantage) of the steps of environment 0 whose episodes ended inside a rollout."""
+    torch.manual_seed(0)
+    model = stepped_by(PPO(vector(mode, script=script), num_steps=steps, num_minibatches=1, gamma=0.9, gae_lambda=0.8))
+    seen = {}
+    for _ in range(rollouts):
+        batch = model.rollouts.collect()
+        model.on_train_batch_start(batch, 0)
+        done = batch["terminated"] | batch["truncated"]
+        for env in range(3):
+            ends = done[:, env].nonzero().flatten().tolist()
+            last = ends[-1] if ends else -1
+            for t in range(last + 1):
+                if batch["valid"][t, env]:
+                    seen[env, round(batch["observation"][t, env].item(), 4)] = batch["advantage"][t, env].item()
+    return seen
+
+
+SCRIPTS = {
+    "mixed": ((3, "terminated"), (2, "truncated"), (5, "terminated"), (1, "truncated"), (4, "truncated")),
+    "one step each": ((1, "truncated"), (1, "terminated")),
+    "long": ((11, "truncated"),),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_the_same_episodes_have_the_same_advantages_in_every_autoreset_mode(script):
+    by_mode = {mode: advantages(mode, script) for mode in MODES}
+    reference = by_mode[AutoresetMode.SAME_STEP]
+    assert len(reference) > 10
+    for mode, seen in by_mode.items():
+        common = reference.keys() & seen.keys()
+        assert len(common) >= min(len(reference), len(seen)) * 0.5, mode
+        # an episode that a rollout's edge cuts has another tail, and edges fall differently where resets take a step
+        whole = [key for key in common if not _cut(key, reference, seen)]
+        assert len(whole) > 8
+        for key in whole:
+            assert seen[key] == pytest.approx(reference[key], abs=1e-6), (mode, key)
+
+
+def _cut(key, *tables):
+    """Whether some table lacks steps of the key's episode: a rollout's edge fell into it."""
+    env, observation = key
+    episode = int(observation + 1e-6)
+    steps = [{k for k in table if k[0] == env and int(k[1] + 1e-6) == episode} for table in tables]
+    return any(s != steps[0] for s in steps) or episode * 1.0 not in {k[1] for k in steps[0]}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_next_value_is_that_of_the_final_observation_never_of_the_reset(mode):
+    model = stepped_by(PPO(vector(mode, script=SCRIPTS["mixed"]), num_steps=20, num_minibatches=1))
+    batch = model.rollouts.collect()
+    observation, valid = batch["observation"][..., 0], batch["valid"]
+    # within episode k, step s is seen as k + s/100, and every step leads to the next one, the last included
+    assert_close(batch["next_state_value"][valid], observation[valid] + 0.01, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dummy_rows_reach_nothing(mode):
+    model = PPO(vector(mode), num_steps=20, num_minibatches=1)
+    batch = model.rollouts.collect()
+    model.on_train_batch_start(batch, 0)
+    dummies = int((~batch["valid"]).sum())
+    assert (dummies > 0) == (mode is AutoresetMode.NEXT_STEP)
+    samples = model.samples(batch)
+    assert len(samples) == 60 - dummies
+    model.count(batch, 1)
+    assert model.num_env_steps == 60 - dummies
+    lengths = [length for _, length, _ in model.rollouts.episodes.window]
+    assert set(lengths) <= {3.0, 2.0, 5.0}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_episode_statistics_are_those_of_the_script(mode):
+    """Over rollouts shorter than an episode, too."""
+    script = ((3, "terminated"), (2, "truncated"), (5, "terminated"))
+    model = PPO(vector(mode, num_envs=2, script=script), num_steps=4, num_minibatches=1)
+    for _ in range(12):
+        batch = model.rollouts.collect()
+        model.count(batch, 1)
+    window = list(model.rollouts.episodes.window)
+    assert len(window) >= 20
+    for index, (total, length, _) in enumerate(window):
+        episode = index // 2  # both environments run the same script in step
+        expected = script[episode % 3][0]
+        assert length == expected
+        assert total == pytest.approx(sum(episode + 0.1 * s for s in range(1, expected + 1)), abs=1e-4)
+
+
+def test_episode_statistics_equal_a_loop_over_environments():
+    rng = np.random.default_rng(0)
+    statistics = EpisodeStatistics()
+    statistics.restart(4)
+    returns, lengths, expected = np.zeros(4), np.zeros(4), []
+    for _ in range(5):
+        reward = rng.normal(size=(7, 4)).astype(np.float32)
+        done = rng.random((7, 4)) < 0.2
+        valid = rng.random((7, 4)) < 0.9
+        successes = []
+        for t in range(7):
+            returns += np.where(valid[t], reward[t], 0)
+            lengths += valid[t]
+            ended = np.flatnonzero(done[t])
+            if len(ended):
+                successes.append(ended.astype(float))
+            for env in ended:
+                expected.append((returns[env], lengths[env], float(env)))
+                returns[env] = lengths[env] = 0
+        statistics.add(torch.from_numpy(reward), done, valid, successes)
+        statistics.record(statistics.finished)
+    assert_close(torch.tensor(list(statistics.window), dtype=torch.float64), torch.tensor(expected[-100:]), atol=1e-4, rtol=1e-5)
+
+
+def test_wrong_without_bootstrap_right_with_it(fit):
+    """V = 1 / (1 - γ) = 10 in a world without end, though every episode is cut after 20 steps."""
+    torch.manual_seed(0)
+    model = PPO(
+        lambda: Endless(20), num_envs=4, num_steps=50, total_steps=40_000, gamma=0.9, num_minibatches=4,
+        optimizer=lambda params: torch.optim.Adam(params, lr=1e-2),
+    )  # fmt: skip
+    fit(model)
+    with torch.no_grad():
+        value = model.policy.critic(torch.zeros(1, 1)).item()
+    assert value == pytest.approx(10.0, abs=1.0)
+
+
+def test_actions_are_stored_as_drawn_and_given_clipped():
+    """Target asserts that its action space contains what it is given."""
+    torch.manual_seed(0)
+    model = PPO(Target, num_envs=4, num_steps=64)
+    batch = model.rollouts.collect()
+    assert (batch["action"].abs() > 1).any()
+
+
+def test_discrete_spaces_that_start_elsewhere(fit):
+    torch.manual_seed(0)
+    model = PPO(DiscreteWorld, num_envs=4, num_steps=32, total_steps=6000, gamma=0.9)
+    fit(model)
+    assert model.predict(3) == 8
+    assert model.predict(np.array([4, 5, 6])).tolist() == [8, 8, 8]
+    assert model.evaluate(5)["eval/success_rate"] == 1.0
+
+
+def test_length_is_one_and_asking_for_an_iterator_collects_nothing():
+    model = PPO("CartPole-v1")
+    assert len(model.rollouts) == 1
+    iter(model.rollouts)
+    assert model.rollouts.environments is None
+
+
+def test_environments_have_seeds_of_their_own_on_every_rank():
+    """seed + rank · num_envs + i: what Gymnasium gives environment i when it is reset with that seed."""
+    model = PPO("CartPole-v1", num_envs=3, num_steps=8)
+    model.seed = 7
+    first = model.rollouts.collect()["observation"][0]
+    expected = torch.stack([torch.from_numpy(gym.make("CartPole-v1").reset(seed=7 + i)[0]) for i in range(3)])
+    assert_close(first, expected, rtol=0, atol=0)
+    other = PPO("CartPole-v1", num_envs=3, num_steps=8)
+    other.seed = 7
+    type(other)._rank, kept = property(lambda self: 2), type(other)._rank
+    try:
+        second = other.rollouts.collect()["observation"][0]
+    finally:
+        type(other)._rank = kept
+    expected = torch.stack([torch.from_numpy(gym.make("CartPole-v1").reset(seed=7 + 2 * 3 + i)[0]) for i in range(3)])
+    assert_close(second, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async", "vector_entry_point"])
+def test_every_vectorisation_collects(vectorization):
+    model = PPO("CartPole-v1", num_envs=2, num_steps=30, vectorization=vectorization)
+    batch = model.rollouts.collect()
+    model.close_environments()
+    assert batch.batch_size == (30, 2)
+    assert batch["observation"].isfinite().all()
+
+
+def test_sync_and_async_collect_the_same():
+    batches = []
+    for vectorization in ("sync", "async"):
+        torch.manual_seed(0)
+        model = PPO("CartPole-v1", num_envs=3, num_steps=64, vectorization=vectorization)
+        model.seed = 1
+        model.generator.manual_seed(1)
+        batch = model.rollouts.collect()
+        batches.append({key: batch[key].clone() for key in ("observation", "action", "reward", "next_state_value")})
+        model.close_environments()
+    assert_close(batches[0], batches[1], rtol=0, atol=0)
+
+
+def test_wrappers_and_env_kwargs_reach_every_environment():
+    model = PPO(
+        "CartPole-v1",
+        env_kwargs={"max_episode_steps": 5},
+        wrappers=[lambda env: gym.wrappers.TransformReward(env, lambda reward: 3 * reward)],
+        num_steps=10,
+        num_envs=2,
+    )
+    batch = model.rollouts.collect()
+    assert (batch["reward"] == 3).all()
+    assert batch["truncated"][4].all()
+
+
+def test_a_vector_env_is_used_as_it_is_and_left_open():
+    env = SyncVectorEnv([Uneven] * 3)
+    model = PPO(env, num_envs=8, num_steps=10)
+    assert model.num_envs == 3
+    model.rollouts.collect()
+    model.close_environments()
+    env.reset()
+    assert model.rollouts.collect().batch_size == (10, 3)
+
+
+def test_storage_is_allocated_once():
+    model = PPO("CartPole-v1", num_envs=2, num_steps=10)
+    first = model.rollouts.collect()["observation"].data_ptr()
+    assert model.rollouts.collect()["observation"].data_ptr() == first
+
+
+def test_normalised_rewards_have_the_scale_of_the_discounted_return_from_the_first_rollout_on():
+    """Rewards in the tens of thousands would otherwise all be clipped to 10 in the first iteration."""
+    torch.manual_seed(0)
+    make = lambda: gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: 1e4 * reward)  # noqa: E731
+    model = PPO(make, num_envs=4, num_steps=200, normalize_reward=True, gamma=0.9)
+    batch = model.rollouts.collect()
+    scaled = model.scale_reward(batch["reward"], batch["terminated"] | batch["truncated"], batch["valid"])
+    assert (scaled.abs() < 10).all()
+    deviation = float(model.return_moments.variance) ** 0.5
+    assert_close(scaled * deviation, batch["reward"], rtol=1e-4, atol=1e-2)
+
+
+def test_normalised_rewards_equal_gymnasiums_wrapper_on_the_moments():
+    """The variance of the discounted return, over the same steps."""
+    model = PPO(lambda: Endless(7), num_envs=1, num_steps=70, normalize_reward=True, gamma=0.9)
+    batch = model.rollouts.collect()
+    model.scale_reward(batch["reward"], batch["terminated"] | batch["truncated"], batch["valid"])
+    returns = [sum(0.9**k for k in range(step + 1)) for step in range(7)] * 10
+    assert float(model.return_moments.variance) == pytest.approx(np.var(returns), rel=1e-5)
+
+
+def test_generalized_advantage_is_what_the_hook_writes():
+    model = PPO("CartPole-v1", num_envs=2, num_steps=40, gamma=0.9, gae_lambda=0.7)
+    batch = model.rollouts.collect()
+    model.on_train_batch_start(batch, 0)
+    done = batch["terminated"] | batch["truncated"]
+    expected = generalized_advantage(
+        batch["reward"], batch["state_value"], batch["next_state_value"], batch["terminated"], done,
+        gamma=0.9, gae_lambda=0.7,
+    )  # fmt: skip
+    assert_close(batch["advantage"], expected, rtol=0, atol=0)
+    assert_close(batch["value_target"], expected + batch["state_value"], rtol=0, atol=0)
+
+
+def test_rollouts_need_no_trainer():
+    model = PPO("CartPole-v1", num_envs=2, num_steps=8)
+    assert isinstance(model.autocast(), nullcontext)
+    assert next(iter(model.rollouts)).batch_size == (8, 2)
