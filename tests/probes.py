@@ -113,7 +113,9 @@ class Scripted(Probe):
         script: (length, "terminated" or "truncated") of each episode, repeated.
     """
 
-    def __init__(self, script: Sequence[tuple[int, str]] = ((3, "terminated"), (2, "truncated"), (5, "terminated"))) -> None:
+    def __init__(
+        self, script: Sequence[tuple[int, str]] = ((3, "terminated"), (2, "truncated"), (5, "terminated"))
+    ) -> None:
         super().__init__()
         self.script = script
         self.episode = -1

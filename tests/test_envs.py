@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from probes import Endless, Faulty, Probe, Scripted
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
-from ppo_lightning.envs import EnvMaker, Environments
+from ppo_lightning.envs import Environments, EnvMaker
 
 SMALL = {"num_envs": 3, "num_steps": 16, "total_steps": 96, "num_minibatches": 2}
 

@@ -73,7 +73,9 @@ def test_evaluation_does_not_disturb_training(fit):
     runs = []
     for limit in (0, 1.0):
         torch.manual_seed(0)
-        model = PPO("CartPole-v1", num_envs=4, num_steps=32, total_steps=1024, eval_interval=1, eval_deterministic=False)
+        model = PPO(
+            "CartPole-v1", num_envs=4, num_steps=32, total_steps=1024, eval_interval=1, eval_deterministic=False
+        )
         model.seed = 5
         fit(model, limit_val_batches=limit)
         runs.append((model.state_dict(), torch.get_rng_state(), np.random.get_state()[1].tolist()))

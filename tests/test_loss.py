@@ -149,6 +149,11 @@ def test_clip_fraction_counts_both_sides():
 
 def test_explained_variance_equals_stable_baselines3():
     value, target = torch.randn(2, 100)
-    assert_close(explained_variance(value, target).item(), sb3_explained_variance(value.numpy(), target.numpy()), atol=1e-6, rtol=1e-5)
+    assert_close(
+        explained_variance(value, target).item(),
+        sb3_explained_variance(value.numpy(), target.numpy()),
+        atol=1e-6,
+        rtol=1e-5,
+    )
     assert explained_variance(target, target) == 1
     assert np.isnan(explained_variance(value, torch.ones(100)).item())

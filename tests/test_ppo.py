@@ -132,7 +132,9 @@ def log_probability(output, action, discrete):
     return -0.5 * (z.square().sum(-1) + log_2pi) - log_std, log_std + 0.5 * (1 + log_2pi)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"normalize_observation": True, "normalize_reward": True}], ids=["plain", "normalised"])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"normalize_observation": True, "normalize_reward": True}], ids=["plain", "normalised"]
+)
 @pytest.mark.parametrize(("env", "minibatches"), [("CartPole-v1", 4), ("Pendulum-v1", 4), ("Pendulum-v1", 7)])
 def test_ratio_is_one_in_the_first_minibatch(fit, env, kwargs, minibatches):
     """In every iteration: normalisers are frozen from the rollout to the end of its update."""
@@ -387,7 +389,9 @@ def test_continuing_from_a_checkpoint_keeps_optimiser_counters_and_moments(fit, 
     class Look(lightning.Callback):
         def on_train_start(self, trainer, pl_module):
             state = trainer.optimizers[0].state_dict()["state"]
-            seen.update(steps=int(state[0]["step"]), env=pl_module.num_env_steps, moments=pl_module.policy.moments.count)
+            seen.update(
+                steps=int(state[0]["step"]), env=pl_module.num_env_steps, moments=pl_module.policy.moments.count
+            )
             seen["window"] = list(pl_module.rollouts.episodes.window)
 
     fit(longer, ckpt_path=tmp_path / "a.ckpt", callbacks=[Look()])

@@ -136,7 +136,9 @@ def test_episode_statistics_equal_a_loop_over_environments():
                 returns[env] = lengths[env] = 0
         statistics.add(torch.from_numpy(reward), done, valid, successes)
         statistics.record(statistics.finished)
-    assert_close(torch.tensor(list(statistics.window), dtype=torch.float64), torch.tensor(expected[-100:]), atol=1e-4, rtol=1e-5)
+    assert_close(
+        torch.tensor(list(statistics.window), dtype=torch.float64), torch.tensor(expected[-100:]), atol=1e-4, rtol=1e-5
+    )
 
 
 def test_wrong_without_bootstrap_right_with_it(fit):

@@ -1,5 +1,7 @@
 """The two checkpoints that every run leaves: the best by evaluation, and the last."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -19,13 +21,18 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Checkpoint directory")  # a resumed run replaces its own files
+            super().setup(trainer, pl_module, stage)
         self._stage = stage
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stage == "fit":  # a validation has no scores to go on with
-            super().load_state_dict(state_dict)
+        if self._stage != "fit":  # a validation has no scores to go on with
+            return
+        if Path(state_dict["dirpath"]).resolve() == Path(str(self.dirpath)).resolve():
+            state_dict = {**state_dict, "dirpath": self.dirpath}  # Lightning compares how it is written
+        super().load_state_dict(state_dict)
 
 
 class BestCheckpoint(RunCheckpoint):

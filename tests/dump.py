@@ -1,0 +1,32 @@
+"""A callback that writes down what every process ended with."""
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+
+class Dump(Callback):
+    """``rank_R.pt`` in the working directory, at the end of training."""
+
+    def __init__(self) -> None:
+        self.updates: list[int] = []
+        self.first_observation: Any = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.first_observation is None:
+            self.first_observation = batch["observation"][0].clone()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.updates.append(len(pl_module._grad_norms))
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        state = {
+            "state_dict": pl_module.state_dict(),
+            "optimizer": trainer.optimizers[0].state_dict()["state"],
+            "window": list(pl_module.rollouts.episodes.window),
+            "updates": self.updates,
+            "first_observation": self.first_observation,
+            "evaluated": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("eval/")},
+        }
+        torch.save(state, f"rank_{trainer.global_rank}.pt")

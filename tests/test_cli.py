@@ -1,0 +1,239 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ppo_lightning.cli import main
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--model.env", "CartPole-v1", "--model.num_envs", "4", "--model.num_steps", "32", "--model.num_eval_episodes", "2",
+    "--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false", "--trainer.enable_progress_bar", "false",
+]  # fmt: skip
+RUN = Path("lightning_logs/version_0")
+
+
+def fit(*flags: str) -> None:
+    main(["fit", *SMALL, "--model.total_steps", "512", *flags])
+
+
+def fails(*words: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(list(words))
+    assert caught.value.code not in (0, None)
+    return str(caught.value.code)
+
+
+def table() -> np.ndarray:
+    return np.genfromtxt(RUN / "metrics.csv", delimiter=",", names=True, deletechars="")
+
+
+def test_a_run_leaves_its_config_logs_checkpoints_and_picture(capsys):
+    fit("--seed_everything", "4")
+    names = {path.name for path in RUN.iterdir()}
+    assert {"config.yaml", "metrics.csv", "checkpoints", "learning_curve.png"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    config = yaml.safe_load((RUN / "config.yaml").read_text())
+    assert config["seed_everything"] == 4
+    assert config["model"]["total_steps"] == 512
+    said = capsys.readouterr().out
+    assert "trained 512 environment steps" in said
+    for place in ("lightning_logs/version_0", "checkpoints", "learning_curve.png", "tensorboard --logdir"):
+        assert place in said
+
+
+def test_a_run_can_be_repeated_from_the_config_that_it_left(monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    fit()  # with a seed that is drawn
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    main(["fit", "--config", str(RUN / "config.yaml")])
+    first, second = (
+        torch.load(f"lightning_logs/version_{version}/checkpoints/last.ckpt")["state_dict"] for version in (0, 1)
+    )
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_validate_and_test_print_the_evaluation(capsys):
+    fit()
+    for command in ("validate", "test"):
+        main([command, "--ckpt_path", str(RUN / "checkpoints/best.ckpt"), "--trainer.accelerator", "cpu"])
+        assert "eval/mean_reward" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("lightning_logs").iterdir()) == ["version_0"]
+
+
+def test_the_command_line_wins_over_the_checkpoint_and_the_checkpoint_over_defaults(monkeypatch):
+    fit("--model.gamma", "0.9", "--model.clip_range", "0.3", "--model.policy.hidden_sizes", "[16]")
+    import ppo_lightning.cli as cli
+
+    models = []
+    monkeypatch.setattr(cli.PPOCLI, "after_fit", lambda self: models.append(self.model))
+    last = str(RUN / "checkpoints/last.ckpt")
+    main(["fit", "--ckpt_path", last, "--model.total_steps", "640", "--model.clip_range", "0.1", *SMALL])
+    (model,) = models
+    assert (model.gamma, model.clip_range.start, model.total_steps) == (0.9, 0.1, 640)
+    assert model.num_env_steps == 640
+
+
+def test_a_resumed_run_goes_on_in_its_own_folder_and_loses_no_row():
+    fit()
+    before, best = table(), torch.load(RUN / "checkpoints/best.ckpt")["callbacks"]["BestCheckpoint"]["best_model_score"]
+    main(["fit", *SMALL, "--ckpt_path", "last", "--model.total_steps", "1024"])
+    after = table()
+    kept = torch.load(RUN / "checkpoints/last.ckpt")["callbacks"]["BestCheckpoint"]["best_model_score"]
+    assert kept >= best
+    assert kept == np.nanmax(after["eval/mean_reward"])
+    assert [path.name for path in Path("lightning_logs").iterdir()] == ["version_0"]
+    assert after["step"].tolist() == before["step"].tolist() + [step for step in after["step"] if step > 512]
+    assert after["step"].max() == 1024
+    assert (RUN / "config.yaml").exists()
+
+
+def test_last_is_the_newest_checkpoint_that_can_be_read():
+    fit()
+    fit()
+    Path("lightning_logs/version_1/checkpoints/last.ckpt").write_bytes(b"cut")
+    from ppo_lightning.checkpoint import newest_checkpoint
+
+    assert newest_checkpoint(".").parts[-3] == "version_0"
+
+
+def test_no_checkpoint_to_go_on_with_is_an_error():
+    assert "there is no last.ckpt below" in fails("fit", *SMALL, "--ckpt_path", "last")
+    assert "there is no checkpoint at nowhere.ckpt" in fails("fit", *SMALL, "--ckpt_path", "nowhere.ckpt")
+    Path("text.ckpt").write_text("hello")
+    assert "text.ckpt is no checkpoint" in fails("fit", *SMALL, "--ckpt_path", "text.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--model.env", "CartPol-v1"], "error: there is no environment 'CartPol-v1': did you mean CartPole-v1"),
+        (["--model.num_steps", "0"], "error: num_steps must be 1 or more, got 0"),
+        (["--trainer.max_steps", "3"], "error: max_steps=3"),
+        (["--trainer.precision", "64-true"], "error: precision=64-true"),
+        (["--model.env", "probes:Faulty"], "error: cannot import probes"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_a_failure(flags, sentence):
+    if flags[1] == "probes:Faulty":
+        flags, sentence = ["--model.env", "no_such_module:Env-v0"], "error: env=no_such_module:Env-v0: cannot import"
+    message = fails("fit", *SMALL, *flags)
+    assert message.startswith(sentence)
+    assert "\n" not in message
+
+
+def test_a_wrong_type_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", *SMALL, "--model.gamma", "high"])
+    assert caught.value.code == 2
+    assert "gamma" in capsys.readouterr().err
+
+
+def test_help_gives_type_default_unit_and_meaning(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "discount factor (per environment step, 0 to 1). (type: float, default: 0.99)" in text
+    assert "a step or reset of async environments that takes longer is an error (seconds)" in text
+    from ppo_lightning.ppo import _PARAMETERS
+
+    for name in _PARAMETERS:
+        assert f"--model.{name}" in text
+
+
+def test_print_config_can_be_fed_back(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", *SMALL, "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["optimizer"]["init_args"]["eps"] == 1e-5
+    assert config["model"]["policy"]["class_path"] == "ppo_lightning.ActorCritic"
+    assert config["trainer"]["max_epochs"] == -1
+
+
+def test_one_field_of_the_optimiser_keeps_the_others(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", *SMALL, "--model.optimizer.lr", "0.01", "--print_config"])
+    optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"]["init_args"]
+    assert (optimizer["lr"], optimizer["eps"], optimizer["fused"]) == (0.01, 1e-5, True)
+
+
+def test_environments_wrappers_networks_and_schedulers_by_class_path():
+    Path("all.yaml").write_text(
+        """
+model:
+  env:
+    class_path: gymnasium.envs.classic_control.pendulum.PendulumEnv
+  wrappers:
+    - class_path: gymnasium.wrappers.TimeLimit
+      init_args: {max_episode_steps: 20}
+    - class_path: gymnasium.wrappers.TimeAwareObservation
+      init_args: {normalize_time: true}
+  num_envs: 2
+  num_steps: 32
+  total_steps: 128
+  policy:
+    class_path: ppo_lightning.ActorCritic
+    init_args: {hidden_sizes: [8, 8], activation: torch.nn.ReLU, log_std_init: -1.0}
+  clip_range: {start: 0.3, end: 0.1}
+  lr_scheduler:
+    class_path: torch.optim.lr_scheduler.StepLR
+    init_args: {step_size: 1}
+"""
+    )
+    main(["fit", "--config", "all.yaml", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"])
+    rows = table()
+    rows = rows[~np.isnan(rows["train/learning_rate"])]
+    assert rows["train/learning_rate"].tolist() == pytest.approx([3e-4, 3e-5])
+    assert rows["train/clip_range"].tolist() == pytest.approx([0.3, 0.2])
+    assert rows["rollout/ep_len_mean"].tolist() == [20, 20]
+    # and the checkpoint brings all of it back, by the command line and by Python
+    main(["validate", "--ckpt_path", str(RUN / "checkpoints/best.ckpt"), "--trainer.accelerator", "cpu"])
+    from ppo_lightning import PPO
+
+    model = PPO.load_from_checkpoint(RUN / "checkpoints/best.ckpt")
+    assert model.policy.network.policy_layers[0].out_features == 8
+    assert model.predict(np.zeros(4)).shape == (1,)
+
+
+def test_rows_are_on_disk_before_the_end():
+    """A run that is killed has lost 20 rows at most."""
+    from ppo_lightning.cli import RunCSVLogger
+
+    logger = RunCSVLogger(".", "lightning_logs", 0)
+    for step in range(20):
+        logger.log_metrics({"a": 1.0}, step=1024 * step)
+    assert len((RUN / "metrics.csv").read_text().splitlines()) == 21
+
+
+def test_an_interrupt_ends_the_run_with_a_checkpoint_and_no_process_left(tmp_path):
+    command = [sys.executable, "-m", "ppo_lightning", "fit", *SMALL, "--model.total_steps", "100000000"]
+    command += ["--model.vectorization", "async", "--model.num_envs", "2", "--trainer.limit_val_batches", "0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        table = tmp_path / RUN / "metrics.csv"
+        for _ in range(600):
+            if table.exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0, output
+    assert torch.load(tmp_path / RUN / "checkpoints/last.ckpt")["state_dict"]["env_steps"] > 0
+    deadline, left = time.monotonic() + 10, "?"
+    while left and time.monotonic() < deadline:
+        time.sleep(0.2)
+        left = subprocess.run(["ps", "-o", "args=", "-g", str(process.pid)], capture_output=True, text=True).stdout
+    assert not left

@@ -1,0 +1,84 @@
+"""Two processes on loopback, by the command that users type."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [
+    sys.executable, "-m", "ppo_lightning", "fit", "--model.env", "CartPole-v1", "--model.num_envs", "4",
+    "--model.num_steps", "32", "--model.total_steps", "2000", "--trainer.accelerator", "cpu",
+    "--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.enable_progress_bar", "false",
+    "--trainer.callbacks+=dump.Dump", "--seed_everything", "3", "--model.num_eval_episodes", "5",
+]  # fmt: skip
+
+
+def fit(folder: Path, *flags: str) -> tuple[list[dict], np.ndarray]:
+    """What both ranks ended with, and metrics.csv."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    environment.pop("PL_GLOBAL_SEED", None)
+    done = subprocess.run([*COMMAND, *flags], cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [torch.load(folder / f"rank_{rank}.pt") for rank in (0, 1)]
+    table = folder / "lightning_logs/version_0/metrics.csv"
+    return ranks, np.genfromtxt(table, delimiter=",", names=True, deletechars="")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("plain"), "--model.normalize_observation=true", "--model.normalize_reward=true")
+
+
+def test_both_ranks_hold_equal_parameters_moments_and_counters(plain):
+    (first, second), _ = plain
+    assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
+    assert_close(first["optimizer"], second["optimizer"], rtol=0, atol=0)
+    assert repr(first["window"]) == repr(second["window"])
+
+
+def test_ranks_collect_different_episodes(plain):
+    (first, second), _ = plain
+    rows = torch.cat([first["first_observation"], second["first_observation"]])
+    assert len(rows.unique(dim=0)) == 8
+
+
+def test_steps_moments_and_schedules_count_all_ranks(plain):
+    """2 ranks × 4 environments × 32 steps = 256 per iteration: 8 iterations make 2,048 ≥ 2,000."""
+    (first, _), rows = plain
+    iterations = rows[~np.isnan(rows["time/iterations"])]
+    assert iterations["step"].tolist() == [256.0 * i for i in range(1, 9)]
+    assert int(first["state_dict"]["policy.moments.count"]) == 2048
+    assert int(first["state_dict"]["return_moments.count"]) == 2048
+    assert iterations["train/learning_rate"] == pytest.approx([3e-4 * (1 - 256 * i / 2000) for i in range(8)])
+    assert (iterations["time/fps"][2:] > 0).all()
+
+
+def test_the_window_holds_the_episodes_of_both_ranks_once(plain):
+    """The lengths in it sum to no more than all steps, and to more than one rank's."""
+    (first, _), _ = plain
+    lengths = [length for _, length, _ in first["window"]]
+    assert len(lengths) == 100 or 1024 < sum(lengths) <= 2048
+    assert sum(lengths) <= 2048
+
+
+def test_evaluation_shares_its_episodes_among_ranks(plain):
+    (first, second), rows = plain
+    assert first["evaluated"] == second["evaluated"]
+    assert first["evaluated"]["eval/mean_reward"] * 5 == pytest.approx(
+        round(first["evaluated"]["eval/mean_reward"] * 5)
+    )
+    assert np.isfinite(rows["eval/mean_reward"]).sum() == 8
+
+
+def test_a_rank_whose_own_divergence_would_stop_it_hangs_nobody(tmp_path):
+    """The decision is made on the mean over ranks, so both take the same number of steps."""
+    (first, second), _ = fit(tmp_path, "--model.target_kl=0.002", "--model.optimizer.lr=0.003")
+    assert first["updates"] == second["updates"]
+    assert min(first["updates"]) < 16
+    assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
