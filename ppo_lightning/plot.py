@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 
 
-def draw_learning_curve(run: Path) -> Path | None:
+def draw_learning_curve(run: Path | str) -> Path | None:
     """Draw training and evaluation return over environment steps from a run's ``metrics.csv``.
 
     Args:
@@ -17,7 +17,7 @@ def draw_learning_curve(run: Path) -> Path | None:
         from matplotlib.figure import Figure  # the plot extra
     except ImportError:
         return None
-    file = run / "metrics.csv"
+    file = Path(run) / "metrics.csv"
     if not file.exists():
         return None
     with file.open(newline="") as lines:
@@ -41,6 +41,6 @@ def draw_learning_curve(run: Path) -> Path | None:
     axes.set(xlabel="environment steps", ylabel="return")
     axes.grid(alpha=0.3)
     axes.legend()
-    picture = run / "learning_curve.png"
+    picture = file.with_name("learning_curve.png")
     figure.savefig(picture, dpi=150)
     return picture

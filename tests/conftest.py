@@ -4,7 +4,6 @@ import logging
 import warnings
 
 import lightning
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,6 @@ def _alone(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # as seed_everything(0) leaves it; monkeypatch takes back what tests set
     torch.manual_seed(0)
-    np.random.seed(0)
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 

@@ -15,10 +15,9 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_trains_two_iterations_as_it_stands(config, tmp_path):
     main(
-        ["fit", "--config", str(config), "--trainer.max_epochs", "2", "--trainer.default_root_dir", str(tmp_path)]
-        + ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-        + ["--model.num_eval_episodes", "1", "--trainer.accelerator", "cpu", "--model.num_steps", "64"]
-        + ["--model.num_minibatches", "4"]
+        f"fit --config {config} --trainer.max_epochs 2 --trainer.default_root_dir {tmp_path} --trainer.accelerator cpu "
+        "--trainer.enable_progress_bar false --trainer.enable_model_summary false --model.num_eval_episodes 1 "
+        "--model.num_steps 64 --model.num_minibatches 4".split()
     )
     assert (tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt").exists()
 

@@ -1,6 +1,7 @@
 import functools
 import multiprocessing
 import time
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -102,7 +103,7 @@ def test_an_observation_that_its_space_does_not_allow_is_named(fit, fault):
 def test_a_native_vector_with_wrong_observations_is_named(fit):
     class Native(VectorEnv):
         num_envs = 2
-        metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+        metadata: ClassVar = {"autoreset_mode": AutoresetMode.NEXT_STEP}
         single_observation_space = Probe().observation_space
         single_action_space = Probe().action_space
 
@@ -169,12 +170,12 @@ def test_unsupported_spaces_are_named():
             super().__init__()
             self.observation_space = gym.spaces.Dict({"a": gym.spaces.Discrete(2)})
 
-    with pytest.raises(InputError, match="Dict.*is not supported"):
+    with pytest.raises(InputError, match=r"Dict.*is not supported"):
         PPO(Strange)
 
 
 def test_what_a_callable_must_make():
-    with pytest.raises(InputError, match="must return a gymnasium.vector.VectorEnv or a gymnasium.Env"):
+    with pytest.raises(InputError, match=r"must return a gymnasium.vector.VectorEnv or a gymnasium.Env"):
         PPO(lambda: 3)
 
 

@@ -149,7 +149,7 @@ def test_ratio_is_one_in_the_first_minibatch(fit, env, kwargs, minibatches):
             samples = self.samples(batch)
             with torch.no_grad():
                 for piece in samples.split(len(samples) // minibatches):
-                    log_prob, _, value = self.policy.evaluate(piece["observation"], piece["action"])
+                    log_prob, *_ = self.policy.evaluate(piece["observation"], piece["action"])
                     steps.append((log_prob - piece["action_log_prob"]).exp() - 1)
 
     lightning.seed_everything(0, verbose=False)
@@ -563,7 +563,7 @@ def test_every_sample_is_used_exactly_once_per_epoch(num_minibatches):
     sizes = {len(piece) for piece in seen}
     assert max(sizes) - min(sizes) <= 1
     for epoch in range(3):
-        drawn = sum(seen[epoch * num_minibatches : (epoch + 1) * num_minibatches], [])
+        drawn = [x for piece in seen[epoch * num_minibatches : (epoch + 1) * num_minibatches] for x in piece]
         assert sorted(drawn) == list(range(128))
     assert seen[0] != seen[num_minibatches]
 
@@ -644,7 +644,7 @@ def test_refuses_fsdp(monkeypatch):
     monkeypatch.setattr(type(trainer), "strategy", FSDPStrategy.__new__(FSDPStrategy))
     monkeypatch.setattr(type(trainer), "precision", "32-true")
     model._trainer = trainer
-    with pytest.raises(InputError, match="FSDPStrategy.*use ddp"):
+    with pytest.raises(InputError, match=r"FSDPStrategy.*use ddp"):
         model._refuse_what_misleads()
 
 

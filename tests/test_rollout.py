@@ -285,3 +285,13 @@ def test_rollouts_need_no_trainer():
     model = PPO("CartPole-v1", num_envs=2, num_steps=8)
     assert isinstance(model.autocast(), nullcontext)
     assert next(iter(model.rollouts)).batch_size == (8, 2)
+
+
+def test_normalised_rewards_are_clipped_at_ten():
+    """One reward a thousand times the others."""
+    model = PPO("CartPole-v1", num_envs=1, num_steps=1000, normalize_reward=True, gamma=0.0)
+    reward = torch.full((1000, 1), 1e-3)
+    reward[500] = -1e3
+    model.rollouts.discounted = torch.zeros(1)
+    never = torch.zeros(1000, 1, dtype=torch.bool)
+    assert model.scale_reward(reward, never, ~never).min() == -10
