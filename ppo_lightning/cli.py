@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -77,17 +78,18 @@ class PPOCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse with the checkpoint's hyperparameters as defaults, so that files and flags win over them."""
         words = sys.argv[1:] if args is None else cast(list[str], args)
-        path, checkpoint_seed = _flag(words, "ckpt_path"), None
-        if path is not None and words[0] in self._subcommand_parsers:
+        subcommand = next((word for word in words if word in self._subcommand_parsers), None)
+        path, checkpoint_seed = _given(words, "ckpt_path"), None
+        if path is not None and subcommand is not None:
             if path == "last":
-                path = str(newest_checkpoint(_flag(words, "trainer.default_root_dir") or "."))
-                words = _replace(words, "ckpt_path", path)
+                path = str(newest_checkpoint(_given(words, "trainer.default_root_dir") or "."))
+            words = [*words, "--ckpt_path", path]
             checkpoint = read_checkpoint(path)
             checkpoint_seed = checkpoint[KEY]["seed"]
             hyperparameters = dict(checkpoint.get("hyper_parameters", {}))
             for private in ("_instantiator", "_class_path"):
                 hyperparameters.pop(private, None)
-            self._subcommand_parsers[words[0]].set_defaults({f"model.{k}": v for k, v in hyperparameters.items()})
+            self._subcommand_parsers[subcommand].set_defaults({f"model.{k}": v for k, v in hyperparameters.items()})
         self.config = parser.parse_args(words)
         config = self.config[self.config.subcommand]
         if config.seed_everything is True:
@@ -164,27 +166,27 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def _flag(words: list[str], name: str) -> str | None:
-    """Value of ``--name value`` or ``--name=value``, the last one given."""
-    value = None
-    for index, word in enumerate(words):
-        if word == f"--{name}" and index + 1 < len(words):
-            value = words[index + 1]
-        elif word.startswith(f"--{name}="):
-            value = word.partition("=")[2]
+def _given(words: list[str], name: str) -> str | None:
+    """Value of an option before anything is parsed: the last ``--name value``, else that of the last config file."""
+    value = _flag(words, name)
+    if value is not None:
+        return value
+    for path in (_flag(words, "config"), _flag(words, "c")):
+        if path is not None and Path(path).is_file():
+            node: Any = yaml.safe_load(Path(path).read_text())
+            for key in name.split("."):
+                node = node.get(key) if isinstance(node, dict) else None
+            value = value if node is None else str(node)
     return value
 
 
-def _replace(words: list[str], name: str, value: str) -> list[str]:
-    """The words with every value of ``--name`` replaced."""
-    replaced, skip = [], False
-    for word in words:
-        if skip:
-            replaced.append(value)
-            skip = False
-        elif word.startswith(f"--{name}="):
-            replaced.append(f"--{name}={value}")
-        else:
-            replaced.append(word)
-            skip = word == f"--{name}"
-    return replaced
+def _flag(words: list[str], name: str) -> str | None:
+    """Value of ``--name value`` or ``--name=value``, the last one given; of ``-n value`` for a name of one letter."""
+    dashes = "-" if len(name) == 1 else "--"
+    value = None
+    for index, word in enumerate(words):
+        if word == dashes + name and index + 1 < len(words):
+            value = words[index + 1]
+        elif word.startswith(f"{dashes}{name}="):
+            value = word.partition("=")[2]
+    return value

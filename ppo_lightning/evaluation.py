@@ -7,7 +7,8 @@ import torch
 from gymnasium import Space
 from torch import Tensor
 
-from ppo_lightning.envs import Environments
+from ppo_lightning.envs import Environments, Transition
+from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import action_decoder, storage
 
@@ -56,6 +57,7 @@ def evaluate_episodes(
         noise = None if deterministic else policy.distribution.noise(num_envs, generator=generator).to(device)
         action = policy.act(torch.from_numpy(np.asarray(observation)).to(device, dtype), noise)
         after = environments.step(decode(action.cpu().numpy()))
+        _check_finite(after, int(lengths.max()))
         totals += after.reward if after.valid is None else np.where(after.valid, after.reward, 0.0)
         lengths += 1 if after.valid is None else after.valid
         cut = np.flatnonzero(lengths >= MAX_EPISODE_STEPS)
@@ -74,6 +76,17 @@ def evaluate_episodes(
             totals[index] = lengths[index] = 0
         observation = after.observation
     return torch.tensor([episode for env in results for episode in env], dtype=torch.float64).view(-1, 3)
+
+
+def _check_finite(after: Transition, step: int) -> None:
+    for key, rows in (("observation", after.observation), ("reward", after.reward)):
+        finite = np.isfinite(rows)
+        if not finite.all():
+            index = int(np.argwhere(~finite)[0][0])
+            raise EnvironmentFault(
+                f"environment {index} returned a {key} that is not finite at step {step} of an evaluation: {rows[index]}; "
+                "correct the environment"
+            )
 
 
 def summarize(episodes: Tensor) -> dict[str, float]:

@@ -32,7 +32,7 @@ from ppo_lightning.advantage import discounted_return, generalized_advantage
 from ppo_lightning.callbacks import BestCheckpoint, CloseEnvironments, LastCheckpoint, StepProgressBar
 from ppo_lightning.checkpoint import KEY, VerifiedCheckpointIO, read_checkpoint
 from ppo_lightning.diagnostics import explained_variance
-from ppo_lightning.envs import Environments, EnvMaker
+from ppo_lightning.envs import Environments, EnvMaker, resolve
 from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation import evaluate_episodes, summarize
 from ppo_lightning.loss import LossTerms, PPOLoss
@@ -40,6 +40,9 @@ from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset, no_autocast
 from ppo_lightning.schedule import Linear, schedule
 from ppo_lightning.spaces import action_decoder, describe, storage
+
+TRAINING_ONLY = ("optimizer", "lr_scheduler")
+"""Hyperparameters that a policy can act without."""
 
 BURN_IN = 2
 """Iterations that ``time/fps`` leaves out: the first ones warm up allocators and caches."""
@@ -53,7 +56,8 @@ class PPO(LightningModule):
 
     Args:
         env: Gymnasium id ("module:Id-v0" imports the module first), a VectorEnv, or a callable that makes one (or one
-            single environment); in YAML by class_path. A VectorEnv's own number of environments wins over num_envs.
+            single environment); in YAML a class by class_path, or a function as package.module.name. A VectorEnv's own
+            number of environments wins over num_envs.
         env_kwargs: arguments for gymnasium.make, or for the callable.
         wrappers: Gymnasium wrappers by class_path, around each environment, innermost first.
         num_envs: environments per process that are stepped together (count).
@@ -103,7 +107,7 @@ class PPO(LightningModule):
 
     def __init__(
         self,
-        env: str | VectorEnv | Callable[..., VectorEnv] | Callable[..., gym.Env],
+        env: str | Callable[..., VectorEnv] | Callable[..., gym.Env] | VectorEnv,
         env_kwargs: dict[str, Any] | None = None,
         wrappers: Sequence[Callable[[gym.Env], gym.Env]] = (),
         num_envs: int = 8,
@@ -143,27 +147,27 @@ class PPO(LightningModule):
             ("eval_interval", eval_interval),
             ("num_eval_episodes", num_eval_episodes),
         ):
-            if size is not None and size < 1:
-                raise InputError(f"{name} must be 1 or more, got {size}")
+            if size is not None and not (_is_number(size) and size >= 1 and size == int(size)):
+                raise InputError(f"{name} must be a whole number of 1 or more, got {size!r}")
         for name, share in (("gamma", gamma), ("gae_lambda", gae_lambda)):
-            if not 0 <= share <= 1:
-                raise InputError(f"{name} must lie between 0 and 1, got {share}")
+            if not (_is_number(share) and 0 <= share <= 1):
+                raise InputError(f"{name} must lie between 0 and 1, got {share!r}")
         for name, scale in (
             ("clip_range_vf", clip_range_vf),
             ("max_grad_norm", max_grad_norm),
             ("target_kl", target_kl),
             ("env_timeout_s", env_timeout_s),
         ):
-            if scale is not None and not scale > 0:
-                raise InputError(f"{name} must be more than 0 (or null to turn it off), got {scale}")
-        if not vf_coef >= 0:
-            raise InputError(f"vf_coef must be zero or more, got {vf_coef}")
+            if scale is not None and not (_is_number(scale) and scale > 0):
+                raise InputError(f"{name} must be more than 0 (or null to turn it off), got {scale!r}")
+        if not (_is_number(vf_coef) and vf_coef >= 0):
+            raise InputError(f"vf_coef must be zero or more, got {vf_coef!r}")
 
-        self.env_maker = EnvMaker(env, env_kwargs or {}, tuple(wrappers), vectorization)
+        self.env_maker = EnvMaker(resolve(env), env_kwargs or {}, tuple(wrappers), vectorization)
         self.observation_space, self.action_space, self._made = self.env_maker.probe(num_envs)
-        self.num_envs = num_envs if self._made is None else self._made.num_envs
-        self.num_steps = num_steps
-        self.total_steps = total_steps
+        self.num_envs = int(num_envs) if self._made is None else self._made.num_envs
+        self.num_steps = int(num_steps)
+        self.total_steps = int(total_steps)
         self.gamma = gamma
         self.gae_lambda = gae_lambda
         self.update_epochs = update_epochs
@@ -237,6 +241,7 @@ class PPO(LightningModule):
         if stage != "fit":
             return
         self._refuse_what_misleads()
+        self._check_val_every_n_epoch = trainer.check_val_every_n_epoch
         if trainer.max_epochs in (None, 1000):
             trainer.fit_loop.max_epochs = -1
         if trainer.check_val_every_n_epoch == 1:
@@ -250,17 +255,23 @@ class PPO(LightningModule):
                 "own; give a callable that makes it instead"
             )
             trainer.limit_val_batches = 0
-        rank_zero_info(f"seed {self.seed}")
 
     @override
     def configure_optimizers(self) -> Any:
         """The optimiser over all parameters, and the scheduler where one was given."""
+        for name in self._missing:
+            raise InputError(
+                f"the checkpoint was made with a {name} of its own, which a file of plain data cannot hold: "
+                f"pass {name}=… to PPO or load_from_checkpoint, to train on"
+            )
         optimizer = self.optimizer(self.policy.parameters())
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self._settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
         if self.lr_scheduler is None:
-            for group in optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
+        self._constants = dict(scheduler.state_dict())
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise InputError(
                 "lr_scheduler ReduceLROnPlateau waits for a metric, schedules here run on iterations: take another"
@@ -270,6 +281,7 @@ class PPO(LightningModule):
     @override
     def on_fit_start(self) -> None:
         """Seed this process's own stream, and leave at once where nothing is left to train."""
+        rank_zero_info(f"seed {self.seed}")
         self.generator.manual_seed(self._stream("training", self.num_env_steps))
         self._clock = Clock()
         if self.num_env_steps >= self.total_steps:
@@ -286,11 +298,12 @@ class PPO(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Find out whether a gradient step concerns anybody else.
+        """Let this run's settings win over the checkpoint's; find out whether a gradient step concerns anybody else.
 
         It does not in one process, without a gradient scaler, where no hook asks for gradients. Lightning's calls would
         then do nothing, at a tenth of a millisecond per minibatch.
         """
+        self._restore_settings()
         trainer: Any = self.trainer
         hooked = any(_overrides(callback, Callback) for callback in trainer.callbacks) or _overrides(self, PPO)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -344,9 +357,8 @@ class PPO(LightningModule):
 
     @override
     def on_fit_end(self) -> None:
-        """Give back the evaluation interval, which the last iteration changed, to a later fit."""
-        if self.trainer.should_stop:
-            self.trainer.check_val_every_n_epoch = self.iterations_between_evaluations
+        """Give the Trainer back the evaluation interval that it came with."""
+        self.trainer.check_val_every_n_epoch = self._check_val_every_n_epoch
 
     @override
     def val_dataloader(self) -> Sequence[int]:
@@ -361,8 +373,11 @@ class PPO(LightningModule):
     @override
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """Evaluate on environments of its own, and log ``eval/…`` at the current environment step."""
+        self._log_evaluation("evaluation")
+
+    def _log_evaluation(self, purpose: str) -> None:
         started = time.perf_counter()
-        statistics = self.evaluate()
+        statistics = self._evaluate(self.num_eval_episodes, self.eval_deterministic, purpose)
         # float64, as self.log would otherwise round step counts beyond 2²⁴
         step = torch.tensor(self.num_env_steps, dtype=torch.float64)
         # All processes have gathered the same statistics; sync_dist tells Lightning so.
@@ -371,8 +386,8 @@ class PPO(LightningModule):
 
     @override
     def test_step(self, batch: int, batch_idx: int) -> None:
-        """The same as a validation."""
-        self.validation_step(batch, batch_idx)
+        """The same as a validation, over other episodes: those of validations have chosen the best checkpoint."""
+        self._log_evaluation("test")
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -402,14 +417,16 @@ class PPO(LightningModule):
                     f"the checkpoint was trained with {kind} space {saved}, {self.env_maker.name} has {describe(space)}: "
                     "use the environment it was trained on"
                 )
-        for name in ours["not_saved"]:
-            if name not in self._not_saved:
+        self._missing = [name for name in ours["not_saved"] if name not in self._given]
+        for name in self._missing:
+            if name not in TRAINING_ONLY:
                 raise InputError(
                     f"the checkpoint was made with a {name} of its own, which a file of plain data cannot hold: "
                     f"pass {name}=… again, to PPO or to load_from_checkpoint"
                 )
         if "PL_GLOBAL_SEED" not in os.environ:  # else seed_everything has been asked for another
             self.seed = ours["seed"]
+        self.rollouts.episodes.window.clear()
         self.rollouts.episodes.window.extend(tuple(episode) for episode in ours["episodes"])
 
     # --- the parts of a training step ---------------------------------------------------------------------------------
@@ -528,10 +545,10 @@ class PPO(LightningModule):
         # One gather for all that is counted: valid rows, then the newest episodes, padded to a full window.
         window = EpisodeStatistics.WINDOW
         finished = self.rollouts.episodes.finished[-window:]
-        packed = torch.zeros(2 + 3 * window, dtype=torch.float64)
+        packed = torch.zeros(2 + 3 * window, dtype=torch.float64)  # on the CPU: not every device has float64
         packed[0], packed[1] = valid.sum(), len(finished)
         packed[2 : 2 + finished.numel()] = finished.flatten()
-        for row in self.gather(packed.to(self.device)).cpu().view(-1, len(packed)):
+        for row in self.gather(packed).view(-1, len(packed)):
             self.env_steps += int(row[0])
             self.rollouts.episodes.record(row[2:].view(window, 3)[: int(row[1])])
         self.iterations += 1
@@ -541,9 +558,10 @@ class PPO(LightningModule):
         """The rows [P] of all processes, [ranks, P]; of one process the row as it is."""
         if self._world_size == 1:
             return row
-        rows = [torch.empty_like(row) for _ in range(self._world_size)]
-        torch.distributed.all_gather(rows, row.contiguous())
-        return torch.stack(rows)
+        sent = row.to(self.device).contiguous()
+        rows = [torch.empty_like(sent) for _ in range(self._world_size)]
+        torch.distributed.all_gather(rows, sent)
+        return torch.stack(rows).to(row.device)
 
     @torch.no_grad()
     def metrics(self, batch: TensorDict, update: "Update", seconds: float) -> dict[str, float]:
@@ -634,6 +652,10 @@ class PPO(LightningModule):
         """
         shape, dtype = storage(self.observation_space)
         array = np.asarray(observation)
+        if isinstance(self.observation_space, gym.spaces.Discrete) and not all(
+            self.observation_space.contains(int(one)) for one in array.flat
+        ):
+            raise InputError(f"predict needs observations of {self.observation_space}, got {observation!r}")
         if array.shape != shape and array.shape[1:] != shape:
             raise InputError(f"predict needs an observation of shape {shape} or a batch of them, got {array.shape}")
         single = array.shape == shape
@@ -665,25 +687,28 @@ class PPO(LightningModule):
         wanted = self.num_eval_episodes if num_episodes is None else num_episodes
         if wanted < 1:
             raise InputError(f"num_episodes must be 1 or more, got {wanted}")
+        return self._evaluate(wanted, self.eval_deterministic if deterministic is None else deterministic, "evaluation")
+
+    def _evaluate(self, wanted: int, deterministic: bool, purpose: str) -> dict[str, float]:
         world = self._world_size
-        share = (wanted + world - 1 - self._rank) // world
+        shares = [(wanted + world - 1 - rank) // world for rank in range(world)]
+        share = shares[self._rank]
         if self.seed is None:
             self.seed = self._known_seed()
-        episodes = torch.full((ceil(wanted / world), 3), torch.nan, dtype=torch.float64)
+        episodes = torch.zeros(shares[0], 3, dtype=torch.float64)
         if share:
             with self.autocast():
                 episodes[:share] = evaluate_episodes(
                     self.policy,
-                    self._evaluation_environments(wanted),
+                    self._evaluation_environments(share),
                     self.observation_space,
                     self.action_space,
                     num_episodes=share,
-                    seed=self._stream("evaluation", self.num_env_steps),
-                    deterministic=self.eval_deterministic if deterministic is None else deterministic,
+                    seed=self._stream(purpose, self.num_env_steps),
+                    deterministic=deterministic,
                 )
-        if world > 1:
-            episodes = self.gather(episodes.flatten().to(self.device)).cpu().view(-1, 3)
-        return summarize(episodes[~episodes[:, 0].isnan()])
+        rows = self.gather(episodes.flatten()).view(world, -1, 3)
+        return summarize(torch.cat([row[:own] for row, own in zip(rows, shares, strict=True)]))
 
     @override
     @classmethod
@@ -696,7 +721,7 @@ class PPO(LightningModule):
         if isinstance(checkpoint_path, str | Path):
             contents = read_checkpoint(checkpoint_path)
             for name in contents[KEY]["not_saved"]:
-                if name not in kwargs:
+                if name not in kwargs and name not in TRAINING_ONLY:
                     raise InputError(
                         f"the checkpoint was made with a {name} of its own, which a file of plain data cannot hold: "
                         f"call load_from_checkpoint(…, {name}=…)"
@@ -764,6 +789,10 @@ class PPO(LightningModule):
         return int(np.random.SeedSequence(words).generate_state(1)[0] >> 1)
 
     def _evaluation_environments(self, num_episodes: int) -> Environments:
+        num_envs = min(self.num_envs, num_episodes)
+        if self._eval_environments is not None and self._num_eval_envs != num_envs:
+            self._eval_environments.close()
+            self._eval_environments = None
         if self._eval_environments is None:
             maker = self.env_maker.again()
             if maker is None:
@@ -771,12 +800,32 @@ class PPO(LightningModule):
                     f"evaluation needs environments of its own, and {self.env_maker.name} was given as a VectorEnv: give a "
                     "callable that makes it instead"
                 )
-            self._eval_environments = Environments(maker, min(self.num_envs, num_episodes), self.env_timeout_s)
+            self._eval_environments, self._num_eval_envs = Environments(maker, num_envs, self.env_timeout_s), num_envs
         return self._eval_environments
+
+    def _restore_settings(self) -> None:
+        """After a checkpoint was restored: optimiser and scheduler keep their state, this run's numbers replace its."""
+        for group, own in zip(self._optimizer.param_groups, self._settings, strict=True):
+            rate = group["lr"]
+            if group["initial_lr"] != own["initial_lr"] and group["initial_lr"] != 0:
+                rate *= own["initial_lr"] / group["initial_lr"]
+            group.update(own)
+            group["lr"] = rate
+        if self.lr_scheduler is not None:
+            scheduler = cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers())
+            state = {"last_epoch", "_step_count", "_last_lr", "_schedulers"}
+            scheduler.load_state_dict({key: value for key, value in self._constants.items() if key not in state})
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**super().__getstate__(), "_eval_environments": None}  # simulators stay where they are
+        if not self.env_maker.is_instance:
+            state["_made"] = None
+        return state
 
     def _refuse_what_misleads(self) -> None:
         trainer = self.trainer
-        if trainer.max_steps not in (None, -1):
+        if trainer.max_steps not in (None, -1) and not cast(Any, trainer).fast_dev_run:
             raise InputError(
                 f"max_steps={trainer.max_steps} would count optimiser steps, and stop the schedules short: set total_steps, in "
                 "environment steps (max_epochs ends a run after so many iterations)"
@@ -791,15 +840,19 @@ class PPO(LightningModule):
                 f"strategy {type(trainer.strategy).__name__} shards parameters, which PPO's policies are too small for and "
                 "its several backward passes per batch do not allow: use ddp"
             )
+        if trainer.strategy.root_device.type == "mps" and (self.policy.moments or self.return_moments):
+            raise InputError("running statistics are float64, which this device has not: use --trainer.accelerator cpu")
 
     def _remember_hyperparameters(self, given: dict[str, Any]) -> None:
         """Keep what is plain data in the checkpoint, and the names of what is not.
 
         Under LightningCLI, Lightning keeps the parsed configuration instead, in which classes are paths.
         """
+        self._missing: list[str] = []  # of a checkpoint that was loaded
         if _given_hyperparameters.get() is not None:
             self.save_hyperparameters()
             self._not_saved: list[str] = []
+            self._given = set(given)
             return
         plain = {
             name: dataclasses.asdict(value) if isinstance(value, Linear) else value
@@ -809,6 +862,7 @@ class PPO(LightningModule):
         self.save_hyperparameters(plain)
         changed = {name for name, value in given.items() if value is not _PARAMETERS[name]}
         self._not_saved = sorted(changed - plain.keys())
+        self._given = changed
 
 
 class Update(NamedTuple):
@@ -861,22 +915,19 @@ def _cut(samples: int, pieces: int) -> list[int]:
 
 
 def _is_default(callback: Callback) -> bool:
-    """Whether Lightning added the callback by itself, as far as can be told."""
-    if type(callback) in (RichProgressBar, TQDMProgressBar):
-        return True
-    return (
-        type(callback) is ModelCheckpoint
-        and callback.monitor is None
-        and callback.dirpath is None
-        and callback.filename is None
-        and callback.save_last is None
-    )
+    """Whether Lightning added the callback by itself, as far as can be told: it is as one made without arguments."""
+    kind = type(callback)
+    return kind in (RichProgressBar, TQDMProgressBar, ModelCheckpoint) and vars(callback) == vars(kind())
 
 
 def _overrides(hooks: object, base: type) -> bool:
     """Whether an object has hooks of its own around gradient steps."""
     names = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
     return any(getattr(type(hooks), name) is not getattr(base, name) for name in names)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def _is_plain(value: object) -> bool:

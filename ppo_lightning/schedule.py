@@ -27,6 +27,8 @@ def schedule(name: str, value: float | Linear | Mapping[str, float]) -> Linear:
         InputError: a value on the way would be negative.
     """
     if isinstance(value, Mapping):
+        if not {"start"} <= value.keys() <= {"start", "end"}:
+            raise InputError(f"{name} takes a number or start and end, got {dict(value)}")
         value = Linear(**value)
     line = value if isinstance(value, Linear) else Linear(value, value)
     if not (line.start >= 0 and line.end >= 0):

@@ -34,6 +34,8 @@ def describe(space: Space[Any]) -> str:
 
 @describe.register
 def _(space: Box) -> str:
+    if 0 in space.shape:
+        raise InputError(f"the space {space!r} holds nothing: correct its shape")
     return f"Box{space.shape} {space.dtype}"
 
 
@@ -122,7 +124,7 @@ def action_decoder(space: Space[Any]) -> Callable[[np.ndarray], np.ndarray]:
 def _(space: Box) -> Callable[[np.ndarray], np.ndarray]:
     if not np.issubdtype(space.dtype, np.floating):
         raise InputError(
-            f"the action space {space!r} has integer bounds: use MultiDiscrete or Discrete for such actions"
+            f"the action space {space!r} has integer bounds: make it Discrete, or a Box of floats that the environment rounds"
         )
     return partial(_clip, low=space.low, high=space.high)
 

@@ -96,6 +96,25 @@ def test_a_resumed_run_goes_on_in_its_own_folder_and_loses_no_row():
     assert (RUN / "config.yaml").exists()
 
 
+def test_a_checkpoint_may_be_named_in_the_config():
+    fit("--model.gamma", "0.9", "--trainer.default_root_dir", "runs")
+    Path("more.yaml").write_text("trainer: {default_root_dir: runs}\nckpt_path: last\nmodel: {total_steps: 640}\n")
+    main(["fit", "--config", "more.yaml", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"])
+    state = torch.load("runs" / RUN / "checkpoints/last.ckpt")
+    assert state["state_dict"]["env_steps"] == 640
+    assert state["hyper_parameters"]["gamma"] == 0.9
+    assert [path.name for path in Path("runs/lightning_logs").iterdir()] == ["version_0"]
+
+
+def test_a_vector_env_by_class_path_is_trained_and_evaluated():
+    Path("native.yaml").write_text(
+        "model:\n  env:\n    class_path: gymnasium.envs.classic_control.cartpole.CartPoleVectorEnv\n  num_envs: 4\n"
+        "  num_steps: 32\n  total_steps: 256\n"
+    )
+    main(["fit", "--config", "native.yaml", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"])
+    assert (RUN / "checkpoints/best.ckpt").exists()
+
+
 def test_last_is_the_newest_checkpoint_that_can_be_read():
     fit()
     fit()
@@ -116,7 +135,7 @@ def test_no_checkpoint_to_go_on_with_is_an_error():
     ("flags", "sentence"),
     [
         (["--model.env", "CartPol-v1"], "error: there is no environment 'CartPol-v1': did you mean CartPole-v1"),
-        (["--model.num_steps", "0"], "error: num_steps must be 1 or more, got 0"),
+        (["--model.num_steps", "0"], "error: num_steps must be a whole number of 1 or more, got 0"),
         (["--trainer.max_steps", "3"], "error: max_steps=3"),
         (["--trainer.precision", "64-true"], "error: precision=64-true"),
         (["--model.env", "probes:Faulty"], "error: cannot import probes"),

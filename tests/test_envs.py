@@ -126,6 +126,65 @@ def test_a_worker_that_dies_is_named(fit):
     assert "the worker process of environment [1] died in step (exit code [-9])" in message
 
 
+def test_a_reset_that_fails_in_a_vector_without_autoreset_is_named():
+    def make():
+        fails = functools.partial(Faulty, "raise", where="reset", spare_first_reset=True)
+        return SyncVectorEnv([fails] * 2, autoreset_mode=AutoresetMode.DISABLED)
+
+    with pytest.raises(
+        EnvironmentFault, match=r"raised ZeroDivisionError in reset: the pole is at infinity\n\nTraceback"
+    ):
+        PPO(make, num_steps=16).rollouts.collect()
+
+
+def test_a_constructor_that_raises_is_named():
+    def make():
+        raise ValueError("no licence")
+
+    with pytest.raises(InputError, match="making make raised ValueError: no licence"):
+        PPO(make)
+
+
+def test_one_environment_is_not_several():
+    with pytest.raises(InputError, match="env is one Endless"):
+        PPO(Endless())
+
+
+def test_a_function_by_its_path():
+    assert PPO("probes.Endless", num_steps=8).rollouts.collect().batch_size == (8, 8)
+    with pytest.raises(InputError, match=r"env=probes.Nothing: cannot import it"):
+        PPO("probes.Nothing")
+
+
+def test_spaces_without_dimensions_and_spaces_that_hold_nothing():
+    class Scalar(Probe):
+        def __init__(self):
+            super().__init__()
+            self.action_space = gym.spaces.Box(-1, 1, ())
+
+        def step(self, action):
+            assert self.action_space.contains(np.asarray(action)), action
+            return self.see(0.0), 0.0, True, False, {}
+
+    model = PPO(Scalar, num_steps=8)
+    model.on_train_batch_start(batch := model.rollouts.collect(), 0)
+    assert batch["action"].shape == (8, 8)
+    assert model.predict(np.zeros((5, 1))).shape == (5,)
+
+    class Empty(Probe):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = gym.spaces.Box(-1, 1, (0,))
+
+    with pytest.raises(InputError, match="holds nothing"):
+        PPO(Empty)
+
+
+def test_predict_refuses_a_cell_that_is_not_there():
+    with pytest.raises(InputError, match=r"predict needs observations of Discrete\(16\)"):
+        PPO("FrozenLake-v1").predict(99)
+
+
 def test_an_async_timeout_is_an_option_with_effect():
     environments = Environments(EnvMaker("CartPole-v1", vectorization="async"), 2, 7.5)
     assert environments._timeout == 7.5
@@ -160,7 +219,7 @@ def test_a_missing_extra_is_named_with_the_command(monkeypatch):
 
 
 def test_wrong_env_kwargs_are_named():
-    with pytest.raises(InputError, match=r"gymnasium.make\('CartPole-v1'\) failed.*check env and env_kwargs"):
+    with pytest.raises(InputError, match=r"making CartPole-v1 raised TypeError.*check env, env_kwargs"):
         PPO("CartPole-v1", env_kwargs={"gravity_of_jupiter": 1})
 
 

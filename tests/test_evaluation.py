@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from probes import ActionMustMatch, Endless, Scripted, Uneven
+from probes import ActionMustMatch, Endless, Faulty, Scripted, Uneven
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, InputError, evaluation
+from ppo_lightning import PPO, EnvironmentFault, InputError, evaluation
 from ppo_lightning.evaluation import summarize
 
 
@@ -125,6 +125,37 @@ def test_a_vector_env_cannot_be_evaluated_unless_gymnasium_can_make_it_again(fit
     import gymnasium as gym
 
     assert PPO(gym.make_vec("CartPole-v1", 2)).evaluate(3)["eval/mean_ep_length"] > 0
+
+
+def test_a_wrapped_vector_env_is_not_evaluated_without_its_wrappers():
+    import gymnasium as gym
+
+    wrapped = gym.wrappers.vector.TransformReward(gym.make_vec("CartPole-v1", 2), lambda reward: 100 * reward)
+    with pytest.raises(InputError, match="give a callable"):
+        PPO(wrapped).evaluate(2)
+
+
+def test_the_result_does_not_depend_on_evaluations_before():
+    model = PPO("CartPole-v1")
+    model.seed = 3
+    twenty = model.evaluate(20)
+    model.evaluate(2)
+    assert model.evaluate(20) == twenty
+
+
+def test_test_episodes_are_not_those_that_chose_the_best_checkpoint():
+    model = PPO("CartPole-v1")
+    model.seed = 3
+    assert model._evaluate(10, True, "test") != model._evaluate(10, True, "evaluation")
+
+
+@pytest.mark.parametrize(("fault", "key"), [("nan reward", "reward"), ("nan observation", "observation")])
+def test_what_is_not_finite_is_an_error_in_evaluations_too(fault, key):
+    model = PPO(lambda: Faulty(fault), num_envs=2)
+    with pytest.raises(
+        EnvironmentFault, match=f"environment 0 returned a {key} that is not finite at step 2 of an eval"
+    ):
+        model.evaluate(2)
 
 
 def test_number_of_episodes_must_be_positive():

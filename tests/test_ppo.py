@@ -1,6 +1,7 @@
 import logging
 import math
 import pickle
+import time
 
 import gymnasium as gym
 import lightning
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from probes import ActionMustMatch, ConstantReward, Target
 from torch import nn
@@ -16,6 +17,7 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError, Linear
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, StepProgressBar
+from ppo_lightning.ppo import Clock
 
 SMALL = {"num_envs": 4, "num_steps": 32, "total_steps": 512}
 
@@ -215,6 +217,15 @@ def test_a_bare_trainer_trains_to_total_steps(tmp_path, capsys):
     assert "return=" in bar
 
 
+def test_configured_callbacks_are_the_users_too(tmp_path):
+    mine = [ModelCheckpoint(save_top_k=-1, every_n_epochs=2), TQDMProgressBar(refresh_rate=0)]
+    trainer = lightning.Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=mine, logger=False)
+    trainer.fit(PPO("CartPole-v1", **SMALL))
+    assert set(mine) <= set(trainer.callbacks)
+    assert StepProgressBar not in map(type, trainer.callbacks)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4  # theirs after iterations 2 and 4, best and last
+
+
 def test_users_callbacks_stay_and_defaults_give_way(tmp_path):
     class MyBar(RichProgressBar):
         pass
@@ -401,6 +412,108 @@ def test_continuing_from_a_checkpoint_keeps_optimiser_counters_and_moments(fit, 
     assert longer.num_env_steps == 1024
     assert longer.trainer.global_step == 8
     assert int(longer.policy.moments.count) == int(longer.return_moments.count) == 1024
+
+
+@pytest.mark.parametrize("scheduler", [None, 0.5])
+def test_the_settings_of_a_resumed_run_win_over_the_checkpoints(fit, tmp_path, scheduler):
+    """Learning rate, other numbers of the optimiser, and a scheduler's: its state goes on, its numbers are new."""
+
+    def make(lr, total_steps, decay, gamma):
+        return PPO(
+            "CartPole-v1",
+            **{**SMALL, "total_steps": total_steps},
+            optimizer=lambda params: torch.optim.Adam(params, lr=lr, weight_decay=decay),
+            lr_scheduler=gamma and (lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=1, gamma=gamma)),
+        )
+
+    fit(make(1e-3, 512, 0.0, scheduler)).save_checkpoint(tmp_path / "a.ckpt")
+    logger = Memory()
+    trainer = fit(make(1e-2, 1024, 0.1, scheduler and 0.1), ckpt_path=tmp_path / "a.ckpt", logger=logger)
+    rates = [row["train/learning_rate"] for _, row in logger.rows]
+    expected = [5e-3, 3.75e-3, 2.5e-3, 1.25e-3] if scheduler is None else [1e-2 * 0.5**4 * 0.1**i for i in range(4)]
+    assert rates == pytest.approx(expected)
+    assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.1
+
+
+def test_a_resumed_run_has_the_checkpoints_seed_and_sees_other_episodes(fit, tmp_path, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    first = PPO("CartPole-v1", **SMALL)
+    start, noise = [], []
+    collect = type(first.rollouts).collect
+
+    def watched(self):
+        batch = collect(self)
+        start.append(batch["observation"][0].clone())
+        noise.append(self.learner.generator.initial_seed())
+        return batch
+
+    monkeypatch.setattr(type(first.rollouts), "collect", watched)
+    fit(first).save_checkpoint(tmp_path / "a.ckpt")
+    second = PPO("CartPole-v1", **{**SMALL, "total_steps": 1024})
+    fit(second, ckpt_path=tmp_path / "a.ckpt")
+    assert second.seed == first.seed
+    assert not torch.equal(start[0], start[4])
+    assert noise[0] != noise[4]
+
+
+def test_a_policy_acts_without_the_optimiser_it_was_trained_with_but_does_not_train_on(fit, tmp_path):
+    adam = lambda params: torch.optim.Adam(params, lr=1e-2)  # noqa: E731
+    fit(PPO("CartPole-v1", **SMALL, optimizer=adam)).save_checkpoint(tmp_path / "a.ckpt")
+    model = PPO.load_from_checkpoint(tmp_path / "a.ckpt", total_steps=1024)
+    assert model.evaluate(2)
+    with pytest.raises(InputError, match="optimizer=…"):
+        fit(model)
+    fit(PPO.load_from_checkpoint(tmp_path / "a.ckpt", total_steps=1024, optimizer=adam))
+
+
+def test_environments_are_closed_after_a_fit(fit):
+    model = trained(fit)
+    assert model.rollouts.environments is None
+    assert model._eval_environments is None
+
+
+def test_the_trainer_gets_its_evaluation_interval_back(fit):
+    trainer = fit(PPO("CartPole-v1", **SMALL), check_val_every_n_epoch=7)
+    assert trainer.check_val_every_n_epoch == 7
+
+
+def test_a_fast_dev_run_is_one_iteration(fit):
+    model = PPO("CartPole-v1", **SMALL)
+    fit(model, fast_dev_run=True)
+    assert model.num_env_steps == 128
+
+
+def test_speed_leaves_evaluations_out():
+    clock = Clock()
+    for step in (1, 2):
+        clock.iterated(1000 * step)
+    time.sleep(0.2)
+    clock.evaluated(0.2)
+    metrics = clock.iterated(3000)
+    assert metrics["time/evaluate"] == pytest.approx(0.2)
+    assert metrics["time/fps"] > 1000 / 0.1
+
+
+def test_a_divergence_that_is_no_number_stops_the_update():
+    model = PPO("CartPole-v1", **SMALL, target_kl=0.1)
+    model._trainer = type("T", (), {"strategy": type("S", (), {"reduce": staticmethod(lambda x, reduce_op: x)})})
+    assert model.diverged(torch.tensor(torch.nan))
+    assert model.diverged(torch.tensor(0.16))
+    assert not model.diverged(torch.tensor(0.14))
+
+
+def test_rollouts_are_acted_in_the_precision_of_updates(fit):
+    seen = []
+
+    class Acts(PPO):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            act = self.policy.act
+            self.policy.act = lambda *a: seen.append(torch.is_autocast_enabled("cpu")) or act(*a)
+
+    fit(Acts("CartPole-v1", **SMALL), precision="bf16-mixed")
+    assert seen
+    assert all(seen)
 
 
 def test_a_model_that_has_trained_can_be_pickled(fit):
@@ -605,14 +718,19 @@ def test_predict_normalises_as_training_does(fit):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_envs": 0}, "num_envs must be 1 or more, got 0"),
-        ({"num_steps": -3}, "num_steps must be 1 or more, got -3"),
-        ({"total_steps": 0}, "total_steps must be 1 or more"),
-        ({"update_epochs": 0}, "update_epochs must be 1 or more"),
-        ({"num_minibatches": 0}, "num_minibatches must be 1 or more"),
-        ({"eval_interval": 0}, "eval_interval must be 1 or more"),
-        ({"num_eval_episodes": 0}, "num_eval_episodes must be 1 or more"),
+        ({"num_envs": 0}, "num_envs must be a whole number of 1 or more, got 0"),
+        ({"num_steps": -3}, "num_steps must be a whole number of 1 or more, got -3"),
+        ({"total_steps": 0}, "total_steps must be a whole number of 1 or more"),
+        ({"update_epochs": 0}, "update_epochs must be a whole number of 1 or more"),
+        ({"num_minibatches": 0}, "num_minibatches must be a whole number of 1 or more"),
+        ({"eval_interval": 0}, "eval_interval must be a whole number of 1 or more"),
+        ({"num_eval_episodes": 0}, "num_eval_episodes must be a whole number of 1 or more"),
         ({"num_minibatches": 2000}, r"8 · .*128|128 · 8 = 1024 samples cannot be cut into num_minibatches = 2000"),
+        ({"num_steps": 128.5}, "num_steps must be a whole number of 1 or more, got 128.5"),
+        ({"num_envs": "8"}, "num_envs must be a whole number"),
+        ({"env": None}, "env must be a Gymnasium id"),
+        ({"vectorization": "asynch"}, "vectorization must be one of"),
+        ({"clip_range": {"begin": 1}}, "clip_range takes a number or start and end"),
         ({"gamma": 1.5}, "gamma must lie between 0 and 1"),
         ({"gae_lambda": -0.1}, "gae_lambda must lie between 0 and 1"),
         ({"gamma": math.nan}, "gamma must lie"),
@@ -627,7 +745,7 @@ def test_predict_normalises_as_training_does(fit):
 )
 def test_refuses_a_value(kwargs, message):
     with pytest.raises(InputError, match=message):
-        PPO("CartPole-v1", **kwargs)
+        PPO(**{"env": "CartPole-v1", **kwargs})
 
 
 @pytest.mark.parametrize("kwargs", [{"precision": "64-true"}, {"precision": "bf16-true"}, {"max_steps": 10}])

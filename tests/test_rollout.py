@@ -85,7 +85,7 @@ def test_next_value_is_that_of_the_final_observation_never_of_the_reset(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_dummy_rows_reach_nothing(mode):
-    model = PPO(vector(mode), num_steps=20, num_minibatches=1)
+    model = PPO(vector(mode), num_steps=20, num_minibatches=1, normalize_observation=True, normalize_reward=True)
     batch = model.rollouts.collect()
     model.on_train_batch_start(batch, 0)
     dummies = int((~batch["valid"]).sum())
@@ -93,6 +93,8 @@ def test_dummy_rows_reach_nothing(mode):
     samples = model.samples(batch)
     assert len(samples) == 60 - dummies
     model.count(batch, 1)
+    assert int(model.policy.moments.count) == int(model.return_moments.count) == 60 - dummies
+    assert_close(model.policy.moments.mean, batch["observation"][batch["valid"]].double().mean(0))
     assert model.num_env_steps == 60 - dummies
     lengths = [length for _, length, _ in model.rollouts.episodes.window]
     assert set(lengths) <= {3.0, 2.0, 5.0}
@@ -266,6 +268,18 @@ def test_normalised_rewards_equal_gymnasiums_wrapper_on_the_moments():
     model.scale_reward(batch["reward"], batch["terminated"] | batch["truncated"], batch["valid"])
     returns = [sum(0.9**k for k in range(step + 1)) for step in range(7)] * 10
     assert float(model.return_moments.variance) == pytest.approx(np.var(returns), rel=1e-5)
+
+
+def test_discounted_returns_go_on_from_rollout_to_rollout():
+    """The same moments, whether an endless episode is collected in one rollout or in four."""
+    moments = []
+    for steps, rollouts in ((80, 1), (20, 4)):
+        model = PPO(lambda: Endless(10**9), num_envs=1, num_steps=steps, normalize_reward=True, gamma=0.99)
+        for _ in range(rollouts):
+            batch = model.rollouts.collect()
+            model.scale_reward(batch["reward"], batch["truncated"], batch["valid"])
+        moments.append(dict(model.return_moments.state_dict()))
+    assert_close(moments[0], moments[1], rtol=1e-5, atol=1e-5)
 
 
 def test_generalized_advantage_is_what_the_hook_writes():

@@ -7,9 +7,9 @@ import inspect
 import multiprocessing
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -47,6 +47,15 @@ class EnvMaker:
     vectorization: Vectorization = "sync"
 
     def __post_init__(self) -> None:
+        if self.vectorization not in get_args(Vectorization):
+            raise InputError(f"vectorization must be one of {get_args(Vectorization)}, got {self.vectorization!r}")
+        if isinstance(self.env, gym.Env):
+            raise InputError(
+                f"env is one {type(self.env).__name__}, of which there are to be several: give its id, or a callable that "
+                "makes one"
+            )
+        if not (isinstance(self.env, str | VectorEnv) or callable(self.env)):
+            raise InputError(f"env must be a Gymnasium id, a VectorEnv or a callable that makes one, got {self.env!r}")
         if self.vectorization == "vector_entry_point" and self.wrappers:
             raise InputError(
                 "wrappers go around single environments, vectorization=vector_entry_point has none: "
@@ -72,7 +81,7 @@ class EnvMaker:
         if not isinstance(self.env, VectorEnv):
             return self
         spec = self.env.unwrapped.spec
-        if spec is None:
+        if spec is None or self.env is not self.env.unwrapped:  # a wrapped vector cannot be made again from its spec
             return None
         kwargs = dict(spec.kwargs)
         mode = kwargs.pop("vectorization_mode", "sync")
@@ -112,13 +121,14 @@ class EnvMaker:
             spec = find_spec(self.env)
             if spec.vector_entry_point is None:
                 raise InputError(f"{self.env} has no vector entry point: set vectorization to sync or async")
-            with missing_extra(self.env):
+            with making(self.env):
                 return gym.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **self.env_kwargs)
         assert not isinstance(self.env, VectorEnv)
         kwargs = dict(self.env_kwargs)
         if "num_envs" not in kwargs and "num_envs" in _parameters(self.env):
             kwargs["num_envs"] = num_envs
-        made = self.env(**kwargs)
+        with making(self.name):
+            made = self.env(**kwargs)
         if not isinstance(made, VectorEnv | gym.Env):
             raise InputError(
                 f"env={self.name} made a {type(made).__name__}: it must return a gymnasium.vector.VectorEnv or a gymnasium.Env"
@@ -137,11 +147,11 @@ class EnvMaker:
         return made
 
     def _single(self, spec: EnvSpec) -> Env:
-        with missing_extra(spec.id):
+        with making(spec.id):
             # Gymnasium's own passive checker only warns, and costs a call per step: Watched checks instead.
             env = gym.make(spec, disable_env_checker=True, **self.env_kwargs)
-        for wrapper in self.wrappers:
-            env = wrapper(env)
+            for wrapper in self.wrappers:
+                env = wrapper(env)
         return env
 
     def _vectorize(self, make: Callable[[], Env], num_envs: int) -> VectorEnv:
@@ -185,11 +195,11 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, with faults named."""
         try:
-            result = self._step(action)
+            observation, reward, terminated, truncated, info = self._step(action)
         except Exception as error:
             raise self._fault("step", error) from error
-        self._check("step", result[0])
-        return result
+        self._check("step", observation)
+        return observation, reward, terminated, truncated, info
 
     def _fault(self, where: str, error: Exception) -> EnvironmentFault:
         # The traceback goes into the text, because a worker process can send nothing else.
@@ -213,6 +223,19 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
             f"environment {self.index} returned in {where} an observation that is {got}, its observation_space is "
             f"{self.observation_space}: make the environment return what its space says, or correct the space"
         )
+
+
+def resolve(env: EnvSource) -> EnvSource:
+    """The function or class that a dotted path names (``package.module.make``); anything else as it is."""
+    if not isinstance(env, str) or "." not in env or ":" in env or env in gym.registry:
+        return env
+    module, _, name = env.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"env={env}: cannot import it ({error}); give a Gymnasium id or the path of a function"
+        ) from error
 
 
 def find_spec(env_id: str) -> EnvSpec:
@@ -246,20 +269,24 @@ def find_spec(env_id: str) -> EnvSpec:
 
 
 @contextlib.contextmanager
-def missing_extra(env_id: str):
-    """Turn a failed import inside ``gymnasium.make`` into the command that installs what is missing."""
+def making(name: str) -> Iterator[None]:
+    """Say in one sentence why an environment could not be made; for a failed import, the command that mends it."""
     try:
         yield
+    except InputError:
+        raise
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         text = f"{error} {error.__cause__ or ''}"
         extra = next((extra for module, extra in EXTRAS.items() if module.lower() in text.lower()), None)
         if extra is None:
-            raise InputError(f"{env_id} needs a package that is not installed: {error}") from error
+            raise InputError(f"{name} needs a package that is not installed: {error}") from error
         raise InputError(
-            f'{env_id} needs packages that are not installed: pip install "ppo-lightning[{extra}]"'
+            f'{name} needs packages that are not installed: pip install "ppo-lightning[{extra}]"'
         ) from error
-    except (gym.error.Error, TypeError) as error:
-        raise InputError(f"gymnasium.make({env_id!r}) failed: {error}; check env and env_kwargs") from error
+    except Exception as error:
+        raise InputError(
+            f"making {name} raised {type(error).__name__}: {error}; check env, env_kwargs and wrappers"
+        ) from error
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:

@@ -1,6 +1,7 @@
 """One interface to every vector of environments, with automatic resets decided in one place."""
 
 import multiprocessing
+import traceback
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -77,12 +78,7 @@ class Environments:
     def reset(self, seed: int | None) -> Array:
         """Start an episode everywhere: environment i is seeded with ``seed + i``, a native vector with ``seed``."""
         self._done[:] = False
-        if isinstance(self.env, AsyncVectorEnv):
-            observation, _ = self._await(self.env, "reset", lambda env: env.reset_async(seed=seed))
-        else:
-            observation, _ = self._named("reset", lambda: self.env.reset(seed=seed))
-        self._check(observation)
-        return observation
+        return self._reset(seed=seed)
 
     def step(self, action: Array) -> Transition:
         """Step all environments. Arrays may be the vector's own buffers: copy what must outlive the next call.
@@ -110,13 +106,21 @@ class Environments:
             final = observation[ended]  # a copy: fancy indexing
         success = _success(info, ended)
         if self.mode is AutoresetMode.DISABLED:
-            observation, _ = self.env.reset(options={"reset_mask": done})
+            observation = self._reset(options={"reset_mask": done})
         return Transition(observation, reward, terminated, truncated, valid, ended, final, success)
 
     def close(self) -> None:
         """Close the vector and its workers, dead or alive; a vector that the user made stays open."""
         if self._finalizer is not None:
             self._finalizer()
+
+    def _reset(self, **how: Any) -> Array:
+        if isinstance(self.env, AsyncVectorEnv):
+            observation, _ = self._await(self.env, "reset", lambda env: env.reset_async(**how))
+        else:
+            observation, _ = self._named("reset", lambda: self.env.reset(**how))
+        self._check(observation)
+        return observation
 
     def _rows(self, info: dict[str, Any], ended: Array) -> Array:
         if "final_obs" not in info:
@@ -142,7 +146,10 @@ class Environments:
         except EnvironmentFault:
             raise
         except Exception as error:
-            raise EnvironmentFault(f"{self.name} raised {type(error).__name__} in {where}: {error}") from error
+            lines = "".join(traceback.format_exception(error))
+            raise EnvironmentFault(
+                f"{self.name} raised {type(error).__name__} in {where}: {error}\n\n{lines}"
+            ) from error
 
     def _await(self, env: AsyncVectorEnv, where: str, send: Callable[[AsyncVectorEnv], None]) -> Any:
         """Ask worker processes and wait for their answers; name the one that does not give any."""

@@ -91,16 +91,16 @@ class DiagonalGaussian(ActionDistribution):
     @override
     def sample(self, parameters: Tensor, noise: Tensor) -> Tensor:
         mean, log_std = parameters.chunk(2, -1)
-        return torch.addcmul(mean, log_std.exp(), noise).unflatten(-1, self.shape)
+        return torch.addcmul(mean, log_std.exp(), noise).view(-1, *self.shape)
 
     @override
     def mode(self, parameters: Tensor) -> Tensor:
-        return parameters.chunk(2, -1)[0].unflatten(-1, self.shape)
+        return parameters.chunk(2, -1)[0].reshape(-1, *self.shape)
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = parameters.chunk(2, -1)
-        standardized = (action.flatten(1) - mean) * (-log_std).exp()
+        standardized = (action.reshape(mean.shape) - mean) * (-log_std).exp()
         total_log_std, dims = log_std.sum(-1), mean.shape[-1]
         log_prob = -0.5 * (standardized.square().sum(-1) + dims * LOG_2PI) - total_log_std
         return log_prob, total_log_std + 0.5 * dims * (1 + LOG_2PI)
