@@ -4,10 +4,10 @@ from ppo_lightning.advantage import generalized_advantage as generalized_advanta
 from ppo_lightning.errors import EnvironmentFault as EnvironmentFault
 from ppo_lightning.errors import InputError as InputError
 from ppo_lightning.loss import PPOLoss as PPOLoss
+from ppo_lightning.parameters import Linear as Linear
 from ppo_lightning.policy import ActorCritic as ActorCritic
 from ppo_lightning.policy import RunningMoments as RunningMoments
 from ppo_lightning.ppo import PPO as PPO
 from ppo_lightning.rollout import RolloutDataset as RolloutDataset
-from ppo_lightning.schedule import Linear as Linear
 
 __version__ = "0.1.0"

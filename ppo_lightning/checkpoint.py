@@ -1,18 +1,26 @@
 """What a checkpoint must hold beyond weights, and how a file is refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import gymnasium as gym
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
+from ppo_lightning.parameters import Linear
+from ppo_lightning.spaces import describe
 
 KEY = "ppo_lightning"
 """Where a checkpoint keeps what is ours."""
+
+
+TRAINING_ONLY = ("optimizer", "lr_scheduler")
+"""Hyperparameters that a policy can act without."""
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
@@ -65,3 +73,94 @@ def newest_checkpoint(root: str | Path) -> Path:
         f"--ckpt_path last: there is no last.ckpt below {Path(root).resolve()} that can be read; "
         "give the path of a checkpoint, or train first"
     )
+
+
+def refuse_other_spaces(
+    checkpoint: Mapping[str, Any], observation_space: gym.Space, action_space: gym.Space, name: str
+) -> dict[str, Any]:
+    """What is ours in a checkpoint, where its policy fits the environment ``name``.
+
+    Raises:
+        InputError: the checkpoint is not ours, or its spaces differ from the environment's.
+    """
+    if KEY not in checkpoint:
+        raise InputError("this is not a checkpoint of ppo_lightning: give one that PPO wrote")
+    ours = checkpoint[KEY]
+    for kind, space in (("observation", observation_space), ("action", action_space)):
+        saved = ours[f"{kind}_space"]
+        if saved != describe(space):
+            raise InputError(
+                f"the checkpoint was trained with {kind} space {saved}, {name} has {describe(space)}: "
+                "use the environment it was trained on"
+            )
+    return ours
+
+
+def refuse_missing(ours: Mapping[str, Any], given: Container[str]) -> list[str]:
+    """Hyperparameters that the checkpoint could not hold and that were not given again, and that acting needs not.
+
+    Raises:
+        InputError: one that acting needs is missing.
+    """
+    absent = [name for name in ours["not_saved"] if name not in given]
+    for name in absent:
+        if name not in TRAINING_ONLY:
+            raise missing(name)
+    return absent
+
+
+def missing(name: str) -> InputError:
+    """The error that a hyperparameter which no file can hold was not given again."""
+    return InputError(
+        f"the checkpoint was made with a value of {name} which a file of plain data cannot hold: "
+        f"pass {name}=… again, to PPO or to load_from_checkpoint"
+    )
+
+
+def plain_data(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those hyperparameters that ``weights_only`` loading can bring back, as it can."""
+    plain = {name: asdict(value) if isinstance(value, Linear) else value for name, value in given.items()}
+    return {name: value for name, value in plain.items() if _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether ``weights_only`` loading can bring a value back."""
+    if isinstance(value, Mapping):
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+class RunSettings:
+    """The numbers of this run's optimiser and scheduler, to be put back after a checkpoint has replaced them.
+
+    What an optimiser or scheduler has learnt or counted is the checkpoint's; what the user set is this run's.
+
+    Args:
+        optimizer: as it was made, before anything is restored.
+        scheduler: likewise, where there is one.
+    """
+
+    STATE = ("last_epoch", "_step_count", "_last_lr", "_schedulers")
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    ) -> None:
+        self.optimizer, self.scheduler = optimizer, scheduler
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.groups = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+        constants = {} if scheduler is None else scheduler.state_dict()
+        self.constants = {key: value for key, value in constants.items() if key not in self.STATE}
+
+    def restore(self) -> None:
+        """Put them back; a learning rate that a scheduler has changed keeps its ratio to the initial one."""
+        for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
+            rate = group["lr"]
+            if group["initial_lr"] != own["initial_lr"] and group["initial_lr"] != 0:
+                rate *= own["initial_lr"] / group["initial_lr"]
+            group.update(own)
+            group["lr"] = rate
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(self.constants)

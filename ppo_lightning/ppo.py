@@ -1,12 +1,11 @@
 """PPO as a LightningModule: one hook per idea, in the order in which Lightning calls them."""
 
-import dataclasses
 import inspect
 import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from math import ceil
 from pathlib import Path
@@ -18,34 +17,36 @@ import torch
 from gymnasium.vector import VectorEnv
 from lightning import Callback, LightningModule
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from tensordict import TensorDict
 from torch import Tensor, nn
 from typing_extensions import override
 
 from ppo_lightning.advantage import discounted_return, generalized_advantage
-from ppo_lightning.callbacks import BestCheckpoint, CloseEnvironments, LastCheckpoint, StepProgressBar
-from ppo_lightning.checkpoint import KEY, VerifiedCheckpointIO, read_checkpoint
+from ppo_lightning.checkpoint import (
+    KEY,
+    RunSettings,
+    VerifiedCheckpointIO,
+    missing,
+    plain_data,
+    read_checkpoint,
+    refuse_missing,
+    refuse_other_spaces,
+)
+from ppo_lightning.clock import Clock
 from ppo_lightning.diagnostics import explained_variance
 from ppo_lightning.envs import Environments, EnvMaker, resolve
 from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation import evaluate_episodes, summarize
 from ppo_lightning.loss import LossTerms, PPOLoss
+from ppo_lightning.parameters import Linear, check_numbers, schedule
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset, no_autocast
-from ppo_lightning.schedule import Linear, schedule
 from ppo_lightning.spaces import action_decoder, describe, storage
-
-TRAINING_ONLY = ("optimizer", "lr_scheduler")
-"""Hyperparameters that a policy can act without."""
-
-BURN_IN = 2
-"""Iterations that ``time/fps`` leaves out: the first ones warm up allocators and caches."""
+from ppo_lightning.trainer import attach_callbacks, refuse_what_misleads, replace_defaults, steps_concern_nobody
 
 
 class PPO(LightningModule):
@@ -137,32 +138,9 @@ class PPO(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self._remember_hyperparameters({name: value for name, value in locals().items() if name in _PARAMETERS})
-        for name, size in (
-            ("num_envs", num_envs),
-            ("num_steps", num_steps),
-            ("total_steps", total_steps),
-            ("update_epochs", update_epochs),
-            ("num_minibatches", num_minibatches),
-            ("eval_interval", eval_interval),
-            ("num_eval_episodes", num_eval_episodes),
-        ):
-            if size is not None and not (_is_number(size) and size >= 1 and size == int(size)):
-                raise InputError(f"{name} must be a whole number of 1 or more, got {size!r}")
-        for name, share in (("gamma", gamma), ("gae_lambda", gae_lambda)):
-            if not (_is_number(share) and 0 <= share <= 1):
-                raise InputError(f"{name} must lie between 0 and 1, got {share!r}")
-        for name, scale in (
-            ("clip_range_vf", clip_range_vf),
-            ("max_grad_norm", max_grad_norm),
-            ("target_kl", target_kl),
-            ("env_timeout_s", env_timeout_s),
-        ):
-            if scale is not None and not (_is_number(scale) and scale > 0):
-                raise InputError(f"{name} must be more than 0 (or null to turn it off), got {scale!r}")
-        if not (_is_number(vf_coef) and vf_coef >= 0):
-            raise InputError(f"vf_coef must be zero or more, got {vf_coef!r}")
-
+        given = {name: value for name, value in locals().items() if name in _PARAMETERS}
+        self._remember_hyperparameters(given)
+        check_numbers(given)
         self.env_maker = EnvMaker(resolve(env), env_kwargs or {}, tuple(wrappers), vectorization)
         self.observation_space, self.action_space, self._made = self.env_maker.probe(num_envs)
         self.num_envs = int(num_envs) if self._made is None else self._made.num_envs
@@ -217,18 +195,7 @@ class PPO(LightningModule):
 
         Lightning's own default bar and checkpoint give way; callbacks that the user made stay.
         """
-        trainer: Any = self.trainer  # its callbacks are set where type checkers do not see it
-        defaults = [callback for callback in trainer.callbacks if _is_default(callback)]
-        bar = any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults)
-        saves = any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks)
-        trainer.callbacks = [callback for callback in trainer.callbacks if callback not in defaults]
-        present = {type(callback) for callback in trainer.callbacks}
-        needed: list[Callback] = [CloseEnvironments()]
-        if bar:
-            needed.append(StepProgressBar())
-        if saves:
-            needed += [BestCheckpoint(), LastCheckpoint(self.iterations_between_evaluations)]
-        trainer.callbacks += [callback for callback in needed if type(callback) not in present]
+        attach_callbacks(self.trainer, self.iterations_between_evaluations)
         return []
 
     @override
@@ -240,15 +207,9 @@ class PPO(LightningModule):
         self.seed = trainer.strategy.broadcast(self._known_seed())
         if stage != "fit":
             return
-        self._refuse_what_misleads()
+        refuse_what_misleads(trainer, running_moments=bool(self.policy.moments or self.return_moments))
         self._check_val_every_n_epoch = trainer.check_val_every_n_epoch
-        if trainer.max_epochs in (None, 1000):
-            trainer.fit_loop.max_epochs = -1
-        if trainer.check_val_every_n_epoch == 1:
-            trainer.check_val_every_n_epoch = self.iterations_between_evaluations
-        trainer.num_sanity_val_steps = 0
-        if trainer.log_every_n_steps == 50:
-            trainer.log_every_n_steps = 1
+        replace_defaults(trainer, self.iterations_between_evaluations)
         if self.env_maker.again() is None:
             rank_zero_info(
                 f"no evaluations: {self.env_maker.name} was given as a VectorEnv, and evaluation needs environments of its "
@@ -259,24 +220,16 @@ class PPO(LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         """The optimiser over all parameters, and the scheduler where one was given."""
-        for name in self._missing:
-            raise InputError(
-                f"the checkpoint was made with a {name} of its own, which a file of plain data cannot hold: "
-                f"pass {name}=… to PPO or load_from_checkpoint, to train on"
-            )
+        if self._missing:
+            raise missing(self._missing[0])
         optimizer = self.optimizer(self.policy.parameters())
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        self._settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        self._constants = dict(scheduler.state_dict())
+        scheduler = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise InputError(
                 "lr_scheduler ReduceLROnPlateau waits for a metric, schedules here run on iterations: take another"
             )
-        return [optimizer], [scheduler]
+        self._settings = RunSettings(optimizer, scheduler)
+        return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     @override
     def on_fit_start(self) -> None:
@@ -298,16 +251,9 @@ class PPO(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Let this run's settings win over the checkpoint's; find out whether a gradient step concerns anybody else.
-
-        It does not in one process, without a gradient scaler, where no hook asks for gradients. Lightning's calls would
-        then do nothing, at a tenth of a millisecond per minibatch.
-        """
-        self._restore_settings()
-        trainer: Any = self.trainer
-        hooked = any(_overrides(callback, Callback) for callback in trainer.callbacks) or _overrides(self, PPO)
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        self._steps_alone = type(trainer.strategy) is SingleDeviceStrategy and not (hooked or scaled)
+        """Let this run's settings win over the checkpoint's; find out whether a gradient step concerns anybody else."""
+        self._settings.restore()
+        self._steps_alone = steps_concern_nobody(self.trainer, self, PPO)
 
     @override
     @torch.no_grad()
@@ -344,8 +290,10 @@ class PPO(LightningModule):
         metrics = self.metrics(batch, update, seconds=time.perf_counter() - started)
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.num_env_steps)
-        # What callbacks may monitor: one self.log costs as much as this for all metrics does a hundred times.
-        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        # What callbacks may monitor. A self.log of each would cost more than a small update.
+        self.trainer.callback_metrics.update(
+            {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+        )
         if self.num_env_steps >= self.total_steps:
             self.trainer.should_stop = True
             self.trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
@@ -407,23 +355,8 @@ class PPO(LightningModule):
         Raises:
             InputError: the checkpoint is not ours, or its spaces differ from the environment's.
         """
-        if KEY not in checkpoint:
-            raise InputError("this is not a checkpoint of ppo_lightning: give one that PPO wrote")
-        ours = checkpoint[KEY]
-        for kind, space in (("observation", self.observation_space), ("action", self.action_space)):
-            saved = ours[f"{kind}_space"]
-            if saved != describe(space):
-                raise InputError(
-                    f"the checkpoint was trained with {kind} space {saved}, {self.env_maker.name} has {describe(space)}: "
-                    "use the environment it was trained on"
-                )
-        self._missing = [name for name in ours["not_saved"] if name not in self._given]
-        for name in self._missing:
-            if name not in TRAINING_ONLY:
-                raise InputError(
-                    f"the checkpoint was made with a {name} of its own, which a file of plain data cannot hold: "
-                    f"pass {name}=… again, to PPO or to load_from_checkpoint"
-                )
+        ours = refuse_other_spaces(checkpoint, self.observation_space, self.action_space, self.env_maker.name)
+        self._missing = refuse_missing(ours, self._given)
         if "PL_GLOBAL_SEED" not in os.environ:  # else seed_everything has been asked for another
             self.seed = ours["seed"]
         self.rollouts.episodes.window.clear()
@@ -720,12 +653,7 @@ class PPO(LightningModule):
         """
         if isinstance(checkpoint_path, str | Path):
             contents = read_checkpoint(checkpoint_path)
-            for name in contents[KEY]["not_saved"]:
-                if name not in kwargs and name not in TRAINING_ONLY:
-                    raise InputError(
-                        f"the checkpoint was made with a {name} of its own, which a file of plain data cannot hold: "
-                        f"call load_from_checkpoint(…, {name}=…)"
-                    )
+            refuse_missing(contents[KEY], kwargs)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def close_environments(self) -> None:
@@ -803,45 +731,12 @@ class PPO(LightningModule):
             self._eval_environments, self._num_eval_envs = Environments(maker, num_envs, self.env_timeout_s), num_envs
         return self._eval_environments
 
-    def _restore_settings(self) -> None:
-        """After a checkpoint was restored: optimiser and scheduler keep their state, this run's numbers replace its."""
-        for group, own in zip(self._optimizer.param_groups, self._settings, strict=True):
-            rate = group["lr"]
-            if group["initial_lr"] != own["initial_lr"] and group["initial_lr"] != 0:
-                rate *= own["initial_lr"] / group["initial_lr"]
-            group.update(own)
-            group["lr"] = rate
-        if self.lr_scheduler is not None:
-            scheduler = cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers())
-            state = {"last_epoch", "_step_count", "_last_lr", "_schedulers"}
-            scheduler.load_state_dict({key: value for key, value in self._constants.items() if key not in state})
-
     @override
     def __getstate__(self) -> dict[str, Any]:
         state = {**super().__getstate__(), "_eval_environments": None}  # simulators stay where they are
         if not self.env_maker.is_instance:
             state["_made"] = None
         return state
-
-    def _refuse_what_misleads(self) -> None:
-        trainer = self.trainer
-        if trainer.max_steps not in (None, -1) and not cast(Any, trainer).fast_dev_run:
-            raise InputError(
-                f"max_steps={trainer.max_steps} would count optimiser steps, and stop the schedules short: set total_steps, in "
-                "environment steps (max_epochs ends a run after so many iterations)"
-            )
-        if str(trainer.precision) not in ("32-true", "16-mixed", "bf16-mixed"):
-            raise InputError(
-                f"precision={trainer.precision} would round the running statistics and counters: use 32-true, bf16-mixed or "
-                "16-mixed"
-            )
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
-            raise InputError(
-                f"strategy {type(trainer.strategy).__name__} shards parameters, which PPO's policies are too small for and "
-                "its several backward passes per batch do not allow: use ddp"
-            )
-        if trainer.strategy.root_device.type == "mps" and (self.policy.moments or self.return_moments):
-            raise InputError("running statistics are float64, which this device has not: use --trainer.accelerator cpu")
 
     def _remember_hyperparameters(self, given: dict[str, Any]) -> None:
         """Keep what is plain data in the checkpoint, and the names of what is not.
@@ -854,11 +749,7 @@ class PPO(LightningModule):
             self._not_saved: list[str] = []
             self._given = set(given)
             return
-        plain = {
-            name: dataclasses.asdict(value) if isinstance(value, Linear) else value
-            for name, value in given.items()
-            if _is_plain(value) or isinstance(value, Linear)
-        }
+        plain = plain_data(given)
         self.save_hyperparameters(plain)
         changed = {name for name, value in given.items() if value is not _PARAMETERS[name]}
         self._not_saved = sorted(changed - plain.keys())
@@ -877,66 +768,9 @@ class Update(NamedTuple):
     """Minibatches of the last pass."""
 
 
-class Clock:
-    """Wall-clock time of one fit: since its start, and since its burn-in without evaluations."""
-
-    def __init__(self) -> None:
-        self.fps: float | None = None
-        """Environment steps per second since the burn-in; None before its end."""
-        self._started = time.perf_counter()
-        self._evaluating = 0.0  # seconds since the burn-in
-        self._last_evaluation = 0.0  # seconds since the last iteration was logged
-        self._iterations = 0
-        self._mark = (0, 0.0)  # environment steps and time at the end of the burn-in
-
-    def evaluated(self, seconds: float) -> None:
-        """Note an evaluation."""
-        self._evaluating += seconds
-        self._last_evaluation += seconds
-
-    def iterated(self, env_steps: int) -> dict[str, float]:
-        """Note the end of an iteration, and give its ``time/…`` in seconds and environment steps per second."""
-        now = time.perf_counter()
-        self._iterations += 1
-        metrics = {"time/time_elapsed": now - self._started, "time/evaluate": self._last_evaluation}
-        self._last_evaluation = 0.0
-        if self._iterations == BURN_IN:
-            self._mark, self._evaluating = (env_steps, now), 0.0
-        elif self._iterations > BURN_IN:
-            steps, then = self._mark
-            self.fps = (env_steps - steps) / (now - then - self._evaluating)
-            metrics["time/fps"] = self.fps
-        return metrics
-
-
 def _cut(samples: int, pieces: int) -> list[int]:
     """Sizes of ``pieces`` nearly equal parts."""
     return [samples // pieces + (piece < samples % pieces) for piece in range(pieces)]
-
-
-def _is_default(callback: Callback) -> bool:
-    """Whether Lightning added the callback by itself, as far as can be told: it is as one made without arguments."""
-    kind = type(callback)
-    return kind in (RichProgressBar, TQDMProgressBar, ModelCheckpoint) and vars(callback) == vars(kind())
-
-
-def _overrides(hooks: object, base: type) -> bool:
-    """Whether an object has hooks of its own around gradient steps."""
-    names = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
-    return any(getattr(type(hooks), name) is not getattr(base, name) for name in names)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def _is_plain(value: object) -> bool:
-    """Whether ``weights_only`` loading can bring a value back."""
-    if isinstance(value, Mapping):
-        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
 
 
 def _nothing() -> None:

@@ -10,12 +10,13 @@ LAYERS = [
     {"__main__", "__init__"},
     {"cli"},
     {"ppo", "plot"},
+    {"trainer"},
     {"callbacks"},
     {"rollout", "evaluation", "checkpoint"},
     {"envs", "policy", "advantage", "loss"},
-    {"diagnostics"},
+    {"diagnostics", "clock"},
     {"spaces"},
-    {"schedule"},
+    {"parameters"},
     {"errors"},
 ]
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}

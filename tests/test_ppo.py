@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError, Linear
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, StepProgressBar
-from ppo_lightning.ppo import Clock
+from ppo_lightning.clock import Clock
 
 SMALL = {"num_envs": 4, "num_steps": 32, "total_steps": 512}
 
@@ -757,13 +757,15 @@ def test_refuses_trainer_settings_that_mislead(fit, kwargs):
 def test_refuses_fsdp(monkeypatch):
     from lightning.pytorch.strategies import FSDPStrategy
 
+    from ppo_lightning.trainer import refuse_what_misleads
+
     model = PPO("CartPole-v1", **SMALL)
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
     monkeypatch.setattr(type(trainer), "strategy", FSDPStrategy.__new__(FSDPStrategy))
     monkeypatch.setattr(type(trainer), "precision", "32-true")
     model._trainer = trainer
     with pytest.raises(InputError, match=r"FSDPStrategy.*use ddp"):
-        model._refuse_what_misleads()
+        refuse_what_misleads(model.trainer, running_moments=False)
 
 
 def test_refuses_a_scheduler_that_waits_for_a_metric(fit):

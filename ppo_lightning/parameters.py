@@ -1,0 +1,78 @@
+"""Numbers that the user gives: their limits, and coefficients that change over a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from ppo_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A straight line over the run: ``start`` at its first environment step, ``end`` at ``total_steps``."""
+
+    start: float
+    """Value of the first iteration, in the coefficient's own unit."""
+    end: float = 0.0
+    """Value after the last iteration."""
+
+    def at(self, progress: float) -> float:
+        """Value where ``progress`` (0 to 1) of the environment steps are behind."""
+        return self.start + (self.end - self.start) * progress
+
+
+def schedule(name: str, value: float | Linear | Mapping[str, float]) -> Linear:
+    """A coefficient as a schedule: a number is constant, ``{start: …, end: …}`` is what a checkpoint holds of a line.
+
+    Raises:
+        InputError: a value on the way would be negative.
+    """
+    if isinstance(value, Mapping):
+        if not {"start"} <= value.keys() <= {"start", "end"}:
+            raise InputError(f"{name} takes a number or start and end, got {dict(value)}")
+        value = Linear(**value)
+    line = value if isinstance(value, Linear) else Linear(value, value)
+    if not (line.start >= 0 and line.end >= 0):
+        raise InputError(f"{name} must be zero or more, got {value}")
+    return line
+
+
+def check_numbers(given: Mapping[str, Any]) -> None:
+    """Refuse hyperparameters outside their limits.
+
+    Args:
+        given: hyperparameters of PPO by name.
+
+    Raises:
+        InputError: the first that cannot be used.
+    """
+    for name in COUNTS:
+        value = given[name]
+        if value is not None and not (_is_number(value) and value >= 1 and value == int(value)):
+            raise InputError(f"{name} must be a whole number of 1 or more, got {value!r}")
+    for name in SHARES:
+        if not (_is_number(given[name]) and 0 <= given[name] <= 1):
+            raise InputError(f"{name} must lie between 0 and 1, got {given[name]!r}")
+    for name in LIMITS:
+        if given[name] is not None and not (_is_number(given[name]) and given[name] > 0):
+            raise InputError(f"{name} must be more than 0 (or null to turn it off), got {given[name]!r}")
+    if not (_is_number(given["vf_coef"]) and given["vf_coef"] >= 0):
+        raise InputError(f"vf_coef must be zero or more, got {given['vf_coef']!r}")
+
+
+COUNTS = (
+    "num_envs",
+    "num_steps",
+    "total_steps",
+    "update_epochs",
+    "num_minibatches",
+    "eval_interval",
+    "num_eval_episodes",
+)
+SHARES = ("gamma", "gae_lambda")
+LIMITS = ("clip_range_vf", "max_grad_norm", "target_kl", "env_timeout_s")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,0 +1,82 @@
+"""What PPO asks of Lightning's Trainer: which settings, which callbacks, and when its hooks matter."""
+
+from typing import Any
+
+from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from ppo_lightning.callbacks import BestCheckpoint, CloseEnvironments, LastCheckpoint, StepProgressBar
+from ppo_lightning.errors import InputError
+
+GRADIENT_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+
+
+def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
+    """Refuse settings under which PPO would silently be something else.
+
+    Raises:
+        InputError: optimiser steps as a budget, a precision that rounds counters, or a strategy that shards.
+    """
+    if trainer.max_steps not in (None, -1) and not trainer.fast_dev_run:
+        raise InputError(
+            f"max_steps={trainer.max_steps} would count optimiser steps, and stop the schedules short: set total_steps, in "
+            "environment steps (max_epochs ends a run after so many iterations)"
+        )
+    if str(trainer.precision) not in ("32-true", "16-mixed", "bf16-mixed"):
+        raise InputError(
+            f"precision={trainer.precision} would round the running statistics and counters: use 32-true, bf16-mixed or "
+            "16-mixed"
+        )
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise InputError(
+            f"strategy {type(trainer.strategy).__name__} shards parameters, which PPO's policies are too small for and "
+            "its several backward passes per batch do not allow: use ddp"
+        )
+    if trainer.strategy.root_device.type == "mps" and running_moments:
+        raise InputError("running statistics are float64, which this device has not: use --trainer.accelerator cpu")
+
+
+def replace_defaults(trainer: Any, evaluation_interval: int) -> None:
+    """Replace Lightning's defaults by no epoch limit, an evaluation every so many iterations, and a log of each."""
+    if trainer.max_epochs in (None, 1000):
+        trainer.fit_loop.max_epochs = -1
+    if trainer.check_val_every_n_epoch == 1:
+        trainer.check_val_every_n_epoch = evaluation_interval
+    trainer.num_sanity_val_steps = 0
+    if trainer.log_every_n_steps == 50:
+        trainer.log_every_n_steps = 1
+
+
+def attach_callbacks(trainer: Any, save_interval: int) -> None:
+    """Put our bar and checkpoints in the place of Lightning's own; callbacks that the user made stay."""
+    defaults = [callback for callback in trainer.callbacks if is_default(callback)]
+    needed: list[Callback] = [CloseEnvironments()]
+    if any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults):
+        needed.append(StepProgressBar())
+    if any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):
+        needed += [BestCheckpoint(), LastCheckpoint(save_interval)]
+    kept = [callback for callback in trainer.callbacks if callback not in defaults]
+    present = {type(callback) for callback in kept}
+    trainer.callbacks = kept + [callback for callback in needed if type(callback) not in present]
+
+
+def is_default(callback: Callback) -> bool:
+    """Whether Lightning added the callback by itself, as far as can be told: it is as one made without arguments."""
+    kind = type(callback)
+    return kind in (RichProgressBar, TQDMProgressBar, ModelCheckpoint) and vars(callback) == vars(kind())
+
+
+def steps_concern_nobody(trainer: Any, module: object, base: type) -> bool:
+    """Whether Lightning's calls around a gradient step would do nothing, at a tenth of a millisecond per minibatch.
+
+    That is so in one process, without a gradient scaler, where neither a callback nor a subclass of ``base`` has hooks
+    of its own around gradients.
+    """
+    hooked = any(_overrides(callback, Callback) for callback in trainer.callbacks) or _overrides(module, base)
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    return type(trainer.strategy) is SingleDeviceStrategy and not (hooked or scaled)
+
+
+def _overrides(hooks: object, base: type) -> bool:
+    return any(getattr(type(hooks), name) is not getattr(base, name) for name in GRADIENT_HOOKS)
