@@ -123,7 +123,7 @@ class PPOCLI(LightningCLI):
             place: dict[str, Any] = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
         else:
             place = {"save_dir": root, "name": "lightning_logs"}
-        board = TensorBoardLogger(**place)
+        board = TensorBoardLogger(**place, default_hp_metric=False)
         return [board, RunCSVLogger(place["save_dir"], place["name"], board.version)]
 
     def after_fit(self) -> None:

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from ppo_lightning.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,17 @@ def check_numbers(given: Mapping[str, Any]) -> None:
             raise InputError(f"{name} must be more than 0 (or null to turn it off), got {given[name]!r}")
     if not (_is_number(given["vf_coef"]) and given["vf_coef"] >= 0):
         raise InputError(f"vf_coef must be zero or more, got {given['vf_coef']!r}")
+
+
+def plain_factory(factory: T) -> T:
+    """A callable that worker processes can be sent: the class and arguments inside those that a ``class_path`` makes.
+
+    jsonargparse gives a partial of its own machinery, which holds generators and cannot be pickled.
+    """
+    if isinstance(factory, partial) and str(getattr(factory.func, "__module__", "")).startswith("jsonargparse"):
+        own = [argument for argument in factory.args if not type(argument).__module__.startswith("jsonargparse")]
+        return cast(T, partial(*own, **factory.keywords))
+    return factory
 
 
 COUNTS = (

@@ -42,7 +42,7 @@ from ppo_lightning.envs import Environments, EnvMaker, resolve
 from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation import evaluate_episodes, summarize
 from ppo_lightning.loss import LossTerms, PPOLoss
-from ppo_lightning.parameters import Linear, check_numbers, schedule
+from ppo_lightning.parameters import Linear, check_numbers, plain_factory, schedule
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset, no_autocast
 from ppo_lightning.spaces import action_decoder, describe, storage
@@ -141,7 +141,9 @@ class PPO(LightningModule):
         given = {name: value for name, value in locals().items() if name in _PARAMETERS}
         self._remember_hyperparameters(given)
         check_numbers(given)
-        self.env_maker = EnvMaker(resolve(env), env_kwargs or {}, tuple(wrappers), vectorization)
+        self.env_maker = EnvMaker(
+            plain_factory(resolve(env)), env_kwargs or {}, tuple(map(plain_factory, wrappers)), vectorization
+        )
         self.observation_space, self.action_space, self._made = self.env_maker.probe(num_envs)
         self.num_envs = int(num_envs) if self._made is None else self._made.num_envs
         self.num_steps = int(num_steps)
@@ -157,8 +159,8 @@ class PPO(LightningModule):
         self.vf_coef = vf_coef
         self.max_grad_norm = max_grad_norm
         self.target_kl = target_kl
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer = plain_factory(optimizer)
+        self.lr_scheduler = plain_factory(lr_scheduler)
         self.eval_interval = eval_interval
         self.num_eval_episodes = num_eval_episodes
         self.eval_deterministic = eval_deterministic
@@ -299,6 +301,12 @@ class PPO(LightningModule):
             self.trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
 
     @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Give what callbacks or subclasses have logged with ``self.log`` environment steps for its x-axis, too."""
+        if cast(Any, self.trainer)._results:
+            self.log("step", self._step_to_log)
+
+    @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients, unscaled by now in any precision; never step on one that is not finite."""
         self.clip_gradients_by_norm(may_overflow=self.trainer.precision == "16-mixed")
@@ -326,10 +334,8 @@ class PPO(LightningModule):
     def _log_evaluation(self, purpose: str) -> None:
         started = time.perf_counter()
         statistics = self._evaluate(self.num_eval_episodes, self.eval_deterministic, purpose)
-        # float64, as self.log would otherwise round step counts beyond 2²⁴
-        step = torch.tensor(self.num_env_steps, dtype=torch.float64)
         # All processes have gathered the same statistics; sync_dist tells Lightning so.
-        self.log_dict({**statistics, "step": step}, batch_size=1, sync_dist=self.trainer.world_size > 1)
+        self.log_dict({**statistics, "step": self._step_to_log}, batch_size=1, sync_dist=self.trainer.world_size > 1)
         self._clock.evaluated(time.perf_counter() - started)
 
     @override
@@ -698,6 +704,10 @@ class PPO(LightningModule):
     @property
     def _world_size(self) -> int:
         return self._trainer.world_size if self._trainer is not None else 1
+
+    @property
+    def _step_to_log(self) -> Tensor:
+        return torch.tensor(self.num_env_steps, dtype=torch.float64)  # self.log would round others beyond 2²⁴
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:

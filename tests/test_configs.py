@@ -42,3 +42,12 @@ def test_module_and_console_script_are_the_same():
     for command in ([sys.executable, "-m", "ppo_lightning"], [str(Path(sys.executable).parent / "ppo-lightning")]):
         done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
         assert "fit" in done.stdout
+
+
+def test_the_readmes_yaml_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    Path("readme.yaml").write_text(text)
+    flags = "--trainer.max_epochs 1 --model.num_envs 2 --trainer.accelerator cpu --trainer.enable_progress_bar false"
+    main(["fit", "--config", "readme.yaml", *flags.split(), "--model.num_eval_episodes", "1"])
+    assert (tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt").exists()

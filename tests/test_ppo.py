@@ -308,6 +308,17 @@ def test_all_metrics_are_logged_once_per_rollout_over_environment_steps(fit, env
     assert [row["train/n_updates"] for _, row in logger.rows] == [4, 8, 12, 16]
 
 
+def test_what_callbacks_log_themselves_is_over_environment_steps_too(fit):
+    class Mine(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            pl_module.log("mine", 1.0)
+
+    logger = Memory()
+    fit(PPO("CartPole-v1", **SMALL), logger=logger, callbacks=[Mine()])
+    assert [step for step, row in logger.rows if "mine" in row] == [128, 256, 384, 512]
+    assert len(logger.rows) == 8
+
+
 def test_metrics_have_stable_baselines3s_meanings(fit):
     logger, kept = Memory(), []
 
