@@ -142,25 +142,38 @@ class RunSettings:
         scheduler: likewise, where there is one.
     """
 
-    STATE = ("last_epoch", "_step_count", "_last_lr", "_schedulers")
+    COUNTED = ("last_epoch", "_step_count", "_last_lr", "T_cur", "T_i")
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler | None
     ) -> None:
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.optimizer = optimizer
+        self.schedulers = [] if scheduler is None else _with_parts(scheduler)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.groups = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
-        constants = {} if scheduler is None else scheduler.state_dict()
-        self.constants = {key: value for key, value in constants.items() if key not in self.STATE}
+        self.constants = [
+            {key: value for key, value in vars(part).items() if key not in self.COUNTED and _is_plain(value)}
+            for part in self.schedulers
+        ]
 
-    def restore(self) -> None:
-        """Put them back; a learning rate that a scheduler has changed keeps its ratio to the initial one."""
+    def restore(self, *, scheduled: bool) -> None:
+        """Put them back.
+
+        Args:
+            scheduled: a scheduler had set the restored learning rate: it keeps its ratio to the initial one. Otherwise
+                this run's schedule begins anew.
+        """
         for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
-            rate = group["lr"]
-            if group["initial_lr"] != own["initial_lr"] and group["initial_lr"] != 0:
-                rate *= own["initial_lr"] / group["initial_lr"]
+            rate = own["lr"]
+            if scheduled and group["initial_lr"] != 0:
+                rate = group["lr"] * (own["initial_lr"] / group["initial_lr"])
             group.update(own)
             group["lr"] = rate
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(self.constants)
+        for part, constants in zip(self.schedulers, self.constants, strict=True):
+            vars(part).update(constants)
+
+
+def _with_parts(scheduler: Any) -> list[Any]:
+    """A scheduler, and those that it is made of (SequentialLR, ChainedScheduler)."""
+    return [scheduler] + [part for own in getattr(scheduler, "_schedulers", []) for part in _with_parts(own)]

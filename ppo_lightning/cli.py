@@ -134,9 +134,11 @@ class PPOCLI(LightningCLI):
             return
         run = Path(folder)
         places = {"logs": run, "checkpoints": run / "checkpoints", "plot": draw_learning_curve(run)}
-        steps = f"{cast(PPO, self.model).num_env_steps:,} environment steps"
-        mean = trainer.callback_metrics.get("rollout/ep_rew_mean")
-        print(f"\ntrained {steps}" + ("" if mean is None else f", mean return {mean.item():.1f} over 100 episodes"))
+        model = cast(PPO, self.model)
+        episodes = model.rollouts.episodes
+        mean = episodes.means().get("rollout/ep_rew_mean")
+        returns = "" if mean is None else f", mean return {mean:.1f} over {len(episodes.window)} episodes"
+        print(f"\ntrained {model.num_env_steps:,} environment steps{returns}")
         for name, place in places.items():
             if place is not None and place.exists():
                 print(f"  {name:<12} {place}")

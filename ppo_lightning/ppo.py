@@ -184,6 +184,7 @@ class PPO(LightningModule):
         self._clock = Clock()
         self._grad_norms: list[Tensor] = []
         self._steps_alone = False
+        self._was_scheduled = True
         self.learning_rate = 0.0
         """Of the update that is logged."""
         # Lightning warns that it will train for 1,000 epochs; setup() replaces that limit by total_steps.
@@ -197,7 +198,9 @@ class PPO(LightningModule):
 
         Lightning's own default bar and checkpoint give way; callbacks that the user made stay.
         """
-        attach_callbacks(self.trainer, self.iterations_between_evaluations)
+        attach_callbacks(
+            self.trainer, self.iterations_between_evaluations, evaluates=self.env_maker.again() is not None
+        )
         return []
 
     @override
@@ -254,7 +257,7 @@ class PPO(LightningModule):
     @override
     def on_train_start(self) -> None:
         """Let this run's settings win over the checkpoint's; find out whether a gradient step concerns anybody else."""
-        self._settings.restore()
+        self._settings.restore(scheduled=self._was_scheduled)
         self._steps_alone = steps_concern_nobody(self.trainer, self, PPO)
 
     @override
@@ -298,6 +301,7 @@ class PPO(LightningModule):
         )
         if self.num_env_steps >= self.total_steps:
             self.trainer.should_stop = True
+        if self.trainer.should_stop or self.trainer.current_epoch + 1 == self.trainer.max_epochs:
             self.trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
 
     @override
@@ -346,6 +350,7 @@ class PPO(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a policy needs beyond weights: what it was trained on, and with which seed."""
+        checkpoint["hyper_parameters"]["total_steps"] = self.total_steps  # it may have been raised since
         checkpoint[KEY] = {
             "observation_space": describe(self.observation_space),
             "action_space": describe(self.action_space),
@@ -363,6 +368,7 @@ class PPO(LightningModule):
         """
         ours = refuse_other_spaces(checkpoint, self.observation_space, self.action_space, self.env_maker.name)
         self._missing = refuse_missing(ours, self._given)
+        self._was_scheduled = bool(checkpoint["lr_schedulers"])
         if "PL_GLOBAL_SEED" not in os.environ:  # else seed_everything has been asked for another
             self.seed = ours["seed"]
         self.rollouts.episodes.window.clear()
@@ -744,9 +750,17 @@ class PPO(LightningModule):
     @override
     def __getstate__(self) -> dict[str, Any]:
         state = {**super().__getstate__(), "_eval_environments": None}  # simulators stay where they are
+        # A generator does not survive the way into a spawned process, nor does the tensor that holds its state.
+        state["generator"] = self.generator.get_state().numpy().tobytes()
         if not self.env_maker.is_instance:
             state["_made"] = None
         return state
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        saved, self.generator = bytearray(state["generator"]), torch.Generator()
+        self.generator.set_state(torch.frombuffer(saved, dtype=torch.uint8))
 
     def _remember_hyperparameters(self, given: dict[str, Any]) -> None:
         """Keep what is plain data in the checkpoint, and the names of what is not.

@@ -48,14 +48,22 @@ def replace_defaults(trainer: Any, evaluation_interval: int) -> None:
         trainer.log_every_n_steps = 1
 
 
-def attach_callbacks(trainer: Any, save_interval: int) -> None:
-    """Put our bar and checkpoints in the place of Lightning's own; callbacks that the user made stay."""
+def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> None:
+    """Put our bar and checkpoints in the place of Lightning's own; callbacks that the user made stay.
+
+    Args:
+        trainer: of the run.
+        save_interval: iterations between two saves of the last checkpoint.
+        evaluates: the environments can be evaluated, so that there can be a best checkpoint.
+    """
     defaults = [callback for callback in trainer.callbacks if is_default(callback)]
     needed: list[Callback] = [CloseEnvironments()]
     if any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults):
         needed.append(StepProgressBar())
     if any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):
-        needed += [BestCheckpoint(), LastCheckpoint(save_interval)]
+        if evaluates and trainer.limit_val_batches != 0:
+            needed.append(BestCheckpoint())
+        needed.append(LastCheckpoint(save_interval))  # after the other, whose state it holds
     kept = [callback for callback in trainer.callbacks if callback not in defaults]
     present = {type(callback) for callback in kept}
     trainer.callbacks = kept + [callback for callback in needed if type(callback) not in present]

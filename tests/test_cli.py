@@ -115,6 +115,23 @@ def test_a_vector_env_by_class_path_is_trained_and_evaluated():
     assert (RUN / "checkpoints/best.ckpt").exists()
 
 
+def test_one_improvement_after_resuming_replaces_the_best_checkpoint():
+    """The old file is known by a relative path, the new one by an absolute path: they are the same."""
+    fit("--model.eval_interval", "1", "--seed_everything", "1")
+    best = RUN / "checkpoints/best.ckpt"
+    before = torch.load(best)["callbacks"]["BestCheckpoint"]["best_model_score"]
+    resumed = ["--model.total_steps", "6016", "--model.eval_interval", "1000", "--seed_everything", "1"]
+    main(["fit", *SMALL, "--ckpt_path", "last", *resumed, "--model.optimizer.lr", "0.003"])
+    assert torch.load(best)["callbacks"]["BestCheckpoint"]["best_model_score"] > before
+
+
+def test_the_last_word_counts_its_episodes(capsys):
+    fit("--model.env_kwargs.max_episode_steps", "16", "--model.total_steps", "128")
+    episodes = torch.load(RUN / "checkpoints/last.ckpt")["ppo_lightning"]["episodes"]
+    assert 8 <= len(episodes) < 100
+    assert f"over {len(episodes)} episodes" in capsys.readouterr().out
+
+
 def test_last_is_the_newest_checkpoint_that_can_be_read():
     fit()
     fit()

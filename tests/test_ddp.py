@@ -76,6 +76,13 @@ def test_evaluation_shares_its_episodes_among_ranks(plain):
     assert np.isfinite(rows["eval/mean_reward"]).sum() == 8
 
 
+def test_fewer_episodes_than_ranks_and_spawned_processes(tmp_path):
+    (first, second), _ = fit(tmp_path, "--model.num_eval_episodes=1", "--trainer.strategy=ddp_spawn")
+    assert first["evaluated"] == second["evaluated"]
+    assert first["evaluated"]["eval/std_reward"] == 0
+    assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
+
+
 def test_a_rank_whose_own_divergence_would_stop_it_hangs_nobody(tmp_path):
     """The decision is made on the mean over ranks, so both take the same number of steps."""
     (first, second), _ = fit(tmp_path, "--model.target_kl=0.002", "--model.optimizer.lr=0.003")

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProg
 from lightning.pytorch.loggers import CSVLogger, Logger
 from probes import ActionMustMatch, ConstantReward, Target
 from torch import nn
+from torch.optim import lr_scheduler as schedulers
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError, Linear
@@ -277,6 +278,12 @@ def test_evaluations_come_every_interval_and_at_the_end(tmp_path):
     rows = np.genfromtxt(f"{logger.log_dir}/metrics.csv", delimiter=",", names=True, deletechars="")
     evaluated = rows["step"][~np.isnan(rows["eval/mean_reward"])]
     assert evaluated.tolist() == [256, 512, 640]
+    early = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=3,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    early.fit(PPO("CartPole-v1", **SMALL, eval_interval=100, num_eval_episodes=2))
+    assert "eval/mean_reward" in early.callback_metrics
 
 
 def test_callbacks_can_monitor_what_is_logged(fit):
@@ -446,6 +453,57 @@ def test_the_settings_of_a_resumed_run_win_over_the_checkpoints(fit, tmp_path, s
     assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.1
 
 
+SCHEDULERS = {
+    "sequential": lambda o: schedulers.SequentialLR(
+        o, [schedulers.ConstantLR(o, 0.5, 2), schedulers.ExponentialLR(o, 0.9)], milestones=[3]
+    ),
+    "chained": lambda o: schedulers.ChainedScheduler(
+        [schedulers.ConstantLR(o, 0.5, 5), schedulers.ExponentialLR(o, 0.9)]
+    ),
+    "restarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=6),
+    "cosine": lambda o: schedulers.CosineAnnealingLR(o, T_max=8),
+    "cyclic": lambda o: schedulers.CyclicLR(o, 1e-4, 1e-3, step_size_up=3, cycle_momentum=False),
+    "lambda": lambda o: schedulers.LambdaLR(o, lambda epoch: 0.8**epoch),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_of_torch_go_on_where_they_were(fit, tmp_path, name):
+    kwargs = {**SMALL, "total_steps": 1024, "lr_scheduler": SCHEDULERS[name]}
+    whole, first, second = Memory(), Memory(), Memory()
+    fit(PPO("CartPole-v1", **kwargs), logger=whole)
+    fit(PPO("CartPole-v1", **kwargs), logger=first, max_epochs=4).save_checkpoint(tmp_path / "a.ckpt")
+    fit(PPO("CartPole-v1", **kwargs), logger=second, ckpt_path=tmp_path / "a.ckpt")
+    rates = [[row["train/learning_rate"] for _, row in logger.rows] for logger in (whole, first, second)]
+    assert rates[1] + rates[2] == pytest.approx(rates[0])
+    assert len(set(rates[0])) > 1
+
+
+def test_a_scheduler_that_a_resumed_run_adds_begins_with_the_initial_learning_rate(fit, tmp_path):
+    fit(PPO("CartPole-v1", **SMALL)).save_checkpoint(tmp_path / "a.ckpt")
+    logger = Memory()
+    constant = lambda o: schedulers.ConstantLR(o, factor=1.0)  # noqa: E731
+    model = PPO("CartPole-v1", **{**SMALL, "total_steps": 768}, lr_scheduler=constant)
+    fit(model, ckpt_path=tmp_path / "a.ckpt", logger=logger)
+    assert [row["train/learning_rate"] for _, row in logger.rows] == pytest.approx([3e-4, 3e-4])
+
+
+def test_a_raised_budget_is_saved(fit, tmp_path):
+    model = PPO("CartPole-v1", **SMALL)
+    fit(model)
+    model.total_steps = 1024
+    fit(model).save_checkpoint(tmp_path / "a.ckpt")
+    assert PPO.load_from_checkpoint(tmp_path / "a.ckpt").total_steps == 1024
+
+
+def test_without_evaluations_there_is_a_last_checkpoint_and_no_warning(tmp_path):
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, limit_val_batches=0, default_root_dir=tmp_path
+    )
+    trainer.fit(PPO("CartPole-v1", **SMALL))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
 def test_a_resumed_run_has_the_checkpoints_seed_and_sees_other_episodes(fit, tmp_path, monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED")
     first = PPO("CartPole-v1", **SMALL)
@@ -531,7 +589,9 @@ def test_a_model_that_has_trained_can_be_pickled(fit):
     """For strategies that spawn processes."""
     model = trained(fit)
     model.trainer = None
+    model.generator.manual_seed(5)
     twin = pickle.loads(pickle.dumps(model))  # the simulators stay where they are
+    assert torch.equal(twin.generator.get_state(), model.generator.get_state())
     assert twin.rollouts.environments is None
 
 

@@ -12,6 +12,7 @@ from typing_extensions import override
 class RunCheckpoint(ModelCheckpoint):
     """One file per run, under a fixed name in the run's folder."""
 
+    PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
     _stage = ""
 
     @property
@@ -30,16 +31,34 @@ class RunCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage != "fit":  # a validation has no scores to go on with
             return
-        if Path(state_dict["dirpath"]).resolve() == Path(str(self.dirpath)).resolve():
-            state_dict = {**state_dict, "dirpath": self.dirpath}  # Lightning compares how it is written
+        folder = Path(str(self.dirpath))
+        if Path(state_dict["dirpath"]).resolve() == folder.resolve():
+            # Lightning compares how paths are written: under another spelling, the file just saved would be deleted as
+            # the old best one.
+            state_dict = {
+                **state_dict,
+                **{key: _within(folder, state_dict[key]) for key in self.PATHS},
+                "best_k_models": {_within(folder, path): score for path, score in state_dict["best_k_models"].items()},
+                "dirpath": self.dirpath,
+            }
         super().load_state_dict(state_dict)
+
+
+def _within(folder: Path, path: str) -> str:
+    return str(folder / Path(path).name) if path else path
 
 
 class BestCheckpoint(RunCheckpoint):
     """``best.ckpt``: the policy with the highest ``eval/mean_reward``."""
 
     def __init__(self) -> None:
-        super().__init__(filename="best", monitor="eval/mean_reward", mode="max", enable_version_counter=False)
+        super().__init__(
+            filename="best",
+            monitor="eval/mean_reward",
+            mode="max",
+            save_on_train_epoch_end=False,  # but at the end of each evaluation
+            enable_version_counter=False,
+        )
 
 
 class LastCheckpoint(RunCheckpoint):
