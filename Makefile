@@ -20,7 +20,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 train: install                         ## train CONFIG (CartPole-v1), then say where everything is
 	$(BIN)/python -m ppo_lightning fit --config $(CONFIG) $(ARGS)
 
-test: export OMP_NUM_THREADS = 1       # two threads on two busy cores are twenty times slower than one
+# Two threads on two busy cores are twenty times slower than one.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-test          ## every test that takes seconds
 	$(BIN)/python -m pytest $(ARGS)
 	$(BIN)/python -m pytest --nbmake notebooks $(ARGS)
