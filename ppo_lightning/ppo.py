@@ -605,7 +605,7 @@ class PPO(LightningModule):
             raise InputError(f"predict needs an observation of shape {shape} or a batch of them, got {array.shape}")
         single = array.shape == shape
         with torch.no_grad():
-            rows = torch.as_tensor(array, dtype=dtype, device=self.device).view(-1, *shape)
+            rows = torch.as_tensor(array.copy(), dtype=dtype, device=self.device).view(-1, *shape)
             noise = None
             if not deterministic:
                 noise = self.policy.distribution.noise(len(rows), generator=torch.default_generator).to(self.device)

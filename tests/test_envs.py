@@ -114,6 +114,16 @@ def test_a_native_vector_with_wrong_observations_is_named(fit):
         fit(PPO(Native, **SMALL))
 
 
+def test_a_vector_that_does_not_say_how_it_resets_is_refused():
+    def make():
+        env = SyncVectorEnv([Endless] * 2)
+        del env.metadata["autoreset_mode"]
+        return env
+
+    with pytest.raises(InputError, match=r"make has metadata\['autoreset_mode'\] = None: it must be one of"):
+        PPO(make, num_steps=8).rollouts.collect()
+
+
 def test_a_worker_that_hangs_is_named_in_time(fit):
     started = time.monotonic()
     message = run(PPO(faulty("hang"), vectorization="async", env_timeout_s=1.0, **SMALL), fit)

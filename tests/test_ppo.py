@@ -765,6 +765,8 @@ def test_predict_takes_one_observation_or_a_batch():
     one = np.zeros(4, dtype=np.float32)
     assert model.predict(one) in (0, 1)
     assert model.predict(np.stack([one] * 5)).shape == (5,)
+    rows = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    assert (model.predict(rows[::-1]) == model.predict(rows)[::-1]).all()  # views that torch cannot take as they are
     torch.manual_seed(0)
     drawn = model.predict(np.stack([one] * 200), deterministic=False)
     assert 50 < drawn.sum() < 150

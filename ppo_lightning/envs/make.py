@@ -9,6 +9,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import gymnasium as gym
@@ -22,7 +23,7 @@ Env = gym.Env[Any, Any]
 EnvSource = str | VectorEnv | Callable[..., VectorEnv | Env]
 Vectorization = Literal["sync", "async", "vector_entry_point"]
 
-EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "pygame": "classic-control", "ale_py": "atari"}
+EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "pygame": "classic-control"}
 """Which extra of ours installs the module that an environment could not import."""
 
 
@@ -74,7 +75,8 @@ class EnvMaker:
         """What to call the environment in messages."""
         if isinstance(self.env, str):
             return self.env
-        return getattr(self.env, "__name__", type(self.env).__name__)
+        made_by = self.env.func if isinstance(self.env, partial) else self.env
+        return getattr(made_by, "__name__", type(made_by).__name__)
 
     def again(self) -> "EnvMaker | None":
         """A recipe for more of the same, for evaluation; None where only the one instance is known."""
@@ -252,8 +254,6 @@ def find_spec(env_id: str) -> EnvSpec:
             raise InputError(
                 f"env={env_id}: cannot import {module} ({error}); install it or correct its name"
             ) from error
-    with contextlib.suppress(ImportError):
-        importlib.import_module("ale_py")  # registers the Atari games where it is installed
     try:
         return gym.spec(name)
     except gym.error.Error as error:

@@ -58,7 +58,7 @@ class Environments:
         self.name = maker.name
         self.num_envs = self.env.num_envs
         self._timeout = timeout_s
-        mode = self.env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+        mode = self.env.metadata.get("autoreset_mode")  # to guess it would drop steps, or learn from resets
         try:
             self.mode = AutoresetMode(mode)
         except ValueError as error:
