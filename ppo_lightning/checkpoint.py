@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.parameters import Linear
+from ppo_lightning.parameters import Linear, PopArt
 from ppo_lightning.spaces import describe
 
 KEY = "ppo_lightning"
@@ -119,7 +119,7 @@ def missing(name: str) -> InputError:
 
 def plain_data(given: Mapping[str, Any]) -> dict[str, Any]:
     """Those hyperparameters that ``weights_only`` loading can bring back, as it can."""
-    plain = {name: asdict(value) if isinstance(value, Linear) else value for name, value in given.items()}
+    plain = {name: asdict(value) if isinstance(value, Linear | PopArt) else value for name, value in given.items()}
     return {name: value for name, value in plain.items() if _is_plain(value)}
 
 

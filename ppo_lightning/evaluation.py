@@ -1,6 +1,7 @@
 """Evaluation: exactly N episodes, on environments of its own."""
 
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 from ppo_lightning.envs import Environments, Transition
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy
-from ppo_lightning.spaces import action_decoder, storage
+from ppo_lightning.spaces import stored, tree_map
 
 MAX_EPISODE_STEPS = 100_000
 """An evaluation episode that has not ended by then is counted as it stands, with a warning."""
+
+NOISE_STEPS = 64
+"""Steps for which the noise of actions is drawn at once."""
 
 
 @torch.no_grad()
@@ -21,7 +25,6 @@ def evaluate_episodes(
     policy: Policy,
     environments: Environments,
     observation_space: Space,
-    action_space: Space,
     *,
     num_episodes: int,
     seed: int,
@@ -35,8 +38,7 @@ def evaluate_episodes(
     Args:
         policy: acts; its normalisers are frozen.
         environments: stepped here and nowhere else.
-        observation_space: of one environment.
-        action_space: of one environment.
+        observation_space: of one environment, without its action mask.
         num_episodes: how many, exactly.
         seed: of the environments (``seed + i``) and of the actions where they are drawn.
         deterministic: take the most probable action instead of drawing one.
@@ -48,15 +50,26 @@ def evaluate_episodes(
     num_envs = environments.num_envs
     device = next(policy.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    decode, (_, dtype) = action_decoder(action_space), storage(observation_space)
     quota = (num_episodes + np.arange(num_envs)[::-1]) // num_envs
     totals, lengths = np.zeros(num_envs), np.zeros(num_envs)
     results: list[list[tuple[float, float, float]]] = [[] for _ in range(num_envs)]
     observation = environments.reset(seed)
+    state = torch.zeros(num_envs, policy.state_size, device=device) if policy.state_size else None
+    start = np.ones(num_envs, dtype=bool)
+    step, noise = 0, None
     while any(len(done) < wanted for done, wanted in zip(results, quota, strict=True)):
-        noise = None if deterministic else policy.distribution.noise(num_envs, generator=generator).to(device)
-        action = policy.act(torch.from_numpy(np.asarray(observation)).to(device, dtype), noise)
-        after = environments.step(decode(action.cpu().numpy()))
+        if not deterministic and step % NOISE_STEPS == 0:
+            noise = policy.distribution.noise(NOISE_STEPS, num_envs, generator=generator).to(device)
+        mask = environments.action_mask
+        action, state = policy.act(
+            stored(observation_space, observation, device),
+            None if noise is None else noise[step % NOISE_STEPS],
+            None if mask is None else torch.from_numpy(mask).to(device),
+            state,
+            None if state is None else torch.from_numpy(start).to(device),
+        )
+        after = environments.step(policy.distribution.decode(tree_map(lambda leaf: leaf.cpu().numpy(), action)))
+        step += 1
         _check_finite(after, int(lengths.max()))
         totals += after.reward if after.valid is None else np.where(after.valid, after.reward, 0.0)
         lengths += 1 if after.valid is None else after.valid
@@ -74,12 +87,16 @@ def evaluate_episodes(
             if len(results[index]) < quota[index]:
                 results[index].append((totals[index], lengths[index], float(success)))
             totals[index] = lengths[index] = 0
-        observation = after.observation
+        observation, start = after.observation, after.begun
     return torch.tensor([episode for env in results for episode in env], dtype=torch.float64).view(-1, 3)
 
 
 def _check_finite(after: Transition, step: int) -> None:
-    for key, rows in (("observation", after.observation), ("reward", after.reward)):
+    named = after.observation if isinstance(after.observation, Mapping) else {"": after.observation}
+    for key, rows in [
+        *((f"observation {name}".strip(), leaf) for name, leaf in named.items()),
+        ("reward", after.reward),
+    ]:
         finite = np.isfinite(rows)
         if not finite.all():
             index = int(np.argwhere(~finite)[0][0])

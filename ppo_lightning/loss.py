@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ppo_lightning.diagnostics import approximate_kl, clip_fraction
 
-Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""(observation, action) -> log-probability [B], entropy [B], value [B]: what :meth:`Policy.evaluate` does."""
+Evaluate = Callable[[TensorDict], tuple[Tensor, Tensor, Tensor]]
+"""batch [B] -> log-probability, entropy and value, each [B]: what :meth:`Policy.evaluate` does."""
 
 
 class LossTerms(NamedTuple):
@@ -41,12 +41,17 @@ class PPOLoss:
     """Weight of the entropy bonus, in advantage units per nat."""
 
     def __call__(self, batch: TensorDict, evaluate: Evaluate) -> LossTerms:
-        """Score a policy on ``batch`` [B].
+        """Score a policy on ``batch`` [B], or on sequences [B, L].
 
-        Reads ``observation`` (as the network sees it), ``action``, ``action_log_prob`` and ``state_value`` (from when
-        the action was sampled), ``advantage`` and ``value_target``. ``value_loss`` is the plain mean squared error.
+        Reads ``action_log_prob`` and ``state_value`` (from when the action was sampled), ``advantage`` and
+        ``value_target``, and where there is one ``valid``: of sequences the rows that count. ``value_loss`` is the plain
+        mean squared error.
         """
-        log_prob, entropy, value = evaluate(batch["observation"], batch["action"])
+        log_prob, entropy, value = evaluate(batch)
+        valid = batch.get("valid", None)
+        if valid is not None:
+            batch = batch.select("action_log_prob", "state_value", "advantage", "value_target", strict=False)[valid]
+            log_prob, entropy, value = log_prob[valid], entropy[valid], value[valid]
         log_ratio = log_prob - batch["action_log_prob"]
         ratio = log_ratio.exp()  # [B]
         advantage = normalized(batch["advantage"]) if self.normalize_advantage else batch["advantage"]
@@ -64,7 +69,7 @@ class PPOLoss:
 
 
 def normalized(advantage: Tensor) -> Tensor:
-    """Advantages [B] with mean 0 and standard deviation 1; a single one, which has no spread, stays as it is."""
-    if len(advantage) == 1:
+    """Advantages with mean 0 and standard deviation 1; a single one, which has no spread, stays as it is."""
+    if advantage.numel() == 1:
         return advantage
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)

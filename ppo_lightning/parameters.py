@@ -25,6 +25,19 @@ class Linear:
         return self.start + (self.end - self.start) * progress
 
 
+@dataclass(frozen=True)
+class PopArt:
+    """Normalise value targets while preserving the critic's output (van Hasselt et al. 2016)."""
+
+    beta: float = 1e-4
+    """Weight of one environment step in the running moments of value targets, 0 to 1 (dimensionless)."""
+
+    def __post_init__(self) -> None:
+        """Refuse a weight that is none."""
+        if not (_is_number(self.beta) and 0 < self.beta <= 1):
+            raise InputError(f"popart.beta must lie between 0 and 1, got {self.beta!r}")
+
+
 def schedule(name: str, value: float | Linear | Mapping[str, float]) -> Linear:
     """A coefficient as a schedule: a number is constant, ``{start: …, end: …}`` is what a checkpoint holds of a line.
 
@@ -75,12 +88,18 @@ def plain_factory(factory: T) -> T:
     return factory
 
 
+def popart(value: PopArt | Mapping[str, float] | None) -> PopArt | None:
+    """PopArt's numbers, from what a checkpoint holds of them too."""
+    return PopArt(**value) if isinstance(value, Mapping) else value
+
+
 COUNTS = (
     "num_envs",
     "num_steps",
     "total_steps",
     "update_epochs",
     "num_minibatches",
+    "sequence_length",
     "eval_interval",
     "num_eval_episodes",
 )

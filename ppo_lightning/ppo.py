@@ -42,10 +42,23 @@ from ppo_lightning.envs import Environments, EnvMaker, resolve
 from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation import evaluate_episodes, summarize
 from ppo_lightning.loss import LossTerms, PPOLoss
-from ppo_lightning.parameters import Linear, check_numbers, plain_factory, schedule
+from ppo_lightning.parameters import Linear, PopArt, check_numbers, plain_factory, schedule
+from ppo_lightning.parameters import popart as as_popart
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset, no_autocast
-from ppo_lightning.spaces import action_decoder, describe, storage
+from ppo_lightning.spaces import (
+    MASK,
+    check_mask,
+    describe,
+    flatten_mask,
+    flattener,
+    leaves,
+    refuse_mask_length,
+    storage,
+    stored,
+    tree_map,
+    without_mask,
+)
 from ppo_lightning.trainer import attach_callbacks, refuse_what_misleads, replace_defaults, steps_concern_nobody
 
 
@@ -68,15 +81,21 @@ class PPO(LightningModule):
         total_steps: environment steps to train for, over all environments and processes, rounded up to whole
             iterations; every schedule runs on it (steps).
         policy: class_path or callable (observation_space, action_space) -> network, whose forward maps observations
-            [B, …] to distribution parameters [B, P] and values [B].
+            [B, …] to distribution parameters [B, P] and values [B]. The default, ActorCritic, has encoders for pictures
+            and Dict observations, memory, and several distributions as options.
         normalize_observation: subtract the running mean of observations, divide by their standard deviation, clip at
-            ±10.
+            ±10; of a Dict the parts that are numbers, pictures never.
         normalize_reward: divide rewards by the standard deviation of the discounted return, clip at ±10; reported
             returns stay in the environment's units.
+        clip_reward: learn from the sign of rewards, -1, 0 or 1, as is the custom for Atari; reported returns stay in the
+            environment's units.
+        popart: {beta} normalises what the critic learns while preserving its output; null does not.
         gamma: discount factor (per environment step, 0 to 1).
         gae_lambda: how far advantages look ahead: 0 is the one-step TD error, 1 the whole return (dimensionless, 0 to 1).
         update_epochs: passes over each rollout (count).
         num_minibatches: pieces into which each pass cuts the rollout (count).
+        sequence_length: of a policy with memory, the steps into which rollouts are cut, so that minibatches keep time
+            whole; null is num_steps (steps).
         clip_range: change of an action's probability ratio beyond which the objective pays no more; a number, or
             {start, end} for a line over the run (dimensionless).
         clip_range_vf: change of a value beyond which the critic is not pulled, in (normalised) reward units; null does
@@ -118,10 +137,13 @@ class PPO(LightningModule):
         policy: Callable[[gym.Space, gym.Space], nn.Module] = ActorCritic,
         normalize_observation: bool = False,
         normalize_reward: bool = False,
+        clip_reward: bool = False,
+        popart: PopArt | None = None,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         update_epochs: int = 4,
         num_minibatches: int = 4,
+        sequence_length: int | None = None,
         clip_range: float | Linear = 0.2,
         clip_range_vf: float | None = None,
         normalize_advantage: bool = True,
@@ -145,6 +167,8 @@ class PPO(LightningModule):
             plain_factory(resolve(env)), env_kwargs or {}, tuple(map(plain_factory, wrappers)), vectorization
         )
         self.observation_space, self.action_space, self._made = self.env_maker.probe(num_envs)
+        check_mask(self.observation_space, self.action_space)
+        seen = without_mask(self.observation_space)
         self.num_envs = int(num_envs) if self._made is None else self._made.num_envs
         self.num_steps = int(num_steps)
         self.total_steps = int(total_steps)
@@ -171,7 +195,9 @@ class PPO(LightningModule):
                 f"into num_minibatches = {num_minibatches}: lower num_minibatches or raise num_steps"
             )
 
-        self.policy = Policy(self.observation_space, self.action_space, policy, normalize_observation)
+        self.policy = Policy(seen, self.action_space, policy, normalize_observation, as_popart(popart))
+        self.clip_reward = clip_reward
+        self.sequence_length = self._check_sequences(sequence_length)
         self.return_moments = RunningMoments(()) if normalize_reward else None
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.int64))
@@ -179,7 +205,7 @@ class PPO(LightningModule):
 
         self.seed: int | None = None
         self.generator = torch.Generator()
-        self.rollouts = RolloutDataset(self, num_steps, self.observation_space, self.action_space)
+        self.rollouts = RolloutDataset(self, self.num_steps, seen)
         self._eval_environments: Environments | None = None
         self._clock = Clock()
         self._grad_norms: list[Tensor] = []
@@ -281,6 +307,9 @@ class PPO(LightningModule):
         )
         batch["advantage"] = advantage
         batch["value_target"] = advantage + batch["state_value"]
+        if self.policy.value_normalizer is not None:
+            targets = RunningMoments.batch_moments(batch["value_target"][batch["valid"]])
+            self.policy.value_normalizer.merge(self.gather(targets))
 
     @override
     def training_step(self, batch: TensorDict, batch_idx: int) -> None:
@@ -415,13 +444,28 @@ class PPO(LightningModule):
 
     @torch.no_grad()
     def samples(self, batch: TensorDict) -> TensorDict:
-        """The valid rows [B] of a rollout, with observations as the network sees them: normalised once, not per pass."""
-        keys = ["action", "action_log_prob", "advantage", "value_target"]
+        """What passes are made over: the valid rows [B] of a rollout, or for a policy with memory sequences [B, L].
+
+        Observations are as the network sees them and values as the loss compares them: normalised once, not per pass.
+        """
+        keys = ["action", "action_log_prob", "advantage", "value_target", "action_mask"]
         if self.clip_range_vf is not None:
             keys.append("state_value")
-        samples = batch.select(*keys).reshape(-1)
-        samples["observation"] = self.policy.features(batch["observation"].flatten(0, 1))
+        if self.policy.state_size:
+            keys += ["memory_state", "episode_start", "valid"]
+        samples = batch.select(*keys, strict=False).flatten()
+        features = self.policy.features(batch["observation"].flatten(0, 1))
+        samples["observation"] = TensorDict(features, [len(samples)]) if isinstance(features, dict) else features
+        if self.policy.value_normalizer is not None:
+            for key in {"value_target", "state_value"}.intersection(keys):
+                samples[key] = self.policy.value_normalizer.normalize(samples[key])
         valid = batch["valid"].flatten()
+        if self.policy.state_size:
+            num_envs = batch.shape[1]
+            sequences = (
+                samples.view(-1, self.sequence_length, num_envs).transpose(1, 2).reshape(-1, self.sequence_length)
+            )
+            return sequences.exclude("valid") if bool(valid.all()) else sequences
         return samples if bool(valid.all()) else samples[valid]
 
     def diverged(self, approx_kl: Tensor) -> bool:
@@ -468,16 +512,18 @@ class PPO(LightningModule):
 
     @torch.no_grad()
     def scale_reward(self, reward: Tensor, done: Tensor, valid: Tensor) -> Tensor:
-        """Rewards [T, N] over the standard deviation of the discounted return, clipped at ±10.
+        """Rewards [T, N] over the standard deviation of the discounted return, clipped at ±10; or their signs; or both.
 
         The moments take in this rollout first: rewards do not enter the probability ratio, and in the first iteration
         there would be nothing to scale by.
         """
+        if self.clip_reward:
+            reward = reward.sign()
         if self.return_moments is None:
             return reward
         carry = self.rollouts.discounted.to(reward.device)
         total, self.rollouts.discounted = discounted_return(reward, done, carry, gamma=self.gamma)
-        self.return_moments.merge(self.gather(self.return_moments.batch_moments(total[valid])))
+        self.return_moments.merge(self.gather(RunningMoments.batch_moments(total[valid])))
         return (reward * (self.return_moments.variance.float() + 1e-8).rsqrt()).clamp(-CLIP, CLIP)
 
     @torch.no_grad()
@@ -485,8 +531,8 @@ class PPO(LightningModule):
         """Take in the rollout: steps and episodes of all processes, and the moments of its observations."""
         valid = batch["valid"]
         if self.policy.moments is not None:
-            seen = self.policy.encode(batch["observation"][valid])
-            self.policy.moments.merge(self.gather(self.policy.moments.batch_moments(seen)))
+            seen = self.policy.numbers(batch["observation"][valid])
+            self.policy.moments.merge(self.gather(RunningMoments.batch_moments(seen)))
         # One gather for all that is counted: valid rows, then the newest episodes, padded to a full window.
         window = EpisodeStatistics.WINDOW
         finished = self.rollouts.episodes.finished[-window:]
@@ -546,7 +592,7 @@ class PPO(LightningModule):
             metrics["train/grad_norm"] = torch.stack(self._grad_norms).mean().item()
         if update.loss.clip_range_vf is not None:
             metrics["train/clip_range_vf"] = update.loss.clip_range_vf
-        std = self.policy.distribution.std(self.policy.actor(self.policy.features(batch["observation"][-1])))
+        std = self.policy.std(batch[-1])
         if std is not None:
             metrics["train/std"] = std.mean().item()
         return metrics
@@ -585,32 +631,91 @@ class PPO(LightningModule):
             shown["return"] = f"{mean:.4g}"
         return shown
 
-    def predict(self, observation: Any, deterministic: bool = True) -> Any:
+    def predict(
+        self,
+        observation: Any,
+        deterministic: bool = True,
+        state: Any = None,
+        action_mask: Any = None,
+    ) -> Any:
         """Action for one observation, or actions for a batch of them; numpy in, numpy out, as the environment takes them.
 
+        A policy with memory returns the pair (action, state): pass the state on with the next observation of the
+        episode, and None with the first.
+
         Args:
-            observation: [*shape], or [B, *shape] of the observation space, unnormalised.
+            observation: [*shape], or [B, *shape] of the observation space, unnormalised; of a Dict or Tuple the parts.
             deterministic: the most probable action; else one is drawn, with torch's global generator.
+            state: of the memory, as the call before returned it; None at the start of an episode.
+            action_mask: [M], or [B, M], what is allowed; one that is part of the observation is read from there.
 
         Raises:
-            InputError: the observation's shape fits neither.
+            InputError: the observation, state or mask fits neither.
         """
-        shape, dtype = storage(self.observation_space)
-        array = np.asarray(observation)
-        if isinstance(self.observation_space, gym.spaces.Discrete) and not all(
-            self.observation_space.contains(int(one)) for one in array.flat
-        ):
-            raise InputError(f"predict needs observations of {self.observation_space}, got {observation!r}")
-        if array.shape != shape and array.shape[1:] != shape:
-            raise InputError(f"predict needs an observation of shape {shape} or a batch of them, got {array.shape}")
-        single = array.shape == shape
-        with torch.no_grad():
-            rows = torch.as_tensor(array.copy(), dtype=dtype, device=self.device).view(-1, *shape)
+        space = without_mask(self.observation_space)
+        rows, single = self._rows_of(observation, space)
+        count = len(next(iter(rows.values())) if isinstance(rows, dict) else rows)
+        if space is not self.observation_space:
+            action_mask = observation[MASK]
+        masks = None
+        if action_mask is not None:
+            nested = isinstance(action_mask, dict | tuple)
+            if single:
+                action_mask = _unsqueezed(action_mask) if nested else np.asarray(action_mask)[None]
+            flat = flatten_mask(action_mask, self.action_space).reshape(count, -1)
+            refuse_mask_length(flat.shape[1], self.action_space)
+            masks = torch.from_numpy(flat.astype(bool)).to(self.device)
+        memory, start = None, None
+        if self.policy.state_size:
+            start = torch.zeros(count, dtype=torch.bool, device=self.device)
+            memory = torch.zeros(count, self.policy.state_size, device=self.device)
+            if state is not None:
+                if np.size(state) != memory.numel():
+                    raise InputError(
+                        f"predict needs a state of {tuple(memory.shape)}, got {np.shape(state)}: pass on what it returned"
+                    )
+                memory = torch.as_tensor(np.asarray(state), dtype=memory.dtype, device=self.device).view_as(memory)
+        elif state is not None:
+            raise InputError("predict was given a state, this policy has no memory: leave it out")
+        with torch.no_grad(), self.autocast():
             noise = None
             if not deterministic:
-                noise = self.policy.distribution.noise(len(rows), generator=torch.default_generator).to(self.device)
-            action = action_decoder(self.action_space)(self.policy.act(rows, noise).cpu().numpy())
-        return action[0] if single else action
+                noise = self.policy.distribution.noise(count, generator=torch.default_generator).to(self.device)
+            action, memory = self.policy.act(rows, noise, masks, memory, start)
+            action = tree_map(lambda leaf: leaf.cpu().numpy()[0] if single else leaf.cpu().numpy(), action)
+            action = self.policy.distribution.decode(action)
+        if memory is None:
+            return action
+        return action, memory.cpu().numpy()[0] if single else memory.cpu().numpy()
+
+    def _rows_of(self, observation: Any, space: gym.Space) -> tuple[Any, bool]:
+        """Observations as rows of tensors, and whether it was a single one.
+
+        Raises:
+            InputError: they are not of the space.
+        """
+        spaces = leaves(space)
+        try:
+            tree = flattener(space)(observation)
+            arrays = {name: np.asarray(tree[name] if name else tree) for name in spaces}
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(f"predict needs observations of {space}, got {observation!r}") from error
+        views = set()
+        for name, leaf in spaces.items():
+            shape, array = storage(leaf)[0], arrays[name]
+            if isinstance(leaf, gym.spaces.Discrete) and not all(leaf.contains(int(one)) for one in array.flat):
+                raise InputError(f"predict needs observations of {leaf}, got {array}")
+            if array.shape != shape and array.shape[1:] != shape:
+                raise InputError(
+                    f"predict needs an observation of shape {shape} or a batch of them, got {array.shape}"
+                    + (f" for {name}" if name else "")
+                )
+            views.add((array.shape == shape, None if array.shape == shape else len(array)))
+        if len(views) > 1:
+            raise InputError(f"predict needs as many of each part of an observation, got {observation!r}")
+        ((single, _),) = views
+        arrays = {name: (array[None] if single else array).copy() for name, array in arrays.items()}
+        return stored(space, arrays.get("", arrays), self.device), single
 
     def evaluate(self, num_episodes: int | None = None, deterministic: bool | None = None) -> dict[str, float]:
         """Run exactly ``num_episodes`` episodes on environments of their own, shared among all processes.
@@ -646,8 +751,7 @@ class PPO(LightningModule):
                 episodes[:share] = evaluate_episodes(
                     self.policy,
                     self._evaluation_environments(share),
-                    self.observation_space,
-                    self.action_space,
+                    without_mask(self.observation_space),
                     num_episodes=share,
                     seed=self._stream(purpose, self.num_env_steps),
                     deterministic=deterministic,
@@ -681,8 +785,14 @@ class PPO(LightningModule):
         """The environments to train on."""
         made, self._made = self._made, self._made if self.env_maker.is_instance else None
         environments = Environments(self.env_maker, self.num_envs, self.env_timeout_s, made)
+        if environments.inserts_rows and self.sequence_length == 1:
+            environments.close()
+            raise InputError(
+                f"{self.env_maker.name} spends a step on every reset (NEXT_STEP), of which sequences of one step may "
+                "consist: raise sequence_length to 2 or more"
+            )
         rows = (self.num_steps // 2 if environments.inserts_rows else self.num_steps) * environments.num_envs
-        if self.num_minibatches > rows:
+        if not self.policy.state_size and self.num_minibatches > rows:
             environments.close()
             raise InputError(
                 f"{self.env_maker.name} spends a step on every reset (NEXT_STEP), which can leave {rows} of "
@@ -700,6 +810,33 @@ class PPO(LightningModule):
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision in which updates run, for what is computed outside of training_step."""
         return no_autocast() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+
+    def _check_sequences(self, given: int | None) -> int | None:
+        """Steps of a sequence; None without memory.
+
+        Raises:
+            InputError: they do not cut the rollout, or into too few.
+        """
+        if not self.policy.state_size:
+            if given is not None:
+                raise InputError(
+                    f"sequence_length={given} cuts rollouts for memory, which this policy has not: leave it out, or give "
+                    "the policy a memory (ActorCritic: memory: lstm)"
+                )
+            return None
+        length = self.num_steps if given is None else given
+        if self.num_steps % length:
+            raise InputError(
+                f"sequence_length = {length} does not cut num_steps = {self.num_steps} into whole sequences: take a divisor"
+            )
+        sequences = self.num_steps // length * self.num_envs
+        if sequences < self.num_minibatches:
+            raise InputError(
+                f"num_envs · num_steps / sequence_length = {self.num_envs} · {self.num_steps} / {length} = {sequences} "
+                f"sequences cannot be cut into num_minibatches = {self.num_minibatches}: lower sequence_length or "
+                "num_minibatches"
+            )
+        return length
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -799,6 +936,15 @@ def _cut(samples: int, pieces: int) -> list[int]:
 
 def _nothing() -> None:
     return None
+
+
+def _unsqueezed(masks: Any) -> Any:
+    """Nested masks of one environment as a batch of one."""
+    if isinstance(masks, dict):
+        return {key: _unsqueezed(part) for key, part in masks.items()}
+    if isinstance(masks, tuple):
+        return tuple(map(_unsqueezed, masks))
+    return np.asarray(masks)[None]
 
 
 _PARAMETERS = {

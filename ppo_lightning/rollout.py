@@ -2,9 +2,9 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from torch.utils.data import IterableDataset
 
 from ppo_lightning.envs import Environments
 from ppo_lightning.errors import EnvironmentFault
-from ppo_lightning.policy import Policy
-from ppo_lightning.spaces import action_decoder, storage
+from ppo_lightning.policy import Policy, stack
+from ppo_lightning.spaces import Array, Tree, leaves, storage, tree_map
 
 
 class Learner(Protocol):
@@ -48,6 +48,18 @@ class Learner(Protocol):
         ...
 
 
+class Final(NamedTuple):
+    """Episodes that ended at one step."""
+
+    step: int
+    ended: Array
+    """[E] environments."""
+    observation: Tree
+    """[E, …] their last observations, numpy."""
+    state: Tensor | None
+    """[E, S] what the policy's memory held then."""
+
+
 class RolloutDataset(IterableDataset[TensorDict]):
     """Steps the learner's environments with its policy; each pass yields one rollout, a TensorDict [T, N].
 
@@ -56,22 +68,23 @@ class RolloutDataset(IterableDataset[TensorDict]):
 
     A rollout holds ``observation``, ``action``, ``action_log_prob``, ``state_value``, ``next_state_value``,
     ``reward``, ``terminated``, ``truncated`` and ``valid`` (False for the dummy rows of NEXT_STEP vectors), and the
-    number ``policy_version``. Its tensors are overwritten by the next rollout.
+    number ``policy_version``. Observations and actions of Dict or Tuple spaces are TensorDicts of their parts, by path.
+    Where there are masks it holds ``action_mask``, and of a policy with memory ``memory_state`` (before each step) and
+    ``episode_start`` (the memory is reset before it). Its tensors are overwritten by the next rollout.
 
     Args:
         learner: module whose policy acts and whose environments are stepped.
         num_steps: T, steps of each environment per rollout.
-        observation_space: of one environment.
-        action_space: of one environment.
+        observation_space: of one environment, without its action mask.
     """
 
-    def __init__(
-        self, learner: Learner, num_steps: int, observation_space: Space[Any], action_space: Space[Any]
-    ) -> None:
+    BATCH = 1 << 25
+    """Numbers of observation that the pass over a whole rollout takes at once, so that pictures fit into memory."""
+
+    def __init__(self, learner: Learner, num_steps: int, observation_space: Space[Any]) -> None:
         self.learner = learner
         self.num_steps = num_steps
         self.observation_space = observation_space
-        self.decode_action = action_decoder(action_space)
         self.environments: Environments | None = None
         self.episodes = EpisodeStatistics()
         self.discounted = torch.zeros(0)
@@ -99,15 +112,26 @@ class RolloutDataset(IterableDataset[TensorDict]):
         environments = self.learner.make_environments()
         self._observation = environments.reset(self.learner.environment_seed())
         steps, num_envs = self.num_steps, environments.num_envs
-        shape, dtype = storage(self.observation_space)
-        # One more observation than steps: the last is where the next rollout goes on.
+
+        def rows(space: Space[Any]) -> Tensor:
+            shape, dtype = storage(space)
+            return torch.empty(steps + 1, num_envs, *shape, dtype=dtype)  # the last is where the next rollout goes on
+
+        spaces = {name: rows(leaf) for name, leaf in leaves(self.observation_space).items()}
+        self._observations: Tree = spaces[""] if list(spaces) == [""] else spaces
         self._rows = {
-            "observation": torch.empty(steps + 1, num_envs, *shape, dtype=dtype),
             "reward": torch.empty(steps, num_envs),
             "terminated": torch.empty(steps, num_envs, dtype=torch.bool),
             "truncated": torch.empty(steps, num_envs, dtype=torch.bool),
             "valid": torch.ones(steps, num_envs, dtype=torch.bool),
         }
+        self._start = np.ones(num_envs, dtype=bool)
+        self._state: Tensor | None = None
+        if self.learner.policy.state_size:
+            self._state = torch.zeros(num_envs, self.learner.policy.state_size, device=self.learner.device)
+            self._rows["episode_start"] = torch.empty(steps, num_envs, dtype=torch.bool)
+        if environments.action_mask is not None:
+            self._rows["action_mask"] = torch.empty(steps, *environments.action_mask.shape, dtype=torch.bool)
         self.discounted = torch.zeros(num_envs)
         self.episodes.restart(num_envs)
         return environments
@@ -123,72 +147,83 @@ class RolloutDataset(IterableDataset[TensorDict]):
         if self.environments is None:
             self.environments = self.start()
         policy, device, environments = self.learner.policy, self.learner.device, self.environments
-        num_envs = environments.num_envs
-        observation, reward, terminated, truncated, valid = (row.numpy() for row in self._rows.values())
-        observed = self._rows["observation"].unbind()
-        noise = (
-            policy.distribution.noise(self.num_steps, num_envs, generator=self.learner.generator).to(device).unbind()
-        )
-        actions: list[Tensor] = []
-        finals: list[tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []  # step, environments, observations
-        successes: list[np.ndarray[Any, Any]] = []
-        on_cpu = device.type == "cpu"
+        num_envs, distribution = environments.num_envs, policy.distribution
+        rows = {key: tensor.numpy() for key, tensor in self._rows.items()}
+        reward, terminated, truncated, valid = (rows[key] for key in ("reward", "terminated", "truncated", "valid"))
+        starts, masks = rows.get("episode_start"), rows.get("action_mask")
+        observation = tree_map(Tensor.numpy, self._observations)
+        observed = _by_step(self._observations)
+        noise = distribution.noise(self.num_steps, num_envs, generator=self.learner.generator).to(device).unbind()
+        actions: list[Tree] = []
+        states: list[Tensor] = []
+        finals: list[Final] = []
+        successes: list[Array] = []
+        mask = start = None
 
         step = 0
         try:
             with self.learner.autocast():
                 for step in range(self.num_steps):
-                    observation[step] = self._observation
-                    action = policy.act(observed[step] if on_cpu else observed[step].to(device), noise[step])
+                    _put(observation, step, self._observation)
+                    seen = observed[step]
+                    if masks is not None:
+                        masks[step] = environments.action_mask
+                        mask = self._rows["action_mask"][step].to(device)
+                    if starts is not None and self._state is not None:
+                        starts[step] = self._start
+                        start = self._rows["episode_start"][step].to(device)
+                        states.append(self._state)
+                    if device.type != "cpu":
+                        seen = tree_map(lambda leaf: leaf.to(device), seen)
+                    action, self._state = policy.act(seen, noise[step], mask, self._state, start)
                     actions.append(action)
-                    after = environments.step(self.decode_action(action.cpu().numpy()))
+                    after = environments.step(distribution.decode(tree_map(_to_numpy, action)))
                     reward[step], terminated[step], truncated[step] = after.reward, after.terminated, after.truncated
                     if after.valid is not None:
                         valid[step] = after.valid
                     if after.final_observation is not None:
-                        finals.append((step, after.ended, after.final_observation))
+                        state = None if self._state is None else self._state[torch.from_numpy(after.ended)]
+                        finals.append(Final(step, after.ended, after.final_observation, state))
                         nothing = np.full(len(after.ended), np.nan)
                         successes.append(nothing if after.success is None else after.success)
-                    self._observation = after.observation
-            observation[self.num_steps] = self._observation
+                    self._observation, self._start = after.observation, after.begun
+            _put(observation, self.num_steps, self._observation)
         except EnvironmentFault:
             self._check_finite(step + 1, step, finals)  # an environment may well choke on what its own NaN caused
             raise
         self._check_finite(self.num_steps + 1, self.num_steps, finals)
         self.episodes.add(self._rows["reward"], terminated | truncated, valid, successes)
-        rollout = self._evaluate(policy, torch.stack(actions), finals)
+        rollout = self._evaluate(policy, stack(actions), states, finals)
         self.collect_seconds = time.perf_counter() - started
         return rollout
 
-    def _evaluate(
-        self,
-        policy: Policy,
-        action: Tensor,
-        finals: list[tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]],
-    ) -> TensorDict:
+    def _evaluate(self, policy: Policy, action: Tree, states: list[Tensor], finals: list[Final]) -> TensorDict:
         """Log-probabilities and values of a whole rollout in one pass; exact, since normalisers are frozen meanwhile."""
-        device = action.device
+        device = self.learner.device
         rows = {key: tensor.to(device) for key, tensor in self._rows.items()}
-        observation = rows.pop("observation")
+        observation = tree_map(lambda leaf: leaf.to(device), self._observations)
         steps, num_envs = rows["reward"].shape
-        shape, dtype = observation.shape[2:], observation.dtype
-        last = [torch.from_numpy(final).to(device, dtype).view(-1, *shape) for _, _, final in finals]
         with self.learner.autocast():
-            features = policy.features(torch.cat([observation.flatten(0, 1), *last]))
-            acted = features[: steps * num_envs]
-            parameters, value = policy(acted)
-            later = policy.critic(features[steps * num_envs :])
-        log_prob, _ = policy.distribution.log_prob_and_entropy(parameters, action.flatten(0, 1))
+            if states:
+                rows["memory_state"] = torch.stack(states)
+                parameters, value, later = self._unroll(policy, observation, rows, finals)
+            else:
+                parameters, value, later = self._pass(policy, observation, finals)
+        if "action_mask" in rows:
+            parameters = policy.distribution.masked(parameters, rows["action_mask"].flatten(0, 1))
+        log_prob, _ = policy.distribution.log_prob_and_entropy(
+            parameters, tree_map(lambda leaf: leaf.flatten(0, 1), action)
+        )
         value = value.view(steps, num_envs)
         # V(s'ₜ) is V(sₜ₊₁), except where an episode ended: there sₜ₊₁ belongs to the next one.
         next_value = torch.cat([value[1:], later[None, :num_envs]])
         if finals:
-            step = np.concatenate([np.full(len(ended), step) for step, ended, _ in finals])
-            ended = np.concatenate([ended for _, ended, _ in finals])
+            step = np.concatenate([np.full(len(final.ended), final.step) for final in finals])
+            ended = np.concatenate([final.ended for final in finals])
             next_value[torch.from_numpy(step), torch.from_numpy(ended)] = later[num_envs:]
         batch = TensorDict(
             {
-                "observation": observation[:steps],
+                "observation": tree_map(lambda leaf: leaf[:steps], observation),
                 "action": action,
                 "action_log_prob": log_prob.view(steps, num_envs),
                 "state_value": value,
@@ -200,19 +235,93 @@ class RolloutDataset(IterableDataset[TensorDict]):
         )
         return batch.set_non_tensor("policy_version", self.learner.policy_version)
 
-    def _check_finite(
-        self, observations: int, steps: int, finals: list[tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]]
-    ) -> None:
+    def _pass(self, policy: Policy, observation: Tree, finals: list[Final]) -> tuple[Tensor, Tensor, Tensor]:
+        """Parameters and values of all steps, and values of what comes after them: the last observations and the final."""
+        last = _last_observations(finals, observation)
+        flat = tree_map(lambda leaf, *after: torch.cat([leaf.flatten(0, 1), *after]), observation, *last)
+        acted = self.num_steps * self._rows["reward"].shape[1]
+        # Flat observations pass whole; what is read in pieces is pictures.
+        numbers = sum(leaf[0].numel() for leaf in (flat.values() if isinstance(flat, Mapping) else [flat]))
+        size = max(1, self.BATCH // numbers)
+        total = len(next(iter(flat.values())) if isinstance(flat, Mapping) else flat)
+        parameters, values = [], []
+        for begin in range(0, acted, size):
+            piece = tree_map(lambda leaf: leaf[begin : min(begin + size, acted)], flat)  # noqa: B023
+            one, value = policy(policy.features(piece))
+            parameters.append(one)
+            values.append(value)
+        later = []
+        for begin in range(acted, total, size):
+            piece = tree_map(lambda leaf: leaf[begin : begin + size], flat)  # noqa: B023
+            later.append(policy.critic(policy.features(piece)))
+        return torch.cat(parameters), torch.cat(values), torch.cat(later)
+
+    def _unroll(
+        self, policy: Policy, observation: Tree, rows: dict[str, Tensor], finals: list[Final]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with memory: one sequence of T + 1 steps, then the final observations with the states before them."""
+        steps, num_envs = rows["reward"].shape
+        start = torch.cat([rows["episode_start"], torch.from_numpy(self._start).to(rows["reward"].device)[None]])
+
+        def features(tree: Tree, *shape: int) -> Tree:
+            encoded = policy.features(tree_map(lambda leaf: leaf.flatten(0, 1), tree))
+            return tree_map(lambda leaf: leaf.view(*shape, *leaf.shape[1:]), encoded)
+
+        parameters, value, _ = policy.unroll(features(observation, steps + 1, num_envs), rows["memory_state"][0], start)
+        later = [value[steps]]
+        if finals:
+            last = tree_map(lambda *leaf: torch.cat(leaf)[None], *_last_observations(finals, observation))
+            states = torch.cat([final.state for final in finals if final.state is not None])
+            nowhere = torch.zeros(1, len(states), dtype=torch.bool, device=states.device)
+            later.append(policy.unroll(features(last, 1, len(states)), states, nowhere)[1][0])
+        return parameters[:steps].flatten(0, 1), value[:steps], torch.cat(later)
+
+    def _check_finite(self, observations: int, steps: int, finals: list[Final]) -> None:
         """Refuse what would poison the parameters, before anything is computed from it."""
-        for key, rows in (("observation", observations), ("reward", steps)):
-            tensor = self._rows[key][:rows]
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                step, index = (~tensor.isfinite()).nonzero()[0, :2].tolist()
-                raise _not_finite(key, index, step, tensor[step, index])
-        for step, ended, final in finals:
-            if np.issubdtype(final.dtype, np.floating) and not np.isfinite(final).all():
-                row = int(np.flatnonzero(~np.isfinite(final).reshape(len(final), -1).all(1))[0])
-                raise _not_finite("final observation", int(ended[row]), step, final[row])
+        trees = [(self._observations, "observation", observations), (self._rows["reward"], "reward", steps)]
+        for tree, key, rows in trees:
+            for name, tensor in tree.items() if isinstance(tree, Mapping) else [("", tree)]:
+                tensor = tensor[:rows]
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    step, index = (~tensor.isfinite()).nonzero()[0, :2].tolist()
+                    raise _not_finite(f"{key} {name}".strip(), index, step, tensor[step, index])
+        for final in finals:
+            tree = final.observation
+            for name, leaf in tree.items() if isinstance(tree, Mapping) else [("", tree)]:
+                if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
+                    row = int(np.flatnonzero(~np.isfinite(leaf).reshape(len(leaf), -1).all(1))[0])
+                    key = f"final observation {name}".strip()
+                    raise _not_finite(key, int(final.ended[row]), final.step, leaf[row])
+
+
+def _put(rows: Tree, step: int, values: Tree) -> None:
+    if isinstance(rows, dict):
+        for name, row in rows.items():
+            row[step] = values[name]
+    else:
+        rows[step] = values
+
+
+def _by_step(rows: Tree) -> list[Tree]:
+    """The tree of each step, of a tree of tensors [T, …]."""
+    if isinstance(rows, dict):
+        return [
+            dict(zip(rows, leaf, strict=True)) for leaf in zip(*(row.unbind() for row in rows.values()), strict=True)
+        ]
+    return list(rows.unbind())
+
+
+def _to_numpy(tensor: Tensor) -> Array:
+    return tensor.cpu().numpy()
+
+
+def _last_observations(finals: list[Final], like: Tree) -> list[Tree]:
+    """Final observations as tensors [E, …] of the shape, dtype and device that a rollout keeps."""
+
+    def tensor(rows: Tensor, final: Array) -> Tensor:
+        return torch.from_numpy(final).to(rows.device, rows.dtype).view(-1, *rows.shape[2:])
+
+    return [tree_map(tensor, like, final.observation) for final in finals]
 
 
 def _not_finite(key: str, index: int, step: int, value: object) -> EnvironmentFault:

@@ -1,29 +1,111 @@
-"""What a Gymnasium space is as tensors: storage, network input, network output, and the way back.
+"""What a Gymnasium space is as tensors: storage, network input, and the way in and out of nested spaces.
 
-Every function dispatches on the type of the space, so that a new space is a new registration here and nowhere else.
+A sample of a basic space is one tensor; a sample of a Dict or Tuple, however nested, is a flat dictionary of tensors, one
+per basic space within, by path (``"camera"``, ``"arm.0"``). :func:`tree_map` works on both. Every function dispatches on
+the type of the space, so that a new space is a new registration here, and a distribution where it is acted in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, singledispatch
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from gymnasium import Space
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ppo_lightning.errors import InputError
 
-SUPPORTED = "Box and Discrete"
+SUPPORTED = "Box, Discrete, MultiDiscrete and MultiBinary spaces, and Dict or Tuple of these"
+
+MASK = "action_mask"
+"""Key, in a Dict observation or in info, of what says which actions are allowed."""
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Tree: TypeAlias = Any
+"""A tensor (or array), or a mapping of names to tensors: what a sample is, of a basic space or of a nested one."""
+
+
+def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Any:
+    """``function`` of a tensor, or of each tensor of a mapping, with those of ``others`` in the same place."""
+    if isinstance(tree, Mapping):
+        return {name: function(leaf, *(other[name] for other in others)) for name, leaf in tree.items()}
+    return function(tree, *others)
 
 
 def _unsupported(space: Space[Any]) -> InputError:
     return InputError(
-        f"the space {space!r} is not supported: PPO takes {SUPPORTED} spaces; convert it with a Gymnasium wrapper "
-        "(FlattenObservation, TransformAction, …)"
+        f"the space {space!r} is not supported: PPO takes {SUPPORTED}; convert it with a Gymnasium wrapper "
+        "(FlattenObservation, FilterObservation, TransformAction, …)"
     )
+
+
+# --- nested spaces -----------------------------------------------------------------------------------------------------
+
+
+def children(space: Space[Any]) -> dict[Any, Space[Any]] | None:
+    """The spaces that a Dict (by key) or Tuple (by position) is made of; None for a basic space."""
+    if isinstance(space, Dict):
+        return dict(space.spaces)
+    if isinstance(space, Tuple):
+        return dict(enumerate(space.spaces))
+    return None
+
+
+def leaves(space: Space[Any]) -> dict[str, Space[Any]]:
+    """The basic spaces within a space, by path; a basic one itself is under the name ``""``."""
+    return {".".join(map(str, path)): leaf for path, leaf in _paths(space).items()}
+
+
+def _paths(space: Space[Any]) -> dict[tuple[Any, ...], Space[Any]]:
+    inner = children(space)
+    if inner is None:
+        return {(): space}
+    if not inner:
+        raise InputError(f"the space {space!r} holds nothing: correct it")
+    return {(key, *path): leaf for key, child in inner.items() for path, leaf in _paths(child).items()}
+
+
+def flattener(space: Space[Any]) -> Callable[[Any], Tree]:
+    """Function from what Gymnasium gives for a space, alone or batched, to a tree of :func:`leaves`."""
+    if children(space) is None:
+        return _same
+    return partial(_pick, paths={".".join(map(str, path)): path for path in _paths(space)})
+
+
+def _same(sample: Any) -> Any:
+    return sample
+
+
+def _pick(sample: Any, paths: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    picked = {}
+    for name, path in paths.items():
+        leaf = sample
+        for key in path:
+            leaf = leaf[key]
+        picked[name] = leaf
+    return picked
+
+
+def nest(space: Space[Any], tree: Tree, path: tuple[Any, ...] = ()) -> Any:
+    """The way back from a tree: what Gymnasium takes for a space, dictionaries and tuples as deep as they were."""
+    inner = children(space)
+    if inner is None:
+        return tree[".".join(map(str, path))] if path else tree
+    parts = {key: nest(child, tree, (*path, key)) for key, child in inner.items()}
+    return parts if isinstance(space, Dict) else tuple(parts.values())
+
+
+def without_mask(space: Space[Any]) -> Space[Any]:
+    """The observation space that a policy sees: a Dict's ``action_mask`` is for the distribution, not the network."""
+    if isinstance(space, Dict) and MASK in space.spaces:
+        return Dict({key: child for key, child in space.spaces.items() if key != MASK})
+    return space
+
+
+# --- basic spaces ------------------------------------------------------------------------------------------------------
 
 
 @singledispatch
@@ -44,6 +126,22 @@ def _(space: Discrete) -> str:
     return f"Discrete({space.n})"
 
 
+@describe.register
+def _(space: MultiDiscrete) -> str:
+    return f"MultiDiscrete({space.nvec.tolist()})"
+
+
+@describe.register
+def _(space: MultiBinary) -> str:
+    return f"MultiBinary{space.shape}"
+
+
+@describe.register(Dict)
+@describe.register(Tuple)
+def _(space: Dict | Tuple) -> str:
+    return "{" + ", ".join(f"{name}: {describe(leaf)}" for name, leaf in leaves(space).items()) + "}"
+
+
 @singledispatch
 def storage(space: Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of one sample as a rollout keeps it. Floats are kept as float32, integers as they are."""
@@ -62,6 +160,24 @@ def _(space: Discrete) -> tuple[tuple[int, ...], torch.dtype]:
     return (), torch.int64
 
 
+@storage.register
+def _(space: MultiDiscrete) -> tuple[tuple[int, ...], torch.dtype]:
+    return space.shape, torch.int64
+
+
+@storage.register
+def _(space: MultiBinary) -> tuple[tuple[int, ...], torch.dtype]:
+    return space.shape, torch.int8
+
+
+def stored(space: Space[Any], tree: Tree, device: torch.device) -> Tree:
+    """Observations of Gymnasium as a rollout keeps them: a tree of tensors of the right dtype, on ``device``."""
+    kept = {name: storage(leaf)[1] for name, leaf in leaves(space).items()}
+    if "" in kept:
+        return torch.from_numpy(np.asarray(tree)).to(device, kept[""])
+    return {name: torch.from_numpy(np.asarray(tree[name])).to(device, dtype) for name, dtype in kept.items()}
+
+
 @singledispatch
 def feature_shape(space: Space[Any]) -> tuple[int, ...]:
     """Shape of one observation as a network sees it, after :func:`encoder`."""
@@ -78,15 +194,29 @@ def _(space: Discrete) -> tuple[int, ...]:
     return (int(space.n),)
 
 
+@feature_shape.register
+def _(space: MultiDiscrete) -> tuple[int, ...]:
+    return (int(space.nvec.sum()),)
+
+
+@feature_shape.register
+def _(space: MultiBinary) -> tuple[int, ...]:
+    return space.shape
+
+
 @singledispatch
 def encoder(space: Space[Any]) -> Callable[[Tensor], Tensor]:
-    """Function from stored observations [B, …] to float32 features [B, …] of ``feature_shape``; Discrete becomes one-hot."""
+    """Function from stored observations [B, …] to features [B, …] of ``feature_shape``.
+
+    Numbers become float32, Discrete and MultiDiscrete one-hot. Images stay as they are, one byte a pixel: the network's
+    first layer scales them, on its own device.
+    """
     raise _unsupported(space)
 
 
 @encoder.register
 def _(space: Box) -> Callable[[Tensor], Tensor]:
-    return Tensor.float  # the tensor itself where it is float32 already
+    return _same if is_image(space) else Tensor.float  # the tensor itself where it is float32 already
 
 
 @encoder.register
@@ -94,45 +224,113 @@ def _(space: Discrete) -> Callable[[Tensor], Tensor]:
     return partial(_one_hot, start=int(space.start), n=int(space.n))
 
 
+@encoder.register
+def _(space: MultiDiscrete) -> Callable[[Tensor], Tensor]:
+    return partial(_several_hot, start=space.start.flatten(), nvec=space.nvec.flatten())
+
+
+@encoder.register
+def _(space: MultiBinary) -> Callable[[Tensor], Tensor]:
+    return Tensor.float
+
+
 def _one_hot(observation: Tensor, start: int, n: int) -> Tensor:
     return one_hot(observation - start, n).float()
 
 
+def _several_hot(observation: Tensor, start: Array, nvec: Array) -> Tensor:
+    offset = np.cumsum(nvec) - nvec - start
+    index = observation.flatten(1) + torch.from_numpy(offset).to(observation.device)
+    return torch.zeros(len(index), int(nvec.sum()), device=observation.device).scatter_(1, index, 1.0)
+
+
+def lowest(space: Space[Any]) -> Array:
+    """A sample of a basic space, to try a network on."""
+    start = getattr(space, "start", 0)
+    shape, dtype = storage(space)
+    return np.broadcast_to(start, shape).astype(torch.empty(0, dtype=dtype).numpy().dtype)
+
+
+def is_image(space: Space[Any]) -> bool:
+    """Whether a Box is a picture, or a stack of pictures: bytes from 0 to 255, in three or four dimensions.
+
+    Two dimensions are a grey picture where both have at least 8 pixels.
+    """
+    if not isinstance(space, Box) or space.dtype != np.uint8 or space.low.min() != 0 or space.high.max() != 255:
+        return False
+    return len(space.shape) in (3, 4) or (len(space.shape) == 2 and min(space.shape) >= 8)
+
+
+# --- discrete choices, and masks over them -----------------------------------------------------------------------------
+
+
 @singledispatch
-def num_action_parameters(space: Space[Any]) -> int:
-    """Number of outputs P with which a network describes a distribution over the space (see policy/distributions.py)."""
+def choices(space: Space[Any]) -> tuple[int, ...]:
+    """Numbers of alternatives of each discrete choice in an action; an action mask [M] is their concatenation.
+
+    Discrete is one choice, MultiDiscrete several, a bit of MultiBinary one between 0 and 1; a Box has none, and a Dict or
+    Tuple those of its parts in the order of :func:`leaves`.
+    """
     raise _unsupported(space)
 
 
-@num_action_parameters.register
-def _(space: Box) -> int:
-    return 2 * int(np.prod(space.shape))  # mean and log standard deviation
+@choices.register
+def _(space: Box) -> tuple[int, ...]:
+    return ()
 
 
-@num_action_parameters.register
-def _(space: Discrete) -> int:
-    return int(space.n)  # logits
+@choices.register
+def _(space: Discrete) -> tuple[int, ...]:
+    return (int(space.n),)
 
 
-@singledispatch
-def action_decoder(space: Space[Any]) -> Callable[[np.ndarray], np.ndarray]:
-    """Function from stored actions [N, …] to what the environment is given: Box is clipped to its bounds."""
-    raise _unsupported(space)
+@choices.register
+def _(space: MultiDiscrete) -> tuple[int, ...]:
+    return tuple(space.nvec.flatten().tolist())
 
 
-@action_decoder.register
-def _(space: Box) -> Callable[[np.ndarray], np.ndarray]:
-    if not np.issubdtype(space.dtype, np.floating):
+@choices.register
+def _(space: MultiBinary) -> tuple[int, ...]:
+    return (2,) * int(np.prod(space.shape))
+
+
+@choices.register(Dict)
+@choices.register(Tuple)
+def _(space: Dict | Tuple) -> tuple[int, ...]:
+    return tuple(size for leaf in leaves(space).values() for size in choices(leaf))
+
+
+def flatten_mask(mask: Any, action_space: Space[Any]) -> Array:
+    """A batch of masks as one array [N, M]: concatenated as it is, or in the parts of a Dict or Tuple action space."""
+    if isinstance(mask, Mapping | tuple):
+        named = {path: leaf for path, leaf in _paths(action_space).items() if choices(leaf)}
+        parts = _pick(mask, {".".join(map(str, path)): path for path in named})
+        return np.concatenate([np.asarray(part).reshape(len(part), -1) for part in parts.values()], 1)
+    return np.asarray(mask)
+
+
+def check_mask(observation_space: Space[Any], action_space: Space[Any]) -> None:
+    """Refuse an ``action_mask`` in the observation that does not fit the action space.
+
+    Raises:
+        InputError: it says how long the mask is, and how long it must be.
+    """
+    if without_mask(observation_space) is observation_space:
+        return
+    assert isinstance(observation_space, Dict)
+    given = leaves(observation_space.spaces[MASK])
+    length = sum(int(np.prod(leaf.shape or ())) for leaf in given.values())
+    if len(observation_space.spaces) == 1:
+        raise InputError(f"the observation is nothing but {MASK}: add what the policy is to see")
+    refuse_mask_length(length, action_space)
+
+
+def refuse_mask_length(length: int, action_space: Space[Any]) -> None:
+    """Raise where a mask has not one entry for each alternative of each choice."""
+    wanted = sum(choices(action_space))
+    if length != wanted:
+        needs = f"{wanted} (alternatives of its choices: {list(choices(action_space))})" if wanted else "none"
         raise InputError(
-            f"the action space {space!r} has integer bounds: make it Discrete, or a Box of floats that the environment rounds"
+            f"the environment's {MASK} has {length} entries, the action space {describe(action_space)} needs {needs}: "
+            "correct the mask (MultiDiscrete: concatenated; MultiBinary: two per bit; a Box has no mask)"
         )
-    return partial(_clip, low=space.low, high=space.high)
-
-
-def _clip(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    return np.clip(action, low, high).astype(low.dtype, copy=False)
-
-
-@action_decoder.register
-def _(space: Discrete) -> Callable[[np.ndarray], np.ndarray]:
-    return partial(np.add, space.start)

@@ -39,9 +39,9 @@ def random_batch(size: int = 64, dims: int = 3) -> tuple[TensorDict, torch.Tenso
 def scored(batch, parameters, value, **changes):
     distribution = action_distribution(Box(-1, 1, (parameters.shape[1] // 2,)))
 
-    def evaluate(observation, action):
-        index = observation.long()
-        return *distribution.log_prob_and_entropy(parameters[index], action), value[index]
+    def evaluate(batch):
+        index = batch["observation"].long()
+        return *distribution.log_prob_and_entropy(parameters[index], batch["action"]), value[index]
 
     return PPOLoss(**{**DEFAULTS, **changes})(batch, evaluate)
 

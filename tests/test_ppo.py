@@ -152,7 +152,7 @@ def test_ratio_is_one_in_the_first_minibatch(fit, env, kwargs, minibatches):
             samples = self.samples(batch)
             with torch.no_grad():
                 for piece in samples.split(len(samples) // minibatches):
-                    log_prob, *_ = self.policy.evaluate(piece["observation"], piece["action"])
+                    log_prob, *_ = self.policy.evaluate(piece)
                     steps.append((log_prob - piece["action_log_prob"]).exp() - 1)
 
     lightning.seed_everything(0, verbose=False)
@@ -170,7 +170,7 @@ def test_ratio_is_one_under_autocast(fit):
     class First(PPO):
         def training_step(self, batch, batch_idx):
             samples = self.samples(batch)
-            log_prob, _, _ = self.policy.evaluate(samples["observation"], samples["action"])
+            log_prob, _, _ = self.policy.evaluate(samples)
             ratios.append((log_prob - samples["action_log_prob"]).exp())
             super().training_step(batch, batch_idx)
 

@@ -18,6 +18,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from ppo_lightning.errors import EnvironmentFault, InputError
+from ppo_lightning.spaces import MASK, children
 
 Env = gym.Env[Any, Any]
 EnvSource = str | VectorEnv | Callable[..., VectorEnv | Env]
@@ -181,9 +182,11 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: Env, index: int) -> None:
         super().__init__(env)
         self.index = index
-        space = env.observation_space
-        self._shape, self._dtype = space.shape, space.dtype
-        self._step, self._is_array = env.step, isinstance(space, gym.spaces.Box)
+        self._step = env.step
+        self._shape, self._dtype = env.observation_space.shape, env.observation_space.dtype
+        self._is_array = isinstance(env.observation_space, gym.spaces.Box)
+        # Stable-Baselines3's contributed MaskablePPO asks the environment by this method.
+        self._masks = env.get_wrapper_attr("action_masks") if env.has_wrapper_attr("action_masks") else None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset, with faults named."""
@@ -192,7 +195,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         except Exception as error:
             raise self._fault("reset", error) from error
         self._check("reset", observation)
-        return observation, info
+        return observation, info if self._masks is None else {MASK: np.asarray(self._masks()), **info}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, with faults named."""
@@ -201,6 +204,8 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         except Exception as error:
             raise self._fault("step", error) from error
         self._check("step", observation)
+        if self._masks is not None:
+            info = {MASK: np.asarray(self._masks()), **info}
         return observation, reward, terminated, truncated, info
 
     def _fault(self, where: str, error: Exception) -> EnvironmentFault:
@@ -218,13 +223,32 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
                 and observation.dtype == self._dtype
             ):
                 return
-        elif self.observation_space.contains(observation):
+        elif _fits(observation, self.observation_space):
             return
+        if isinstance(observation, dict | tuple):
+            raise EnvironmentFault(
+                f"environment {self.index} returned in {where} an observation that its observation_space "
+                f"{self.observation_space} does not allow: {observation}; correct the one or the other"
+            )
         got = f"{type(observation).__name__} {np.shape(observation)} {np.asarray(observation).dtype}"
         raise EnvironmentFault(
             f"environment {self.index} returned in {where} an observation that is {got}, its observation_space is "
             f"{self.observation_space}: make the environment return what its space says, or correct the space"
         )
+
+
+def _fits(observation: Any, space: gym.Space[Any]) -> bool:
+    """Whether an observation has the structure, shapes and dtypes of its space."""
+    inner = children(space)
+    if inner is not None:
+        keys = observation.keys() if isinstance(observation, dict) else range(len(observation))
+        return set(keys) == inner.keys() and all(_fits(observation[key], child) for key, child in inner.items())
+    if isinstance(space, gym.spaces.Box):
+        return isinstance(observation, np.ndarray) and (observation.shape, observation.dtype) == (
+            space.shape,
+            space.dtype,
+        )
+    return space.contains(observation)
 
 
 def resolve(env: EnvSource) -> EnvSource:

@@ -11,9 +11,9 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
 from ppo_lightning.envs.make import EnvMaker
+from ppo_lightning.envs.masks import ActionMasks
 from ppo_lightning.errors import EnvironmentFault, InputError
-
-Array = np.ndarray[Any, Any]
+from ppo_lightning.spaces import Array, Tree, flattener, leaves, tree_map, without_mask
 
 SUCCESS_KEYS = ("is_success", "success")
 """Where environments say in their info that an episode reached its goal (Gymnasium-Robotics and SB3; ManiSkill)."""
@@ -22,7 +22,7 @@ SUCCESS_KEYS = ("is_success", "success")
 class Transition(NamedTuple):
     """What one step of N environments gave, whatever the vector's autoreset mode."""
 
-    observation: Array
+    observation: Tree
     """[N, …] what to act on next: the first observation of the new episode where one ended."""
     reward: Array
     """[N]"""
@@ -34,7 +34,9 @@ class Transition(NamedTuple):
     """[N] bool, False where NEXT_STEP spent the call on a reset; None where every row is a step."""
     ended: Array
     """[E] indices of the environments whose episode ended."""
-    final_observation: Array | None
+    begun: Array
+    """[N] bool, ``observation`` is the first of an episode."""
+    final_observation: Tree | None
     """[E, …] the last observations of those episodes."""
     success: Array | None
     """[E] 1.0 or 0.0 where the environment says whether it reached its goal, else NaN."""
@@ -66,6 +68,9 @@ class Environments:
             raise InputError(
                 f"{self.name} has metadata['autoreset_mode'] = {mode!r}: it must be one of {known}"
             ) from error
+        seen = without_mask(self.env.single_observation_space)
+        self._leaves, self._flatten = leaves(seen), flattener(seen)
+        self._masks = ActionMasks(self.name, self.env)
         self._done = np.zeros(self.num_envs, dtype=bool)
         self._none_ended = np.zeros(0, dtype=np.int64)
         self._finalizer = None if maker.is_instance else weakref.finalize(self, _close, self.env)
@@ -75,16 +80,33 @@ class Environments:
         """Whether the vector spends a step on every reset, so that a rollout has rows which are no steps."""
         return self.mode is AutoresetMode.NEXT_STEP
 
-    def reset(self, seed: int | None) -> Array:
-        """Start an episode everywhere: environment i is seeded with ``seed + i``, a native vector with ``seed``."""
-        self._done[:] = False
-        return self._reset(seed=seed)
+    @property
+    def action_mask(self) -> Array | None:
+        """[N, M] bool, what is allowed after the last reset or step; None where the environments give no masks."""
+        return self._masks.now
 
-    def step(self, action: Array) -> Transition:
-        """Step all environments. Arrays may be the vector's own buffers: copy what must outlive the next call.
+    def reset(self, seed: int | None) -> Tree:
+        """Start an episode everywhere: environment i is seeded with ``seed + i``, a native vector with ``seed``.
 
         Raises:
-            EnvironmentFault: an environment raised, died, or did not answer in time.
+            EnvironmentFault: an environment raised, died, did not answer in time, or is not what its spaces say.
+            InputError: the environments give masks that do not fit the actions.
+        """
+        self._done[:] = False
+        observation, info = self._reset(seed=seed)
+        self._masks.start(observation, info)
+        observation = self._flatten(observation)
+        self._check(observation)
+        return observation
+
+    def step(self, action: Any) -> Transition:
+        """Step all environments. Arrays may be the vector's own buffers: copy what must outlive the next call.
+
+        Args:
+            action: as the vector takes them, [N, …].
+
+        Raises:
+            EnvironmentFault: an environment raised, died, did not answer in time, or allows no action.
         """
         if isinstance(self.env, AsyncVectorEnv):
             observation, reward, terminated, truncated, info = self._await(
@@ -94,51 +116,60 @@ class Environments:
             observation, reward, terminated, truncated, info = self._named("step", lambda: self.env.step(action))
         done = terminated | truncated
         valid = None
+        begun = done
         if self.mode is AutoresetMode.NEXT_STEP:
-            valid, self._done = ~self._done, done
+            begun, self._done = self._done, done
+            valid = ~begun
+        # What follows an episode's end is a reset, whatever is allowed there; SAME_STEP is behind it already.
+        self._masks.step(observation, info, free=None if self.mode is AutoresetMode.SAME_STEP else done)
         if not done.any():
-            return Transition(observation, reward, terminated, truncated, valid, self._none_ended, None, None)
+            seen = self._flatten(observation)
+            return Transition(seen, reward, terminated, truncated, valid, self._none_ended, begun, None, None)
 
         ended = np.flatnonzero(done)
         if self.mode is AutoresetMode.SAME_STEP:
             final, info = self._rows(info, ended), info.get("final_info", {})
         else:
-            final = observation[ended]  # a copy: fancy indexing
+            final = tree_map(lambda leaf: leaf[ended], self._flatten(observation))  # a copy: fancy indexing
         success = _success(info, ended)
         if self.mode is AutoresetMode.DISABLED:
-            observation = self._reset(options={"reset_mask": done})
-        return Transition(observation, reward, terminated, truncated, valid, ended, final, success)
+            observation, info = self._reset(options={"reset_mask": done})
+            self._masks.restart(observation, info, done)
+        observation = self._flatten(observation)
+        return Transition(observation, reward, terminated, truncated, valid, ended, begun, final, success)
 
     def close(self) -> None:
         """Close the vector and its workers, dead or alive; a vector that the user made stays open."""
         if self._finalizer is not None:
             self._finalizer()
 
-    def _reset(self, **how: Any) -> Array:
+    def _reset(self, **how: Any) -> tuple[Any, dict[str, Any]]:
         if isinstance(self.env, AsyncVectorEnv):
-            observation, _ = self._await(self.env, "reset", lambda env: env.reset_async(**how))
-        else:
-            observation, _ = self._named("reset", lambda: self.env.reset(**how))
-        self._check(observation)
-        return observation
+            return self._await(self.env, "reset", lambda env: env.reset_async(**how))
+        return self._named("reset", lambda: self.env.reset(**how))
 
-    def _rows(self, info: dict[str, Any], ended: Array) -> Array:
+    def _rows(self, info: dict[str, Any], ended: Array) -> Tree:
         if "final_obs" not in info:
             raise EnvironmentFault(
                 f"{self.name} resets in the same step but gives no info['final_obs'], without which a time limit cannot "
                 "be told from a terminal state: return it, or use another autoreset_mode"
             )
-        rows = info["final_obs"][ended]
-        return np.stack(list(rows)) if rows.dtype == object else rows
+        rows = info["final_obs"]
+        if isinstance(rows, np.ndarray) and rows.dtype == object:
+            each = [self._flatten(rows[index]) for index in ended]
+            return tree_map(lambda *leaf: np.stack(leaf), *each)
+        return tree_map(lambda leaf: leaf[ended], self._flatten(rows))
 
-    def _check(self, observation: Any) -> None:
-        space = self.env.single_observation_space
-        expected = (self.num_envs, *(space.shape or ()))
-        if np.shape(observation) != expected or np.asarray(observation).dtype != space.dtype:
-            raise EnvironmentFault(
-                f"{self.name} returned from reset observations {np.shape(observation)} {np.asarray(observation).dtype}, "
-                f"its space says {expected} {space.dtype}: correct the environment or its single_observation_space"
-            )
+    def _check(self, observation: Tree) -> None:
+        for name, space in self._leaves.items():
+            leaf = observation[name] if name else observation
+            expected = (self.num_envs, *(space.shape or ()))
+            if np.shape(leaf) != expected or np.asarray(leaf).dtype != space.dtype:
+                raise EnvironmentFault(
+                    f"{self.name} returned from reset observations {name and name + ' '}{np.shape(leaf)} "
+                    f"{np.asarray(leaf).dtype}, its space says {expected} {space.dtype}: correct the environment or its "
+                    "single_observation_space"
+                )
 
     def _named(self, where: str, call: Callable[[], Any]) -> Any:
         try:

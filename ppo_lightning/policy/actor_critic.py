@@ -1,74 +1,346 @@
-"""The default network: two multilayer perceptrons, one that acts and one that values."""
+"""The default network: encoders, perceptron, memory, and one head that acts and one that values."""
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import singledispatch
+from typing import Any, get_args
 
 import torch
 from gymnasium import Space
-from gymnasium.spaces import Box
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ppo_lightning.spaces import feature_shape, num_action_parameters
+from ppo_lightning.errors import InputError
+from ppo_lightning.policy.distributions import (
+    ActionDistribution,
+    DiagonalGaussian,
+    Family,
+    Joint,
+    StateDependentExploration,
+    action_distribution,
+)
+from ppo_lightning.policy.encoders import Encoder, ImpalaCNN, NatureCNN, linear, perceptron
+from ppo_lightning.policy.memory import Kind, Memory
+from ppo_lightning.spaces import Tree, feature_shape, is_image, leaves, tree_map
 
 
 class ActorCritic(nn.Module):
-    """Separate perceptrons for policy and value, with orthogonal initialisation.
+    """Encoders, hidden layers and memory of policy and value, separate or shared, with orthogonal initialisation.
 
     Weights are orthogonal with gain √2 in hidden layers, 0.01 at the policy's output and 1 at the value's, biases 0
-    (Huang et al. 2022, detail 2). For Box actions the log standard deviation is a parameter of its own, the same in
-    every state (detail 2 of the continuous ones).
+    (Huang et al. 2022, detail 2). The parts of a Dict or Tuple observation are encoded one by one and concatenated:
+    pictures by a CNN, everything else as it is, unless ``encoders`` says otherwise.
 
     Args:
-        observation_space: what the environment shows; any shape is flattened.
+        observation_space: what the environment shows.
         action_space: what it takes.
-        hidden_sizes: units of each hidden layer, in both perceptrons.
-        activation: class of the layers between them.
-        log_std_init: initial log standard deviation of Box actions, in log action units.
+        hidden_sizes: units of each hidden layer; null is 64, 64, and no hidden layers behind pictures alone.
+        activation: class of what follows each hidden layer.
+        layer_norm: normalise each hidden layer's output before its activation.
+        image_encoder: class_path or callable (space) -> network for pictures; null is NatureCNN from 36 × 36 pixels on,
+            ImpalaCNN below.
+        encoders: the same for parts of a Dict or Tuple, by path ("state", "arm.0").
+        memory: lstm or gru behind the hidden layers; null is none.
+        memory_size: units of the memory.
+        shared: policy and value have encoders, hidden layers and memory in common.
+        actor_keys: parts of a Dict or Tuple that the policy sees; null is all.
+        critic_keys: parts that the value sees; null is all. More than the policy sees make a privileged critic.
+        distribution: over Box actions: normal (clipped to the bounds by the environment alone), tanh (normal, squashed
+            into the bounds), beta (on the bounds), gsde (normal, with noise that is a function of the state).
+        log_std_init: initial log standard deviation of normal, tanh and gsde, in log action units (tanh: before it).
+        log_std_range: lowest and highest log standard deviation.
+        state_dependent_std: the standard deviation of normal and tanh is an output of the network, not a parameter.
+        sde_sample_freq: steps for which the noise of gsde is kept.
+        entropy_weights: weights of the parts of a Dict or Tuple action in the entropy, by path; 1 where none is given.
+
+    Raises:
+        InputError: an option does not suit the spaces.
     """
 
     def __init__(
         self,
         observation_space: Space[Any],
         action_space: Space[Any],
-        hidden_sizes: Sequence[int] = (64, 64),
+        hidden_sizes: Sequence[int] | None = None,
         activation: type[nn.Module] = nn.Tanh,
+        layer_norm: bool = False,
+        image_encoder: Encoder | None = None,
+        encoders: dict[str, Encoder] | None = None,
+        memory: Kind | None = None,
+        memory_size: int = 64,
+        shared: bool = False,
+        actor_keys: Sequence[str] | None = None,
+        critic_keys: Sequence[str] | None = None,
+        distribution: Family = "normal",
         log_std_init: float = 0.0,
+        log_std_range: tuple[float, float] = (-20.0, 2.0),
+        state_dependent_std: bool = False,
+        sde_sample_freq: int = 4,
+        entropy_weights: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
-        inputs = math.prod(feature_shape(observation_space))
-        outputs = num_action_parameters(action_space)
+        if shared and (actor_keys is not None or critic_keys is not None):
+            raise InputError("shared: true gives policy and value the same input: leave out actor_keys and critic_keys")
+        if memory is not None and memory not in get_args(Kind):
+            raise InputError(f"memory must be one of {get_args(Kind)} or null, got {memory!r}")
+        if sde_sample_freq < 1:
+            raise InputError(f"sde_sample_freq must be 1 or more, got {sde_sample_freq}")
+        low, high = log_std_range
+        if not low < high:
+            raise InputError(f"log_std_range must rise, got {log_std_range}")
+
+        def trunk(keys: Sequence[str] | None, option: str) -> Trunk:
+            spaces = select(leaves(observation_space), keys, option)
+            layers = encoders_of(spaces, image_encoder, encoders or {})
+            return Trunk(layers, spaces, hidden_sizes, activation, layer_norm, memory, memory_size)
+
+        self.actor_trunk = trunk(actor_keys, "actor_keys")
+        self.distribution = action_distribution(
+            action_space,
+            distribution,
+            num_latent=self.actor_trunk.size,
+            sample_freq=sde_sample_freq,
+            entropy_weights=entropy_weights,
+        )
+        self.action_head = action_head(
+            self.distribution, self.actor_trunk.size, (float(log_std_init), low, high, state_dependent_std)
+        )
+        self.critic_trunk = self.actor_trunk if shared else trunk(critic_keys, "critic_keys")
+        self.value_head = linear(self.critic_trunk.size, 1, gain=1.0)
+        self.shared = shared
+        self.state_size = self.actor_trunk.state_size * (1 if shared else 2)
+
+    @override
+    def forward(self, observation: Tree, state: Tensor | None = None, start: Tensor | None = None) -> Any:
+        """Distribution parameters [B, P] and values [B] for observations [B, …].
+
+        With memory: for sequences [L, B, …] of observations, the state [B, S] before them and the flags [L, B] that an
+        episode starts there, parameters [L, B, P], values [L, B] and the state after them.
+        """
+        if state is None or start is None:
+            latent = self.actor_trunk(observation)
+            valued = latent if self.shared else self.critic_trunk(observation)
+            return self.action_head(latent), self.value_head(valued).squeeze(-1)
+        if self.shared:
+            latent, state = self.actor_trunk.unroll(observation, state, start)
+            return self.action_head(latent), self.value_head(latent).squeeze(-1), state
+        acting, valuing = state.chunk(2, -1)
+        latent, acting = self.actor_trunk.unroll(observation, acting, start)
+        valued, valuing = self.critic_trunk.unroll(observation, valuing, start)
+        return self.action_head(latent), self.value_head(valued).squeeze(-1), torch.cat([acting, valuing], -1)
+
+    def actor(self, observation: Tree) -> Tensor:
+        """Distribution parameters [B, P] alone: all that acting needs, without memory."""
+        return self.action_head(self.actor_trunk(observation))
+
+    def critic(self, observation: Tree) -> Tensor:
+        """Values [B] alone: all that bootstrapping needs, without memory."""
+        return self.value_head(self.critic_trunk(observation)).squeeze(-1)
+
+
+class Trunk(nn.Module):
+    """Observations to a latent vector: an encoder for each part, hidden layers, memory."""
+
+    def __init__(
+        self,
+        encoders: Sequence[nn.Module],
+        spaces: Mapping[str, Space[Any]],
+        hidden_sizes: Sequence[int] | None,
+        activation: type[nn.Module],
+        layer_norm: bool,
+        memory: Kind | None,
+        memory_size: int,
+    ) -> None:
+        super().__init__()
+        self.names = list(spaces)
+        self.encoders = nn.ModuleList(encoders)
+        inputs = sum(output_size(encoder, space) for encoder, space in zip(encoders, spaces.values(), strict=True))
+        if hidden_sizes is None:
+            hidden_sizes = () if all(map(is_image, spaces.values())) else (64, 64)
+        sizes = [inputs, *hidden_sizes]
+        self.layers = perceptron(sizes, activation, layer_norm=layer_norm)
+        self.memory = None if memory is None else Memory(memory, sizes[-1], memory_size)
+        self.size = sizes[-1] if memory is None else memory_size
+        self.state_size = 0 if self.memory is None else self.memory.state_size
+
+    @override
+    def forward(self, observation: Tree) -> Tensor:
+        """Latent [B, F] before memory."""
+        if self.names == [""]:
+            return self.layers(self.encoders[0](observation))
+        parts = [encoder(observation[name]) for name, encoder in zip(self.names, self.encoders, strict=True)]
+        return self.layers(torch.cat(parts, -1))
+
+    def unroll(self, observation: Tree, state: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [L, B, H] behind memory, and its state [B, S] after them."""
+        assert self.memory is not None
+        latent = self(tree_map(lambda leaf: leaf.flatten(0, 1), observation))
+        return self.memory(latent.view(*start.shape, -1), state, start)
+
+
+def select(spaces: Mapping[str, Space[Any]], keys: Sequence[str] | None, option: str) -> dict[str, Space[Any]]:
+    """The parts that keys name: each a path, or what a path begins with."""
+    if keys is None:
+        return dict(spaces)
+    chosen = {}
+    for key in keys:
+        found = {name: space for name, space in spaces.items() if name == key or name.startswith(f"{key}.")}
+        if not found or not key:
+            raise InputError(f"{option} names {key!r}, the parts of the observation are {list(spaces)}")
+        chosen.update(found)
+    return {name: space for name, space in spaces.items() if name in chosen}
+
+
+def encoders_of(
+    spaces: Mapping[str, Space[Any]], image_encoder: Encoder | None, encoders: Mapping[str, Encoder]
+) -> list[nn.Module]:
+    """A network for each part of an observation."""
+    unknown = encoders.keys() - spaces.keys()
+    if unknown:
+        raise InputError(f"encoders names {sorted(unknown)}, the parts of the observation are {list(spaces)}")
+    pictures = [name for name, space in spaces.items() if is_image(space)]
+    if image_encoder is not None and not pictures:
+        # A lone Box of another kind, floats perhaps, is encoded as asked; the encoder refuses what it cannot take.
+        pictures = [""] if list(spaces) == [""] else []
+        if not pictures:
+            raise InputError(f"image_encoder was given, no part of the observation is a picture: {list(spaces)}")
+    layers = []
+    for name, space in spaces.items():
+        make = encoders.get(name)
+        if make is None and name in pictures:
+            make = image_encoder or default_image_encoder
+        layers.append(nn.Flatten() if make is None else make(space))
+    return layers
+
+
+def default_image_encoder(space: Space[Any]) -> nn.Module:
+    """NatureCNN where pictures are large enough for it, else ImpalaCNN."""
+    try:
+        return NatureCNN(space)
+    except InputError:
+        return ImpalaCNN(space)
+
+
+def output_size(encoder: nn.Module, space: Space[Any]) -> int:
+    """Size of what an encoder returns for one part of an observation.
+
+    Raises:
+        InputError: it is not one vector per sample.
+    """
+    if isinstance(encoder, nn.Flatten):
+        return math.prod(feature_shape(space))
+    dtype = torch.uint8 if is_image(space) else torch.float32
+    with torch.no_grad():
+        output = encoder(torch.zeros(2, *feature_shape(space), dtype=dtype))
+    if output.ndim != 2 or len(output) != 2:
+        raise InputError(
+            f"the encoder {type(encoder).__name__} returned {tuple(output.shape)} for 2 observations of {space}: it must "
+            "return one vector for each, (2, F)"
+        )
+    return output.shape[1]
+
+
+# --- from the latent to the parameters of a distribution ---------------------------------------------------------------
+
+StdOptions = tuple[float, float, float, bool]
+"""Initial, lowest and highest log standard deviation, and whether it depends on the state."""
+
+
+@singledispatch
+def action_head(distribution: ActionDistribution, inputs: int, std: StdOptions) -> nn.Module:
+    """Network from a latent [B, F] to a distribution's parameters [B, P], which are all its outputs."""
+    return linear(inputs, distribution.num_parameters, gain=0.01)
+
+
+@action_head.register
+def _(distribution: DiagonalGaussian, inputs: int, std: StdOptions) -> nn.Module:
+    return GaussianHead(inputs, distribution.num_noise, *std)
+
+
+@action_head.register
+def _(distribution: StateDependentExploration, inputs: int, std: StdOptions) -> nn.Module:
+    return ExplorationHead(inputs, distribution.num_noise // inputs, *std[:3])
+
+
+@action_head.register
+def _(distribution: Joint, inputs: int, std: StdOptions) -> nn.Module:
+    return JointHead([action_head(part, inputs, std) for part in distribution.parts.values()])
+
+
+class GaussianHead(nn.Module):
+    """Means as outputs, log standard deviations as a parameter that is the same in every state, or as outputs too."""
+
+    def __init__(self, inputs: int, dims: int, init: float, low: float, high: float, state_dependent: bool) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+        self.mean = linear(inputs, dims, gain=0.01)
         self.log_std: nn.Parameter | None = None
-        if isinstance(action_space, Box):
-            outputs //= 2
-            self.log_std = nn.Parameter(torch.full((outputs,), float(log_std_init)))
-        self.policy_layers = perceptron([inputs, *hidden_sizes, outputs], activation, output_gain=0.01)
-        self.value_layers = perceptron([inputs, *hidden_sizes, 1], activation, output_gain=1.0)
+        self.log_std_layer: nn.Linear | None = None
+        if state_dependent:
+            self.log_std_layer = linear(inputs, dims, gain=0.01)
+            nn.init.constant_(self.log_std_layer.bias, init)
+        else:
+            self.log_std = nn.Parameter(torch.full((dims,), init))
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Distribution parameters [B, P] and values [B] for observations [B, …]."""
-        return self.actor(observation), self.critic(observation)
-
-    def actor(self, observation: Tensor) -> Tensor:
-        """Distribution parameters [B, P] alone: all that acting needs."""
-        output = self.policy_layers(observation.flatten(1))
-        if self.log_std is None:
-            return output
-        return torch.cat([output, self.log_std.expand_as(output)], -1)
-
-    def critic(self, observation: Tensor) -> Tensor:
-        """Values [B] alone: all that bootstrapping needs."""
-        return self.value_layers(observation.flatten(1)).squeeze(-1)
+    @override
+    def forward(self, latent: Tensor) -> Tensor:
+        """Means and log standard deviations [B, 2d]."""
+        mean = self.mean(latent)
+        log_std = self.log_std if self.log_std_layer is None else self.log_std_layer(latent)
+        return torch.cat([mean, bounded(log_std, self.low, self.high).expand_as(mean)], -1)
 
 
-def perceptron(sizes: Sequence[int], activation: type[nn.Module], output_gain: float) -> nn.Sequential:
-    """Linear layers of ``sizes`` units with activations between them, orthogonal, biases 0."""
-    layers: list[nn.Module] = []
-    for index, (inputs, outputs) in enumerate(pairwise(sizes)):
-        linear = nn.Linear(inputs, outputs)
-        is_output = index == len(sizes) - 2
-        nn.init.orthogonal_(linear.weight, output_gain if is_output else math.sqrt(2))
-        nn.init.zeros_(linear.bias)
-        layers += [linear] if is_output else [linear, activation()]
-    return nn.Sequential(*layers)
+class ExplorationHead(nn.Module):
+    """Means as outputs, and loadings: the latent times the standard deviations of the exploration matrix.
+
+    The latent is learnt by the means alone; from the loadings no gradient flows into it.
+    """
+
+    def __init__(self, inputs: int, dims: int, init: float, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+        self.mean = linear(inputs, dims, gain=0.01)
+        self.log_std = nn.Parameter(torch.full((inputs, dims), init))
+
+    @override
+    def forward(self, latent: Tensor) -> Tensor:
+        """Means and loadings [B, d + F d]."""
+        loadings = latent.detach().unsqueeze(-1) * bounded(self.log_std, self.low, self.high).exp()
+        return torch.cat([self.mean(latent), loadings.flatten(-2)], -1)
+
+
+class JointHead(nn.Module):
+    """One head for each part of a Dict or Tuple."""
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    @override
+    def forward(self, latent: Tensor) -> Tensor:
+        """Parameters of all parts [B, P]."""
+        return torch.cat([head(latent) for head in self.heads], -1)
+
+
+def bounded(log_std: Any, low: float, high: float) -> Tensor:
+    """``log_std`` between its bounds; beyond them the gradient can still pull it back, which torch.clamp prevents."""
+    if not torch.is_grad_enabled():
+        return log_std.clamp(low, high)
+    return _Bounded.apply(log_std, low, high)  # pyright: ignore[reportReturnType]
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        values, low, high = args
+        ctx.save_for_backward(values)
+        ctx.bounds = low, high
+        return values.clamp(low, high)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (values,), (low, high), (grad,) = ctx.saved_tensors, ctx.bounds, grads
+        outward = ((values > high) & (grad < 0)) | ((values < low) & (grad > 0))
+        return grad.masked_fill(outward, 0.0), None, None

@@ -1,7 +1,8 @@
-"""Running mean and variance, as buffers."""
+"""Running mean and variance, as buffers: of observations and returns, and of what a critic predicts."""
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 
 class RunningMoments(nn.Module):
@@ -29,7 +30,8 @@ class RunningMoments(nn.Module):
         self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
-    def batch_moments(self, samples: Tensor) -> Tensor:
+    @staticmethod
+    def batch_moments(samples: Tensor) -> Tensor:
         """Count, mean and summed squared deviations of samples [B, …], packed as one float64 row for a gather."""
         samples = samples.double()
         mean = samples.mean(0)
@@ -51,3 +53,70 @@ class RunningMoments(nn.Module):
             self.mean.add_(delta * (count / total))
             self.variance.copy_(squares / total)
             self.count.copy_(total)
+
+
+class ValueNormalizer(nn.Module):
+    """PopArt (van Hasselt et al. 2016): the critic learns normalised targets, and its output is V = σ (w v + b) + μ.
+
+    v is what the network returns, w and b are parameters. When the moments of the targets move, so do w and b, such that
+    V stays what it was for every state:
+
+        w ← w σ / σ',    b ← (σ b + μ - μ') / σ'
+
+    The moments are exponentially weighted, a batch of n targets with 1 - (1 - β)ⁿ, without bias towards their initial
+    values, so the first batch sets them.
+
+    Args:
+        beta: weight β of one target.
+    """
+
+    MIN_STD = 1e-2
+    """Of targets that hardly vary: dividing by less would blow noise up."""
+
+    mean: Tensor
+    square: Tensor
+    total: Tensor
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+        self.weight = nn.Parameter(torch.ones(()))
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("square", torch.ones((), dtype=torch.float64))
+        self.register_buffer("total", torch.zeros((), dtype=torch.float64))
+
+    @property
+    def std(self) -> Tensor:
+        """σ, float64."""
+        return (self.square - self.mean.square()).clamp_min(self.MIN_STD**2).sqrt()
+
+    @override
+    def forward(self, output: Tensor) -> Tensor:
+        """Values [B], in (normalised) reward units, for the network's outputs [B]."""
+        return self.prediction(output) * self.std.float() + self.mean.float()
+
+    def prediction(self, output: Tensor) -> Tensor:
+        """Normalised values [B]: what the loss compares with normalised targets."""
+        return self.weight * output + self.bias
+
+    def normalize(self, value: Tensor) -> Tensor:
+        """Values or targets in reward units, as :meth:`prediction` has them."""
+        return (value - self.mean.float()) / self.std.float()
+
+    @torch.no_grad()
+    def merge(self, packed: Tensor) -> None:
+        """Take in the targets of a rollout, as :meth:`RunningMoments.batch_moments` packs them, [3] or [ranks, 3]."""
+        count, mean, squares = packed.view(-1, 3).unbind(1)
+        samples = count.sum()
+        if samples == 0:
+            return
+        first = (count * mean).sum() / samples
+        second = (squares + count * mean.square()).sum() / samples
+        share = 1 - (1 - self.beta) ** samples
+        old_mean, old_std, kept = self.mean.clone(), self.std, (1 - share) * self.total
+        self.total.copy_(kept + share)
+        self.mean.copy_((kept * self.mean + share * first) / self.total)
+        self.square.copy_((kept * self.square + share * second) / self.total)
+        self.weight.mul_(old_std / self.std)
+        self.bias.copy_((old_std * self.bias + old_mean - self.mean) / self.std)

@@ -1,17 +1,21 @@
 """Everything between an observation as the environment gives it and an action as the rollout keeps it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from gymnasium import Space
 from gymnasium.spaces import Box
+from tensordict import TensorDict
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.policy.distributions import action_distribution
-from ppo_lightning.policy.moments import RunningMoments
-from ppo_lightning.spaces import describe, encoder, feature_shape, storage
+from ppo_lightning.parameters import PopArt
+from ppo_lightning.policy.distributions import ActionDistribution, action_distribution
+from ppo_lightning.policy.moments import RunningMoments, ValueNormalizer
+from ppo_lightning.spaces import Tree, describe, encoder, feature_shape, is_image, leaves, lowest, tree_map
 
 Network = Callable[[Space[Any], Space[Any]], nn.Module]
 """(observation_space, action_space) -> module whose forward maps features [B, …] to (parameters [B, P], values [B])."""
@@ -23,11 +27,17 @@ class Policy(nn.Module):
     """Observation encoding, running normalisation, the network, and the distribution over actions.
 
     Args:
-        observation_space: of one environment.
+        observation_space: of one environment, without its action mask.
         action_space: of one environment.
         network: makes the network. Its ``forward`` returns distribution parameters [B, P] and values [B]. Where it also
             has methods ``actor`` (parameters alone) and ``critic`` (values alone), acting and bootstrapping use those.
-        normalize_observation: subtract the running mean of observations and divide by their standard deviation.
+            An attribute ``distribution`` says what the parameters describe; without it they are logits, and means and
+            log standard deviations. An attribute ``state_size`` above 0 says that the network has memory; its
+            ``forward`` then takes observations [L, B, …], the state [B, S] before them and the flags [L, B] that an
+            episode starts there, and returns parameters [L, B, P], values [L, B] and the state after them.
+        normalize_observation: subtract the running mean of observations and divide by their standard deviation; those
+            parts that are numbers, so neither pictures nor one-hot codes.
+        popart: how value targets are normalised, if they are.
 
     Raises:
         InputError: a space is not supported, or the network's output does not fit it.
@@ -39,64 +49,182 @@ class Policy(nn.Module):
         action_space: Space[Any],
         network: Network,
         normalize_observation: bool,
+        popart: PopArt | None = None,
     ) -> None:
         super().__init__()
         for space in (observation_space, action_space):
             describe(space)  # refuses unsupported ones before anything is built
-        if normalize_observation and not isinstance(observation_space, Box):
+        spaces = leaves(observation_space)
+        self.encoders = {name: encoder(leaf) for name, leaf in spaces.items()}
+        self.normalized: dict[str, slice] = {}
+        """Where in the moments those parts of an observation are that are normalised."""
+        size = 0
+        for name, leaf in spaces.items() if normalize_observation else ():
+            if isinstance(leaf, Box) and not is_image(leaf):
+                own = math.prod(feature_shape(leaf))
+                self.normalized[name], size = slice(size, size + own), size + own
+        if normalize_observation and not size:
             raise InputError(
-                f"normalize_observation needs a Box observation, this environment's is {observation_space!r}: turn it off"
+                "normalize_observation needs an observation with a Box of numbers, this environment's is "
+                f"{observation_space!r}: turn it off"
             )
-        self.encode = encoder(observation_space)
-        self.distribution = action_distribution(action_space)
-        self.moments = RunningMoments(feature_shape(observation_space)) if normalize_observation else None
+        self.moments = RunningMoments((size,)) if size else None
+        self.value_normalizer = None if popart is None else ValueNormalizer(popart.beta)
         self.network = network(observation_space, action_space)
+        if not isinstance(self.network, nn.Module):
+            raise InputError(f"policy made a {type(self.network).__name__}: it must return a torch.nn.Module")
+        own_distribution = getattr(self.network, "distribution", None)
+        self.distribution: ActionDistribution = own_distribution or action_distribution(action_space)
+        self.state_size = int(getattr(self.network, "state_size", 0))
         self._check(observation_space, action_space)
 
     def _check(self, observation_space: Space[Any], action_space: Space[Any]) -> None:
-        shape, dtype = storage(observation_space)
-        start = getattr(observation_space, "start", 0)
-        with torch.no_grad():
-            parameters, value = self(self.features(torch.full((2, *shape), start, dtype=dtype)))
-        expected = (2, self.distribution.num_parameters)
-        if tuple(parameters.shape) != expected or tuple(value.shape) != (2,):
+        def two(space: Space[Any]) -> Tensor:
+            return torch.from_numpy(lowest(space)).expand(2, *lowest(space).shape)
+
+        spaces, name = leaves(observation_space), type(self.network).__name__
+        observation = {key: two(leaf) for key, leaf in spaces.items()}
+        features = self.features(observation[""] if list(spaces) == [""] else observation)
+        try:
+            with torch.no_grad():
+                if self.state_size:
+                    features = tree_map(lambda leaf: leaf.unsqueeze(0), features)
+                    start, state = torch.ones(1, 2, dtype=torch.bool), torch.zeros(2, self.state_size)
+                    parameters, value, state = self.network(features, state, start)
+                    fits, parameters, value = state.shape == (2, self.state_size), parameters[0], value[0]
+                else:
+                    (parameters, value), fits = self.network(features), True
+            got = tuple(parameters.shape), tuple(value.shape)
+        except Exception as error:
             raise InputError(
-                f"the network {type(self.network).__name__} returned parameters {tuple(parameters.shape)} and values "
-                f"{tuple(value.shape)} for 2 observations, {describe(action_space)} needs {expected} and (2,): "
-                "change its output layers"
+                f"the network {name} raised {type(error).__name__} on 2 observations of {describe(observation_space)}: "
+                f"{error}"
+            ) from error
+        expected = (2, self.distribution.num_parameters)
+        if not (got == (expected, (2,)) and fits):
+            raise InputError(
+                f"the network {name} returned parameters {got[0]} and values {got[1]} for 2 observations, "
+                f"{describe(action_space)} needs {expected} and (2,): change its output layers"
+                + ("" if fits else f"; with memory also a state (2, {self.state_size})")
             )
 
-    def features(self, observation: Tensor) -> Tensor:
-        """What the network sees of stored observations [B, …]: float32, normalised where that is on, at ±10 at most."""
+    def encode(self, observation: Tree) -> Tree:
+        """Features of stored observations [B, …] before they are normalised."""
+        if "" in self.encoders:
+            return self.encoders[""](observation)
+        return {name: encode(observation[name]) for name, encode in self.encoders.items()}
+
+    def numbers(self, observation: Tree) -> Tensor:
+        """Of stored observations [B, …] what is normalised, [B, D]: samples for the moments."""
+        encoded = self.encode(observation)
+        if "" in self.normalized:
+            return encoded.flatten(1)
+        return torch.cat([encoded[name].flatten(1) for name in self.normalized], -1)
+
+    def features(self, observation: Tree) -> Tree:
+        """What the network sees of stored observations [B, …]: numbers are normalised where that is on, at ±10 at most."""
         features = self.encode(observation)
         if self.moments is None:
             return features
-        mean, variance = self.moments.mean.float(), self.moments.variance.float()
-        return ((features - mean) * (variance + 1e-8).rsqrt()).clamp_(-CLIP, CLIP)
+        mean, factor = self.moments.mean.float(), (self.moments.variance.float() + 1e-8).rsqrt()
+        if "" in self.normalized:
+            return _normalized(features, mean, factor)
+        for name, part in self.normalized.items():
+            features[name] = _normalized(features[name], mean[part], factor[part])
+        return features
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Distribution parameters [B, P] and values [B], float32 under autocast too."""
+    @override
+    def forward(self, features: Tree) -> tuple[Tensor, Tensor]:
+        """Distribution parameters [B, P] and values [B] without memory; float32 under autocast too."""
         parameters, value = self.network(features)
-        return parameters.float(), value.float()
+        return parameters.float(), self._value(value)
 
-    def actor(self, features: Tensor) -> Tensor:
-        """Distribution parameters [B, P]."""
+    def actor(self, features: Tree) -> Tensor:
+        """Distribution parameters [B, P] without memory."""
         actor = getattr(self.network, "actor", None)
         return (actor(features) if actor else self.network(features)[0]).float()
 
-    def critic(self, features: Tensor) -> Tensor:
-        """Values [B], in (normalised) reward units."""
+    def critic(self, features: Tree) -> Tensor:
+        """Values [B], in (normalised) reward units, without memory."""
         critic = getattr(self.network, "critic", None)
-        return (critic(features) if critic else self.network(features)[1]).float()
+        return self._value(critic(features) if critic else self.network(features)[1])
 
-    def evaluate(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probability of stored actions, entropy and value, each [B]: what the loss needs."""
-        parameters, value = self(features)
-        return *self.distribution.log_prob_and_entropy(parameters, action), value
+    def unroll(self, features: Tree, state: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With memory: parameters [L, B, P], values [L, B] and the state [B, S] after a sequence.
 
-    def act(self, observation: Tensor, noise: Tensor | None) -> Tensor:
-        """Actions [B, …] for stored observations: drawn with ``noise``, or without it the most probable ones."""
-        parameters = self.actor(self.features(observation))
+        Args:
+            features: [L, B, …].
+            state: [B, S] before the first row.
+            start: [L, B] bool, the row is the first of an episode: what was before is forgotten.
+        """
+        parameters, value, state = self.network(features, state, start)
+        return parameters.float(), self._value(value), state
+
+    def _value(self, output: Tensor) -> Tensor:
+        return output.float() if self.value_normalizer is None else self.value_normalizer(output.float())
+
+    def evaluate(self, batch: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability of stored actions, entropy, and value as the loss compares it, each like the batch.
+
+        Args:
+            batch: [B], or with memory sequences [B, L]: ``observation`` as :meth:`features`, ``action``, and where there
+                are any ``action_mask``, ``memory_state`` and ``episode_start``.
+        """
+        if self.state_size:
+            features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
+            state, start = batch["memory_state"][:, 0], batch["episode_start"].T
+            parameters, output, _ = self.network(features, state, start)
+            parameters, output = parameters.transpose(0, 1).flatten(0, 1), output.T
+        else:
+            parameters, output = self.network(batch["observation"])
+        parameters, output = parameters.float(), output.float()
+        action = tree_map(lambda leaf: leaf.flatten(0, batch.ndim - 1), batch["action"])
+        mask = batch.get("action_mask", None)
+        if mask is not None:
+            parameters = self.distribution.masked(parameters, mask.flatten(0, batch.ndim - 1))
+        log_prob, entropy = self.distribution.log_prob_and_entropy(parameters, action)
+        value = output if self.value_normalizer is None else self.value_normalizer.prediction(output)
+        return log_prob.view(batch.batch_size), entropy.view(batch.batch_size), value
+
+    def std(self, row: TensorDict) -> Tensor | None:
+        """Standard deviations [N, d] of actions after one step [N] of a rollout; None where there are none."""
+        features = self.features(row["observation"])
+        if not self.state_size:
+            return self.distribution.std(self.actor(features))
+        features = tree_map(lambda leaf: leaf.unsqueeze(0), features)
+        return self.distribution.std(self.unroll(features, row["memory_state"], row["episode_start"][None])[0][0])
+
+    def act(
+        self,
+        observation: Tree,
+        noise: Tensor | None,
+        mask: Tensor | None = None,
+        state: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> tuple[Tree, Tensor | None]:
+        """Actions [B, …] for stored observations, and the state of the memory after them.
+
+        Args:
+            observation: [B, …].
+            noise: what draws the actions, [B, Z]; None takes the most probable ones.
+            mask: [B, M] bool, what is allowed; None is everything.
+            state: [B, S] of a policy with memory.
+            start: [B] bool, the observation is the first of an episode.
+        """
+        features = self.features(observation)
+        if state is None or start is None:
+            parameters = self.actor(features)
+        else:
+            features = tree_map(lambda leaf: leaf.unsqueeze(0), features)
+            parameters, _, state = self.network(features, state, start.unsqueeze(0))
+            parameters = parameters[0].float()
+        if mask is not None:
+            parameters = self.distribution.masked(parameters, mask)
         if noise is None:
-            return self.distribution.mode(parameters)
-        return self.distribution.sample(parameters, noise)
+            return self.distribution.mode(parameters), state
+        return self.distribution.sample(parameters, noise), state
+
+
+def _normalized(features: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+    shape = features.shape[1:]
+    return ((features - mean.view(shape)) * factor.view(shape)).clamp_(-CLIP, CLIP)

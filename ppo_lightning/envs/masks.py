@@ -1,0 +1,94 @@
+"""Which actions are allowed: read once per step, checked where it enters."""
+
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from ppo_lightning.errors import EnvironmentFault
+from ppo_lightning.spaces import MASK, Array, check_mask, choices, flatten_mask, refuse_mask_length, without_mask
+
+
+class ActionMasks:
+    """The masks of N environments, from their observations (a Dict with ``action_mask``) or from ``info["action_mask"]``.
+
+    Args:
+        name: of the environment, for messages.
+        env: the vector that gives them.
+
+    Raises:
+        InputError: the observation's mask does not fit the action space.
+    """
+
+    def __init__(self, name: str, env: VectorEnv) -> None:
+        self.name = name
+        self.num_envs = env.num_envs
+        self.action_space = env.single_action_space
+        self.observed = without_mask(env.single_observation_space) is not env.single_observation_space
+        check_mask(env.single_observation_space, env.single_action_space)
+        sizes = choices(env.single_action_space)
+        self._begins = np.cumsum([0, *sizes])[:-1]
+        self.now: Array | None = None
+        """[N, M] bool; None where the environments give none."""
+
+    def start(self, observation: Any, info: dict[str, Any]) -> None:
+        """Take the masks of fresh episodes everywhere; whether there are any is settled here.
+
+        Raises:
+            InputError: they do not fit the action space.
+            EnvironmentFault: not all environments give one, or one of them allows nothing.
+        """
+        self.now = None
+        if self.observed or MASK in info:
+            self._take(observation, info, np.ones(self.num_envs, dtype=bool), "reset")
+
+    def step(self, observation: Any, info: dict[str, Any], free: Array | None) -> None:
+        """Take the masks after a step.
+
+        Args:
+            observation: of the vector.
+            info: of the vector.
+            free: [N] bool, environments whose next action does not matter.
+        """
+        if self.now is not None:
+            self._take(observation, info, np.ones(self.num_envs, dtype=bool) if free is None else ~free, "step")
+        elif MASK in info:
+            raise EnvironmentFault(
+                f"{self.name} gives info['{MASK}'] in step but not in reset: give it in both, an episode's first action "
+                "is masked too"
+            )
+
+    def restart(self, observation: Any, info: dict[str, Any], begun: Array) -> None:
+        """Take the masks of those episodes that have begun, [N] bool."""
+        if self.now is not None:
+            kept = self.now
+            self._take(observation, info, begun, "reset")
+            self.now[~begun] = kept[~begun]
+
+    def _take(self, observation: Any, info: dict[str, Any], needed: Array, where: str) -> None:
+        given = observation[MASK] if self.observed else info.get(MASK)
+        there = np.ones(self.num_envs, dtype=bool) if self.observed else info.get(f"_{MASK}", given is not None)
+        absent = needed & ~np.broadcast_to(there, self.num_envs)
+        if given is None or absent.any():
+            raise EnvironmentFault(
+                f"environment {np.flatnonzero(absent).tolist()} of {self.name} gave no info['{MASK}'] in {where}: give it "
+                "in every reset and step, or never"
+            )
+        mask = flatten_mask(given, self.action_space)
+        if mask.dtype == object:  # environments gave lists
+            mask = np.stack(
+                [np.asarray(row if own else self._anything(), bool) for row, own in zip(mask, needed, strict=True)]
+            )
+        mask = mask.reshape(self.num_envs, -1).astype(bool)
+        refuse_mask_length(mask.shape[1], self.action_space)
+        mask[~needed] = True
+        nothing = ~np.logical_or.reduceat(mask, self._begins, axis=1).all(1)
+        if nothing.any():
+            raise EnvironmentFault(
+                f"environment {np.flatnonzero(nothing).tolist()} of {self.name} allows no action after {where}: its "
+                f"{MASK} has a choice with nothing valid; end the episode before, or allow an action that does nothing"
+            )
+        self.now = mask
+
+    def _anything(self) -> Array:
+        return np.ones(sum(choices(self.action_space)), dtype=bool)
