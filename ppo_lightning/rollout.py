@@ -181,6 +181,8 @@ class RolloutDataset(IterableDataset[TensorDict]):
                     reward[step], terminated[step], truncated[step] = after.reward, after.terminated, after.truncated
                     if after.valid is not None:
                         valid[step] = after.valid
+                    if after.life_lost is not None:
+                        terminated[step] |= after.life_lost
                     if after.final_observation is not None:
                         state = None if self._state is None else self._state[torch.from_numpy(after.ended)]
                         finals.append(Final(step, after.ended, after.final_observation, state))
@@ -192,7 +194,10 @@ class RolloutDataset(IterableDataset[TensorDict]):
             self._check_finite(step + 1, step, finals)  # an environment may well choke on what its own NaN caused
             raise
         self._check_finite(self.num_steps + 1, self.num_steps, finals)
-        self.episodes.add(self._rows["reward"], terminated | truncated, valid, successes)
+        done = np.zeros(valid.shape, dtype=bool)
+        for final in finals:
+            done[final.step, final.ended] = True
+        self.episodes.add(self._rows["reward"], done, valid, successes)
         rollout = self._evaluate(policy, stack(actions), states, finals)
         self.collect_seconds = time.perf_counter() - started
         return rollout

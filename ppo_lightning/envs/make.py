@@ -1,6 +1,7 @@
 """From what the user names to a vector of environments: ids, callables, wrappers, vectorisation."""
 
 import contextlib
+import copy
 import difflib
 import importlib
 import inspect
@@ -17,6 +18,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from ppo_lightning.envs.third_party import adapted
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.spaces import MASK, children
 
@@ -24,7 +26,7 @@ Env = gym.Env[Any, Any]
 EnvSource = str | VectorEnv | Callable[..., VectorEnv | Env]
 Vectorization = Literal["sync", "async", "vector_entry_point"]
 
-EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "pygame": "classic-control"}
+EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "ale_py": "atari", "minigrid": "minigrid", "pygame": "classic-control"}
 """Which extra of ours installs the module that an environment could not import."""
 
 
@@ -125,7 +127,8 @@ class EnvMaker:
             if spec.vector_entry_point is None:
                 raise InputError(f"{self.env} has no vector entry point: set vectorization to sync or async")
             with making(self.env):
-                return gym.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **self.env_kwargs)
+                made = gym.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **self.env_kwargs)
+            return adapted(made)
         assert not isinstance(self.env, VectorEnv)
         kwargs = dict(self.env_kwargs)
         if "num_envs" not in kwargs and "num_envs" in _parameters(self.env):
@@ -140,7 +143,7 @@ class EnvMaker:
             raise InputError(
                 f"env={self.name} makes a VectorEnv, wrappers go around single environments: wrap inside it"
             )
-        return made
+        return adapted(made) if isinstance(made, VectorEnv) else made
 
     def _wrapped_call(self) -> Env:
         made = self._call(1)
@@ -204,6 +207,8 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         except Exception as error:
             raise self._fault("step", error) from error
         self._check("step", observation)
+        if terminated or truncated:
+            observation = copy.deepcopy(observation)  # a reset may write over it
         if self._masks is not None:
             info = {MASK: np.asarray(self._masks()), **info}
         return observation, reward, terminated, truncated, info

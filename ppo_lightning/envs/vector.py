@@ -18,6 +18,9 @@ from ppo_lightning.spaces import Array, Tree, flattener, leaves, tree_map, witho
 SUCCESS_KEYS = ("is_success", "success")
 """Where environments say in their info that an episode reached its goal (Gymnasium-Robotics and SB3; ManiSkill)."""
 
+LIFE_LOST = "life_lost"
+"""Where environments say in their info that a life was lost in a game that goes on."""
+
 
 class Transition(NamedTuple):
     """What one step of N environments gave, whatever the vector's autoreset mode."""
@@ -38,6 +41,8 @@ class Transition(NamedTuple):
     """[N] bool, ``observation`` is the first of an episode."""
     final_observation: Tree | None
     """[E, …] the last observations of those episodes."""
+    life_lost: Array | None
+    """[N] bool, terminal for what is learnt, though the episode goes on (Atari); None where no life was lost."""
     success: Array | None
     """[E] 1.0 or 0.0 where the environment says whether it reached its goal, else NaN."""
 
@@ -124,9 +129,10 @@ class Environments:
         self._masks.step(observation, info, free=None if self.mode is AutoresetMode.SAME_STEP else done)
         if not done.any():
             seen = self._flatten(observation)
-            return Transition(seen, reward, terminated, truncated, valid, self._none_ended, begun, None, None)
+            lost = info.get(LIFE_LOST)
+            return Transition(seen, reward, terminated, truncated, valid, self._none_ended, begun, None, lost, None)
 
-        ended = np.flatnonzero(done)
+        ended, lost = np.flatnonzero(done), info.get(LIFE_LOST)
         if self.mode is AutoresetMode.SAME_STEP:
             final, info = self._rows(info, ended), info.get("final_info", {})
         else:
@@ -136,7 +142,7 @@ class Environments:
             observation, info = self._reset(options={"reset_mask": done})
             self._masks.restart(observation, info, done)
         observation = self._flatten(observation)
-        return Transition(observation, reward, terminated, truncated, valid, ended, begun, final, success)
+        return Transition(observation, reward, terminated, truncated, valid, ended, begun, final, lost, success)
 
     def close(self) -> None:
         """Close the vector and its workers, dead or alive; a vector that the user made stays open."""
