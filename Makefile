@@ -40,6 +40,7 @@ format: $(VENV)/.installed-test        ## let ruff rewrite what it can
 
 benchmark: $(VENV)/.installed-test     ## speed beside Stable-Baselines3 and a plain loop
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+	$(BIN)/python benchmarks/speed.py --workload pong
 
 clean:
 	rm -rf $(VENV) lightning_logs

@@ -1,10 +1,13 @@
 """Environment steps per second, with training, beside Stable-Baselines3 and beside the same loop without Lightning.
 
-    python benchmarks/speed.py [--repeats 5] [--steps 60000]
+    python benchmarks/speed.py [--workload cartpole] [--repeats 5] [--steps 60000]
 
-CartPole-v1, 8 sync environments × 128 steps, 4 epochs × 4 minibatches, 64-64 tanh, one thread. The contestants take
-turns; the table gives medians. The plain loop calls the same rollout, advantage, update, metrics and logger, with plain
-autograd and optimiser in place of Lightning's, so that its distance from ``Trainer.fit`` is Lightning's share.
+cartpole: CartPole-v1, 8 sync environments × 128 steps, 4 epochs × 4 minibatches, 64-64 tanh, one thread.
+pong: Pong, 8 environments × 128 steps, 4 × 4, Nature CNN, two threads; configs/atari.yaml as it stands beside CnnPolicy.
+
+The contestants take turns; the table gives medians. The plain loop calls the same rollout, advantage, update, metrics
+and logger, with plain autograd and optimiser in place of Lightning's, so that its distance from ``Trainer.fit`` is
+Lightning's share.
 """
 
 import argparse
@@ -16,12 +19,16 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
+import yaml
+from gymnasium import Space
 from lightning.pytorch.loggers import CSVLogger
 
-from ppo_lightning import PPO
+from ppo_lightning import PPO, ActorCritic, Linear
 
 WARM_UP = 4  # iterations
 
@@ -39,18 +46,26 @@ class TimedPPO(PPO):
         self.seconds = time.perf_counter() - self.started
 
 
-def make(total_steps: int) -> TimedPPO:
+def make(workload: str, total_steps: int) -> TimedPPO:
     torch.manual_seed(0)
-    return TimedPPO(
-        "CartPole-v1", num_envs=8, num_steps=128, update_epochs=4, num_minibatches=4, total_steps=total_steps
-    )
+    size = {"num_envs": 8, "num_steps": 128, "update_epochs": 4, "num_minibatches": 4, "total_steps": total_steps}
+    if workload == "cartpole":
+        return TimedPPO("CartPole-v1", **size)
+    config = yaml.safe_load((Path(__file__).parent.parent / "configs" / "atari.yaml").read_text())["model"]
+    given = {name: config[name] for name in ("env", "env_kwargs", "clip_reward", "ent_coef")}
+    return TimedPPO(**given, **size, clip_range=Linear(**config["clip_range"]), policy=shared_network)
 
 
-def fit(steps: int, folder: str) -> float:
+def shared_network(observation_space: Space, action_space: Space) -> ActorCritic:
+    return ActorCritic(observation_space, action_space, shared=True)
+
+
+def fit(workload: str, steps: int, folder: str) -> float:
     """Seconds that ``Trainer.fit`` takes; bar, checkpoints and evaluation off."""
-    model = make(steps)
+    model = make(workload, steps)
     lightning.Trainer(
         accelerator="cpu",
+        precision="32-true" if workload == "cartpole" else "bf16-mixed",
         logger=CSVLogger(folder),
         enable_progress_bar=False,
         enable_checkpointing=False,
@@ -60,9 +75,9 @@ def fit(steps: int, folder: str) -> float:
     return model.seconds
 
 
-def plain(steps: int, folder: str) -> float:
+def plain(workload: str, steps: int, folder: str) -> float:
     """Seconds of the same loop without Lightning."""
-    model, logger = make(steps), CSVLogger(folder)
+    model, logger = make(workload, steps), CSVLogger(folder)
     optimizer = model.optimizer(model.policy.parameters())
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -90,12 +105,13 @@ def plain(steps: int, folder: str) -> float:
     return seconds
 
 
-def stable_baselines3(steps: int, folder: str) -> float:
+def stable_baselines3(workload: str, steps: int, folder: str) -> float:
     """Seconds of Stable-Baselines3's PPO with the same environment, network and hyperparameters."""
     from stable_baselines3 import PPO as SB3
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
     from stable_baselines3.common.logger import configure
+    from stable_baselines3.common.vec_env import VecFrameStack
 
     class Mark(BaseCallback):
         started = 0.0
@@ -109,14 +125,21 @@ def stable_baselines3(steps: int, folder: str) -> float:
         def _on_step(self) -> bool:
             return True
 
-    model = SB3("MlpPolicy", make_vec_env("CartPole-v1", 8), n_steps=128, batch_size=256, n_epochs=4, device="cpu")
+    size: dict[str, Any] = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "device": "cpu"}
+    if workload == "cartpole":
+        model = SB3("MlpPolicy", make_vec_env("CartPole-v1", 8), **size)
+    else:
+        import ale_py  # registers the games
+
+        env = VecFrameStack(make_atari_env(f"{ale_py.__name__}:PongNoFrameskip-v4", 8), 4)
+        model = SB3("CnnPolicy", env, learning_rate=2.5e-4, clip_range=0.1, ent_coef=0.01, **size)
     model.set_logger(configure(folder, ["csv"]))
     mark = Mark()
     model.learn(steps, callback=mark)
     return time.perf_counter() - mark.started
 
 
-CONTESTANTS: dict[str, Callable[[int, str], float]] = {
+CONTESTANTS: dict[str, Callable[[str, int, str], float]] = {
     "ppo_lightning, Trainer.fit": fit,
     "the same loop without Lightning": plain,
     "Stable-Baselines3": stable_baselines3,
@@ -125,27 +148,35 @@ CONTESTANTS: dict[str, Callable[[int, str], float]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=["cartpole", "pong"], default="cartpole")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60_000, help="environment steps of each run")
+    parser.add_argument("--steps", type=int, help="environment steps of each run (60,000; pong 12,288)")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    options.steps = options.steps or (60_000 if options.workload == "cartpole" else 12_288)
+    torch.set_num_threads(1 if options.workload == "cartpole" else 2)
+    contestants = dict(CONTESTANTS)
+    if options.workload == "pong":  # the plain loop knows no autocast
+        del contestants["the same loop without Lightning"]
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     iteration = 8 * 128
     timed = -(-options.steps // iteration) * iteration - WARM_UP * iteration
-    rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.repeats):
-            for name, run in CONTESTANTS.items():
-                rates[name].append(timed / run(options.steps, folder))
-    ours, loop, peer = (statistics.median(values) for values in rates.values())
+            for name, run in contestants.items():
+                rates[name].append(timed / run(options.workload, options.steps, folder))
+    medians = [statistics.median(values) for values in rates.values()]
+    ours, peer = medians[0], medians[-1]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "gymnasium", "stable_baselines3"))
     print(f"{packages}, Python {platform.python_version()}, {options.repeats} repeats of {options.steps:,} steps\n")
     print("| | environment steps per second | of which slowest – fastest |\n|---|---|---|")
     for name, values in rates.items():
         print(f"| {name} | {statistics.median(values):,.0f} | {min(values):,.0f} – {max(values):,.0f} |")
-    shares = [b / a - 1 for a, b in zip(*list(rates.values())[:2], strict=True)]
     print(f"\nTrainer.fit / Stable-Baselines3: {ours / peer:.2f}")
+    if options.workload == "pong":
+        return
+    shares, loop = [b / a - 1 for a, b in zip(*list(rates.values())[:2], strict=True)], medians[1]
     print(f"Lightning's share of the time: {loop / ours - 1:.1%} (by repeat: {', '.join(f'{s:.1%}' for s in shares)})")
 
 

@@ -61,15 +61,15 @@ def evaluate_episodes(
         if not deterministic and step % NOISE_STEPS == 0:
             noise = policy.distribution.noise(NOISE_STEPS, num_envs, generator=generator).to(device)
         mask = environments.action_mask
-        action, state = policy.act(
+        chosen = policy.act(
             stored(observation_space, observation, device),
             None if noise is None else noise[step % NOISE_STEPS],
             None if mask is None else torch.from_numpy(mask).to(device),
             state,
             None if state is None else torch.from_numpy(start).to(device),
         )
-        after = environments.step(policy.distribution.decode(tree_map(lambda leaf: leaf.cpu().numpy(), action)))
-        step += 1
+        after = environments.step(policy.distribution.decode(tree_map(lambda leaf: leaf.cpu().numpy(), chosen.action)))
+        state, step = chosen.state, step + 1
         _check_finite(after, int(lengths.max()))
         totals += after.reward if after.valid is None else np.where(after.valid, after.reward, 0.0)
         lengths += 1 if after.valid is None else after.valid

@@ -5,8 +5,8 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -418,7 +418,8 @@ class PPO(LightningModule):
         self._grad_norms.clear()
         for epoch in range(1, self.update_epochs + 1):
             order = torch.randperm(len(samples), generator=self.generator).to(samples.device)
-            for minibatch, piece in enumerate(samples[order].split(sizes), start=1):
+            for minibatch, rows in enumerate(order.split(sizes), start=1):
+                piece = take(samples, rows)
                 terms.append(loss(piece, self.policy.evaluate))
                 if self.diverged(terms[-1].approx_kl):
                     return Update(loss, terms, epoch, minibatch)
@@ -681,12 +682,12 @@ class PPO(LightningModule):
             noise = None
             if not deterministic:
                 noise = self.policy.distribution.noise(count, generator=torch.default_generator).to(self.device)
-            action, memory = self.policy.act(rows, noise, masks, memory, start)
-            action = tree_map(lambda leaf: leaf.cpu().numpy()[0] if single else leaf.cpu().numpy(), action)
-            action = self.policy.distribution.decode(action)
-        if memory is None:
+            step = self.policy.act(rows, noise, masks, memory, start)
+        action = tree_map(lambda leaf: leaf.cpu().numpy()[0] if single else leaf.cpu().numpy(), step.action)
+        action = self.policy.distribution.decode(action)
+        if step.state is None:
             return action
-        return action, memory.cpu().numpy()[0] if single else memory.cpu().numpy()
+        return action, step.state.cpu().numpy()[0] if single else step.state.cpu().numpy()
 
     def _rows_of(self, observation: Any, space: gym.Space) -> tuple[Any, bool]:
         """Observations as rows of tensors, and whether it was a single one.
@@ -807,9 +808,13 @@ class PPO(LightningModule):
             self.seed = self._known_seed()
         return self.seed + self.num_env_steps + self._rank * self.num_envs
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision in which updates run, for what is computed outside of training_step."""
-        return no_autocast() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The precision in which updates run, for what is computed outside of training_step, with weights as they are."""
+        with no_autocast() if self._trainer is None else self.trainer.precision_plugin.forward_context():
+            # Lightning casts weights in every call, since in training they change: here they do not.
+            torch.set_autocast_cache_enabled(True)
+            yield
 
     def _check_sequences(self, given: int | None) -> int | None:
         """Steps of a sequence; None without memory.
@@ -932,6 +937,17 @@ class Update(NamedTuple):
 def _cut(samples: int, pieces: int) -> list[int]:
     """Sizes of ``pieces`` nearly equal parts."""
     return [samples // pieces + (piece < samples % pieces) for piece in range(pieces)]
+
+
+def take(samples: TensorDict, order: Tensor) -> TensorDict:
+    """The samples that ``order`` names: several times as fast for pictures as indexing, and laid out as they were."""
+
+    def rows(leaf: Tensor) -> Tensor:
+        if leaf.ndim == 4 and leaf.is_contiguous(memory_format=torch.channels_last):
+            return leaf.permute(0, 2, 3, 1).index_select(0, order).permute(0, 3, 1, 2)
+        return leaf.index_select(0, order)
+
+    return cast(TensorDict, samples.apply(rows, batch_size=[len(order), *samples.batch_size[1:]]))
 
 
 def _nothing() -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 
 from ppo_lightning.envs import Environments
 from ppo_lightning.errors import EnvironmentFault
-from ppo_lightning.policy import Policy, stack
+from ppo_lightning.policy import Policy, Step, stack
 from ppo_lightning.spaces import Array, Tree, leaves, storage, tree_map
 
 
@@ -78,8 +78,8 @@ class RolloutDataset(IterableDataset[TensorDict]):
         observation_space: of one environment, without its action mask.
     """
 
-    BATCH = 1 << 25
-    """Numbers of observation that the pass over a whole rollout takes at once, so that pictures fit into memory."""
+    PIECE = 1 << 23
+    """Numbers of observation that the pass over a whole rollout takes at once: pictures in pieces that stay in cache."""
 
     def __init__(self, learner: Learner, num_steps: int, observation_space: Space[Any]) -> None:
         self.learner = learner
@@ -154,7 +154,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         observation = tree_map(Tensor.numpy, self._observations)
         observed = _by_step(self._observations)
         noise = distribution.noise(self.num_steps, num_envs, generator=self.learner.generator).to(device).unbind()
-        actions: list[Tree] = []
+        taken: list[Step] = []
         states: list[Tensor] = []
         finals: list[Final] = []
         successes: list[Array] = []
@@ -175,9 +175,9 @@ class RolloutDataset(IterableDataset[TensorDict]):
                         states.append(self._state)
                     if device.type != "cpu":
                         seen = tree_map(lambda leaf: leaf.to(device), seen)
-                    action, self._state = policy.act(seen, noise[step], mask, self._state, start)
-                    actions.append(action)
-                    after = environments.step(distribution.decode(tree_map(_to_numpy, action)))
+                    taken.append(policy.act(seen, noise[step], mask, self._state, start))
+                    self._state = taken[-1].state
+                    after = environments.step(distribution.decode(tree_map(_to_numpy, taken[-1].action)))
                     reward[step], terminated[step], truncated[step] = after.reward, after.terminated, after.truncated
                     if after.valid is not None:
                         valid[step] = after.valid
@@ -198,22 +198,24 @@ class RolloutDataset(IterableDataset[TensorDict]):
         for final in finals:
             done[final.step, final.ended] = True
         self.episodes.add(self._rows["reward"], done, valid, successes)
-        rollout = self._evaluate(policy, stack(actions), states, finals)
+        rollout = self._evaluate(policy, taken, states, finals)
         self.collect_seconds = time.perf_counter() - started
         return rollout
 
-    def _evaluate(self, policy: Policy, action: Tree, states: list[Tensor], finals: list[Final]) -> TensorDict:
-        """Log-probabilities and values of a whole rollout in one pass; exact, since normalisers are frozen meanwhile."""
+    def _evaluate(self, policy: Policy, taken: list[Step], states: list[Tensor], finals: list[Final]) -> TensorDict:
+        """Log-probabilities and values of a whole rollout at once; exact, since normalisers are frozen meanwhile."""
         device = self.learner.device
         rows = {key: tensor.to(device) for key, tensor in self._rows.items()}
+        if states:
+            rows["memory_state"] = torch.stack(states)
         observation = tree_map(lambda leaf: leaf.to(device), self._observations)
         steps, num_envs = rows["reward"].shape
         with self.learner.autocast():
-            if states:
-                rows["memory_state"] = torch.stack(states)
-                parameters, value, later = self._unroll(policy, observation, rows, finals)
-            else:
-                parameters, value, later = self._pass(policy, observation, finals)
+            parameters, value = self._pass(
+                policy, tree_map(lambda leaf: leaf[:steps].flatten(0, 1), observation), taken
+            )
+            later = self._values_after(policy, observation, finals)
+        action = stack([step.action for step in taken])
         if "action_mask" in rows:
             parameters = policy.distribution.masked(parameters, rows["action_mask"].flatten(0, 1))
         log_prob, _ = policy.distribution.log_prob_and_entropy(
@@ -240,46 +242,38 @@ class RolloutDataset(IterableDataset[TensorDict]):
         )
         return batch.set_non_tensor("policy_version", self.learner.policy_version)
 
-    def _pass(self, policy: Policy, observation: Tree, finals: list[Final]) -> tuple[Tensor, Tensor, Tensor]:
-        """Parameters and values of all steps, and values of what comes after them: the last observations and the final."""
-        last = _last_observations(finals, observation)
-        flat = tree_map(lambda leaf, *after: torch.cat([leaf.flatten(0, 1), *after]), observation, *last)
-        acted = self.num_steps * self._rows["reward"].shape[1]
-        # Flat observations pass whole; what is read in pieces is pictures.
-        numbers = sum(leaf[0].numel() for leaf in (flat.values() if isinstance(flat, Mapping) else [flat]))
-        size = max(1, self.BATCH // numbers)
-        total = len(next(iter(flat.values())) if isinstance(flat, Mapping) else flat)
-        parameters, values = [], []
-        for begin in range(0, acted, size):
-            piece = tree_map(lambda leaf: leaf[begin : min(begin + size, acted)], flat)  # noqa: B023
-            one, value = policy(policy.features(piece))
-            parameters.append(one)
-            values.append(value)
-        later = []
-        for begin in range(acted, total, size):
-            piece = tree_map(lambda leaf: leaf[begin : begin + size], flat)  # noqa: B023
-            later.append(policy.critic(policy.features(piece)))
-        return torch.cat(parameters), torch.cat(values), torch.cat(later)
+    def _pass(self, policy: Policy, observation: Tree, taken: list[Step]) -> tuple[Tensor, Tensor]:
+        """Parameters [T · N, P] and values [T · N]: from acting where it gave both, else in one pass."""
+        values = [step.value for step in taken if step.value is not None]
+        if values:
+            return torch.cat([step.parameters for step in taken]), torch.cat(values)
+        parts = [policy(policy.features(piece)) for piece in self._pieces(observation)]
+        parameters, values = zip(*parts, strict=True)
+        return torch.cat(parameters), torch.cat(values)
 
-    def _unroll(
-        self, policy: Policy, observation: Tree, rows: dict[str, Tensor], finals: list[Final]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with memory: one sequence of T + 1 steps, then the final observations with the states before them."""
-        steps, num_envs = rows["reward"].shape
-        start = torch.cat([rows["episode_start"], torch.from_numpy(self._start).to(rows["reward"].device)[None]])
+    def _values_after(self, policy: Policy, observation: Tree, finals: list[Final]) -> Tensor:
+        """Values [N + E] of the observations after the last step, and of the final ones of all episodes that ended."""
 
-        def features(tree: Tree, *shape: int) -> Tree:
-            encoded = policy.features(tree_map(lambda leaf: leaf.flatten(0, 1), tree))
-            return tree_map(lambda leaf: leaf.view(*shape, *leaf.shape[1:]), encoded)
+        def tensor(rows: Tensor, final: Array) -> Tensor:
+            return torch.from_numpy(final).to(rows.device, rows.dtype).view(-1, *rows.shape[2:])
 
-        parameters, value, _ = policy.unroll(features(observation, steps + 1, num_envs), rows["memory_state"][0], start)
-        later = [value[steps]]
-        if finals:
-            last = tree_map(lambda *leaf: torch.cat(leaf)[None], *_last_observations(finals, observation))
-            states = torch.cat([final.state for final in finals if final.state is not None])
-            nowhere = torch.zeros(1, len(states), dtype=torch.bool, device=states.device)
-            later.append(policy.unroll(features(last, 1, len(states)), states, nowhere)[1][0])
-        return parameters[:steps].flatten(0, 1), value[:steps], torch.cat(later)
+        last = [tree_map(tensor, observation, final.observation) for final in finals]
+        after = tree_map(lambda leaf, *final: torch.cat([leaf[self.num_steps], *final]), observation, *last)
+        if self._state is None:
+            return torch.cat([policy.critic(policy.features(piece)) for piece in self._pieces(after)])
+        state = torch.cat([self._state, *(final.state for final in finals if final.state is not None)])
+        start = torch.zeros(len(state), dtype=torch.bool)
+        start[: len(self._start)] = torch.from_numpy(self._start)
+        return policy.advance(policy.features(after), state, start.to(state.device))[1]
+
+    def _pieces(self, rows: Tree) -> list[Tree]:
+        """A tree of tensors [B, …] in pieces."""
+        leaves = rows.values() if isinstance(rows, Mapping) else [rows]
+        size = max(1, self.PIECE // sum(leaf[0].numel() for leaf in leaves))
+        if isinstance(rows, Mapping):
+            pieces = zip(*(leaf.split(size) for leaf in leaves), strict=True)
+            return [dict(zip(rows, piece, strict=True)) for piece in pieces]
+        return list(rows.split(size))
 
     def _check_finite(self, observations: int, steps: int, finals: list[Final]) -> None:
         """Refuse what would poison the parameters, before anything is computed from it."""
@@ -318,15 +312,6 @@ def _by_step(rows: Tree) -> list[Tree]:
 
 def _to_numpy(tensor: Tensor) -> Array:
     return tensor.cpu().numpy()
-
-
-def _last_observations(finals: list[Final], like: Tree) -> list[Tree]:
-    """Final observations as tensors [E, …] of the shape, dtype and device that a rollout keeps."""
-
-    def tensor(rows: Tensor, final: Array) -> Tensor:
-        return torch.from_numpy(final).to(rows.device, rows.dtype).view(-1, *rows.shape[2:])
-
-    return [tree_map(tensor, like, final.observation) for final in finals]
 
 
 def _not_finite(key: str, index: int, step: int, value: object) -> EnvironmentFault:

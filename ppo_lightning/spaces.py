@@ -5,7 +5,7 @@ per basic space within, by path (``"camera"``, ``"arm.0"``). :func:`tree_map` wo
 the type of the space, so that a new space is a new registration here, and a distribution where it is acted in.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, singledispatch
 from typing import Any, TypeAlias
 
@@ -216,7 +216,10 @@ def encoder(space: Space[Any]) -> Callable[[Tensor], Tensor]:
 
 @encoder.register
 def _(space: Box) -> Callable[[Tensor], Tensor]:
-    return _same if is_image(space) else Tensor.float  # the tensor itself where it is float32 already
+    if not is_image(space):
+        return Tensor.float  # the tensor itself where it is float32 already
+    # Convolutions want the channels of a pixel side by side: laid out so once per rollout, not in every minibatch.
+    return _pixels_first if len(space.shape) == 3 and not channels_are_last(space.shape) else _same
 
 
 @encoder.register
@@ -234,6 +237,10 @@ def _(space: MultiBinary) -> Callable[[Tensor], Tensor]:
     return Tensor.float
 
 
+def _pixels_first(observation: Tensor) -> Tensor:
+    return observation.contiguous(memory_format=torch.channels_last)
+
+
 def _one_hot(observation: Tensor, start: int, n: int) -> Tensor:
     return one_hot(observation - start, n).float()
 
@@ -249,6 +256,14 @@ def lowest(space: Space[Any]) -> Array:
     start = getattr(space, "start", 0)
     shape, dtype = storage(space)
     return np.broadcast_to(start, shape).astype(torch.empty(0, dtype=dtype).numpy().dtype)
+
+
+def channels_are_last(picture: Sequence[int]) -> bool:
+    """Whether [a, b, c] is height, width, channels: pixels are as many each way, or else channels are fewest."""
+    first, middle, last = picture
+    if (first == middle) != (middle == last):
+        return first == middle
+    return last <= first
 
 
 def is_image(space: Space[Any]) -> bool:

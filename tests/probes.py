@@ -5,7 +5,9 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+
+from ppo_lightning.spaces import choices
 
 OBSERVATION = Box(-10.0, 10.0, (1,), np.float32)
 
@@ -224,3 +226,149 @@ class Uneven(Probe):
     def step(self, action):
         self.steps += 1
         return self.see(0.0), 1.0, self.steps == self.length, False, {}
+
+
+class Recall(gym.Env):
+    """A cue at the first step, a question at the last: the right answer is the cue. Only memory can know it.
+
+    Args:
+        delay: steps between the cue and the question.
+        masked: give a mask, under which one more action is never allowed.
+    """
+
+    def __init__(self, delay: int = 4, masked: bool = False) -> None:
+        self.delay, self.masked = delay, masked
+        self.observation_space = Box(
+            -1.0, 1.0, (2,), np.float32
+        )  # the cue while it is shown, and whether it is asked for
+        self.action_space = Discrete(3 if masked else 2)
+
+    def _info(self) -> dict[str, Any]:
+        return {"action_mask": np.array([1, 1, 0], np.int8)} if self.masked else {}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        self.cue = int(self.np_random.integers(2))
+        return np.array([2 * self.cue - 1, 0], np.float32), self._info()
+
+    def step(self, action):
+        assert action < 2, "a masked action was taken"
+        asked = self.steps == self.delay
+        self.steps += 1
+        right = bool(asked and action == self.cue)
+        info = {**self._info(), **({"is_success": right} if asked else {})}
+        return np.array([0, self.steps == self.delay], np.float32), float(right), asked, False, info
+
+
+class Lock(gym.Env):
+    """Of ``n`` actions a tenth is allowed at each step; the right one of them opens the next lock, any other ends it.
+
+    Args:
+        n: actions.
+        locks: that must be opened one after another.
+        masked: give the mask; without it a wrong or forbidden action ends the episode, too.
+    """
+
+    def __init__(self, n: int = 100, locks: int = 10, masked: bool = True) -> None:
+        self.n, self.locks, self.masked = n, locks, masked
+        keys = np.random.default_rng(0).permuted(np.tile(np.arange(n), (locks, 1)), axis=1)[:, : n // 10]
+        self.allowed = np.zeros((locks, n), dtype=np.int8)
+        np.put_along_axis(self.allowed, keys, 1, axis=1)
+        self.right = keys[:, 0]
+        self.observation_space = Discrete(locks)
+        self.action_space = Discrete(n)
+
+    def _info(self) -> dict[str, Any]:
+        return {"action_mask": self.allowed[self.lock]} if self.masked else {}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.lock = 0
+        return self.lock, self._info()
+
+    def step(self, action):
+        assert not self.masked or self.allowed[self.lock, action], "a masked action was taken"
+        if action != self.right[self.lock]:
+            return self.lock, 0.0, True, False, {**self._info(), "is_success": False}
+        done = self.lock == self.locks - 1
+        self.lock += not done
+        return self.lock, 1.0, done, False, {**self._info(), **({"is_success": True} if done else {})}
+
+
+class Spaces(gym.Env):
+    """Any spaces: random observations, a reward that says whether a mask was kept, episodes of a few steps.
+
+    Args:
+        observation: name in ``OBSERVATIONS``.
+        action: name in ``ACTIONS``.
+        masked: give a random mask over the discrete choices, which then must be kept.
+    """
+
+    def __init__(self, observation: str = "flat", action: str = "discrete", masked: bool = False) -> None:
+        self.masked = masked
+        self.observation_space = OBSERVATIONS[observation]
+        self.action_space = ACTIONS[action]
+        self.sizes = choices(self.action_space)
+
+    def _see(self) -> tuple[Any, dict[str, Any]]:
+        if not self.masked:
+            return self.observation_space.sample(), {}
+        parts = []
+        for size in self.sizes:
+            part = self.np_random.random(size) < 0.5
+            part[self.np_random.integers(size)] = True
+            parts.append(part)
+        self.mask = np.concatenate(parts)
+        return self.observation_space.sample(), {"action_mask": self.mask}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps, self.length = 0, int(self.np_random.integers(3, 9))
+        return self._see()
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        reward = 1.0
+        if self.masked:
+            begin = 0
+            for size, chosen in zip(self.sizes, chosen_of(self.action_space, action), strict=True):
+                assert self.mask[begin + chosen], "a masked action was taken"
+                begin += size
+        self.steps += 1
+        observation, info = self._see()
+        end = self.steps == self.length
+        return observation, reward, end and self.length % 2 == 0, end and self.length % 2 == 1, info
+
+
+def chosen_of(space: gym.Space, action: Any) -> list[int]:
+    """What was chosen of each discrete choice of a space, in the order of its mask."""
+    if isinstance(space, Discrete):
+        return [int(action) - int(space.start)]
+    if isinstance(space, MultiDiscrete):
+        return (np.asarray(action) - space.start).flatten().tolist()
+    if isinstance(space, MultiBinary):
+        return np.asarray(action).flatten().tolist()
+    if isinstance(space, Dict):
+        return [one for key, child in space.spaces.items() for one in chosen_of(child, action[key])]
+    if isinstance(space, Tuple):
+        return [one for child, part in zip(space.spaces, action, strict=True) for one in chosen_of(child, part)]
+    return []
+
+
+IMAGE = Box(0, 255, (3, 12, 12), np.uint8)
+OBSERVATIONS = {
+    "flat": Box(-1.0, 1.0, (3,), np.float32),
+    "image": IMAGE,
+    "both": Dict({"camera": IMAGE, "state": Box(-1.0, 1.0, (3,), np.float32), "mode": Discrete(3)}),
+}
+ACTIONS = {
+    "discrete": Discrete(4, start=2),
+    "box": Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)),
+    "multi_discrete": MultiDiscrete([3, 2, 4]),
+    "multi_binary": MultiBinary(3),
+    "dict": Dict({"move": Box(-1.0, 1.0, (2,), np.float32), "tool": Discrete(3), "bits": MultiBinary(2)}),
+    "tuple": Tuple((MultiDiscrete([2, 3]), Tuple((Discrete(2), Box(0.0, 1.0, (1,), np.float32))))),
+}

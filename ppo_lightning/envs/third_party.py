@@ -46,10 +46,9 @@ class Games(VectorWrapper):
         """Step, with lost lives in ``info``."""
         observation, reward, terminated, truncated, info = self.env.step(actions)
         if terminated.any():
-            if self._same_step:  # what info says is of the new game already: one that has begun at another frame
-                over = info["frame_number"] - info["episode_frame_number"] != self._begun
-            else:
-                over = info["lives"] == 0
+            # In the same step, what info says is of the new game already: one that has begun at another frame.
+            begun = info["frame_number"] - info["episode_frame_number"]
+            over = begun != self._begun if self._same_step else info["lives"] == 0
             info["life_lost"] = terminated & ~over
             terminated = terminated & over
         self._begun = info["frame_number"] - info["episode_frame_number"]

@@ -12,3 +12,4 @@ from ppo_lightning.policy.moments import RunningMoments as RunningMoments
 from ppo_lightning.policy.policy import CLIP as CLIP
 from ppo_lightning.policy.policy import Network as Network
 from ppo_lightning.policy.policy import Policy as Policy
+from ppo_lightning.policy.policy import Step as Step

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.spaces import feature_shape, is_image
+from ppo_lightning.spaces import channels_are_last, feature_shape, is_image
 
 Encoder = Callable[[Space[Any]], nn.Module]
 """(space) -> module that maps its features [B, …] to [B, F]."""
@@ -70,7 +70,7 @@ class MLP(nn.Module):
 class ImageEncoder(nn.Module):
     """What the convolutional networks share: pictures as they come, in the form that convolutions want.
 
-    Bytes become floats here, once and on the network's device; stacked frames become channels.
+    Bytes become floats here, on the network's device; stacked frames become channels.
 
     Args:
         space: a Box of [H, W], [C, H, W], [H, W, C], or a stack of the latter two.
@@ -97,18 +97,17 @@ class ImageEncoder(nn.Module):
                 f"{type(self).__name__} needs pictures of at least {smallest} × {smallest}, the observation {space} has "
                 f"{pixels[0]} × {pixels[1]}: take ImpalaCNN, or resize with gymnasium.wrappers.ResizeObservation"
             )
-        self.stack = space.shape[0] if len(space.shape) == 4 else 1
-        self.shape = (count * self.stack, *pixels)
-        self.factor = 1 / (scale or (255.0 if space.dtype == "uint8" else 1.0))
+        self.shape = (count * (space.shape[0] if len(space.shape) == 4 else 1), *pixels)
+        self.scale = scale or (255.0 if space.dtype == "uint8" else 1.0)
 
     def picture(self, observation: Tensor) -> Tensor:
-        """Floats [B, C, H, W], channels last in memory, in the precision of the update."""
+        """Floats [B, C, H, W], channels last in memory, in the precision of the update; not scaled yet."""
         if self.last:
             observation = observation.movedim(-1, -3)
         observation = observation.reshape(-1, *self.shape)
         kind = observation.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        return observation.to(dtype, memory_format=torch.channels_last) * self.factor
+        return observation.to(dtype, memory_format=torch.channels_last)
 
     def output_size(self, layers: nn.Module) -> int:
         """Values per picture that ``layers`` return."""
@@ -116,12 +115,29 @@ class ImageEncoder(nn.Module):
             return layers(torch.zeros(1, *self.shape)).flatten(1).shape[1]
 
 
-def channels_are_last(picture: Sequence[int]) -> bool:
-    """Whether [a, b, c] is height, width, channels: pixels are as many each way, or else channels are fewest."""
-    first, middle, last = picture
-    if (first == middle) != (middle == last):
-        return first == middle
-    return last <= first
+class FirstConv2d(nn.Conv2d):
+    """A convolution that divides its input by ``scale``: its weights, that is, which are fewer than pixels.
+
+    Bytes are exact in bfloat16, their 255th parts are not.
+
+    Args:
+        scale: what to divide by.
+        channels: of the input, then of the output.
+        kernel_size: pixels each way.
+        stride: pixels.
+        padding: pixels.
+    """
+
+    def __init__(
+        self, scale: float, channels: tuple[int, int], kernel_size: int, stride: int = 1, padding: int = 0
+    ) -> None:
+        super().__init__(*channels, kernel_size, stride, padding)
+        self.scale = scale
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W]."""
+        return self._conv_forward(input, self.weight * (1 / self.scale), self.bias)
 
 
 class NatureCNN(ImageEncoder):
@@ -137,7 +153,7 @@ class NatureCNN(ImageEncoder):
     def __init__(self, space: Space[Any], features: int = 512, scale: float = 0.0, channels: Channels = "auto") -> None:
         super().__init__(space, scale, channels, smallest=36)
         self.layers = nn.Sequential(
-            orthogonal(nn.Conv2d(self.shape[0], 32, 8, 4)),
+            orthogonal(FirstConv2d(self.scale, (self.shape[0], 32), 8, 4)),
             nn.ReLU(),
             orthogonal(nn.Conv2d(32, 64, 4, 2)),
             nn.ReLU(),
@@ -175,8 +191,8 @@ class ImpalaCNN(ImageEncoder):
         super().__init__(space, scale, channels, smallest=1)
         blocks: list[nn.Module] = []
         for inputs, outputs in pairwise([self.shape[0], *depths]):
-            shrink = [orthogonal(nn.Conv2d(inputs, outputs, 3, padding=1)), nn.MaxPool2d(3, 2, padding=1)]
-            blocks += [*shrink, Residual(outputs), Residual(outputs)]
+            first = FirstConv2d(1.0 if blocks else self.scale, (inputs, outputs), 3, padding=1)
+            blocks += [orthogonal(first), nn.MaxPool2d(3, 2, padding=1), Residual(outputs), Residual(outputs)]
         self.layers = nn.Sequential(*blocks, nn.ReLU(), nn.Flatten()).to(
             memory_format=torch.channels_last  # pyright: ignore[reportCallIssue]
         )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gymnasium import Space
@@ -30,7 +30,8 @@ class Policy(nn.Module):
         observation_space: of one environment, without its action mask.
         action_space: of one environment.
         network: makes the network. Its ``forward`` returns distribution parameters [B, P] and values [B]. Where it also
-            has methods ``actor`` (parameters alone) and ``critic`` (values alone), acting and bootstrapping use those.
+            has methods ``actor`` (parameters alone) and ``critic`` (values alone), acting and bootstrapping use those;
+            an attribute ``shared: true`` says that values come with the parameters for nearly nothing.
             An attribute ``distribution`` says what the parameters describe; without it they are logits, and means and
             log standard deviations. An attribute ``state_size`` above 0 says that the network has memory; its
             ``forward`` then takes observations [L, B, …], the state [B, S] before them and the flags [L, B] that an
@@ -76,6 +77,8 @@ class Policy(nn.Module):
         own_distribution = getattr(self.network, "distribution", None)
         self.distribution: ActionDistribution = own_distribution or action_distribution(action_space)
         self.state_size = int(getattr(self.network, "state_size", 0))
+        self.is_joint = bool(self.state_size or getattr(self.network, "shared", not hasattr(self.network, "actor")))
+        """Acting gives the values, too: with memory, and where policy and value have layers in common."""
         self._check(observation_space, action_space)
 
     def _check(self, observation_space: Space[Any], action_space: Space[Any]) -> None:
@@ -149,16 +152,17 @@ class Policy(nn.Module):
         critic = getattr(self.network, "critic", None)
         return self._value(critic(features) if critic else self.network(features)[1])
 
-    def unroll(self, features: Tree, state: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With memory: parameters [L, B, P], values [L, B] and the state [B, S] after a sequence.
+    def advance(self, features: Tree, state: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With memory: parameters [B, P], values [B] and the state [B, S] after one step.
 
         Args:
-            features: [L, B, …].
-            state: [B, S] before the first row.
-            start: [L, B] bool, the row is the first of an episode: what was before is forgotten.
+            features: [B, …].
+            state: [B, S] before it.
+            start: [B] bool, it is the first of an episode: what was before is forgotten.
         """
-        parameters, value, state = self.network(features, state, start)
-        return parameters.float(), self._value(value), state
+        features = tree_map(lambda leaf: leaf.unsqueeze(0), features)
+        parameters, value, state = self.network(features, state, start.unsqueeze(0))
+        return parameters[0].float(), self._value(value[0]), state
 
     def _value(self, output: Tensor) -> Tensor:
         return output.float() if self.value_normalizer is None else self.value_normalizer(output.float())
@@ -191,8 +195,7 @@ class Policy(nn.Module):
         features = self.features(row["observation"])
         if not self.state_size:
             return self.distribution.std(self.actor(features))
-        features = tree_map(lambda leaf: leaf.unsqueeze(0), features)
-        return self.distribution.std(self.unroll(features, row["memory_state"], row["episode_start"][None])[0][0])
+        return self.distribution.std(self.advance(features, row["memory_state"], row["episode_start"])[0])
 
     def act(
         self,
@@ -201,8 +204,8 @@ class Policy(nn.Module):
         mask: Tensor | None = None,
         state: Tensor | None = None,
         start: Tensor | None = None,
-    ) -> tuple[Tree, Tensor | None]:
-        """Actions [B, …] for stored observations, and the state of the memory after them.
+    ) -> "Step":
+        """Choose actions for stored observations.
 
         Args:
             observation: [B, …].
@@ -211,18 +214,31 @@ class Policy(nn.Module):
             state: [B, S] of a policy with memory.
             start: [B] bool, the observation is the first of an episode.
         """
-        features = self.features(observation)
-        if state is None or start is None:
-            parameters = self.actor(features)
+        features, value = self.features(observation), None
+        if state is not None and start is not None:
+            parameters, value, state = self.advance(features, state, start)
+        elif self.is_joint:
+            parameters, value = self(features)
         else:
-            features = tree_map(lambda leaf: leaf.unsqueeze(0), features)
-            parameters, _, state = self.network(features, state, start.unsqueeze(0))
-            parameters = parameters[0].float()
+            parameters = self.actor(features)
         if mask is not None:
             parameters = self.distribution.masked(parameters, mask)
         if noise is None:
-            return self.distribution.mode(parameters), state
-        return self.distribution.sample(parameters, noise), state
+            return Step(self.distribution.mode(parameters), parameters, value, state)
+        return Step(self.distribution.sample(parameters, noise), parameters, value, state)
+
+
+class Step(NamedTuple):
+    """What a policy did at one step of B environments."""
+
+    action: Tree
+    """[B, …] as a rollout keeps it."""
+    parameters: Tensor
+    """[B, P] of the distribution that it was drawn from."""
+    value: Tensor | None
+    """[B], where the network gave it on the way."""
+    state: Tensor | None
+    """[B, S] of the memory, afterwards."""
 
 
 def _normalized(features: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
