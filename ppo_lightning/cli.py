@@ -148,6 +148,8 @@ class PPOCLI(LightningCLI):
 def main(args: list[str] | None = None) -> None:
     """Run the command line; what the user can mend is said in one sentence, with exit status 1."""
     torch.set_float32_matmul_precision("high")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, so that configs can name modules that lie here
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # faster for networks of this size, and much faster where another process is busy
     # Lightning 2.6.6 advertises its cloud, and asks torch 2.13's pytree in a way that torch calls deprecated.

@@ -372,3 +372,30 @@ ACTIONS = {
     "dict": Dict({"move": Box(-1.0, 1.0, (2,), np.float32), "tool": Discrete(3), "bits": MultiBinary(2)}),
     "tuple": Tuple((MultiDiscrete([2, 3]), Tuple((Discrete(2), Box(0.0, 1.0, (1,), np.float32))))),
 }
+
+
+class Dials(gym.Env):
+    """Set each dial to the number that is shown for it: a reward for each that is right, episodes of ten steps.
+
+    Args:
+        sizes: positions of each dial.
+    """
+
+    def __init__(self, sizes: Sequence[int] = (3, 5, 7)) -> None:
+        self.action_space = MultiDiscrete(list(sizes))
+        self.observation_space = MultiDiscrete(list(sizes))
+
+    def _see(self):
+        self.shown = self.np_random.integers(self.action_space.nvec)
+        return self.shown
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._see(), {}
+
+    def step(self, action):
+        right = np.asarray(action) == self.shown
+        self.steps += 1
+        over = self.steps == 10
+        return self._see(), float(right.mean()), False, over, {"is_success": bool(right.all())} if over else {}

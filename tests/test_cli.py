@@ -235,7 +235,7 @@ model:
     from ppo_lightning import PPO
 
     model = PPO.load_from_checkpoint(RUN / "checkpoints/best.ckpt")
-    assert model.policy.network.policy_layers[0].out_features == 8
+    assert model.policy.network.actor_trunk.layers[0].out_features == 8
     assert model.predict(np.zeros(4)).shape == (1,)
 
 

@@ -237,9 +237,9 @@ def test_unsupported_spaces_are_named():
     class Strange(Probe):
         def __init__(self):
             super().__init__()
-            self.observation_space = gym.spaces.Dict({"a": gym.spaces.Discrete(2)})
+            self.observation_space = gym.spaces.Dict({"a": gym.spaces.Text(2)})
 
-    with pytest.raises(InputError, match=r"Dict.*is not supported"):
+    with pytest.raises(InputError, match=r"Text.*is not supported"):
         PPO(Strange)
 
 

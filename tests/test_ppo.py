@@ -2,6 +2,7 @@ import logging
 import math
 import pickle
 import time
+from functools import partial
 
 import gymnasium as gym
 import lightning
@@ -16,7 +17,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, ActorCritic, InputError, Linear
+from ppo_lightning import PPO, ActorCritic, InputError, Linear, PopArt
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, StepProgressBar
 from ppo_lightning.clock import Clock
 
@@ -648,10 +649,13 @@ OPTIONS = {
     "policy": lambda o, a: ActorCritic(o, a, hidden_sizes=(8,)),
     "normalize_observation": True,
     "normalize_reward": True,
+    "clip_reward": True,
+    "popart": PopArt(),
     "gamma": 0.5,
     "gae_lambda": 0.5,
     "update_epochs": 2,
     "num_minibatches": 2,
+    "sequence_length": 8,
     "clip_range": 0.001,
     "clip_range_vf": 0.01,
     "normalize_advantage": False,
@@ -668,9 +672,12 @@ OPTIONS = {
 def test_option_changes_the_trained_parameters(fit, option):
     if option == "env":
         # CartPole-v0 differs from v1 only after 200 steps: another environment altogether
-        assert trained(fit, "Acrobot-v1").policy.network.policy_layers[0].weight.shape == (64, 6)
+        assert trained(fit, "Acrobot-v1").policy.network.actor_trunk.layers[0].weight.shape == (64, 6)
         return
-    default, changed = trained(fit), trained(fit, **{option: OPTIONS[option]})
+    base = {"policy": partial(ActorCritic, memory="gru")} if option == "sequence_length" else {}
+    if option == "clip_reward":
+        base = {"env": "Pendulum-v1"}  # CartPole's rewards are their signs
+    default, changed = trained(fit, **base), trained(fit, **base, **{option: OPTIONS[option]})
     assert parameters(default).shape != parameters(changed).shape or not torch.equal(
         parameters(default), parameters(changed)
     )

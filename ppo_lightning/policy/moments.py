@@ -63,8 +63,8 @@ class ValueNormalizer(nn.Module):
 
         w ← w σ / σ',    b ← (σ b + μ - μ') / σ'
 
-    The moments are exponentially weighted, a batch of n targets with 1 - (1 - β)ⁿ, without bias towards their initial
-    values, so the first batch sets them.
+    The moments are exponentially weighted from μ = 0, σ = 1 on, a batch of n targets with 1 - (1 - β)ⁿ. They are not
+    corrected for that beginning: moved all at once, μ would leave the old V hundreds of σ behind.
 
     Args:
         beta: weight β of one target.
@@ -75,7 +75,6 @@ class ValueNormalizer(nn.Module):
 
     mean: Tensor
     square: Tensor
-    total: Tensor
 
     def __init__(self, beta: float) -> None:
         super().__init__()
@@ -84,7 +83,6 @@ class ValueNormalizer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("square", torch.ones((), dtype=torch.float64))
-        self.register_buffer("total", torch.zeros((), dtype=torch.float64))
 
     @property
     def std(self) -> Tensor:
@@ -114,9 +112,8 @@ class ValueNormalizer(nn.Module):
         first = (count * mean).sum() / samples
         second = (squares + count * mean.square()).sum() / samples
         share = 1 - (1 - self.beta) ** samples
-        old_mean, old_std, kept = self.mean.clone(), self.std, (1 - share) * self.total
-        self.total.copy_(kept + share)
-        self.mean.copy_((kept * self.mean + share * first) / self.total)
-        self.square.copy_((kept * self.square + share * second) / self.total)
+        old_mean, old_std = self.mean.clone(), self.std
+        self.mean.lerp_(first, share)
+        self.square.lerp_(second, share)
         self.weight.mul_(old_std / self.std)
         self.bias.copy_((old_std * self.bias + old_mean - self.mean) / self.std)
