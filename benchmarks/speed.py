@@ -48,7 +48,13 @@ class TimedPPO(PPO):
 
 def make(workload: str, total_steps: int) -> TimedPPO:
     torch.manual_seed(0)
-    size = {"num_envs": 8, "num_steps": 128, "update_epochs": 4, "num_minibatches": 4, "total_steps": total_steps}
+    size: dict[str, Any] = {
+        "num_envs": 8,
+        "num_steps": 128,
+        "update_epochs": 4,
+        "num_minibatches": 4,
+        "total_steps": total_steps,
+    }
     if workload == "cartpole":
         return TimedPPO("CartPole-v1", **size)
     config = yaml.safe_load((Path(__file__).parent.parent / "configs" / "atari.yaml").read_text())["model"]

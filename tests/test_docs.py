@@ -1,0 +1,53 @@
+"""What the documents say is there, and what they show runs."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README, POLICIES = (ROOT / "README.md").read_text(), (ROOT / "docs/policies.md").read_text()
+
+
+def test_every_test_that_the_readme_names_exists():
+    names = re.findall(r"`(test_\w+\.py)::(test_\w+)`", README)
+    assert len(names) > 30
+    for file, name in names:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
+
+
+def test_every_place_in_the_code_that_the_readme_names_exists():
+    for file, name in re.findall(r"`([\w/]+\.py)::(\w+)", README):
+        if not file.startswith("test_"):
+            assert re.search(rf"(class|def) {name}\b", (ROOT / "ppo_lightning" / file).read_text()), name
+
+
+@pytest.mark.parametrize("text", [README, POLICIES], ids=["README", "policies"])
+def test_links_lead_somewhere(text):
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
+
+
+def test_the_example_network_is_short_and_trains(fit):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", POLICIES, re.DOTALL) if "MyNetwork" in block)
+    body = code.split("class MyNetwork")[1].split("model =")[0]
+    assert len(body.strip().splitlines()) <= 15
+    space: dict = {}
+    exec(code.replace("policy=MyNetwork)", "policy=MyNetwork, num_envs=2, num_steps=32, total_steps=128)"), space)
+    model = space["model"]
+    fit(model)
+    assert int(model.iterations) == 2
+    action = model.predict(np.zeros(3, np.float32))
+    assert model.action_space.contains(action)
+
+
+def test_every_option_of_the_network_is_in_the_documents():
+    import inspect
+
+    from ppo_lightning import ActorCritic
+
+    options = list(inspect.signature(ActorCritic.__init__).parameters)[3:]
+    known = POLICIES + README
+    for option in options:
+        assert option in known or option in ("activation", "layer_norm", "log_std_init"), option
