@@ -45,20 +45,9 @@ from ppo_lightning.loss import LossTerms, PPOLoss
 from ppo_lightning.parameters import Linear, PopArt, check_numbers, plain_factory, schedule
 from ppo_lightning.parameters import popart as as_popart
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
+from ppo_lightning.prediction import predict
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset, no_autocast
-from ppo_lightning.spaces import (
-    MASK,
-    check_mask,
-    describe,
-    flatten_mask,
-    flattener,
-    leaves,
-    refuse_mask_length,
-    storage,
-    stored,
-    tree_map,
-    without_mask,
-)
+from ppo_lightning.spaces import check_mask, describe, without_mask
 from ppo_lightning.trainer import attach_callbacks, refuse_what_misleads, replace_defaults, steps_concern_nobody
 
 
@@ -653,70 +642,16 @@ class PPO(LightningModule):
         Raises:
             InputError: the observation, state or mask fits neither.
         """
-        space = without_mask(self.observation_space)
-        rows, single = self._rows_of(observation, space)
-        count = len(next(iter(rows.values())) if isinstance(rows, dict) else rows)
-        if space is not self.observation_space:
-            action_mask = observation[MASK]
-        masks = None
-        if action_mask is not None:
-            nested = isinstance(action_mask, dict | tuple)
-            if single:
-                action_mask = _unsqueezed(action_mask) if nested else np.asarray(action_mask)[None]
-            flat = flatten_mask(action_mask, self.action_space).reshape(count, -1)
-            refuse_mask_length(flat.shape[1], self.action_space)
-            masks = torch.from_numpy(flat.astype(bool)).to(self.device)
-        memory, start = None, None
-        if self.policy.state_size:
-            start = torch.zeros(count, dtype=torch.bool, device=self.device)
-            memory = torch.zeros(count, self.policy.state_size, device=self.device)
-            if state is not None:
-                if np.size(state) != memory.numel():
-                    raise InputError(
-                        f"predict needs a state of {tuple(memory.shape)}, got {np.shape(state)}: pass on what it returned"
-                    )
-                memory = torch.as_tensor(np.asarray(state), dtype=memory.dtype, device=self.device).view_as(memory)
-        elif state is not None:
-            raise InputError("predict was given a state, this policy has no memory: leave it out")
-        with torch.no_grad(), self.autocast():
-            noise = None
-            if not deterministic:
-                noise = self.policy.distribution.noise(count, generator=torch.default_generator).to(self.device)
-            step = self.policy.act(rows, noise, masks, memory, start)
-        action = tree_map(lambda leaf: leaf.cpu().numpy()[0] if single else leaf.cpu().numpy(), step.action)
-        action = self.policy.distribution.decode(action)
-        if step.state is None:
-            return action
-        return action, step.state.cpu().numpy()[0] if single else step.state.cpu().numpy()
-
-    def _rows_of(self, observation: Any, space: gym.Space) -> tuple[Any, bool]:
-        """Observations as rows of tensors, and whether it was a single one.
-
-        Raises:
-            InputError: they are not of the space.
-        """
-        spaces = leaves(space)
-        try:
-            tree = flattener(space)(observation)
-            arrays = {name: np.asarray(tree[name] if name else tree) for name in spaces}
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise InputError(f"predict needs observations of {space}, got {observation!r}") from error
-        views = set()
-        for name, leaf in spaces.items():
-            shape, array = storage(leaf)[0], arrays[name]
-            if isinstance(leaf, gym.spaces.Discrete) and not all(leaf.contains(int(one)) for one in array.flat):
-                raise InputError(f"predict needs observations of {leaf}, got {array}")
-            if array.shape != shape and array.shape[1:] != shape:
-                raise InputError(
-                    f"predict needs an observation of shape {shape} or a batch of them, got {array.shape}"
-                    + (f" for {name}" if name else "")
-                )
-            views.add((array.shape == shape, None if array.shape == shape else len(array)))
-        if len(views) > 1:
-            raise InputError(f"predict needs as many of each part of an observation, got {observation!r}")
-        ((single, _),) = views
-        arrays = {name: (array[None] if single else array).copy() for name, array in arrays.items()}
-        return stored(space, arrays.get("", arrays), self.device), single
+        with self.autocast():
+            return predict(
+                self.policy,
+                self.observation_space,
+                self.action_space,
+                observation,
+                deterministic=deterministic,
+                state=state,
+                action_mask=action_mask,
+            )
 
     def evaluate(self, num_episodes: int | None = None, deterministic: bool | None = None) -> dict[str, float]:
         """Run exactly ``num_episodes`` episodes on environments of their own, shared among all processes.
@@ -952,15 +887,6 @@ def take(samples: TensorDict, order: Tensor) -> TensorDict:
 
 def _nothing() -> None:
     return None
-
-
-def _unsqueezed(masks: Any) -> Any:
-    """Nested masks of one environment as a batch of one."""
-    if isinstance(masks, dict):
-        return {key: _unsqueezed(part) for key, part in masks.items()}
-    if isinstance(masks, tuple):
-        return tuple(map(_unsqueezed, masks))
-    return np.asarray(masks)[None]
 
 
 _PARAMETERS = {

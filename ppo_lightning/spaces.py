@@ -251,6 +251,15 @@ def _several_hot(observation: Tensor, start: Array, nvec: Array) -> Tensor:
     return torch.zeros(len(index), int(nvec.sum()), device=observation.device).scatter_(1, index, 1.0)
 
 
+def check_values(space: Space[Any], samples: Array) -> bool:
+    """Whether samples of a basic space are among what it allows, where anything else could not be encoded."""
+    if isinstance(space, Discrete):
+        return bool(((samples >= space.start) & (samples < space.start + space.n)).all())
+    if isinstance(space, MultiDiscrete):
+        return bool(((samples >= space.start) & (samples < space.start + space.nvec)).all())
+    return True
+
+
 def lowest(space: Space[Any]) -> Array:
     """A sample of a basic space, to try a network on."""
     start = getattr(space, "start", 0)

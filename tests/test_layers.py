@@ -12,7 +12,7 @@ LAYERS = [
     {"ppo", "plot"},
     {"trainer"},
     {"callbacks"},
-    {"rollout", "evaluation", "checkpoint"},
+    {"rollout", "evaluation", "prediction", "checkpoint"},
     {"envs", "policy", "advantage", "loss"},
     {"diagnostics", "clock"},
     {"spaces"},

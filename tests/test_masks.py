@@ -138,6 +138,8 @@ def test_predict_takes_a_mask():
         assert model.predict(np.zeros(1, np.float32), action_mask=mask, deterministic=False) == action
     with pytest.raises(InputError, match="has 3 entries"):
         model.predict(np.zeros(1, np.float32), action_mask=np.ones(3))
+    with pytest.raises(InputError, match="allows no action"):
+        model.predict(np.zeros(1, np.float32), action_mask=np.zeros(4))
 
 
 def test_async_workers_give_masks_too():
