@@ -1,12 +1,17 @@
 """Games, not lives: what AtariVectorEnv says is put right, and the module clips what it learns from."""
 
+import sys
+import types
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode
 
-from ppo_lightning import PPO
-from ppo_lightning.envs import EnvMaker
+from ppo_lightning import PPO, InputError
+from ppo_lightning.envs import EnvMaker, EnvPool
 from ppo_lightning.envs.third_party import Games
 
 ATARI = "ale_py.vector_env.AtariVectorEnv"
@@ -80,14 +85,55 @@ def test_the_same_seed_gives_the_same_rollout():
     assert torch.equal(batches[0]["action"], batches[1]["action"])
 
 
-def test_envpool_is_named_where_it_is_not_installed():
-    from ppo_lightning import InputError
+def test_envpool_is_named_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    with pytest.raises(InputError, match=r'pip install "ppo-lightning\[envpool\]"'):
+        PPO("ppo_lightning.envs.EnvPool", {"task": "Pong-v5"})
 
-    try:
-        import envpool  # noqa: F401
-    except ImportError:
-        with pytest.raises(InputError, match=r'pip install "ppo-lightning\[envpool\]"'):
-            PPO("ppo_lightning.envs.EnvPool", {"task": "Pong-v5"})
-    else:
-        model = PPO("ppo_lightning.envs.EnvPool", {"task": "CartPole-v1"}, num_envs=2, num_steps=32)
-        assert model.rollouts.collect().shape == (32, 2)
+
+class Pool:
+    """As envpool is: spaces of one environment, a seed that only the constructor takes, players in its info."""
+
+    observation_space = Box(-1.0, 1.0, (2,), np.float32)
+    action_space = Discrete(3)
+    made: ClassVar[list[int]] = []
+
+    def __init__(self, task, num_envs, seed):
+        assert task == "Task-v0"
+        self.num_envs = num_envs
+        self.made.append(seed)
+        self.random = np.random.default_rng(seed)
+
+    def _see(self):
+        return self.random.uniform(-1, 1, (self.num_envs, 2)).astype(np.float32), {"players": {"id": [0]}, "lives": 0}
+
+    def reset(self):
+        self.steps = 0
+        return self._see()
+
+    def step(self, actions):
+        assert actions.dtype == np.int64
+        self.steps += 1
+        observation, info = self._see()
+        over = np.full(self.num_envs, self.steps % 5 == 4)
+        return observation, np.ones(self.num_envs, np.float32), over, np.zeros(self.num_envs, bool), info
+
+    def close(self):
+        pass
+
+
+def test_envpools_vectors_are_seeded_and_batched(monkeypatch, fit):
+    monkeypatch.setitem(sys.modules, "envpool", types.SimpleNamespace(make_gymnasium=Pool))
+    env = EnvPool("Task-v0", 3)
+    assert env.observation_space.shape == (3, 2)
+    first, info = env.reset(seed=5)
+    assert info == {"lives": 0}
+    again, _ = env.reset(seed=5)
+    other, _ = env.reset(seed=2**31 + 6)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert Pool.made[-1] == 6
+    model = PPO("ppo_lightning.envs.EnvPool", {"task": "Task-v0"}, num_envs=3, num_steps=10, total_steps=40)
+    fit(model)
+    assert model.rollouts.collect()["valid"].sum() == 24  # NEXT_STEP: every fifth row is a reset
+    assert model.evaluate(4)["eval/mean_ep_length"] == 4
