@@ -46,7 +46,7 @@ from ppo_lightning.parameters import Linear, PopArt, check_numbers, plain_factor
 from ppo_lightning.parameters import popart as as_popart
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.prediction import predict
-from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset, no_autocast
+from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
 from ppo_lightning.spaces import check_mask, describe, without_mask
 from ppo_lightning.trainer import attach_callbacks, refuse_what_misleads, replace_defaults, steps_concern_nobody
 
@@ -746,7 +746,10 @@ class PPO(LightningModule):
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """The precision in which updates run, for what is computed outside of training_step, with weights as they are."""
-        with no_autocast() if self._trainer is None else self.trainer.precision_plugin.forward_context():
+        if self._trainer is None:
+            yield
+            return
+        with self.trainer.precision_plugin.forward_context():
             # Lightning casts weights in every call, since in training they change: here they do not.
             torch.set_autocast_cache_enabled(True)
             yield

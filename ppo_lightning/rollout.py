@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -381,8 +381,3 @@ class EpisodeStatistics:
         if not np.isnan(successes).all():
             means["rollout/success_rate"] = float(np.nanmean(successes))
         return means
-
-
-def no_autocast() -> AbstractContextManager[Any]:
-    """The context in which nothing is cast: for policies outside a Trainer."""
-    return nullcontext()

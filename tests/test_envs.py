@@ -208,7 +208,7 @@ def test_an_async_timeout_is_an_option_with_effect():
         ("CartPol-v1", "no environment 'CartPol-v1': did you mean CartPole-v1"),
         ("cartpole-v1", "did you mean CartPole-v"),
         ("LunarLander-v2", "did you mean LunarLander-v3"),
-        ("Zaxxon-v77", "no environment 'Zaxxon-v77': list what is there"),
+        ("Xyzzyx-v77", "no environment 'Xyzzyx-v77': list what is there"),
         ("no_such_package:Thing-v0", "cannot import no_such_package"),
     ],
 )
