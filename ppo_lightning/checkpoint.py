@@ -96,6 +96,34 @@ def refuse_other_spaces(
     return ours
 
 
+def refuse_other_policy(checkpoint: Mapping[str, Any], state: Mapping[str, torch.Tensor], distribution: str) -> None:
+    """Refuse weights of another network, or of one whose outputs meant something else.
+
+    Args:
+        checkpoint: that is to be loaded.
+        state: of the module that it is to be loaded into.
+        distribution: what that module's outputs describe.
+
+    Raises:
+        InputError: it names the first thing that differs.
+    """
+    theirs, saved = checkpoint[KEY]["distribution"], checkpoint["state_dict"]
+    differences = [f"distribution {theirs} against {distribution}"] if theirs != distribution else []
+    differences += [
+        f"{name} is {'only' if name in saved else 'not'} in the file" for name in saved.keys() ^ state.keys()
+    ]
+    differences += [
+        f"{name} is {tuple(saved[name].shape)} against {tuple(state[name].shape)}"
+        for name in saved.keys() & state.keys()
+        if saved[name].shape != state[name].shape
+    ]
+    if differences:
+        raise InputError(
+            f"the checkpoint holds another policy ({sorted(differences)[0]}): give policy, normalize_observation, "
+            "normalize_reward and popart as they were in the run"
+        )
+
+
 def refuse_missing(ours: Mapping[str, Any], given: Container[str]) -> list[str]:
     """Hyperparameters that the checkpoint could not hold and that were not given again, and that acting needs not.
 

@@ -48,7 +48,7 @@ class PPOLoss:
         mean squared error.
         """
         log_prob, entropy, value = evaluate(batch)
-        valid = batch.get("valid", None)
+        valid = None if batch.ndim == 1 else batch.get("valid", None)
         if valid is not None:
             batch = batch.select("action_log_prob", "state_value", "advantage", "value_target", strict=False)[valid]
             log_prob, entropy, value = log_prob[valid], entropy[valid], value[valid]

@@ -90,7 +90,11 @@ def plain_factory(factory: T) -> T:
 
 def popart(value: PopArt | Mapping[str, float] | None) -> PopArt | None:
     """PopArt's numbers, from what a checkpoint holds of them too."""
-    return PopArt(**value) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping) and value.keys() <= {"beta"}:
+        return PopArt(**value)
+    if not isinstance(value, PopArt | None):
+        raise InputError(f"popart takes PopArt(beta=…), {{beta: …}} or null, got {value!r}")
+    return value
 
 
 COUNTS = (

@@ -5,8 +5,9 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -34,6 +35,7 @@ from ppo_lightning.checkpoint import (
     plain_data,
     read_checkpoint,
     refuse_missing,
+    refuse_other_policy,
     refuse_other_spaces,
 )
 from ppo_lightning.clock import Clock
@@ -372,6 +374,7 @@ class PPO(LightningModule):
         checkpoint[KEY] = {
             "observation_space": describe(self.observation_space),
             "action_space": describe(self.action_space),
+            "distribution": self.policy.distribution.describe(),
             "seed": self.seed,
             "episodes": list(self.rollouts.episodes.window),
             "not_saved": self._not_saved,
@@ -385,7 +388,8 @@ class PPO(LightningModule):
             InputError: the checkpoint is not ours, or its spaces differ from the environment's.
         """
         ours = refuse_other_spaces(checkpoint, self.observation_space, self.action_space, self.env_maker.name)
-        self._missing = refuse_missing(ours, self._given)
+        self._missing = refuse_missing(ours, _passed.get().union(self._given))
+        refuse_other_policy(checkpoint, self.state_dict(), self.policy.distribution.describe())
         self._was_scheduled = bool(checkpoint["lr_schedulers"])
         if "PL_GLOBAL_SEED" not in os.environ:  # else seed_everything has been asked for another
             self.seed = ours["seed"]
@@ -407,8 +411,7 @@ class PPO(LightningModule):
         self._grad_norms.clear()
         for epoch in range(1, self.update_epochs + 1):
             order = torch.randperm(len(samples), generator=self.generator).to(samples.device)
-            for minibatch, rows in enumerate(order.split(sizes), start=1):
-                piece = take(samples, rows)
+            for minibatch, piece in enumerate(minibatches(samples, order, sizes), start=1):
                 terms.append(loss(piece, self.policy.evaluate))
                 if self.diverged(terms[-1].approx_kl):
                     return Update(loss, terms, epoch, minibatch)
@@ -706,7 +709,11 @@ class PPO(LightningModule):
         if isinstance(checkpoint_path, str | Path):
             contents = read_checkpoint(checkpoint_path)
             refuse_missing(contents[KEY], kwargs)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        token = _passed.set(frozenset(kwargs))
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        finally:
+            _passed.reset(token)
 
     def close_environments(self) -> None:
         """Stop all simulators and their worker processes; whatever needs them next starts new ones."""
@@ -860,6 +867,10 @@ class PPO(LightningModule):
         self._given = changed
 
 
+_passed: ContextVar[frozenset[str]] = ContextVar("passed", default=frozenset())
+"""Hyperparameters that load_from_checkpoint was given, be they equal to the defaults or not."""
+
+
 class Update(NamedTuple):
     """What an update did."""
 
@@ -875,6 +886,13 @@ class Update(NamedTuple):
 def _cut(samples: int, pieces: int) -> list[int]:
     """Sizes of ``pieces`` nearly equal parts."""
     return [samples // pieces + (piece < samples % pieces) for piece in range(pieces)]
+
+
+def minibatches(samples: TensorDict, order: Tensor, sizes: list[int]) -> Iterable[TensorDict]:
+    """The samples in another order, cut into pieces: of pictures one by one, so that each finds the last one's memory."""
+    if samples.bytes() > 1 << 24:
+        return (take(samples, rows) for rows in order.split(sizes))
+    return take(samples, order).split(sizes)
 
 
 def take(samples: TensorDict, order: Tensor) -> TensorDict:

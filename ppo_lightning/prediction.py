@@ -42,13 +42,15 @@ def predict(
     rows, single = observations(observation, space, device)
     count = len(next(iter(rows.values())) if isinstance(rows, dict) else rows)
     if space is not observation_space:
+        if MASK not in observation:
+            raise InputError(f"predict needs observations of {observation_space}, got one without {MASK}")
         action_mask = observation[MASK]
     mask = None if action_mask is None else masks(action_mask, action_space, count, single, device)
     memory = start = None
     if policy.state_size:
         memory, start = (
             memories(state, count, policy.state_size, device),
-            torch.zeros(count, dtype=torch.bool, device=device),
+            torch.full((count,), state is None, device=device),
         )
     elif state is not None:
         raise InputError("predict was given a state, this policy has no memory: leave it out")

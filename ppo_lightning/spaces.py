@@ -30,7 +30,7 @@ Tree: TypeAlias = Any
 
 def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Any:
     """``function`` of a tensor, or of each tensor of a mapping, with those of ``others`` in the same place."""
-    if isinstance(tree, Mapping):
+    if type(tree) is not Tensor and isinstance(tree, Mapping):
         return {name: function(leaf, *(other[name] for other in others)) for name, leaf in tree.items()}
     return function(tree, *others)
 
@@ -56,7 +56,10 @@ def children(space: Space[Any]) -> dict[Any, Space[Any]] | None:
 
 def leaves(space: Space[Any]) -> dict[str, Space[Any]]:
     """The basic spaces within a space, by path; a basic one itself is under the name ``""``."""
-    return {".".join(map(str, path)): leaf for path, leaf in _paths(space).items()}
+    named = {".".join(map(str, path)): leaf for path, leaf in _paths(space).items()}
+    if len(named) < len(_paths(space)) or ("" in named and children(space) is not None):
+        raise InputError(f"the parts of {space} cannot be told apart by name: rename its keys (no empty ones, no dots)")
+    return named
 
 
 def _paths(space: Space[Any]) -> dict[tuple[Any, ...], Space[Any]]:
@@ -186,7 +189,7 @@ def feature_shape(space: Space[Any]) -> tuple[int, ...]:
 
 @feature_shape.register
 def _(space: Box) -> tuple[int, ...]:
-    return space.shape
+    return space.shape or (1,)
 
 
 @feature_shape.register
@@ -217,7 +220,7 @@ def encoder(space: Space[Any]) -> Callable[[Tensor], Tensor]:
 @encoder.register
 def _(space: Box) -> Callable[[Tensor], Tensor]:
     if not is_image(space):
-        return Tensor.float  # the tensor itself where it is float32 already
+        return Tensor.float if space.shape else _column  # the tensor itself where it is float32 already
     # Convolutions want the channels of a pixel side by side: laid out so once per rollout, not in every minibatch.
     return _pixels_first if len(space.shape) == 3 and not channels_are_last(space.shape) else _same
 
@@ -235,6 +238,10 @@ def _(space: MultiDiscrete) -> Callable[[Tensor], Tensor]:
 @encoder.register
 def _(space: MultiBinary) -> Callable[[Tensor], Tensor]:
     return Tensor.float
+
+
+def _column(observation: Tensor) -> Tensor:
+    return observation.float().unsqueeze(-1)
 
 
 def _pixels_first(observation: Tensor) -> Tensor:
@@ -326,11 +333,34 @@ def _(space: Dict | Tuple) -> tuple[int, ...]:
 
 def flatten_mask(mask: Any, action_space: Space[Any]) -> Array:
     """A batch of masks as one array [N, M]: concatenated as it is, or in the parts of a Dict or Tuple action space."""
-    if isinstance(mask, Mapping | tuple):
-        named = {path: leaf for path, leaf in _paths(action_space).items() if choices(leaf)}
-        parts = _pick(mask, {".".join(map(str, path)): path for path in named})
-        return np.concatenate([np.asarray(part).reshape(len(part), -1) for part in parts.values()], 1)
-    return np.asarray(mask)
+    try:
+        if isinstance(mask, Mapping | tuple):
+            named = {".".join(map(str, path)): (path, leaf) for path, leaf in _paths(action_space).items()}
+            named = {name: (path, choices(leaf)) for name, (path, leaf) in named.items() if choices(leaf)}
+            parts = _pick(mask, {name: path for name, (path, _) in named.items()})
+            flat = {name: np.asarray(part, dtype=bool).reshape(len(part), -1) for name, part in parts.items()}
+            if any(part.shape[1] != sum(named[name][1]) for name, part in flat.items()):
+                raise ValueError({name: part.shape[1] for name, part in flat.items()})
+            return np.concatenate(list(flat.values()), 1)
+        array = np.asarray(mask)
+        if array.dtype == object:  # environments gave lists or tuples
+            array = np.stack([_flat_one(one, action_space) for one in array])
+        return array
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the {MASK} does not have the parts of the action space {describe(action_space)} ({error}): give one array of "
+            f"{sum(choices(action_space))}, or the parts of a Dict or Tuple, an array each"
+        ) from error
+
+
+def _flat_one(mask: Any, action_space: Space[Any]) -> Array:
+    """The mask of one environment, from nested or plain lists."""
+    if isinstance(mask, tuple) and children(action_space) is not None:
+        parts = _pick(mask, {str(path): path for path, leaf in _paths(action_space).items() if choices(leaf)})
+        return np.concatenate([np.asarray(part, dtype=bool).flatten() for part in parts.values()])
+    if mask is None:
+        return np.ones(sum(choices(action_space)), dtype=bool)
+    return np.concatenate([np.asarray(part, dtype=bool).flatten() for part in np.atleast_1d(np.asarray(mask, object))])
 
 
 def check_mask(observation_space: Space[Any], action_space: Space[Any]) -> None:
@@ -339,14 +369,24 @@ def check_mask(observation_space: Space[Any], action_space: Space[Any]) -> None:
     Raises:
         InputError: it says how long the mask is, and how long it must be.
     """
+    deeper = [path for path in _paths(observation_space) if MASK in path[1:]]
+    if deeper:
+        raise InputError(
+            f"the observation has an {MASK} within {deeper[0][0]!r}, where it would be taken for something to see: put it "
+            "at the top of the Dict, or into info"
+        )
     if without_mask(observation_space) is observation_space:
         return
     assert isinstance(observation_space, Dict)
-    given = leaves(observation_space.spaces[MASK])
-    length = sum(int(np.prod(leaf.shape or ())) for leaf in given.values())
+    given = {name: int(np.prod(leaf.shape or ())) for name, leaf in leaves(observation_space.spaces[MASK]).items()}
     if len(observation_space.spaces) == 1:
         raise InputError(f"the observation is nothing but {MASK}: add what the policy is to see")
-    refuse_mask_length(length, action_space)
+    refuse_mask_length(sum(given.values()), action_space)
+    wanted = {name: sum(choices(leaf)) for name, leaf in leaves(action_space).items() if choices(leaf)}
+    if "" not in given and given != wanted:
+        raise InputError(
+            f"the environment's {MASK} has the parts {given}, the action space needs {wanted}: correct the mask"
+        )
 
 
 def refuse_mask_length(length: int, action_space: Space[Any]) -> None:

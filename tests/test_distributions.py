@@ -293,12 +293,14 @@ def test_log_std_is_clamped_and_can_come_back(family, state_dependent):
     space, low, high = Box(-1, 1, (2,)), -1.0, 0.5
     for init, inside in ((3.0, high), (-4.0, low), (0.2, 0.2)):
         network = ActorCritic(
-            Box(-1, 1, (3,)), space, distribution=family, log_std_init=init, log_std_range=(low, high),
+            Box(-1, 1, (3,)), space, distribution=family, log_std_init=0.2, log_std_range=(low, high),
             state_dependent_std=state_dependent, hidden_sizes=(4,),
         )  # fmt: skip
-        parameters = network.actor(torch.ones(5, 3))
         head = network.action_head
         values = head.log_std if not (state_dependent and family != "gsde") else head.log_std_layer.bias
+        with torch.no_grad():
+            values.fill_(init)
+        parameters = network.actor(torch.ones(5, 3))
         if family == "gsde":
             latent = network.actor_trunk(torch.ones(5, 3))
             expected = latent[:, :, None] * math.exp(inside)

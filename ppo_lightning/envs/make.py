@@ -96,7 +96,7 @@ class EnvMaker:
     def probe(self, num_envs: int) -> tuple[gym.Space[Any], gym.Space[Any], VectorEnv | None]:
         """Spaces of one environment, and the vector itself where making one was the only way to learn them."""
         if isinstance(self.env, VectorEnv):
-            made: VectorEnv | Env = self.env
+            made: VectorEnv | Env = adapted(self.env)
         elif isinstance(self.env, str) and self.vectorization != "vector_entry_point":
             made = self._single(find_spec(self.env))
         else:
@@ -111,7 +111,7 @@ class EnvMaker:
     def __call__(self, num_envs: int) -> VectorEnv:
         """Make ``num_envs`` environments as one vector; a VectorEnv that comes with a number of its own keeps it."""
         if isinstance(self.env, VectorEnv):
-            return self.env
+            return adapted(self.env)
         if isinstance(self.env, str) and self.vectorization != "vector_entry_point":
             spec = find_spec(self.env)
             return self._vectorize(lambda: self._single(spec), num_envs)
@@ -198,7 +198,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         except Exception as error:
             raise self._fault("reset", error) from error
         self._check("reset", observation)
-        return observation, info if self._masks is None else {MASK: np.asarray(self._masks()), **info}
+        return observation, info if self._masks is None else self._masked("reset", info)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, with faults named."""
@@ -209,9 +209,16 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         self._check("step", observation)
         if terminated or truncated:
             observation = copy.deepcopy(observation)  # a reset may write over it
-        if self._masks is not None:
-            info = {MASK: np.asarray(self._masks()), **info}
+        elif self._masks is not None:
+            info = self._masked("step", info)
         return observation, reward, terminated, truncated, info
+
+    def _masked(self, where: str, info: dict[str, Any]) -> dict[str, Any]:
+        assert self._masks is not None
+        try:
+            return {MASK: np.asarray(self._masks()), **info}
+        except Exception as error:
+            raise self._fault(f"action_masks after {where}", error) from error
 
     def _fault(self, where: str, error: Exception) -> EnvironmentFault:
         # The traceback goes into the text, because a worker process can send nothing else.

@@ -1,9 +1,10 @@
 """Which actions are allowed: read once per step, checked where it enters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.spaces import MASK, Array, check_mask, choices, flatten_mask, refuse_mask_length, without_mask
@@ -26,8 +27,9 @@ class ActionMasks:
         self.action_space = env.single_action_space
         self.observed = without_mask(env.single_observation_space) is not env.single_observation_space
         check_mask(env.single_observation_space, env.single_action_space)
+        self._methods = _mask_methods(env)
         sizes = choices(env.single_action_space)
-        self._begins = np.cumsum([0, *sizes])[:-1]
+        self._begins, self._free = np.cumsum([0, *sizes])[:-1], np.ones(sum(sizes), dtype=bool)
         self.now: Array | None = None
         """[N, M] bool; None where the environments give none."""
 
@@ -39,7 +41,7 @@ class ActionMasks:
             EnvironmentFault: not all environments give one, or one of them allows nothing.
         """
         self.now = None
-        if self.observed or MASK in info:
+        if self.observed or MASK in info or self._methods:
             self._take(observation, info, np.ones(self.num_envs, dtype=bool), "reset")
 
     def step(self, observation: Any, info: dict[str, Any], free: Array | None) -> None:
@@ -66,6 +68,9 @@ class ActionMasks:
             self.now[~begun] = kept[~begun]
 
     def _take(self, observation: Any, info: dict[str, Any], needed: Array, where: str) -> None:
+        if self._methods and MASK not in info:
+            each = zip(self._methods, needed, strict=True)
+            info = {MASK: np.stack([method() if own else self._free for method, own in each])}
         given = observation[MASK] if self.observed else info.get(MASK)
         there = np.ones(self.num_envs, dtype=bool) if self.observed else info.get(f"_{MASK}", given is not None)
         absent = needed & ~np.broadcast_to(there, self.num_envs)
@@ -75,10 +80,6 @@ class ActionMasks:
                 "in every reset and step, or never"
             )
         mask = flatten_mask(given, self.action_space)
-        if mask.dtype == object:  # environments gave lists
-            mask = np.stack(
-                [np.asarray(row if own else self._anything(), bool) for row, own in zip(mask, needed, strict=True)]
-            )
         mask = mask.reshape(self.num_envs, -1).astype(bool)
         refuse_mask_length(mask.shape[1], self.action_space)
         mask[~needed] = True
@@ -90,5 +91,10 @@ class ActionMasks:
             )
         self.now = mask
 
-    def _anything(self) -> Array:
-        return np.ones(sum(choices(self.action_space)), dtype=bool)
+
+def _mask_methods(env: VectorEnv) -> list[Callable[[], Array]]:
+    """``action_masks`` of each environment in a vector that was made without ours around them, where they have it."""
+    inner = env.unwrapped
+    if not isinstance(inner, SyncVectorEnv) or not all(one.has_wrapper_attr("action_masks") for one in inner.envs):
+        return []
+    return [one.get_wrapper_attr("action_masks") for one in inner.envs]

@@ -8,12 +8,15 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from typing_extensions import override
 
-from ppo_lightning.errors import InputError
+from ppo_lightning.errors import EnvironmentFault, InputError
 
 
 def adapted(env: VectorEnv) -> VectorEnv:
     """The vector, wrapped where its package is known to say something else than it does."""
-    return Games(env) if type(env).__module__.startswith("ale_py") else env
+    inner: Any = env
+    while isinstance(inner, VectorWrapper) and not isinstance(inner, Games):
+        inner = inner.env
+    return Games(env) if type(inner).__module__.startswith("ale_py") else env
 
 
 class Games(VectorWrapper):
@@ -28,11 +31,12 @@ class Games(VectorWrapper):
 
     def __init__(self, env: VectorEnv) -> None:
         super().__init__(env)
-        mode: Any = getattr(env, "autoreset_mode", env.metadata["autoreset_mode"])
+        mode: Any = getattr(env.unwrapped, "autoreset_mode", env.metadata["autoreset_mode"])
         # All its instances write into one dictionary, that of the base class.
         self._metadata = {**env.metadata, "autoreset_mode": AutoresetMode(mode)}
         self._same_step = self._metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
         self._begun = np.zeros(env.num_envs, dtype=np.int64)
+        self._lost = np.zeros(env.num_envs, dtype=bool)
 
     @override
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -45,13 +49,19 @@ class Games(VectorWrapper):
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step, with lost lives in ``info``."""
         observation, reward, terminated, truncated, info = self.env.step(actions)
+        begun = info["frame_number"] - info["episode_frame_number"]
+        if (self._lost & (begun != self._begun)).any() and not self._same_step:
+            raise EnvironmentFault(
+                "AtariVectorEnv started the game anew after a lost life, as episodic_life: true has it: leave that out, and "
+                "give life_loss_info: true, which makes lost lives terminal in a game that goes on"
+            )
+        self._lost = terminated
         if terminated.any():
             # In the same step, what info says is of the new game already: one that has begun at another frame.
-            begun = info["frame_number"] - info["episode_frame_number"]
             over = begun != self._begun if self._same_step else info["lives"] == 0
-            info["life_lost"] = terminated & ~over
+            info["life_lost"] = self._lost = terminated & ~over
             terminated = terminated & over
-        self._begun = info["frame_number"] - info["episode_frame_number"]
+        self._begun = begun
         return observation, reward, terminated, truncated, info
 
 

@@ -13,7 +13,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from ppo_lightning.envs.make import EnvMaker
 from ppo_lightning.envs.masks import ActionMasks
 from ppo_lightning.errors import EnvironmentFault, InputError
-from ppo_lightning.spaces import Array, Tree, flattener, leaves, tree_map, without_mask
+from ppo_lightning.spaces import MASK, Array, Tree, flattener, leaves, tree_map, without_mask
 
 SUCCESS_KEYS = ("is_success", "success")
 """Where environments say in their info that an episode reached its goal (Gymnasium-Robotics and SB3; ManiSkill)."""
@@ -126,7 +126,8 @@ class Environments:
             begun, self._done = self._done, done
             valid = ~begun
         # What follows an episode's end is a reset, whatever is allowed there; SAME_STEP is behind it already.
-        self._masks.step(observation, info, free=None if self.mode is AutoresetMode.SAME_STEP else done)
+        if self._masks.now is not None or MASK in info:
+            self._masks.step(observation, info, free=None if self.mode is AutoresetMode.SAME_STEP else done)
         if not done.any():
             seen = self._flatten(observation)
             lost = info.get(LIFE_LOST)

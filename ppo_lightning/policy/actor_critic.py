@@ -21,7 +21,7 @@ from ppo_lightning.policy.distributions import (
 )
 from ppo_lightning.policy.encoders import Encoder, ImpalaCNN, NatureCNN, linear, perceptron
 from ppo_lightning.policy.memory import Kind, Memory
-from ppo_lightning.spaces import Tree, feature_shape, is_image, leaves, tree_map
+from ppo_lightning.spaces import Tree, children, feature_shape, is_image, leaves, tree_map
 
 
 class ActorCritic(nn.Module):
@@ -85,9 +85,20 @@ class ActorCritic(nn.Module):
             raise InputError(f"memory must be one of {get_args(Kind)} or null, got {memory!r}")
         if sde_sample_freq < 1:
             raise InputError(f"sde_sample_freq must be 1 or more, got {sde_sample_freq}")
+        if distribution not in get_args(Family):
+            raise InputError(f"distribution must be one of {get_args(Family)}, got {distribution!r}")
         low, high = log_std_range
         if not low < high:
-            raise InputError(f"log_std_range must rise, got {log_std_range}")
+            raise InputError(f"log_std_range must rise, got {tuple(log_std_range)}")
+        if not low <= log_std_init <= high:
+            raise InputError(f"log_std_init = {log_std_init} must lie within log_std_range = {tuple(log_std_range)}")
+        if entropy_weights and children(action_space) is None:
+            raise InputError(
+                f"entropy_weights are for the parts of a Dict or Tuple, the action space is {action_space}"
+            )
+        for name, sizes in {"hidden_sizes": hidden_sizes, "memory_size": [memory_size]}.items():
+            if sizes is not None and not (isinstance(sizes, Sequence) and all(size >= 1 for size in sizes)):
+                raise InputError(f"{name} must be 1 or more (hidden_sizes: a list of such), got {sizes}")
 
         def trunk(keys: Sequence[str] | None, option: str) -> Trunk:
             spaces = select(leaves(observation_space), keys, option)
@@ -154,6 +165,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.names = list(spaces)
         self.encoders = nn.ModuleList(encoders)
+        self.is_flat = self.names == [""] and isinstance(encoders[0], nn.Flatten)
         inputs = sum(output_size(encoder, space) for encoder, space in zip(encoders, spaces.values(), strict=True))
         if hidden_sizes is None:
             hidden_sizes = () if all(map(is_image, spaces.values())) else (64, 64)
@@ -166,6 +178,8 @@ class Trunk(nn.Module):
     @override
     def forward(self, observation: Tree) -> Tensor:
         """Latent [B, F] before memory."""
+        if self.is_flat:
+            return self.layers(observation.flatten(1))
         if self.names == [""]:
             return self.layers(self.encoders[0](observation))
         parts = [encoder(observation[name]) for name, encoder in zip(self.names, self.encoders, strict=True)]
@@ -182,6 +196,8 @@ def select(spaces: Mapping[str, Space[Any]], keys: Sequence[str] | None, option:
     """The parts that keys name: each a path, or what a path begins with."""
     if keys is None:
         return dict(spaces)
+    if not keys:
+        raise InputError(f"{option} names nothing, the parts of the observation are {list(spaces)}")
     chosen = {}
     for key in keys:
         found = {name: space for name, space in spaces.items() if name == key or name.startswith(f"{key}.")}
@@ -209,7 +225,10 @@ def encoders_of(
         make = encoders.get(name)
         if make is None and name in pictures:
             make = image_encoder or default_image_encoder
-        layers.append(nn.Flatten() if make is None else make(space))
+        layer = nn.Flatten() if make is None else make(space)
+        if not isinstance(layer, nn.Module):
+            raise InputError(f"the encoder of {name!r} is a {type(layer).__name__}: it must be a torch.nn.Module")
+        layers.append(layer)
     return layers
 
 
@@ -230,12 +249,18 @@ def output_size(encoder: nn.Module, space: Space[Any]) -> int:
     if isinstance(encoder, nn.Flatten):
         return math.prod(feature_shape(space))
     dtype = torch.uint8 if is_image(space) else torch.float32
-    with torch.no_grad():
-        output = encoder(torch.zeros(2, *feature_shape(space), dtype=dtype))
-    if output.ndim != 2 or len(output) != 2:
+    name = type(encoder).__name__
+    try:
+        with torch.no_grad():
+            output = encoder(torch.zeros(2, *feature_shape(space), dtype=dtype))
+        shape = tuple(output.shape)
+    except Exception as error:
         raise InputError(
-            f"the encoder {type(encoder).__name__} returned {tuple(output.shape)} for 2 observations of {space}: it must "
-            "return one vector for each, (2, F)"
+            f"the encoder {name} raised {type(error).__name__} on 2 observations of {space}: {error}"
+        ) from error
+    if len(shape) != 2 or shape[0] != 2:
+        raise InputError(
+            f"the encoder {name} returned {shape} for 2 observations of {space}: it must return one vector for each, (2, F)"
         )
     return output.shape[1]
 

@@ -71,13 +71,24 @@ class Policy(nn.Module):
             )
         self.moments = RunningMoments((size,)) if size else None
         self.value_normalizer = None if popart is None else ValueNormalizer(popart.beta)
+        if isinstance(network, nn.Module | str) or not callable(network):
+            raise InputError(f"policy must be a callable (observation_space, action_space) -> module, got {network!r}")
         self.network = network(observation_space, action_space)
-        if not isinstance(self.network, nn.Module):
-            raise InputError(f"policy made a {type(self.network).__name__}: it must return a torch.nn.Module")
-        own_distribution = getattr(self.network, "distribution", None)
-        self.distribution: ActionDistribution = own_distribution or action_distribution(action_space)
+        if not isinstance(self.network, nn.Module) or not any(True for _ in self.network.parameters()):
+            raise InputError(
+                f"policy made a {type(self.network).__name__}: it must return a torch.nn.Module with parameters to learn"
+            )
+        own = getattr(self.network, "distribution", None)
+        if not isinstance(own, ActionDistribution | None):
+            raise InputError(
+                f"the network {type(self.network).__name__} has a distribution that is a {type(own).__name__}: make it by "
+                "ppo_lightning.action_distribution(action_space, …)"
+            )
+        self.distribution = own or action_distribution(action_space)
         self.state_size = int(getattr(self.network, "state_size", 0))
-        self.is_joint = bool(self.state_size or getattr(self.network, "shared", not hasattr(self.network, "actor")))
+        # Layers may well be called actor and critic; what counts as half of the network is a method of its class.
+        self._has_halves = all(callable(getattr(type(self.network), half, None)) for half in ("actor", "critic"))
+        self.is_joint = bool(self.state_size or not self._has_halves or getattr(self.network, "shared", False) is True)
         """Acting gives the values, too: with memory, and where policy and value have layers in common."""
         self._check(observation_space, action_space)
 
@@ -87,9 +98,9 @@ class Policy(nn.Module):
 
         spaces, name = leaves(observation_space), type(self.network).__name__
         observation = {key: two(leaf) for key, leaf in spaces.items()}
-        features = self.features(observation[""] if list(spaces) == [""] else observation)
         try:
             with torch.no_grad():
+                features = self.features(observation[""] if list(spaces) == [""] else observation)
                 if self.state_size:
                     features = tree_map(lambda leaf: leaf.unsqueeze(0), features)
                     start, state = torch.ones(1, 2, dtype=torch.bool), torch.zeros(2, self.state_size)
@@ -97,6 +108,9 @@ class Policy(nn.Module):
                     fits, parameters, value = state.shape == (2, self.state_size), parameters[0], value[0]
                 else:
                     (parameters, value), fits = self.network(features), True
+                    if self._has_halves:
+                        halves = self.network.actor(features), self.network.critic(features)  # pyright: ignore[reportCallIssue]
+                        fits = all(map(torch.allclose, halves, (parameters, value)))
             got = tuple(parameters.shape), tuple(value.shape)
         except Exception as error:
             raise InputError(
@@ -108,7 +122,8 @@ class Policy(nn.Module):
             raise InputError(
                 f"the network {name} returned parameters {got[0]} and values {got[1]} for 2 observations, "
                 f"{describe(action_space)} needs {expected} and (2,): change its output layers"
-                + ("" if fits else f"; with memory also a state (2, {self.state_size})")
+                + ("" if fits or not self.state_size else f"; with memory also a state (2, {self.state_size})")
+                + ("" if fits or self.state_size else "; its methods actor and critic must return what forward does")
             )
 
     def encode(self, observation: Tree) -> Tree:
@@ -144,13 +159,13 @@ class Policy(nn.Module):
 
     def actor(self, features: Tree) -> Tensor:
         """Distribution parameters [B, P] without memory."""
-        actor = getattr(self.network, "actor", None)
-        return (actor(features) if actor else self.network(features)[0]).float()
+        network: Any = self.network
+        return (network.actor(features) if self._has_halves else network(features)[0]).float()
 
     def critic(self, features: Tree) -> Tensor:
         """Values [B], in (normalised) reward units, without memory."""
-        critic = getattr(self.network, "critic", None)
-        return self._value(critic(features) if critic else self.network(features)[1])
+        network: Any = self.network
+        return self._value(network.critic(features) if self._has_halves else network(features)[1])
 
     def advance(self, features: Tree, state: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With memory: parameters [B, P], values [B] and the state [B, S] after one step.
@@ -182,13 +197,15 @@ class Policy(nn.Module):
         else:
             parameters, output = self.network(batch["observation"])
         parameters, output = parameters.float(), output.float()
-        action = tree_map(lambda leaf: leaf.flatten(0, batch.ndim - 1), batch["action"])
-        mask = batch.get("action_mask", None)
+        action, mask = batch["action"], batch.get("action_mask", None)
+        if self.state_size:
+            action = tree_map(lambda leaf: leaf.flatten(0, 1), action)
+            mask = None if mask is None else mask.flatten(0, 1)
         if mask is not None:
-            parameters = self.distribution.masked(parameters, mask.flatten(0, batch.ndim - 1))
+            parameters = self.distribution.masked(parameters, mask)
         log_prob, entropy = self.distribution.log_prob_and_entropy(parameters, action)
         value = output if self.value_normalizer is None else self.value_normalizer.prediction(output)
-        return log_prob.view(batch.batch_size), entropy.view(batch.batch_size), value
+        return log_prob.view_as(value), entropy.view_as(value), value
 
     def std(self, row: TensorDict) -> Tensor | None:
         """Standard deviations [N, d] of actions after one step [N] of a rollout; None where there are none."""

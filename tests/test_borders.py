@@ -1,0 +1,356 @@
+"""What users get wrong, and what other packages do: one sentence each, or the right thing."""
+
+from functools import partial
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from probes import Recall, Scripted, Spaces
+from test_masks import ByMethod, InInfo, InObservation
+from torch import nn
+from torch.testing import assert_close
+
+from ppo_lightning import PPO, ActorCritic, EnvironmentFault, InputError, PopArt
+from ppo_lightning.policy import Policy
+from ppo_lightning.policy.distributions import action_distribution
+from ppo_lightning.spaces import leaves
+
+SMALL = {"num_envs": 2, "num_steps": 16, "total_steps": 64}
+
+
+class Anything(gym.Env):
+    """Random observations of any space; actions must be of the action space."""
+
+    def __init__(self, observation_space=None, action_space=None):
+        self.observation_space = observation_space or Box(-1, 1, (3,), np.float32)
+        self.action_space = action_space or Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        return self.observation_space.sample(), 1.0, self.steps == 5, False, {}
+
+
+class Layers(nn.Module):
+    """A network whose layers are called actor and critic, as CleanRL's are: they are no halves of it."""
+
+    def __init__(self, observation_space, action_space):
+        super().__init__()
+        self.shared = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.actor, self.critic = nn.Linear(4, 2), nn.Linear(4, 1)
+
+    def forward(self, observation):
+        hidden = self.shared(observation)
+        return self.actor(hidden), self.critic(hidden).squeeze(-1)
+
+
+def test_layers_called_actor_and_critic_are_not_taken_for_methods(fit):
+    model = PPO("CartPole-v1", policy=Layers, **SMALL)
+    features = torch.randn(5, 4)
+    assert_close(model.policy.actor(features), model.policy.network(features)[0])
+    assert_close(model.policy.act(features, None).parameters, model.policy.network(features)[0])
+    fit(model)
+
+
+def test_halves_that_say_something_else_than_the_whole_are_refused():
+    class Wrong(ActorCritic):
+        def actor(self, observation):
+            return super().actor(observation) + 1
+
+    with pytest.raises(InputError, match="actor and critic must return what forward does"):
+        PPO("CartPole-v1", policy=Wrong, **SMALL)
+
+
+@pytest.mark.parametrize(
+    "space", [Dict({"a.b": Box(-1, 1, (3,)), "a": Dict({"b": Discrete(3)})}), Dict({"": Discrete(2)})]
+)
+def test_parts_that_cannot_be_told_apart_are_refused(space):
+    with pytest.raises(InputError, match="cannot be told apart"):
+        leaves(space)
+
+
+@pytest.mark.parametrize(
+    "space", [Box(-1, 1, (), np.float32), Dict({"s": Box(-1, 1, (), np.float32), "keys": Discrete(2)})]
+)
+def test_numbers_without_a_shape_are_observations_too(fit, space):
+    model = PPO(partial(Anything, space), normalize_observation=True, **SMALL)
+    fit(model)
+    assert model.predict(space.sample()) in (0, 1)
+
+
+@pytest.mark.parametrize(
+    "space", [Discrete(3, dtype=np.int32), MultiDiscrete([2, 3], dtype=np.int32), MultiBinary((2, 2))]
+)
+def test_actions_have_the_dtype_of_their_space(fit, space):
+    model = PPO(partial(Anything, None, space), **SMALL)
+    fit(model)
+    assert model.action_space.contains(model.predict(np.zeros(3, np.float32)))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_bounds_whose_distance_overflows_are_none(dtype):
+    info = np.finfo(dtype)
+    with pytest.raises(InputError, match="needs finite bounds"):
+        action_distribution(Box(info.min, info.max, (2,), dtype), "tanh")
+    wide = action_distribution(Box(-1e6, 1e6, (1,)), "beta")
+    assert_close(torch.from_numpy(wide.decode(np.array([[0.5], [1.0]], np.float32))), torch.tensor([[0.0], [1e6]]))
+
+
+# --- masks -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_method_action_masks_is_asked_in_vectors_of_ones_own():
+    for mode in ("SameStep", "NextStep", "Disabled"):
+        make = lambda num_envs, mode=mode: SyncVectorEnv([ByMethod] * num_envs, autoreset_mode=AutoresetMode(mode))  # noqa: E731
+        batch = PPO(make, **SMALL).rollouts.collect()  # the environment asserts that its mask is kept
+        assert (batch["action_mask"][batch["valid"]].sum(-1) == 1).all()
+
+
+def test_the_method_is_not_asked_when_the_episode_is_over():
+    class Strict(ByMethod):
+        def action_masks(self):
+            if self.steps == 3:
+                raise RuntimeError("the game is over")
+            return super().action_masks()
+
+    PPO(Strict, **SMALL).rollouts.collect()
+
+    class Failing(ByMethod):
+        def action_masks(self):
+            raise RuntimeError("no idea")
+
+    with pytest.raises(
+        EnvironmentFault, match="environment 0 raised RuntimeError in action_masks after reset: no idea"
+    ):
+        PPO(Failing, **SMALL).rollouts.collect()
+
+
+def test_a_mask_that_would_be_taken_for_an_observation_is_refused():
+    class Deep(InObservation):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = Dict({"agent": self.observation_space})
+
+    with pytest.raises(InputError, match="action_mask within 'agent'"):
+        PPO(Deep, **SMALL)
+
+
+@pytest.mark.parametrize(
+    "parts", [{"a": MultiBinary(3), "b": MultiBinary(2)}, {"x": MultiBinary(2), "b": MultiBinary(3)}]
+)
+def test_parts_of_a_mask_must_fit_part_by_part(parts):
+    class Wrong(Anything):
+        def __init__(self):
+            super().__init__(
+                Dict({"o": Box(-1, 1, (2,)), "action_mask": Dict(parts)}), Dict({"a": Discrete(2), "b": Discrete(3)})
+            )
+
+    with pytest.raises(InputError, match="has the parts"):
+        PPO(Wrong, **SMALL)
+
+
+def test_masks_of_tuples_and_lists(fit):
+    class AsTuple(Spaces):
+        def __init__(self, kind):
+            super().__init__("flat", "tuple", masked=True)
+            self.kind = kind
+
+        def _see(self):
+            observation, info = super()._see()
+            flat = info["action_mask"]
+            nested = (flat[:5], (flat[5:],))
+            given = {"tuple": nested, "list": flat.tolist()}[self.kind]
+            return observation, {"action_mask": given}
+
+    for kind in ("tuple", "list"):
+        model = PPO(partial(AsTuple, kind), **SMALL)
+        fit(model)
+        assert model.rollouts.collect()["action_mask"].shape == (16, 2, 7)
+
+
+def test_a_mask_without_one_of_its_parts_is_one_sentence():
+    class Partly(Spaces):
+        def _see(self):
+            observation, _ = super()._see()
+            return observation, {"action_mask": {"tool": np.ones(3, np.int8)}}
+
+    with pytest.raises(InputError, match="does not have the parts"):
+        PPO(partial(Partly, "flat", "dict", True), **SMALL).rollouts.collect()
+
+
+def test_predict_needs_the_mask_that_the_observation_has():
+    with pytest.raises(InputError, match="without action_mask"):
+        PPO(InObservation, **SMALL).predict({"observation": np.zeros(1, np.float32)})
+
+
+# --- options that would do nothing, or not what is meant ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distribution": "betta"}, "distribution must be one of"),
+        ({"entropy_weights": {"x": 2.0}}, "entropy_weights are for the parts"),
+        ({"log_std_init": 5.0}, "must lie within log_std_range"),
+        ({"hidden_sizes": 64}, "hidden_sizes must be 1 or more"),
+        ({"hidden_sizes": (0,)}, "hidden_sizes must be 1 or more"),
+        ({"memory": "lstm", "memory_size": 0}, "memory_size must be 1 or more"),
+        ({"encoders": {"": lambda space: 7}}, "is a int: it must be a torch.nn.Module"),
+        ({"encoders": {"": lambda space: nn.Linear(9, 9)}}, "the encoder Linear raised RuntimeError"),
+        ({"encoders": {"": lambda space: nn.LSTM(4, 4)}}, "the encoder LSTM raised AttributeError"),
+    ],
+)
+def test_options_of_the_network_are_checked(options, message):
+    with pytest.raises(InputError, match=message):
+        PPO("CartPole-v1", policy=partial(ActorCritic, **options), **SMALL)
+
+
+def test_what_makes_no_network_is_refused():
+    class Named(Layers):
+        distribution = "normal"
+
+    for policy, message in (
+        ("ActorCritic", "policy must be a callable"),
+        (nn.Linear(2, 2), "policy must be a callable"),
+        (lambda *spaces: 3, "made a int"),
+        (lambda *spaces: nn.Tanh(), "parameters to learn"),
+        (Named, "has a distribution that is a str"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Policy(Box(-1, 1, (4,)), Discrete(2), policy, normalize_observation=False)
+
+
+@pytest.mark.parametrize("value", [0.001, {"gamma": 1.0}, "yes"])
+def test_popart_takes_popart(value):
+    with pytest.raises(InputError, match="popart takes PopArt"):
+        PPO("CartPole-v1", popart=value, **SMALL)
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(fit, tmp_path):
+    def save(**options):
+        fit_options = {**SMALL, **options}
+        fit(PPO("Pendulum-v1", **fit_options)).save_checkpoint(tmp_path / "saved.ckpt")
+        return tmp_path / "saved.ckpt"
+
+    return save
+
+
+def test_a_checkpoint_of_another_distribution_or_network_is_refused(saved, fit):
+    path = saved(policy=partial(ActorCritic, distribution="tanh"))
+    with pytest.raises(InputError, match="distribution SquashedGaussian against DiagonalGaussian"):
+        PPO.load_from_checkpoint(path, policy=ActorCritic)
+    other = partial(ActorCritic, distribution="tanh", layer_norm=True)
+    with pytest.raises(InputError, match=r"another policy .*not in the file"):
+        fit(PPO("Pendulum-v1", policy=other, **SMALL), ckpt_path=path)
+    wide = partial(ActorCritic, distribution="tanh", hidden_sizes=(8, 64))
+    with pytest.raises(InputError, match=r"another policy .*\(64,\) against \(8,\)"):
+        PPO.load_from_checkpoint(path, policy=wide)
+
+
+def test_a_checkpoint_with_popart_is_not_one_without(saved):
+    path = saved(popart=PopArt())
+    assert PPO.load_from_checkpoint(path).policy.value_normalizer is not None
+    with pytest.raises(InputError, match="only in the file"):
+        PPO.load_from_checkpoint(path, popart=None)
+
+
+def test_what_is_given_again_may_be_the_default(saved):
+    path = saved(policy=partial(ActorCritic))
+    assert isinstance(PPO.load_from_checkpoint(path, policy=ActorCritic).policy.network, ActorCritic)
+
+
+# --- other packages ----------------------------------------------------------------------------------------------------
+
+
+def test_atari_vectors_given_as_instances_keep_their_own_autoreset_mode():
+    from ale_py.vector_env import AtariVectorEnv
+
+    options = {"autoreset_mode": "SameStep", "life_loss_info": True, "reward_clipping": False}
+    first = AtariVectorEnv("breakout", 2, **options)
+    AtariVectorEnv("pong", 1, autoreset_mode="NextStep")  # writes into the dictionary that both share
+    for env in (first, RecordEpisodeStatistics(AtariVectorEnv("breakout", 2, **options))):
+        model = PPO(env, num_steps=300, num_envs=2)
+        model.seed = 0
+        batch = model.rollouts.collect()
+        assert model.rollouts.environments.mode is AutoresetMode.SAME_STEP
+        assert batch["terminated"].sum() > 2 * len(model.rollouts.episodes.finished)
+
+
+def test_games_that_begin_anew_with_each_life_are_refused():
+    options = {"game": "breakout", "episodic_life": True, "reward_clipping": False}
+    model = PPO("ale_py.vector_env.AtariVectorEnv", options, num_envs=2, num_steps=400)
+    model.seed = 0
+    with pytest.raises(EnvironmentFault, match="give life_loss_info: true"):
+        model.rollouts.collect()
+    model.close_environments()
+
+
+def test_predict_says_that_an_episode_starts():
+    class Initial(nn.Module):
+        """Its state begins at 5, not at 0."""
+
+        state_size = 1
+
+        def __init__(self, observation_space, action_space):
+            super().__init__()
+            self.unused = nn.Linear(1, 1)
+
+        def forward(self, observation, state, start):
+            states = []
+            for fresh in start:
+                state = torch.where(fresh[:, None], torch.full_like(state, 5.0), state + 1)
+                states.append(state)
+            values = torch.stack(states)[..., 0]
+            return torch.stack([values - 5.5, 5.5 - values], -1), values, state
+
+    model = PPO(Recall, policy=Initial, num_minibatches=1, **SMALL)
+    action, state = model.predict(np.zeros(2, np.float32))
+    assert (action, state) == (1, 5.0)
+    action, state = model.predict(np.zeros(2, np.float32), state=state)
+    assert (action, state) == (0, 6.0)
+
+
+def test_final_observations_survive_an_environment_that_writes_over_them():
+    class Reusing(Scripted):
+        buffer = None
+
+        def see(self, value):
+            if self.buffer is None:
+                self.buffer = np.zeros(1, np.float32)
+            self.buffer[:] = value
+            return self.buffer
+
+    same, own = (PPO(env, **SMALL) for env in (Reusing, Scripted))
+    batches = []
+    for model in (same, own):
+        model.seed = 0
+        model.policy.load_state_dict(same.policy.state_dict())
+        batches.append(model.rollouts.collect())
+    assert_close(batches[0]["next_state_value"], batches[1]["next_state_value"])
+
+
+def test_info_masks_and_tuples_of_observations_together(fit):
+    class Both(InInfo):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = Tuple((self.observation_space, Discrete(4)))
+
+        def see(self):
+            return super().see(), self.steps
+
+    model = PPO(Both, normalize_observation=True, **SMALL)
+    fit(model)
+    assert model.evaluate(2)["eval/mean_reward"] == 3
