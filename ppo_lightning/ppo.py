@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -494,7 +495,7 @@ class PPO(LightningModule):
         Raises:
             FloatingPointError: the norm is not finite; no step was taken.
         """
-        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm or torch.inf)
+        norm = nn.utils.clip_grad_norm_(self._learnt, self.max_grad_norm or torch.inf)
         if not (may_overflow or norm.isfinite()):
             raise FloatingPointError(
                 f"the gradient's norm is {norm.item()} in iteration {int(self.iterations) + 1}, the step was not taken: lower "
@@ -789,6 +790,10 @@ class PPO(LightningModule):
         return length
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _learnt(self) -> list[nn.Parameter]:
+        return list(self.policy.parameters())  # to walk through all modules takes as long as to clip
 
     @property
     def _rank(self) -> int:

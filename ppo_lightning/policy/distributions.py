@@ -126,7 +126,8 @@ class Categorical(ActionDistribution):
 
     @override
     def decode(self, action: Array) -> Array:
-        return np.asarray(action + self.start, dtype=self.dtype)[()]
+        action = action + self.start if self.start else action
+        return action if action.dtype == self.dtype else action.astype(self.dtype)
 
 
 def gumbel(*shape: int, generator: torch.Generator) -> Tensor:

@@ -190,22 +190,29 @@ class Policy(nn.Module):
                 are any ``action_mask``, ``memory_state`` and ``episode_start``.
         """
         if self.state_size:
-            features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
-            state, start = batch["memory_state"][:, 0], batch["episode_start"].T
-            parameters, output, _ = self.network(features, state, start)
-            parameters, output = parameters.transpose(0, 1).flatten(0, 1), output.T
-        else:
-            parameters, output = self.network(batch["observation"])
+            return self._evaluate_sequences(batch)
+        parameters, output = self.network(batch["observation"])
+        return self._scores(parameters, output, batch["action"], batch.get("action_mask", None))
+
+    def _evaluate_sequences(self, batch: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
+        features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
+        state, start = batch["memory_state"][:, 0], batch["episode_start"].T
+        parameters, output, _ = self.network(features, state, start)
+        action = tree_map(lambda leaf: leaf.flatten(0, 1), batch["action"])
+        mask = batch.get("action_mask", None)
+        parameters, output = parameters.transpose(0, 1).flatten(0, 1), output.T.flatten()
+        scores = self._scores(parameters, output, action, None if mask is None else mask.flatten(0, 1))
+        log_prob, entropy, value = (score.view(batch.batch_size) for score in scores)
+        return log_prob, entropy, value
+
+    def _scores(
+        self, parameters: Tensor, output: Tensor, action: Tree, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         parameters, output = parameters.float(), output.float()
-        action, mask = batch["action"], batch.get("action_mask", None)
-        if self.state_size:
-            action = tree_map(lambda leaf: leaf.flatten(0, 1), action)
-            mask = None if mask is None else mask.flatten(0, 1)
         if mask is not None:
             parameters = self.distribution.masked(parameters, mask)
-        log_prob, entropy = self.distribution.log_prob_and_entropy(parameters, action)
         value = output if self.value_normalizer is None else self.value_normalizer.prediction(output)
-        return log_prob.view_as(value), entropy.view_as(value), value
+        return *self.distribution.log_prob_and_entropy(parameters, action), value
 
     def std(self, row: TensorDict) -> Tensor | None:
         """Standard deviations [N, d] of actions after one step [N] of a rollout; None where there are none."""
