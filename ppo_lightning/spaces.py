@@ -173,6 +173,14 @@ def _(space: MultiBinary) -> tuple[tuple[int, ...], torch.dtype]:
     return space.shape, torch.int8
 
 
+def empty(space: Space[Any], *batch: int) -> Tensor:
+    """Room for samples [*batch, …] of a basic space; pictures with their channels side by side, as convolutions want them."""
+    shape, dtype = storage(space)
+    if is_image(space) and len(shape) == 3 and not channels_are_last(shape):
+        return torch.empty(*batch, *shape[1:], shape[0], dtype=dtype).movedim(-1, -3)
+    return torch.empty(*batch, *shape, dtype=dtype)
+
+
 def stored(space: Space[Any], tree: Tree, device: torch.device) -> Tree:
     """Observations of Gymnasium as a rollout keeps them: a tree of tensors of the right dtype, on ``device``."""
     kept = {name: storage(leaf)[1] for name, leaf in leaves(space).items()}
