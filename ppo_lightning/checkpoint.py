@@ -107,7 +107,7 @@ def refuse_other_policy(checkpoint: Mapping[str, Any], state: Mapping[str, torch
     Raises:
         InputError: it names the first thing that differs.
     """
-    theirs, saved = checkpoint[KEY]["distribution"], checkpoint["state_dict"]
+    theirs, saved = checkpoint[KEY].get("distribution", distribution), checkpoint["state_dict"]
     differences = [f"distribution {theirs} against {distribution}"] if theirs != distribution else []
     differences += [
         f"{name} is {'only' if name in saved else 'not'} in the file" for name in saved.keys() ^ state.keys()
