@@ -26,7 +26,7 @@ test: $(VENV)/.installed-test          ## every test that takes seconds
 	$(BIN)/python -m pytest $(ARGS)
 	$(BIN)/python -m pytest --nbmake notebooks $(ARGS)
 
-test-long: $(VENV)/.installed-test     ## learning curves against published returns: minutes to hours
+test-long: $(VENV)/.installed-test     ## the whole grid of policies, and learning curves: hours
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(VENV)/.installed-test          ## ruff and pyright

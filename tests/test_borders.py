@@ -354,3 +354,26 @@ def test_info_masks_and_tuples_of_observations_together(fit):
     model = PPO(Both, normalize_observation=True, **SMALL)
     fit(model)
     assert model.evaluate(2)["eval/mean_reward"] == 3
+
+
+def test_a_mask_may_be_left_out_where_all_episodes_are_over():
+    class Silent(InInfo):
+        def info(self):
+            return super().info() if self.steps < 3 else {}
+
+    for mode in ("NextStep", "SameStep", "Disabled"):
+        make = lambda num_envs, mode=mode: SyncVectorEnv([Silent] * num_envs, autoreset_mode=AutoresetMode(mode))  # noqa: E731
+        batch = PPO(make, **{**SMALL, "num_envs": 1}).rollouts.collect()
+        assert (batch["action_mask"][batch["valid"]].sum(-1) == 1).all()
+
+
+def test_encoders_may_be_for_what_the_critic_alone_sees(fit):
+    """A part that the actor does not see, and pictures that it does not see."""
+    from ppo_lightning import MLP, ImpalaCNN
+
+    small = partial(ImpalaCNN, depths=(4,), features=8)
+    for options in ({"encoders": {"camera": small, "state": MLP}}, {"image_encoder": small}):
+        network = partial(ActorCritic, actor_keys=["state"], **options)
+        model = PPO(partial(Spaces, "both"), policy=network, **SMALL)
+        fit(model)
+        assert ImpalaCNN in map(type, model.policy.network.critic_trunk.encoders)

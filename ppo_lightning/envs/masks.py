@@ -68,6 +68,9 @@ class ActionMasks:
             self.now[~begun] = kept[~begun]
 
     def _take(self, observation: Any, info: dict[str, Any], needed: Array, where: str) -> None:
+        if not needed.any():  # all episodes are over: nobody need say what is allowed in them
+            self.now = np.tile(self._free, (self.num_envs, 1))
+            return
         if self._methods and MASK not in info:
             each = zip(self._methods, needed, strict=True)
             info = {MASK: np.stack([method() if own else self._free for method, own in each])}
@@ -81,7 +84,8 @@ class ActionMasks:
             )
         mask = flatten_mask(given, self.action_space)
         mask = mask.reshape(self.num_envs, -1).astype(bool)
-        refuse_mask_length(mask.shape[1], self.action_space)
+        if mask.shape[1] != len(self._free):
+            refuse_mask_length(mask.shape[1], self.action_space)
         mask[~needed] = True
         nothing = ~np.logical_or.reduceat(mask, self._begins, axis=1).all(1)
         if nothing.any():

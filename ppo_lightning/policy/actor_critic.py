@@ -102,7 +102,7 @@ class ActorCritic(nn.Module):
 
         def trunk(keys: Sequence[str] | None, option: str) -> Trunk:
             spaces = select(leaves(observation_space), keys, option)
-            layers = encoders_of(spaces, image_encoder, encoders or {})
+            layers = encoders_of(spaces, image_encoder, encoders or {}, leaves(observation_space))
             return Trunk(layers, spaces, hidden_sizes, activation, layer_norm, memory, memory_size)
 
         self.actor_trunk = trunk(actor_keys, "actor_keys")
@@ -208,18 +208,21 @@ def select(spaces: Mapping[str, Space[Any]], keys: Sequence[str] | None, option:
 
 
 def encoders_of(
-    spaces: Mapping[str, Space[Any]], image_encoder: Encoder | None, encoders: Mapping[str, Encoder]
+    spaces: Mapping[str, Space[Any]],
+    image_encoder: Encoder | None,
+    encoders: Mapping[str, Encoder],
+    everything: Mapping[str, Space[Any]],
 ) -> list[nn.Module]:
-    """A network for each part of an observation."""
-    unknown = encoders.keys() - spaces.keys()
+    """A network for each part of an observation that policy or value sees, of ``everything`` that there is."""
+    unknown = encoders.keys() - everything.keys()
     if unknown:
-        raise InputError(f"encoders names {sorted(unknown)}, the parts of the observation are {list(spaces)}")
-    pictures = [name for name, space in spaces.items() if is_image(space)]
+        raise InputError(f"encoders names {sorted(unknown)}, the parts of the observation are {list(everything)}")
+    pictures = [name for name, space in everything.items() if is_image(space)]
     if image_encoder is not None and not pictures:
         # A lone Box of another kind, floats perhaps, is encoded as asked; the encoder refuses what it cannot take.
-        pictures = [""] if list(spaces) == [""] else []
+        pictures = [""] if list(everything) == [""] else []
         if not pictures:
-            raise InputError(f"image_encoder was given, no part of the observation is a picture: {list(spaces)}")
+            raise InputError(f"image_encoder was given, no part of the observation is a picture: {list(everything)}")
     layers = []
     for name, space in spaces.items():
         make = encoders.get(name)

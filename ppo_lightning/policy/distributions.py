@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, singledispatch
+from functools import cache, cached_property, singledispatch
 from itertools import accumulate
 from typing import Any, Literal, get_args
 
@@ -492,9 +492,18 @@ class Joint(ActionDistribution):
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
         return torch.cat([part.noise(*shape, generator=generator) for part in self.parts.values()], -1)
 
+    @cached_property
+    def _sizes(self) -> dict[str, list[int]]:
+        """Of parameters, noise and masks of each part."""
+        parts, spaces = self.parts.values(), leaves(self.space).values()
+        return {
+            "num_parameters": [part.num_parameters for part in parts],
+            "num_noise": [part.num_noise for part in parts],
+            "num_masks": [sum(choices(leaf)) for leaf in spaces],
+        }
+
     def _split(self, tensor: Tensor, size: str) -> dict[str, Tensor]:
-        sizes = [getattr(part, size) for part in self.parts.values()]
-        return dict(zip(self.parts, tensor.split(sizes, -1), strict=True))
+        return dict(zip(self.parts, tensor.split(self._sizes[size], -1), strict=True))
 
     @override
     def sample(self, parameters: Tensor, noise: Tensor) -> dict[str, Tensor]:
@@ -518,12 +527,9 @@ class Joint(ActionDistribution):
     @override
     def masked(self, parameters: Tensor, mask: Tensor) -> Tensor:
         described = self._split(parameters, "num_parameters")
-        spaces, begin = leaves(self.space), 0
-        for name, part in self.parts.items():
-            end = begin + sum(choices(spaces[name]))
-            if end > begin:
-                described[name] = part.masked(described[name], mask[..., begin:end])
-                begin = end
+        for name, own in self._split(mask, "num_masks").items():
+            if own.shape[-1]:
+                described[name] = self.parts[name].masked(described[name], own)
         return torch.cat(list(described.values()), -1)
 
     @override
