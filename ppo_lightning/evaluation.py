@@ -11,7 +11,7 @@ from torch import Tensor
 from ppo_lightning.envs import Environments, Transition
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy
-from ppo_lightning.spaces import stored, tree_map
+from ppo_lightning.spaces import storing, tree_map
 
 MAX_EPISODE_STEPS = 100_000
 """An evaluation episode that has not ended by then is counted as it stands, with a warning."""
@@ -56,13 +56,13 @@ def evaluate_episodes(
     observation = environments.reset(seed)
     state = torch.zeros(num_envs, policy.state_size, device=device) if policy.state_size else None
     start = np.ones(num_envs, dtype=bool)
-    step, noise = 0, None
+    stored, step, noise = storing(observation_space, device), 0, None
     while any(len(done) < wanted for done, wanted in zip(results, quota, strict=True)):
         if not deterministic and step % NOISE_STEPS == 0:
             noise = policy.distribution.noise(NOISE_STEPS, num_envs, generator=generator).to(device)
         mask = environments.action_mask
         chosen = policy.act(
-            stored(observation_space, observation, device),
+            stored(observation),
             None if noise is None else noise[step % NOISE_STEPS],
             None if mask is None else torch.from_numpy(mask).to(device),
             state,

@@ -19,7 +19,7 @@ from ppo_lightning.spaces import (
     leaves,
     refuse_mask_length,
     storage,
-    stored,
+    storing,
     tree_map,
     without_mask,
 )
@@ -93,7 +93,7 @@ def observations(observation: Any, space: Space[Any], device: torch.device) -> t
         raise InputError(f"predict needs as many of each part of an observation, got {observation!r}")
     single = counts == {None}
     arrays = {name: (array[None] if single else array).copy() for name, array in arrays.items()}
-    return stored(space, arrays.get("", arrays), device), single
+    return storing(space, device)(arrays.get("", arrays)), single
 
 
 def masks(given: Any, action_space: Space[Any], count: int, single: bool, device: torch.device) -> Tensor:

@@ -56,8 +56,9 @@ def children(space: Space[Any]) -> dict[Any, Space[Any]] | None:
 
 def leaves(space: Space[Any]) -> dict[str, Space[Any]]:
     """The basic spaces within a space, by path; a basic one itself is under the name ``""``."""
-    named = {".".join(map(str, path)): leaf for path, leaf in _paths(space).items()}
-    if len(named) < len(_paths(space)) or ("" in named and children(space) is not None):
+    paths = _paths(space)
+    named = {".".join(map(str, path)): leaf for path, leaf in paths.items()}
+    if len(named) < len(paths) or ("" in named and children(space) is not None):
         raise InputError(f"the parts of {space} cannot be told apart by name: rename its keys (no empty ones, no dots)")
     return named
 
@@ -181,12 +182,16 @@ def empty(space: Space[Any], *batch: int) -> Tensor:
     return torch.empty(*batch, *shape, dtype=dtype)
 
 
-def stored(space: Space[Any], tree: Tree, device: torch.device) -> Tree:
-    """Observations of Gymnasium as a rollout keeps them: a tree of tensors of the right dtype, on ``device``."""
+def storing(space: Space[Any], device: torch.device) -> Callable[[Tree], Tree]:
+    """Function from observations of Gymnasium to what a rollout keeps: tensors of the right dtype, on ``device``."""
     kept = {name: storage(leaf)[1] for name, leaf in leaves(space).items()}
-    if "" in kept:
-        return torch.from_numpy(np.asarray(tree)).to(device, kept[""])
-    return {name: torch.from_numpy(np.asarray(tree[name])).to(device, dtype) for name, dtype in kept.items()}
+
+    def stored(tree: Tree) -> Tree:
+        if "" in kept:
+            return torch.from_numpy(np.asarray(tree)).to(device, kept[""])
+        return {name: torch.from_numpy(np.asarray(tree[name])).to(device, dtype) for name, dtype in kept.items()}
+
+    return stored
 
 
 @singledispatch
