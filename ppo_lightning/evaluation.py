@@ -11,7 +11,7 @@ from torch import Tensor
 from ppo_lightning.envs import Environments, Transition
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy
-from ppo_lightning.spaces import storing, tree_map
+from ppo_lightning.spaces import storing
 
 MAX_EPISODE_STEPS = 100_000
 """An evaluation episode that has not ended by then is counted as it stands, with a warning."""
@@ -68,7 +68,7 @@ def evaluate_episodes(
             state,
             None if state is None else torch.from_numpy(start).to(device),
         )
-        after = environments.step(policy.distribution.decode(tree_map(lambda leaf: leaf.cpu().numpy(), chosen.action)))
+        after = environments.step(policy.distribution.to_numpy(chosen.action))
         state, step = chosen.state, step + 1
         _check_finite(after, int(lengths.max()))
         totals += after.reward if after.valid is None else np.where(after.valid, after.reward, 0.0)

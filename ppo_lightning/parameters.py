@@ -103,6 +103,7 @@ COUNTS = (
     "total_steps",
     "update_epochs",
     "num_minibatches",
+    "minibatch_chunks",
     "sequence_length",
     "eval_interval",
     "num_eval_episodes",

@@ -1,13 +1,15 @@
 """PPO as a LightningModule: one hook per idea, in the order in which Lightning calls them."""
 
 import inspect
+import math
 import os
 import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import cached_property
 from math import ceil
 from pathlib import Path
@@ -22,7 +24,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tensordict import TensorDict
 from torch import Tensor, nn
 from typing_extensions import override
@@ -40,18 +42,25 @@ from ppo_lightning.checkpoint import (
     refuse_other_spaces,
 )
 from ppo_lightning.clock import Clock
+from ppo_lightning.compiled import CompiledUpdate, CompilerError, why_not
 from ppo_lightning.diagnostics import explained_variance
 from ppo_lightning.envs import Environments, EnvMaker, resolve
 from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation import evaluate_episodes, summarize
-from ppo_lightning.loss import LossTerms, PPOLoss
+from ppo_lightning.loss import LossTerms, PPOLoss, normalized
 from ppo_lightning.parameters import Linear, PopArt, check_numbers, plain_factory, schedule
 from ppo_lightning.parameters import popart as as_popart
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.prediction import predict
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
 from ppo_lightning.spaces import check_mask, describe, without_mask
-from ppo_lightning.trainer import attach_callbacks, refuse_what_misleads, replace_defaults, steps_concern_nobody
+from ppo_lightning.trainer import (
+    attach_callbacks,
+    gradient_hooks,
+    refuse_what_misleads,
+    replace_defaults,
+    steps_concern_nobody,
+)
 
 
 class PPO(LightningModule):
@@ -86,6 +95,8 @@ class PPO(LightningModule):
         gae_lambda: how far advantages look ahead: 0 is the one-step TD error, 1 the whole return (dimensionless, 0 to 1).
         update_epochs: passes over each rollout (count).
         num_minibatches: pieces into which each pass cuts the rollout (count).
+        minibatch_chunks: parts in which the gradient of a minibatch is added up, where it does not fit memory whole; the
+            step is the same (count).
         sequence_length: of a policy with memory, the steps into which rollouts are cut, so that minibatches keep time
             whole; null is num_steps (steps).
         clip_range: change of an action's probability ratio beyond which the objective pays no more; a number, or
@@ -107,6 +118,8 @@ class PPO(LightningModule):
         num_eval_episodes: episodes of each evaluation, exactly (count).
         eval_deterministic: evaluate the most probable action instead of drawing one.
         env_timeout_s: a step or reset of async environments that takes longer is an error (seconds).
+        compile: run each gradient step, and the rollouts of environments that are tensors, as one compiled graph:
+            several times as fast for small networks, after some ten seconds of compilation.
 
     Raises:
         InputError: a value cannot be used; the sentence says which, and what to do.
@@ -135,6 +148,7 @@ class PPO(LightningModule):
         gae_lambda: float = 0.95,
         update_epochs: int = 4,
         num_minibatches: int = 4,
+        minibatch_chunks: int = 1,
         sequence_length: int | None = None,
         clip_range: float | Linear = 0.2,
         clip_range_vf: float | None = None,
@@ -149,6 +163,7 @@ class PPO(LightningModule):
         num_eval_episodes: int = 10,
         eval_deterministic: bool = True,
         env_timeout_s: float = 60.0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -168,6 +183,7 @@ class PPO(LightningModule):
         self.gae_lambda = gae_lambda
         self.update_epochs = update_epochs
         self.num_minibatches = num_minibatches
+        self.minibatch_chunks = minibatch_chunks
         self.clip_range = schedule("clip_range", clip_range)
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
@@ -181,6 +197,9 @@ class PPO(LightningModule):
         self.num_eval_episodes = num_eval_episodes
         self.eval_deterministic = eval_deterministic
         self.env_timeout_s = env_timeout_s
+        self.compiles = bool(compile)
+        self.compiled: CompiledUpdate | None = None
+        """The update in one graph, where ``compile`` is on and nothing prevents it; made when training starts."""
         if num_minibatches > num_steps * self.num_envs:
             raise InputError(
                 f"num_steps · num_envs = {num_steps} · {self.num_envs} = {num_steps * self.num_envs} samples cannot be cut "
@@ -201,6 +220,8 @@ class PPO(LightningModule):
         self._eval_environments: Environments | None = None
         self._clock = Clock()
         self._grad_norms: list[Tensor] = []
+        self._accumulated = False
+        """Gradients of a part of the current minibatch are there already."""
         self._steps_alone = False
         self._was_scheduled = True
         self.learning_rate = 0.0
@@ -276,7 +297,27 @@ class PPO(LightningModule):
     def on_train_start(self) -> None:
         """Let this run's settings win over the checkpoint's; find out whether a gradient step concerns anybody else."""
         self._settings.restore(scheduled=self._was_scheduled)
-        self._steps_alone = steps_concern_nobody(self.trainer, self, PPO)
+        hooks = gradient_hooks(self.trainer, self, PPO)
+        self._steps_alone = steps_concern_nobody(self.trainer) and not hooks
+        self.prepare(self._optimizer, hooks)
+
+    def prepare(self, optimizer: torch.optim.Optimizer, hooks: Sequence[str] = ()) -> None:
+        """Compile the update, if that is asked for and possible.
+
+        Args:
+            optimizer: over the policy's parameters.
+            hooks: classes that want to see each gradient, which a compiled step does not show.
+        """
+        self.compiled = None
+        if not self.compiles:
+            return
+        reason = why_not(self.policy, optimizer, "" if self._trainer is None else str(self.trainer.precision))
+        if hooks:
+            reason = f"{', '.join(hooks)} has hooks around gradients"
+        if reason is not None:
+            rank_zero_warn(f"compile: true has no effect on the update, since {reason}")
+            return
+        self.compiled = CompiledUpdate(self.policy, optimizer, self.max_grad_norm)
 
     @override
     @torch.no_grad()
@@ -310,6 +351,10 @@ class PPO(LightningModule):
         self.anneal(self._optimizer)
         self.learning_rate = self._optimizer.param_groups[0]["lr"]
         update = self.update(batch, self.descend)
+        if self.compiled is not None:
+            optimizer = cast(LightningOptimizer, self.optimizers())
+            optimizer.zero_grad()
+            optimizer.step()  # without gradients it does nothing, but Lightning counts it
         self.count(batch, update.epochs)
         if self.lr_scheduler is not None:
             cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers()).step()
@@ -334,6 +379,8 @@ class PPO(LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients, unscaled by now in any precision; never step on one that is not finite."""
+        if self.compiled is not None:
+            return
         self.clip_gradients_by_norm(may_overflow=self.trainer.precision == "16-mixed")
 
     @override
@@ -399,25 +446,136 @@ class PPO(LightningModule):
 
     # --- the parts of a training step ---------------------------------------------------------------------------------
 
-    def update(self, batch: TensorDict, descend: Callable[[Tensor], None]) -> "Update":
+    def update(self, batch: TensorDict, descend: "Descend") -> "Update":
         """Epochs of shuffled minibatches of the clipped objective (Schulman et al. 2017, algorithm 1).
 
         Args:
             batch: rollout [T, N] with advantages.
-            descend: takes one gradient step on a minibatch's loss.
+            descend: takes one gradient step on a minibatch's loss; on that of a part only adds to the gradient, unless
+                it is the last.
         """
-        loss, samples = self.current_loss(), self.samples(batch)
+        loss = self.current_loss()
+        self._grad_norms.clear()
+        self._accumulated = False
+        if self.compiled is not None:
+            state = self.generator.get_state()
+            try:
+                return self._compiled_update(self.compiled, batch, loss)
+            except CompilerError as fault:
+                rank_zero_warn(f"compile: true has no effect on the update, since {fault}")
+                self.compiled = None
+                self.generator.set_state(state)
+                self._grad_norms.clear()
+        samples = self.samples(batch)
         sizes = _cut(len(samples), self.num_minibatches)
         terms: list[LossTerms] = []
-        self._grad_norms.clear()
         for epoch in range(1, self.update_epochs + 1):
             order = torch.randperm(len(samples), generator=self.generator).to(samples.device)
             for minibatch, piece in enumerate(minibatches(samples, order, sizes), start=1):
-                terms.append(loss(piece, self.policy.evaluate))
+                if self.minibatch_chunks > 1:
+                    of_chunk, chunks = self._chunks(loss, piece)
+                else:
+                    of_chunk, chunks = loss, [(piece, 1.0)]
+                parts: list[LossTerms] = []
+                for chunk, share in chunks:
+                    if parts:
+                        descend(parts[-1].loss, False)
+                    scored = of_chunk(chunk, self.policy.evaluate)
+                    parts.append(scored if share == 1.0 else LossTerms(*(share * term for term in scored)))
+                terms.append(
+                    parts[0]
+                    if len(parts) == 1
+                    else LossTerms(*(torch.stack(term).sum(0) for term in zip(*parts, strict=True)))
+                )
                 if self.diverged(terms[-1].approx_kl):
                     return Update(loss, terms, epoch, minibatch)
-                descend(terms[-1].loss)
+                descend(parts[-1].loss)
         return Update(loss, terms, self.update_epochs, self.num_minibatches)
+
+    def _chunks(self, loss: PPOLoss, minibatch: TensorDict) -> tuple[PPOLoss, list[tuple[TensorDict, float]]]:
+        """A minibatch in ``minibatch_chunks`` parts with their shares of it, and the loss of a part."""
+        valid = minibatch.get("valid", None)
+        if loss.normalize_advantage:  # by the moments of the whole minibatch
+            minibatch["advantage"] = normalized(minibatch["advantage"], valid)
+        chunks = minibatch.split([size for size in _cut(len(minibatch), self.minibatch_chunks) if size])
+        counts = [len(chunk) if valid is None else int(chunk["valid"].sum()) for chunk in chunks]
+        shares = [count / sum(counts) for count in counts]
+        return replace(loss, normalize_advantage=False), list(zip(chunks, shares, strict=True))
+
+    def _compiled_update(self, compiled: CompiledUpdate, batch: TensorDict, loss: PPOLoss) -> "Update":
+        """What :meth:`update` does, by compiled graphs: minibatches are the same, and of fixed size.
+
+        Where a NEXT_STEP vector leaves a varying number of valid rows, minibatches are filled up with rows that do not
+        count.
+        """
+        samples, valid, device = self._rows(batch), batch["valid"].flatten(), batch.device
+        names = None if bool(valid.all()) else valid.nonzero().flatten()
+        count = len(valid) if names is None else len(names)
+        sizes, most = _cut(count, self.num_minibatches), _cut(len(valid), self.num_minibatches)[0]
+        chunked = self.minibatch_chunks > 1
+        hypers = compiled.begin(
+            replace(loss, normalize_advantage=loss.normalize_advantage and not chunked),
+            self.update_epochs * self.num_minibatches,
+        ).unbind()
+        tables: list[Tensor] = []
+
+        def done(epoch: int, minibatch: int) -> Update:
+            norms = torch.stack(self._grad_norms).tolist() if self._grad_norms else []
+            for norm in norms:
+                self._refuse_norm(norm)
+            terms = [LossTerms(*table.unbind()) for table in tables]
+            return Update(loss, terms, epoch, minibatch)
+
+        for epoch in range(1, self.update_epochs + 1):
+            order = torch.randperm(count, generator=self.generator).to(device)
+            order = order if names is None else names[order]
+            for minibatch, rows in enumerate(order.split(sizes), start=1):
+                hyper, counts = hypers[len(tables)], None
+                if names is not None:
+                    counts = torch.arange(most, device=device) < len(rows)
+                    rows = torch.cat([rows, rows[:1].expand(most - len(rows))])
+                if not (chunked or (self.target_kl is not None or self._world_size > 1)):
+                    norm, table = compiled.whole(samples, rows, counts, hyper)
+                    tables.append(table)
+                else:
+                    gradient, table = self._compiled_gradient(compiled, samples, rows, counts, hyper)
+                    tables.append(table)
+                    if self._world_size > 1:
+                        # The divergence rides on the gradient's reduction: whether to stop, all processes decide alike.
+                        packed = torch.cat([gradient, table[KL : KL + 1]])
+                        torch.distributed.all_reduce(packed)
+                        gradient, kl = (packed / self._world_size).split([len(gradient), 1])
+                    else:
+                        kl = table[KL]
+                    if self.target_kl is not None and not kl.item() <= 1.5 * self.target_kl:
+                        return done(epoch, minibatch)
+                    norm = compiled.step(gradient, hyper)
+                self._grad_norms.append(norm)
+        return done(self.update_epochs, self.num_minibatches)
+
+    def _compiled_gradient(
+        self, compiled: CompiledUpdate, samples: dict[str, Any], rows: Tensor, counts: Tensor | None, hyper: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Flat gradient and loss terms of a minibatch, in ``minibatch_chunks`` parts."""
+        if self.minibatch_chunks == 1:
+            return compiled.gradient(samples, rows, counts, hyper)
+        if self.normalize_advantage:
+            advantage = samples["advantage"].clone()
+            advantage[rows] = normalized(advantage[rows], counts)
+            samples = {**samples, "advantage": advantage}
+        total = len(rows) if counts is None else int(counts.sum())
+        gradient = table = None
+        sizes = [size for size in _cut(len(rows), self.minibatch_chunks) if size]
+        valid = [None] * len(sizes) if counts is None else counts.split(sizes)
+        for chunk, own in zip(rows.split(sizes), valid, strict=True):
+            number = len(chunk) if own is None else int(own.sum())
+            hyper[-1] = number / total
+            more, terms = compiled.gradient(samples, chunk, own, hyper)
+            gradient = more if gradient is None else gradient.add_(more)
+            table = terms if table is None else table.add_(terms)
+        assert gradient is not None
+        assert table is not None
+        return gradient, table
 
     def current_loss(self) -> PPOLoss:
         """The loss of this iteration, its coefficients where their schedules are."""
@@ -442,25 +600,26 @@ class PPO(LightningModule):
 
         Observations are as the network sees them and values as the loss compares them: normalised once, not per pass.
         """
+        samples, valid = TensorDict(self._rows(batch), [batch.numel()]), batch["valid"].flatten()
+        if self.policy.state_size:
+            num_envs, length = batch.shape[1], cast(int, self.sequence_length)
+            sequences = samples.view(-1, length, num_envs).transpose(1, 2).reshape(-1, length)
+            return sequences.exclude("valid") if bool(valid.all()) else sequences
+        return samples if bool(valid.all()) else samples[valid]
+
+    def _rows(self, batch: TensorDict) -> dict[str, Any]:
+        """All rows [T · N] of a rollout by name, valid or not."""
         keys = ["action", "action_log_prob", "advantage", "value_target", "action_mask"]
         if self.clip_range_vf is not None:
             keys.append("state_value")
         if self.policy.state_size:
             keys += ["memory_state", "episode_start", "valid"]
-        samples = batch.select(*keys, strict=False).flatten()
-        features = self.policy.features(batch["observation"].flatten(0, 1))
-        samples["observation"] = TensorDict(features, [len(samples)]) if isinstance(features, dict) else features
+        samples = batch.select(*keys, strict=False).flatten().to_dict()
+        samples["observation"] = self.policy.features(batch["observation"].flatten(0, 1))
         if self.policy.value_normalizer is not None:
             for key in {"value_target", "state_value"}.intersection(keys):
                 samples[key] = self.policy.value_normalizer.normalize(samples[key])
-        valid = batch["valid"].flatten()
-        if self.policy.state_size:
-            num_envs = batch.shape[1]
-            sequences = (
-                samples.view(-1, self.sequence_length, num_envs).transpose(1, 2).reshape(-1, self.sequence_length)
-            )
-            return sequences.exclude("valid") if bool(valid.all()) else sequences
-        return samples if bool(valid.all()) else samples[valid]
+        return samples
 
     def diverged(self, approx_kl: Tensor) -> bool:
         """Whether the new policy is too far from the old, by Stable-Baselines3's rule; all processes agree."""
@@ -469,21 +628,33 @@ class PPO(LightningModule):
         approx_kl = cast(Tensor, self.trainer.strategy.reduce(approx_kl.clone(), reduce_op="mean"))
         return not approx_kl.item() <= 1.5 * self.target_kl  # NaN has diverged too
 
-    def descend(self, loss: Tensor) -> None:
-        """One gradient step. Lightning counts the first of each iteration, so that ``global_step`` counts iterations."""
+    def descend(self, loss: Tensor, last: bool = True) -> None:
+        """One gradient step. Lightning counts the first of each iteration, so that ``global_step`` counts iterations.
+
+        Args:
+            loss: of a minibatch, or of a part of it.
+            last: it is the last part: clip and step. Of the others the gradients are only added up.
+        """
         optimizer = cast(LightningOptimizer, self.optimizers())
-        if not self._grad_norms:
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-        elif self._steps_alone:
-            optimizer.optimizer.zero_grad()
+        first, begun, self._accumulated = not self._grad_norms, self._accumulated, not last
+        alone = self._steps_alone and not first
+        if not begun:
+            optimizer.optimizer.zero_grad() if alone else optimizer.zero_grad()
+        if alone:
             loss.backward()
+        elif last:
+            self.manual_backward(loss)
+        else:
+            with cast(Any, self.trainer.strategy).block_backward_sync() if self._world_size > 1 else nullcontext():
+                self.manual_backward(loss)
+        if not last:
+            return
+        if first:
+            optimizer.step()
+        elif alone:
             self.clip_gradients_by_norm()
             optimizer.optimizer.step()
         else:
-            optimizer.zero_grad()
-            self.manual_backward(loss)
             self.trainer.strategy.optimizer_step(optimizer.optimizer, _nothing)
 
     def clip_gradients_by_norm(self, *, may_overflow: bool = False) -> None:
@@ -497,12 +668,16 @@ class PPO(LightningModule):
         """
         norm = nn.utils.clip_grad_norm_(self._learnt, self.max_grad_norm or torch.inf)
         if not (may_overflow or norm.isfinite()):
+            self._refuse_norm(norm.item())
+        self._grad_norms.append(norm)
+
+    def _refuse_norm(self, norm: float) -> None:
+        if not math.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient's norm is {norm.item()} in iteration {int(self.iterations) + 1}, the step was not taken: lower "
+                f"the gradient's norm is {norm} in iteration {int(self.iterations) + 1}, the step was not taken: lower "
                 "the learning rate, or look for observations or rewards of extreme size (normalize_observation, "
                 "normalize_reward)"
             )
-        self._grad_norms.append(norm)
 
     @torch.no_grad()
     def scale_reward(self, reward: Tensor, done: Tensor, valid: Tensor) -> Tensor:
@@ -871,6 +1046,11 @@ class PPO(LightningModule):
         self._not_saved = sorted(changed - plain.keys())
         self._given = changed
 
+
+Descend = Callable[..., None]
+"""(loss, last=True) -> None, as :meth:`PPO.descend`."""
+
+KL = LossTerms._fields.index("approx_kl")
 
 _passed: ContextVar[frozenset[str]] = ContextVar("passed", default=frozenset())
 """Hyperparameters that load_from_checkpoint was given, be they equal to the defaults or not."""

@@ -62,7 +62,8 @@ def predict(
     def out(leaf: Tensor) -> np.ndarray:
         return leaf.cpu().numpy()[0] if single else leaf.cpu().numpy()
 
-    action = policy.distribution.decode(tree_map(out, step.action))
+    distribution = policy.distribution
+    action = distribution.nest(tree_map(out, distribution.decode(step.action)))
     return action if step.state is None else (action, out(step.state))
 
 

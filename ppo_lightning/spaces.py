@@ -174,12 +174,12 @@ def _(space: MultiBinary) -> tuple[tuple[int, ...], torch.dtype]:
     return space.shape, torch.int8
 
 
-def empty(space: Space[Any], *batch: int) -> Tensor:
+def empty(space: Space[Any], *batch: int, device: torch.device | None = None) -> Tensor:
     """Room for samples [*batch, …] of a basic space; pictures with their channels side by side, as convolutions want them."""
     shape, dtype = storage(space)
     if is_image(space) and len(shape) == 3 and not channels_are_last(shape):
-        return torch.empty(*batch, *shape[1:], shape[0], dtype=dtype).movedim(-1, -3)
-    return torch.empty(*batch, *shape, dtype=dtype)
+        return torch.empty(*batch, *shape[1:], shape[0], dtype=dtype, device=device).movedim(-1, -3)
+    return torch.empty(*batch, *shape, dtype=dtype, device=device)
 
 
 def storing(space: Space[Any], device: torch.device) -> Callable[[Tree], Tree]:

@@ -75,15 +75,19 @@ def is_default(callback: Callback) -> bool:
     return kind in (RichProgressBar, TQDMProgressBar, ModelCheckpoint) and vars(callback) == vars(kind())
 
 
-def steps_concern_nobody(trainer: Any, module: object, base: type) -> bool:
-    """Whether Lightning's calls around a gradient step would do nothing, at a tenth of a millisecond per minibatch.
+def steps_concern_nobody(trainer: Any) -> bool:
+    """Whether Lightning's calls around a gradient step do nothing beside hooks, at a tenth of a millisecond per minibatch.
 
-    That is so in one process, without a gradient scaler, where neither a callback nor a subclass of ``base`` has hooks
-    of its own around gradients.
+    That is so in one process, without a gradient scaler.
     """
-    hooked = any(_overrides(callback, Callback) for callback in trainer.callbacks) or _overrides(module, base)
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    return type(trainer.strategy) is SingleDeviceStrategy and not (hooked or scaled)
+    return type(trainer.strategy) is SingleDeviceStrategy and not scaled
+
+
+def gradient_hooks(trainer: Any, module: object, base: type) -> list[str]:
+    """Names of the callbacks, and of a subclass of ``base``, that have hooks of their own around gradients."""
+    owners = [(callback, Callback) for callback in trainer.callbacks] + [(module, base)]
+    return [type(owner).__name__ for owner, kind in owners if _overrides(owner, kind)]
 
 
 def _overrides(hooks: object, base: type) -> bool:

@@ -46,7 +46,7 @@ def test_discrete_families_equal_torch(space):
     assert_close(entropy, sum(part.entropy() for part in parts), rtol=1e-5, atol=1e-5)
     modes = torch.stack([part.logits.argmax(-1) for part in parts], -1)
     assert torch.equal(distribution.mode(parameters).view(B, -1), modes)
-    for one in distribution.decode(action.numpy()):
+    for one in distribution.to_numpy(action):
         assert space.contains(one if np.ndim(one) else np.int64(one)), one
 
 
@@ -86,7 +86,7 @@ def test_tanh_log_probability_equals_torch_in_double_precision():
     log_prob, _ = distribution.log_prob_and_entropy(parameters, u)
     assert_close(log_prob.double(), expected, rtol=1e-5, atol=1e-5)
     moderate = (u.abs() < 3).all(-1)  # where torch can invert its own output
-    action = torch.from_numpy(distribution.decode(u.double().numpy())).double()
+    action = distribution.decode(u.double()).double()
     squashed = td.TransformedDistribution(
         base, [td.TanhTransform(), td.AffineTransform(torch.from_numpy(BOX.low).double() + half, half)]
     )
@@ -206,7 +206,7 @@ def test_dict_and_tuple_are_independent_parts_with_weighted_entropies(family):
     log_prob, entropy = joint.log_prob_and_entropy(parameters, action)
     assert_close(log_prob, sum(log_prob for log_prob, _ in each))
     assert_close(entropy, 0.5 * each[0][1] + each[1][1] + 2.0 * each[2][1])
-    decoded = joint.decode({name: leaf[0].numpy() for name, leaf in action.items()})
+    decoded = joint.to_numpy({name: leaf[0] for name, leaf in action.items()})
     assert space.contains(decoded), decoded
 
 

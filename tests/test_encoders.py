@@ -242,9 +242,9 @@ def test_large_rollouts_of_pictures_pass_in_pieces_with_the_same_result():
     model = PPO(partial(Spaces, "image"), **SMALL)
     model.seed = 0
     batch = model.rollouts.collect()
-    observation, taken = batch["observation"].flatten(0, 1), [model.policy.act(batch["observation"][0], None)]
-    whole = model.rollouts._pass(model.policy, observation, taken)
+    observation, action = batch["observation"].flatten(0, 1), batch["action"].flatten(0, 1)
+    whole = model.rollouts._scores(model.policy, observation, action, None)
     model.rollouts.PIECE = 3 * 12 * 12 * 5
     assert len(model.rollouts._pieces(observation)) == 7
-    for one, other in zip(whole, model.rollouts._pass(model.policy, observation, taken), strict=True):
+    for one, other in zip(whole, model.rollouts._scores(model.policy, observation, action, None), strict=True):
         assert_close(one, other, atol=1e-6, rtol=1e-5)

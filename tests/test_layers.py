@@ -13,6 +13,8 @@ LAYERS = [
     {"trainer"},
     {"callbacks"},
     {"rollout", "evaluation", "prediction", "checkpoint"},
+    {"stepping"},
+    {"compiled"},
     {"envs", "policy", "advantage", "loss"},
     {"diagnostics", "clock"},
     {"spaces"},

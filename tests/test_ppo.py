@@ -145,7 +145,7 @@ def test_ratio_is_one_in_the_first_minibatch(fit, env, kwargs, minibatches):
     logger, steps = Memory(), []
 
     class First(PPO):
-        def descend(self, loss):
+        def descend(self, loss, last=True):
             pass  # the policy does not move, so every minibatch is a first one
 
         def on_train_batch_start(self, batch, batch_idx):
@@ -686,7 +686,14 @@ def test_option_changes_the_trained_parameters(fit, option):
 def test_all_options_are_tested_here_or_by_name():
     from ppo_lightning.ppo import _PARAMETERS
 
-    elsewhere = {"eval_interval", "num_eval_episodes", "eval_deterministic", "env_timeout_s"}
+    elsewhere = {
+        "compile",
+        "minibatch_chunks",
+        "eval_interval",
+        "num_eval_episodes",
+        "eval_deterministic",
+        "env_timeout_s",
+    }
     assert set(_PARAMETERS) == OPTIONS.keys() | elsewhere
 
 
@@ -858,11 +865,11 @@ def test_a_step_on_gradients_that_are_not_finite_is_never_taken(fit):
     before = []
 
     class Spoilt(PPO):
-        def descend(self, loss):
+        def descend(self, loss, last=True):
             if int(self.iterations) == 1:
                 before.append(parameters(self))
                 loss = loss * torch.nan
-            super().descend(loss)
+            super().descend(loss, last)
 
     model = Spoilt("CartPole-v1", **SMALL)
     with pytest.raises(FloatingPointError, match="norm is nan in iteration 2, the step was not taken"):

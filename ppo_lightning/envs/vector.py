@@ -3,12 +3,14 @@
 import multiprocessing
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from torch import Tensor
 
 from ppo_lightning.envs.make import EnvMaker
 from ppo_lightning.envs.masks import ActionMasks
@@ -47,6 +49,23 @@ class Transition(NamedTuple):
     """[E] 1.0 or 0.0 where the environment says whether it reached its goal, else NaN."""
 
 
+class TensorTransition(NamedTuple):
+    """What one step of N environments gave as tensors, episodes that ended included: nothing waits for the device."""
+
+    observation: Tree
+    """[N, …] what to act on next."""
+    reward: Tensor
+    """[N]"""
+    terminated: Tensor
+    """[N] bool"""
+    truncated: Tensor
+    """[N] bool"""
+    final_observation: Tree | None
+    """[N, …] what the step led to, right where an episode ended; None where the environments gave none."""
+    success: Tensor | None
+    """[N] whether the environment says that it reached its goal, right where an episode ended."""
+
+
 class Environments:
     """N environments that reset themselves, whichever way their vector does it.
 
@@ -78,6 +97,9 @@ class Environments:
         self._masks = ActionMasks(self.name, self.env)
         self._done = np.zeros(self.num_envs, dtype=bool)
         self._none_ended = np.zeros(0, dtype=np.int64)
+        self._device: torch.device | None = None
+        self.tensors: Tree | None = None
+        """[N, …] first observations, of a vector that :meth:`step_tensors` can step; None of any other."""
         self._finalizer = None if maker.is_instance else weakref.finalize(self, _close, self.env)
 
     @property
@@ -90,6 +112,14 @@ class Environments:
         """[N, M] bool, what is allowed after the last reset or step; None where the environments give no masks."""
         return self._masks.now
 
+    @property
+    def lacks_final_observation(self) -> str:
+        """What to say of a vector that hides what an episode ended with."""
+        return (
+            f"{self.name} resets in the same step but gives no info['final_obs'], without which a time limit cannot "
+            "be told from a terminal state: return it, or use another autoreset_mode"
+        )
+
     def reset(self, seed: int | None) -> Tree:
         """Start an episode everywhere: environment i is seeded with ``seed + i``, a native vector with ``seed``.
 
@@ -98,8 +128,13 @@ class Environments:
             InputError: the environments give masks that do not fit the actions.
         """
         self._done[:] = False
-        observation, info = self._reset(seed=seed)
+        given, given_info = self._reset(seed=seed)
+        self._device = next((leaf.device for leaf in _values(given) if isinstance(leaf, Tensor)), None)
+        observation, info = self._arrays(given), self._arrays(given_info)
         self._masks.start(observation, info)
+        # Resets in the same step, without masks: what each step gives has the same form, whatever happened.
+        dense = self._device is not None and self.mode is AutoresetMode.SAME_STEP and self._masks.now is None
+        self.tensors = self._flatten(given) if dense else None
         observation = self._flatten(observation)
         self._check(observation)
         return observation
@@ -118,7 +153,7 @@ class Environments:
                 self.env, "step", lambda env: env.step_async(action)
             )
         else:
-            observation, reward, terminated, truncated, info = self._named("step", lambda: self.env.step(action))
+            observation, reward, terminated, truncated, info = self._named("step", lambda: self._stepped(action))
         done = terminated | truncated
         valid = None
         begun = done
@@ -140,10 +175,32 @@ class Environments:
             final = tree_map(lambda leaf: leaf[ended], self._flatten(observation))  # a copy: fancy indexing
         success = _success(info, ended)
         if self.mode is AutoresetMode.DISABLED:
-            observation, info = self._reset(options={"reset_mask": done})
+            observation, info = map(self._arrays, self._reset(options={"reset_mask": done}))
             self._masks.restart(observation, info, done)
         observation = self._flatten(observation)
         return Transition(observation, reward, terminated, truncated, valid, ended, begun, final, lost, success)
+
+    def step_tensors(self, action: Any) -> TensorTransition:
+        """Step a vector of tensors that resets in the same step, and copy nothing.
+
+        Args:
+            action: as the vector takes them, tensors [N, …].
+
+        Raises:
+            EnvironmentFault: an environment raised.
+        """
+        observation, reward, terminated, truncated, info = self._named("step", lambda: self.env.step(action))
+        final = info.get("final_obs", info.get("final_observation"))  # Gymnasium's name, and ManiSkill's
+        said = info.get("final_info", info)
+        success = next((said[key] for key in SUCCESS_KEYS if key in said), None)
+        return TensorTransition(
+            self._flatten(observation),
+            reward,
+            terminated,
+            truncated,
+            None if final is None else self._flatten(final),
+            success if isinstance(success, Tensor) else None,
+        )
 
     def close(self) -> None:
         """Close the vector and its workers, dead or alive; a vector that the user made stays open."""
@@ -155,13 +212,21 @@ class Environments:
             return self._await(self.env, "reset", lambda env: env.reset_async(**how))
         return self._named("reset", lambda: self.env.reset(**how))
 
+    def _stepped(self, action: Any) -> Any:
+        if self._device is None:
+            return self.env.step(action)
+        return self._arrays(self.env.step(_map(action, lambda leaf: torch.from_numpy(leaf).to(self._device))))
+
+    def _arrays(self, given: Any) -> Any:
+        """What a vector gave, tensors as arrays."""
+        if self._device is None:
+            return given
+        return _map(given, lambda leaf: leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else leaf)
+
     def _rows(self, info: dict[str, Any], ended: Array) -> Tree:
-        if "final_obs" not in info:
-            raise EnvironmentFault(
-                f"{self.name} resets in the same step but gives no info['final_obs'], without which a time limit cannot "
-                "be told from a terminal state: return it, or use another autoreset_mode"
-            )
-        rows = info["final_obs"]
+        rows = info.get("final_obs", info.get("final_observation"))
+        if rows is None:
+            raise EnvironmentFault(self.lacks_final_observation)
         if isinstance(rows, np.ndarray) and rows.dtype == object:
             each = [self._flatten(rows[index]) for index in ended]
             return tree_map(lambda *leaf: np.stack(leaf), *each)
@@ -215,6 +280,24 @@ class Environments:
                     "it was killed, for lack of memory perhaps"
                 ) from fault.__cause__
             raise
+
+
+def _map(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of everything inside dictionaries and tuples."""
+    if isinstance(tree, dict):
+        return {key: _map(part, function) for key, part in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(_map(part, function) for part in tree)
+    return function(tree)
+
+
+def _values(tree: Any) -> Iterator[Any]:
+    """Everything inside dictionaries and tuples."""
+    if isinstance(tree, dict | tuple):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _values(part)
+    else:
+        yield tree
 
 
 def _success(info: dict[str, Any], ended: Array) -> Array | None:

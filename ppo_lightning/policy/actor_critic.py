@@ -360,15 +360,18 @@ def bounded(log_std: Any, low: float, high: float) -> Tensor:
 class _Bounded(torch.autograd.Function):
     @staticmethod
     @override
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        values, low, high = args
-        ctx.save_for_backward(values)
-        ctx.bounds = low, high
+    def forward(values: Tensor, low: float, high: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return values.clamp(low, high)
 
     @staticmethod
     @override
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (values,), (low, high), (grad,) = ctx.saved_tensors, ctx.bounds, grads
-        outward = ((values > high) & (grad < 0)) | ((values < low) & (grad > 0))
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        values, ctx.low, ctx.high = inputs
+        ctx.save_for_backward(values)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (values,) = ctx.saved_tensors
+        outward = ((values > ctx.high) & (grad < 0)) | ((values < ctx.low) & (grad > 0))
         return grad.masked_fill(outward, 0.0), None, None

@@ -66,8 +66,16 @@ class ActionDistribution(ABC):
         """Log-probability (or log-density) of the actions, and entropy, each [B], in nats."""
 
     @abstractmethod
-    def decode(self, action: Any) -> Any:
-        """What the environment is given for actions [N, …] (numpy)."""
+    def decode(self, action: Any) -> Tree:
+        """What the environment is given for actions [N, …], as tensors; of a Dict or Tuple its parts."""
+
+    def nest(self, tree: Tree) -> Any:
+        """Parts of a Dict or Tuple as Gymnasium takes them; of other spaces what was given."""
+        return tree
+
+    def to_numpy(self, action: Tree) -> Any:
+        """Actions [N, …] as a Gymnasium vector takes them."""
+        return self.nest(tree_map(_to_numpy, self.decode(action)))
 
     def masked(self, parameters: Tensor, mask: Tensor) -> Tensor:
         """Parameters [B, P] under which what ``mask`` [B, M] forbids has probability 0, and no part in the entropy."""
@@ -80,6 +88,10 @@ class ActionDistribution(ABC):
     def describe(self) -> str:
         """A name that two distributions share exactly when they read parameters alike."""
         return type(self).__name__
+
+
+def _to_numpy(tensor: Tensor) -> Array:
+    return tensor.cpu().numpy()
 
 
 # --- discrete ----------------------------------------------------------------------------------------------------------
@@ -125,9 +137,8 @@ class Categorical(ActionDistribution):
         return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), entropy
 
     @override
-    def decode(self, action: Array) -> Array:
-        action = action + self.start if self.start else action
-        return action if action.dtype == self.dtype else action.astype(self.dtype)
+    def decode(self, action: Tensor) -> Tensor:
+        return (action + self.start if self.start else action).to(torch_dtype(self.dtype))
 
 
 def gumbel(*shape: int, generator: torch.Generator) -> Tensor:
@@ -187,8 +198,20 @@ class MultiCategorical(ActionDistribution):
         return parameters[..., index].masked_fill(filler, LOWEST)
 
     @override
-    def decode(self, action: Array) -> Array:
-        return (action + self.start).astype(self.dtype, copy=False)
+    def decode(self, action: Tensor) -> Tensor:
+        return (action + _constant(self, "start", action.device)).to(torch_dtype(self.dtype))
+
+
+@cache
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """What torch calls a dtype of numpy."""
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+@cache
+def _constant(owner: Any, name: str, device: torch.device) -> Tensor:
+    """An array of a space or distribution, as a tensor that is made once."""
+    return torch.as_tensor(np.asarray(getattr(owner, name))).to(device)
 
 
 @cache
@@ -249,8 +272,9 @@ class DiagonalGaussian(ActionDistribution):
         return log_prob, total_log_std + 0.5 * mean.shape[-1] * (1 + LOG_2PI)
 
     @override
-    def decode(self, action: Array) -> Array:
-        return np.clip(action, self.space.low, self.space.high).astype(self.space.dtype, copy=False)
+    def decode(self, action: Tensor) -> Tensor:
+        low, high = (_bound(self, name, action.device) for name in ("low", "high"))
+        return action.clamp(low, high).to(torch_dtype(self.space.dtype))
 
     @override
     def std(self, parameters: Tensor) -> Tensor:
@@ -278,8 +302,8 @@ class SquashedGaussian(DiagonalGaussian):
         return log_prob - log_slope_of_tanh(action.reshape(mean.shape)).sum(-1) - width, entropy + expected + width
 
     @override
-    def decode(self, action: Array) -> Array:
-        return between_bounds((np.tanh(action) + 1) / 2, self.space)
+    def decode(self, action: Tensor) -> Tensor:
+        return between_bounds((action.tanh() + 1) / 2, self)
 
 
 def log_slope_of_tanh(u: Tensor) -> Tensor:
@@ -373,8 +397,8 @@ class Beta(ActionDistribution):
         return log_prob.sum(-1) - width, entropy.sum(-1) + width
 
     @override
-    def decode(self, action: Array) -> Array:
-        return between_bounds(action, self.space)
+    def decode(self, action: Tensor) -> Tensor:
+        return between_bounds(action, self)
 
     @override
     def std(self, parameters: Tensor) -> Tensor:
@@ -457,10 +481,19 @@ def log_half_width(space: Box) -> float:
     return float(np.log((space.high.astype(np.float64) - space.low) / 2).sum())
 
 
-def between_bounds(share: Array, space: Box) -> Array:
+@cache
+def _bound(distribution: Any, name: str, device: torch.device) -> Tensor:
+    """``low`` or ``high`` of a distribution's Box, made once; as exact as the device can."""
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    bound = torch.from_numpy(getattr(distribution.space, name))
+    return bound.to(device, bound.dtype if bound.dtype == torch.float32 else exact)
+
+
+def between_bounds(share: Tensor, distribution: "SquashedGaussian | Beta") -> Tensor:
     """From shares (0 to 1) of the way between the bounds to actions within them."""
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    return np.clip(low + (high - low) * share, low, high).astype(space.dtype)
+    low, high = (_bound(distribution, name, share.device) for name in ("low", "high"))
+    wide = low.to(torch.float32 if share.device.type == "mps" else torch.float64)
+    return torch.clamp(wide + (high - wide) * share, low, high).to(torch_dtype(distribution.space.dtype))
 
 
 # --- Dict and Tuple ----------------------------------------------------------------------------------------------------
@@ -537,8 +570,12 @@ class Joint(ActionDistribution):
         return ", ".join(f"{name}: {part.describe()}" for name, part in self.parts.items())
 
     @override
-    def decode(self, action: Mapping[str, Array]) -> Any:
-        return nest(self.space, {name: part.decode(action[name]) for name, part in self.parts.items()})
+    def decode(self, action: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: part.decode(action[name]) for name, part in self.parts.items()}
+
+    @override
+    def nest(self, tree: Tree) -> Any:
+        return nest(self.space, tree)
 
     @override
     def std(self, parameters: Tensor) -> Tensor | None:

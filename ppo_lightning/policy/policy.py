@@ -1,7 +1,7 @@
 """Everything between an observation as the environment gives it and an action as the rollout keeps it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -182,7 +182,7 @@ class Policy(nn.Module):
     def _value(self, output: Tensor) -> Tensor:
         return output.float() if self.value_normalizer is None else self.value_normalizer(output.float())
 
-    def evaluate(self, batch: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, batch: TensorDict | Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of stored actions, entropy, and value as the loss compares it, each like the batch.
 
         Args:
@@ -194,7 +194,7 @@ class Policy(nn.Module):
         parameters, output = self.network(batch["observation"])
         return self._scores(parameters, output, batch["action"], batch.get("action_mask", None))
 
-    def _evaluate_sequences(self, batch: TensorDict) -> tuple[Tensor, Tensor, Tensor]:
+    def _evaluate_sequences(self, batch: TensorDict | Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
         state, start = batch["memory_state"][:, 0], batch["episode_start"].T
         parameters, output, _ = self.network(features, state, start)
@@ -202,7 +202,7 @@ class Policy(nn.Module):
         mask = batch.get("action_mask", None)
         parameters, output = parameters.transpose(0, 1).flatten(0, 1), output.T.flatten()
         scores = self._scores(parameters, output, action, None if mask is None else mask.flatten(0, 1))
-        log_prob, entropy, value = (score.view(batch.batch_size) for score in scores)
+        log_prob, entropy, value = (score.view(start.T.shape) for score in scores)
         return log_prob, entropy, value
 
     def _scores(
@@ -213,6 +213,13 @@ class Policy(nn.Module):
             parameters = self.distribution.masked(parameters, mask)
         value = output if self.value_normalizer is None else self.value_normalizer.prediction(output)
         return *self.distribution.log_prob_and_entropy(parameters, action), value
+
+    def score(self, observation: Tree, action: Tree, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B] of stored actions, and values [B] in (normalised) reward units, without memory."""
+        parameters, value = self(self.features(observation))
+        if mask is not None:
+            parameters = self.distribution.masked(parameters, mask)
+        return self.distribution.log_prob_and_entropy(parameters, action)[0], value
 
     def std(self, row: TensorDict) -> Tensor | None:
         """Standard deviations [N, d] of actions after one step [N] of a rollout; None where there are none."""

@@ -1,0 +1,125 @@
+"""Environments that are tensors: N of them step as one, where the policy is, and can be compiled together with it."""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from gymnasium import Space
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+from typing_extensions import override
+
+
+class Advance(NamedTuple):
+    """What one step of N environments gave."""
+
+    state: Tensor
+    """[N, S] afterwards: of the new episode where one ended."""
+    elapsed: Tensor
+    """[N] int32, steps of the episode so far."""
+    observation: Tensor
+    """[N, …] what to act on next."""
+    reward: Tensor
+    """[N]"""
+    terminated: Tensor
+    """[N] bool"""
+    truncated: Tensor
+    """[N] bool"""
+    final_observation: Tensor
+    """[N, …] what the step led to, before any reset."""
+
+
+class TensorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
+    """N environments whose state is one tensor [N, S], and whose dynamics are pure functions of tensors.
+
+    A subclass gives spaces, ``num_uniform``, ``max_episode_steps`` and three functions: :meth:`initial`,
+    :meth:`dynamics` and :meth:`observe`. Resets happen in the same step, and draw from a generator of the vector's own.
+    PPO steps such a vector on tensors alone; with ``compile: true`` several steps and the policy become one graph.
+
+    Args:
+        num_envs: N.
+        observation_space: of one environment, a Box.
+        action_space: of one environment.
+        num_uniform: U, uniform numbers that one reset takes.
+        max_episode_steps: steps after which an episode is truncated; None never does.
+        device: where the tensors are.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        observation_space: Space[Any],
+        action_space: Space[Any],
+        *,
+        num_uniform: int,
+        max_episode_steps: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.num_envs = num_envs
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space, self.single_action_space = observation_space, action_space
+        self.observation_space = batch_space(observation_space, num_envs)
+        self.action_space = batch_space(action_space, num_envs)
+        self.num_uniform = num_uniform
+        self.max_episode_steps = max_episode_steps
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device)
+        self.state = torch.zeros(0)
+        self.elapsed = torch.zeros(0)
+
+    @abstractmethod
+    def initial(self, uniform: Tensor) -> Tensor:
+        """States [N, S] in which episodes begin, from uniform numbers [N, U] between 0 and 1."""
+
+    @abstractmethod
+    def dynamics(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The state [N, S] that follows, the reward [N] and whether the state is terminal [N], for actions [N, …]."""
+
+    @abstractmethod
+    def observe(self, state: Tensor) -> Tensor:
+        """Observations [N, …] of states [N, S]."""
+
+    def advance(self, state: Tensor, elapsed: Tensor, action: Tensor, uniform: Tensor) -> Advance:
+        """One step with resets, as a pure function: nothing is kept.
+
+        Args:
+            state: [N, S].
+            elapsed: [N] int32, steps of the episode before this one.
+            action: [N, …].
+            uniform: [N, U] for those resets that are needed.
+        """
+        state, reward, terminated = self.dynamics(state, action)
+        final, elapsed = self.observe(state), elapsed + 1
+        if self.max_episode_steps is None:
+            truncated = torch.zeros_like(terminated)
+        else:
+            truncated = (elapsed >= self.max_episode_steps) & ~terminated
+        done = terminated | truncated
+        state = torch.where(done.unsqueeze(-1), self.initial(uniform), state)
+        return Advance(state, elapsed.masked_fill(done, 0), self.observe(state), reward, terminated, truncated, final)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers [*shape, N, U] for resets."""
+        return torch.rand(*shape, self.num_envs, self.num_uniform, generator=self.generator, device=self.device)
+
+    @override
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """Begin all episodes; the same seed begins the same ones."""
+        if seed is not None:
+            self.generator.manual_seed(int(seed))
+        self.state = self.initial(self.uniform())
+        self.elapsed = torch.zeros(self.num_envs, dtype=torch.int32, device=self.device)
+        return self.observe(self.state), {}
+
+    @override
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """One step of all environments; ``info["final_obs"]`` [N, …] is what each led to before any reset."""
+        after = self.advance(self.state, self.elapsed, torch.as_tensor(actions, device=self.device), self.uniform())
+        self.state, self.elapsed = after.state, after.elapsed
+        info = {"final_obs": after.final_observation}
+        return after.observation, after.reward, after.terminated, after.truncated, info
+
+    @override
+    def close(self, **kwargs: Any) -> None:
+        """Nothing to close."""

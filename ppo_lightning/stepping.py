@@ -1,0 +1,411 @@
+"""How a rollout's steps are taken: by Gymnasium's arrays, by tensors, or several at a time in one compiled graph."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import Space
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from ppo_lightning.compiled import CompilerError, compiled
+from ppo_lightning.envs import Environments, TensorEnv
+from ppo_lightning.errors import EnvironmentFault
+from ppo_lightning.policy import Policy, Step, stack
+from ppo_lightning.spaces import Array, Tree, empty, leaves, tree_map
+
+
+class Ends(NamedTuple):
+    """Episodes that ended in a rollout, by step, then environment."""
+
+    step: Tensor
+    """[E]"""
+    env: Tensor
+    """[E]"""
+    observation: Tree
+    """[E, …] their last observations, as a rollout keeps them; empty where no episode ended."""
+    state: Tensor | None
+    """[E, S] what the policy's memory held then."""
+    success: Tensor
+    """[E] float64, 1 or 0 where the environment says whether it reached its goal, else NaN."""
+
+
+class Steps(NamedTuple):
+    """T steps of N environments."""
+
+    action: Tree
+    """[T, N, …]"""
+    parameters: Tensor | None
+    """[T · N, P] of the actions' distributions, where acting gave the values, too."""
+    value: Tensor | None
+    """[T · N]"""
+    states: Tensor | None
+    """[T, N, S] of the policy's memory before each step."""
+    ends: Ends
+    state: Tensor | None
+    """[N, S] of the memory, afterwards."""
+    begun: Tensor | None
+    """[N] bool, with memory: what is observed afterwards is the first of an episode."""
+
+
+class Stepper(ABC):
+    """Takes T steps at a time, and writes what happens into tensors that are allocated once.
+
+    Args:
+        environments: what to step, reset already.
+        num_steps: T.
+        observation_space: of one environment, without its action mask.
+        device: where the tensors are.
+    """
+
+    def __init__(
+        self, environments: Environments, num_steps: int, observation_space: Space[Any], device: torch.device
+    ) -> None:
+        self.environments, self.num_steps = environments, num_steps
+        num_envs = environments.num_envs
+        # One more observation than steps: the last is where the next rollout goes on.
+        spaces = {
+            name: empty(leaf, num_steps + 1, num_envs, device=device)
+            for name, leaf in leaves(observation_space).items()
+        }
+        self.observations: Tree = spaces[""] if list(spaces) == [""] else spaces
+        """[T + 1, N, …]"""
+        self.rows = {
+            "reward": torch.empty(num_steps, num_envs, device=device),
+            "terminated": torch.empty(num_steps, num_envs, dtype=torch.bool, device=device),
+            "truncated": torch.empty(num_steps, num_envs, dtype=torch.bool, device=device),
+            "valid": torch.ones(num_steps, num_envs, dtype=torch.bool, device=device),
+        }
+        """Each [T, N, …], under a rollout's names."""
+
+    @abstractmethod
+    def take(self, policy: Policy, noise: Tensor | None) -> Steps:
+        """Take T steps.
+
+        Args:
+            policy: acts.
+            noise: [T, N, Z] what draws the actions.
+
+        Raises:
+            EnvironmentFault: an environment failed, or an observation or reward is not finite.
+        """
+
+
+class ArrayStepper(Stepper):
+    """Steps any vector through numpy arrays, which share the memory of the tensors that a rollout keeps.
+
+    Args:
+        environments: what to step.
+        first: [N, …] their first observations.
+        num_steps: T.
+        observation_space: of one environment, without its action mask.
+        state_size: S of the policy's memory, 0 without.
+        device: where the policy is.
+    """
+
+    def __init__(
+        self,
+        environments: Environments,
+        first: Tree,
+        num_steps: int,
+        observation_space: Space[Any],
+        state_size: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(environments, num_steps, observation_space, torch.device("cpu"))
+        num_envs, self.device = environments.num_envs, device
+        self._observation = first
+        self._begun = np.ones(num_envs, dtype=bool)
+        self._state: Tensor | None = None
+        if state_size:
+            self._state = torch.zeros(num_envs, state_size, device=device)
+            self.rows["episode_start"] = torch.empty(num_steps, num_envs, dtype=torch.bool)
+        if environments.action_mask is not None:
+            self.rows["action_mask"] = torch.empty(num_steps, *environments.action_mask.shape, dtype=torch.bool)
+
+    @override
+    def take(self, policy: Policy, noise: Tensor | None) -> Steps:
+        environments, device, distribution = self.environments, self.device, policy.distribution
+        rows = {key: tensor.numpy() for key, tensor in self.rows.items()}
+        reward, terminated, truncated, valid = (rows[key] for key in ("reward", "terminated", "truncated", "valid"))
+        starts, masks = rows.get("episode_start"), rows.get("action_mask")
+        observation, observed = tree_map(Tensor.numpy, self.observations), _by_step(self.observations)
+        drawn = [None] * self.num_steps if noise is None else noise.unbind()
+        taken: list[Step] = []
+        states: list[Tensor] = []
+        finals: list[Final] = []
+        mask = start = None
+
+        step = 0
+        try:
+            for step in range(self.num_steps):
+                _put(observation, step, self._observation)
+                seen = observed[step]
+                if masks is not None:
+                    masks[step] = environments.action_mask
+                    mask = self.rows["action_mask"][step].to(device)
+                if starts is not None and self._state is not None:
+                    starts[step] = self._begun
+                    start = self.rows["episode_start"][step].to(device)
+                    states.append(self._state)
+                if device.type != "cpu":
+                    seen = tree_map(lambda leaf: leaf.to(device), seen)
+                taken.append(policy.act(seen, drawn[step], mask, self._state, start))
+                self._state = taken[-1].state
+                after = environments.step(distribution.to_numpy(taken[-1].action))
+                reward[step], terminated[step], truncated[step] = after.reward, after.terminated, after.truncated
+                if after.valid is not None:
+                    valid[step] = after.valid
+                if after.life_lost is not None:
+                    terminated[step] |= after.life_lost
+                if after.final_observation is not None:
+                    state = None if self._state is None else self._state[torch.from_numpy(after.ended)]
+                    finals.append(Final(step, after.ended, after.final_observation, state, after.success))
+                self._observation, self._begun = after.observation, after.begun
+            _put(observation, self.num_steps, self._observation)
+        except EnvironmentFault:
+            # An environment may well choke on what its own NaN caused.
+            check_finite(self.observations, self.rows["reward"], self._ends(finals), step + 1, step)
+            raise
+        ends = self._ends(finals)
+        check_finite(self.observations, self.rows["reward"], ends, self.num_steps + 1, self.num_steps)
+        return Steps(
+            stack([one.action for one in taken]),
+            *_joined(taken),
+            torch.stack(states) if states else None,
+            ends,
+            self._state,
+            None if self._state is None else torch.from_numpy(self._begun),
+        )
+
+    def _ends(self, finals: list["Final"]) -> Ends:
+        def joined(rows: Tensor, *last: Array) -> Tensor:
+            given = [torch.from_numpy(leaf).to(rows.dtype).view(-1, *rows.shape[2:]) for leaf in last]
+            return torch.cat([rows[0, :0], *given])
+
+        nothing = [np.full(len(final.ended), np.nan) if final.success is None else final.success for final in finals]
+        return Ends(
+            torch.from_numpy(
+                np.repeat([final.step for final in finals], [len(final.ended) for final in finals])
+            ).long(),
+            torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *(final.ended for final in finals)])),
+            tree_map(joined, self.observations, *(final.observation for final in finals)),
+            None if self._state is None else torch.cat([self._state[:0], *(final.state for final in finals)]),  # pyright: ignore[reportArgumentType]
+            torch.from_numpy(np.concatenate([np.zeros(0), *nothing])),
+        )
+
+
+class Final(NamedTuple):
+    """Episodes that ended at one step."""
+
+    step: int
+    ended: Array
+    """[E] environments."""
+    observation: Tree
+    """[E, …] their last observations, numpy."""
+    state: Tensor | None
+    """[E, S] what the policy's memory held then."""
+    success: Array | None
+    """[E]"""
+
+
+class TensorStepper(Stepper):
+    """Steps a vector of tensors: nothing is copied to numpy, and nothing waits for the device inside a rollout.
+
+    Args:
+        environments: what to step, whose vector gives tensors and resets in the same step.
+        num_steps: T.
+        observation_space: of one environment.
+        device: where the policy is.
+        compiles: a :class:`TensorEnv` and the policy take several steps in one compiled graph.
+    """
+
+    CHUNK = 8
+    """Steps of one graph, at most: more gain little, and take long to compile."""
+
+    def __init__(
+        self,
+        environments: Environments,
+        num_steps: int,
+        observation_space: Space[Any],
+        device: torch.device,
+        *,
+        compiles: bool,
+    ) -> None:
+        super().__init__(environments, num_steps, observation_space, device)
+        self.device = device
+        self.finals = tree_map(lambda leaf: torch.zeros_like(leaf[1:]), self.observations)
+        """[T, N, …] what each step led to."""
+        self._observation = environments.tensors
+        self._graph: Callable[..., Any] | None = None
+        self._policy: Policy | None = None
+        self.compiles = compiles and isinstance(environments.env, TensorEnv) and environments.env.device == device
+
+    @override
+    def take(self, policy: Policy, noise: Tensor | None) -> Steps:
+        if self.compiles:
+            try:
+                return self._compiled(policy, noise)
+            except CompilerError as error:
+                rank_zero_warn(f"compile: true has no effect on rollouts, since {error}")
+                self.compiles = False
+        return self._eager(policy, noise)
+
+    def _eager(self, policy: Policy, noise: Tensor | None) -> Steps:
+        environments, distribution = self.environments, policy.distribution
+        reward, terminated, truncated = (self.rows[key] for key in ("reward", "terminated", "truncated"))
+        observed, finals = _by_step(self.observations), _by_step(self.finals)
+        drawn = [None] * self.num_steps if noise is None else noise.unbind()
+        taken: list[Step] = []
+        successes: list[Tensor | None] = []
+        lacking = torch.zeros((), dtype=torch.bool, device=self.device)
+        for step in range(self.num_steps):
+            _copy(observed[step], self._observation)
+            taken.append(policy.act(observed[step], drawn[step]))
+            after = environments.step_tensors(distribution.nest(distribution.decode(taken[-1].action)))
+            reward[step].copy_(after.reward)
+            terminated[step].copy_(after.terminated)
+            truncated[step].copy_(after.truncated)
+            if after.final_observation is not None:
+                _copy(finals[step], after.final_observation)
+            else:
+                lacking |= (terminated[step] | truncated[step]).any()
+            successes.append(after.success)
+            self._observation = after.observation
+        _copy(observed[self.num_steps], self._observation)
+        if lacking:
+            raise EnvironmentFault(environments.lacks_final_observation)
+        return self._steps(stack([one.action for one in taken]), *_joined(taken), successes)
+
+    def _compiled(self, policy: Policy, noise: Tensor | None) -> Steps:
+        env: Any = self.environments.env
+        if self._graph is None or policy is not self._policy:
+            self._graph, self._policy = compiled(lambda *args: _several(env, policy, *args)), policy
+        size = next(size for size in range(min(self.CHUNK, self.num_steps), 0, -1) if self.num_steps % size == 0)
+        uniform = env.uniform(self.num_steps)
+        state, elapsed = env.state, env.elapsed
+        drawn = [None] * (self.num_steps // size) if noise is None else noise.split(size)
+        actions, parameters, values = [], [], []
+        rows = {"observation": self.observations[:-1], "final": self.finals, **self.rows}
+        for chunk, (given, own) in enumerate(zip(drawn, uniform.split(size), strict=True)):
+            part = {key: tensor[chunk * size : (chunk + 1) * size] for key, tensor in rows.items()}
+            state, elapsed, action, *more = self._graph(state, elapsed, given, own, part)
+            actions.append(action)
+            if more:
+                parameters.append(more[0])
+                values.append(more[1])
+        env.state, env.elapsed = state, elapsed
+        self.observations[-1] = env.observe(state)
+        return self._steps(
+            tree_map(lambda *leaf: torch.cat(leaf), *actions),
+            torch.cat(parameters).flatten(0, 1) if parameters else None,
+            torch.cat(values).flatten() if values else None,
+            [None] * self.num_steps,
+        )
+
+    def _steps(
+        self, action: Tree, parameters: Tensor | None, value: Tensor | None, successes: list[Tensor | None]
+    ) -> Steps:
+        step, env = (self.rows["terminated"] | self.rows["truncated"]).nonzero(as_tuple=True)
+        success = torch.full((len(step),), torch.nan, dtype=torch.float64)
+        if any(one is not None for one in successes):
+            unknown = torch.full_like(self.rows["reward"][0], torch.nan)
+            table = torch.stack([unknown if one is None else one.float() for one in successes])
+            success = table[step, env].double().cpu()
+        ends = Ends(step, env, tree_map(lambda leaf: leaf[step, env], self.finals), None, success)
+        check_finite(self.observations, self.rows["reward"], ends, self.num_steps + 1, self.num_steps)
+        return Steps(action, parameters, value, None, ends, None, None)
+
+
+def _several(
+    env: TensorEnv,
+    policy: Policy,
+    state: Tensor,
+    elapsed: Tensor,
+    noise: Tensor | None,
+    uniform: Tensor,
+    rows: dict[str, Tensor],
+) -> tuple[Any, ...]:
+    """K steps of environments and policy, for one graph; ``rows`` [K, N, …] are written to."""
+    steps, actions, parameters, values = [], [], [], []
+    for step, own in enumerate(uniform.unbind()):
+        observation = env.observe(state)
+        taken = policy.act(observation, None if noise is None else noise[step])
+        after = env.advance(state, elapsed, policy.distribution.decode(taken.action), own)
+        state, elapsed = after.state, after.elapsed
+        steps.append((observation, after.final_observation, after.reward, after.terminated, after.truncated))
+        actions.append(taken.action)
+        if taken.value is not None:
+            parameters.append(taken.parameters)
+            values.append(taken.value)
+    for key, column in zip(
+        ("observation", "final", "reward", "terminated", "truncated"), zip(*steps, strict=True), strict=True
+    ):
+        rows[key].copy_(torch.stack(column))
+    both = (torch.stack(parameters), torch.stack(values)) if values else ()
+    return state, elapsed, stack(actions), *both
+
+
+def _joined(taken: list[Step]) -> tuple[Tensor | None, Tensor | None]:
+    """Parameters [T · N, P] and values [T · N], where acting gave both."""
+    values = [step.value for step in taken if step.value is not None]
+    return (torch.cat([step.parameters for step in taken]), torch.cat(values)) if values else (None, None)
+
+
+def _put(rows: Tree, step: int, values: Tree) -> None:
+    if isinstance(rows, dict):
+        for name, row in rows.items():
+            _put(row, step, values[name])
+    elif (
+        rows.dtype == np.uint8 and rows.ndim == 5
+    ):  # pictures, laid out anew on the way: torch is three times as fast at it
+        torch.from_numpy(rows)[step].copy_(torch.from_numpy(np.ascontiguousarray(values)))
+    else:
+        rows[step] = values
+
+
+def _copy(row: Tree, values: Tree) -> None:
+    if isinstance(row, dict):
+        for name, leaf in row.items():
+            leaf.copy_(values[name])
+    else:
+        row.copy_(values)
+
+
+def _by_step(rows: Tree) -> list[Tree]:
+    """The tree of each step, of a tree of tensors [T, …]."""
+    if isinstance(rows, dict):
+        return [
+            dict(zip(rows, leaf, strict=True)) for leaf in zip(*(row.unbind() for row in rows.values()), strict=True)
+        ]
+    return list(rows.unbind())
+
+
+def check_finite(observations: Tree, reward: Tensor, ends: Ends, num_observations: int, num_steps: int) -> None:
+    """Refuse what would poison the parameters, before anything is computed from it.
+
+    Raises:
+        EnvironmentFault: an observation or reward is not finite.
+    """
+    for tree, key, rows in [(observations, "observation", num_observations), (reward, "reward", num_steps)]:
+        for name, tensor in tree.items() if isinstance(tree, Mapping) else [("", tree)]:
+            tensor = tensor[:rows]
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                step, index = (~tensor.isfinite()).nonzero()[0, :2].tolist()
+                raise _not_finite(f"{key} {name}".strip(), index, step, tensor[step, index])
+    tree = ends.observation
+    for name, leaf in tree.items() if isinstance(tree, Mapping) else [("", tree)]:
+        if leaf.is_floating_point() and not leaf.isfinite().all():
+            row = int((~leaf.isfinite()).flatten(1).any(1).nonzero()[0])
+            key = f"final observation {name}".strip()
+            raise _not_finite(key, int(ends.env[row]), int(ends.step[row]), leaf[row])
+
+
+def _not_finite(key: str, index: int, step: int, value: Tensor) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"environment {index} returned a {key} that is not finite at step {step} of the rollout: {value.cpu().numpy()}; "
+        "no parameter was changed: correct the environment, or clip there what it divides by or takes the logarithm of"
+    )
