@@ -10,6 +10,7 @@ from torch.func import functional_call, grad_and_value
 
 from ppo_lightning.loss import PPOLoss
 from ppo_lightning.policy import Policy
+from ppo_lightning.spaces import rows_of
 
 OPTIONS = {"cpp.use_decompose_tanh": True}
 """Of torch's compiler: tanh by exp, which vectorises (five times as fast), and is as exact to 1e-7."""
@@ -215,9 +216,7 @@ class CompiledUpdate:
             valid: [B] bool, those that count; None is all of them.
             hyper: its row.
         """
-        norm, terms = self._whole_of(self.flat, self.moments, samples, rows, valid, hyper)
-        self._count()
-        return norm, terms
+        return self._whole_of(self.flat, self.moments, samples, rows, valid, hyper)
 
     def gradient(
         self, samples: Mapping[str, Any], rows: Tensor, valid: Tensor | None, hyper: Tensor
@@ -227,15 +226,14 @@ class CompiledUpdate:
 
     def step(self, gradient: Tensor, hyper: Tensor) -> Tensor:
         """The second half: one step by a gradient [P], whose norm before clipping is returned."""
-        norm = self._step_by(self.flat, self.moments, gradient, hyper)
-        self._count()
-        return norm
+        return self._step_by(self.flat, self.moments, gradient, hyper)
 
-    def _count(self) -> None:
-        torch._foreach_add_(self.steps, 1)  # pyright: ignore[reportPrivateImportUsage]
+    def end(self, steps: int) -> None:
+        """Tell the optimiser's own state how many steps the update took."""
+        torch._foreach_add_(self.steps, steps)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _rows(tree: Any, rows: Tensor) -> Any:
     if isinstance(tree, Mapping):
         return {name: _rows(part, rows) for name, part in tree.items()}
-    return tree.index_select(0, rows)
+    return rows_of(tree, rows)

@@ -182,6 +182,13 @@ def empty(space: Space[Any], *batch: int, device: torch.device | None = None) ->
     return torch.empty(*batch, *shape, dtype=dtype, device=device)
 
 
+def rows_of(leaf: Tensor, order: Tensor) -> Tensor:
+    """Rows [B, …] that ``order`` names: several times as fast for pictures as indexing, and laid out as they were."""
+    if leaf.ndim == 4 and leaf.is_contiguous(memory_format=torch.channels_last):
+        return leaf.permute(0, 2, 3, 1).index_select(0, order).permute(0, 3, 1, 2)
+    return leaf.index_select(0, order)
+
+
 def storing(space: Space[Any], device: torch.device) -> Callable[[Tree], Tree]:
     """Function from observations of Gymnasium to what a rollout keeps: tensors of the right dtype, on ``device``."""
     kept = {name: storage(leaf)[1] for name, leaf in leaves(space).items()}

@@ -7,8 +7,8 @@ from probes import DiscreteWorld, Endless, Scripted, Target, Uneven
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, generalized_advantage
-from ppo_lightning.stepping import Ends
 from ppo_lightning.rollout import EpisodeStatistics
+from ppo_lightning.stepping import Ends
 
 MODES = list(AutoresetMode)
 
@@ -135,7 +135,7 @@ def test_episode_statistics_equal_a_loop_over_environments():
             for env in ended:
                 expected.append((returns[env], lengths[env], float(env)))
                 returns[env] = lengths[env] = 0
-        step, env = torch.from_numpy(done).nonzero(as_tuple=True)
+            step, env = torch.from_numpy(done).nonzero(as_tuple=True)
             ends = Ends(step, env, torch.zeros(0), None, torch.from_numpy(np.concatenate([*successes, np.zeros(0)])))
             statistics.add(torch.from_numpy(reward), torch.from_numpy(valid), ends)
         statistics.record(statistics.finished)
