@@ -1069,7 +1069,7 @@ class Update(NamedTuple):
 
 
 def _table(terms: list[LossTerms]) -> Tensor:
-    """[M, 6]"""
+    """Terms of M minibatches, [M, 6]."""
     return torch.stack([term.detach() for row in terms for term in row]).view(len(terms), -1)
 
 

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from ppo_lightning import PPO, ActorCritic, InputError, Linear, PopArt
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, StepProgressBar
 from ppo_lightning.clock import Clock
+from ppo_lightning.loss import LossTerms
 
 SMALL = {"num_envs": 4, "num_steps": 32, "total_steps": 512}
 
@@ -684,8 +685,7 @@ def test_option_changes_the_trained_parameters(fit, option):
 
 
 def test_all_options_are_tested_here_or_by_name():
-    from ppo_lightning.loss import LossTerms
-from ppo_lightning.ppo import _PARAMETERS
+    from ppo_lightning.ppo import _PARAMETERS
 
     elsewhere = {
         "compile",
