@@ -59,18 +59,9 @@ def discounted_return(reward: Tensor, done: Tensor, carry: Tensor, *, gamma: flo
 
 
 def _decayed_sum(term: Tensor, decay: Tensor, start: Tensor) -> Tensor:
-    """Sₜ = termₜ + decayₜ Sₜ₋₁ with S₋₁ = start, over the first dimension of [T, N].
-
-    In ⌈log₂ T⌉ passes over the whole tensor instead of T small steps (Hillis & Steele 1986): after each, Sₜ holds twice
-    as many terms, and the decay is the product over as many.
-    """
-    total, decay = term.clone(), decay.clone()
-    total[0].addcmul_(decay[0], start)
-    distance = 1
-    while distance < len(total):
-        reached = total[:-distance] * decay[distance:]
-        product = decay[:-distance] * decay[distance:]
-        total[distance:] += reached
-        decay[distance:] = product
-        distance *= 2
-    return total
+    """Sₜ = termₜ + decayₜ Sₜ₋₁ with S₋₁ = start, over the first dimension of [T, N]."""
+    sums, tail = [], start
+    for one, weight in zip(term.unbind(), decay.unbind(), strict=True):
+        tail = torch.addcmul(one, weight, tail)
+        sums.append(tail)
+    return torch.stack(sums)
