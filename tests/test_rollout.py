@@ -135,9 +135,9 @@ def test_episode_statistics_equal_a_loop_over_environments():
             for env in ended:
                 expected.append((returns[env], lengths[env], float(env)))
                 returns[env] = lengths[env] = 0
-            step, env = torch.from_numpy(done).nonzero(as_tuple=True)
-            ends = Ends(step, env, torch.zeros(0), None, torch.from_numpy(np.concatenate([*successes, np.zeros(0)])))
-            statistics.add(torch.from_numpy(reward), torch.from_numpy(valid), ends)
+        step, env = torch.from_numpy(done).nonzero(as_tuple=True)
+        ends = Ends(step, env, torch.zeros(0), None, torch.from_numpy(np.concatenate([*successes, np.zeros(0)])))
+        statistics.add(torch.from_numpy(reward), torch.from_numpy(valid), ends)
         statistics.record(statistics.finished)
     assert_close(
         torch.tensor(list(statistics.window), dtype=torch.float64), torch.tensor(expected[-100:]), atol=1e-4, rtol=1e-5
