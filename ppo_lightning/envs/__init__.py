@@ -6,5 +6,6 @@ from ppo_lightning.envs.make import Vectorization as Vectorization
 from ppo_lightning.envs.make import resolve as resolve
 from ppo_lightning.envs.tensor import TensorEnv as TensorEnv
 from ppo_lightning.envs.third_party import EnvPool as EnvPool
+from ppo_lightning.envs.third_party import Simulator as Simulator
 from ppo_lightning.envs.vector import Environments as Environments
 from ppo_lightning.envs.vector import Transition as Transition

@@ -134,7 +134,7 @@ class EnvMaker:
         if "num_envs" not in kwargs and "num_envs" in _parameters(self.env):
             kwargs["num_envs"] = num_envs
         with making(self.name):
-            made = self.env(**kwargs)
+            made = adapted(self.env(**kwargs))
         if not isinstance(made, VectorEnv | gym.Env):
             raise InputError(
                 f"env={self.name} made a {type(made).__name__}: it must return a gymnasium.vector.VectorEnv or a gymnasium.Env"
@@ -143,7 +143,7 @@ class EnvMaker:
             raise InputError(
                 f"env={self.name} makes a VectorEnv, wrappers go around single environments: wrap inside it"
             )
-        return adapted(made) if isinstance(made, VectorEnv) else made
+        return made
 
     def _wrapped_call(self) -> Env:
         made = self._call(1)

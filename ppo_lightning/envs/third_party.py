@@ -4,19 +4,106 @@ import importlib
 from typing import Any
 
 import numpy as np
+from gymnasium.spaces import Box, Dict
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
+from torch import Tensor
 from typing_extensions import override
 
 from ppo_lightning.errors import EnvironmentFault, InputError
 
 
-def adapted(env: VectorEnv) -> VectorEnv:
-    """The vector, wrapped where its package is known to say something else than it does."""
-    inner: Any = env
-    while isinstance(inner, VectorWrapper) and not isinstance(inner, Games):
-        inner = inner.env
-    return Games(env) if type(inner).__module__.startswith("ale_py") else env
+def adapted(env: Any) -> Any:
+    """What a package calls an environment as Gymnasium promises it; what keeps the promise, or is no vector, as it is."""
+    if isinstance(env, VectorEnv):
+        inner: Any = env
+        while isinstance(inner, VectorWrapper) and not isinstance(inner, Games):
+            inner = inner.env
+        package = type(inner).__module__.partition(".")[0]
+        if package == "ale_py":
+            return Games(env)
+        vector: Any = inner
+        if package == "mani_skill":  # which resets in the same step, and does not say so
+            if not vector.auto_reset:
+                raise InputError("ManiSkillVectorEnv must reset by itself: give it auto_reset=True")
+            vector.metadata = {**inner.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        return env
+    is_vector = all(hasattr(env, name) for name in ("num_envs", "device", "step", "reset"))
+    if is_vector and (hasattr(env, "get_observations") or hasattr(env, "single_action_space")):
+        return Simulator(env)
+    return env
+
+
+class Simulator(VectorEnv):
+    """A simulator of many environments on tensors: Isaac Lab's environments, or any VecEnv of rsl_rl.
+
+    They reset in the same step and do not show what an episode ended with. As in rsl_rl, the value of the observation
+    before stands for it where a time limit ended the episode: one step is counted twice, which is little.
+
+    Observations in several groups ("policy", "critic") are a Dict of them: ``actor_keys`` and ``critic_keys`` of
+    :class:`ActorCritic` say who sees which.
+
+    Args:
+        simulator: the environment.
+    """
+
+    def __init__(self, simulator: Any) -> None:
+        self.simulator = simulator
+        self.num_envs = int(simulator.num_envs)
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self._is_gymnasium = hasattr(simulator, "single_action_space")
+        if self._is_gymnasium:
+            self.single_observation_space = simulator.single_observation_space
+            self.single_action_space = simulator.single_action_space
+        else:
+            self.single_action_space = _unbounded((int(simulator.num_actions),))
+            given = _groups(simulator.get_observations())
+            if isinstance(given, dict):
+                self.single_observation_space = Dict({name: _unbounded(leaf.shape[1:]) for name, leaf in given.items()})
+            else:
+                self.single_observation_space = _unbounded(given.shape[1:])
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._before: Any = None
+
+    @override
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin all episodes; rsl_rl's interface has no seed: give it to the simulator itself."""
+        self._before = _groups(self.simulator.reset(seed=seed) if self._is_gymnasium else self.simulator.reset())
+        if self._before is None:  # some reset and return nothing
+            self._before = _groups(self.simulator.get_observations())
+        return self._before, {}
+
+    @override
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Step all environments."""
+        if self._is_gymnasium:
+            given, reward, terminated, truncated, extras = self.simulator.step(actions)
+        else:
+            given, reward, done, extras = self.simulator.step(actions)
+            done = done.bool()
+            truncated = extras["time_outs"].bool() & done if "time_outs" in extras else done.new_zeros(done.shape)
+            terminated = done & ~truncated
+        final, self._before = self._before, _groups(given)
+        return self._before, reward, terminated, truncated, {"final_obs": final}
+
+    @override
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close it, if it can be closed."""
+        getattr(self.simulator, "close", lambda: None)()
+
+
+def _groups(given: Any) -> Any:
+    """Observations as one tensor, or a dictionary of groups, copied: simulators write over what they gave."""
+    if isinstance(given, tuple):  # with extras
+        given = given[0]
+    if given is None or isinstance(given, Tensor):
+        return given if given is None else given.clone()
+    return {str(name): leaf.clone() for name, leaf in given.items()}
+
+
+def _unbounded(shape: Any) -> Box:
+    return Box(-np.inf, np.inf, tuple(shape), dtype=np.float32)
 
 
 class Games(VectorWrapper):
