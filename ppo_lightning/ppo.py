@@ -44,7 +44,7 @@ from ppo_lightning.checkpoint import (
 from ppo_lightning.clock import Clock
 from ppo_lightning.compiled import CompiledUpdate, CompilerError, why_not
 from ppo_lightning.diagnostics import explained_variance
-from ppo_lightning.envs import Environments, EnvMaker, resolve
+from ppo_lightning.envs import Environments, EnvMaker, Halves, resolve
 from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation import evaluate_episodes, summarize
 from ppo_lightning.loss import LossTerms, PPOLoss, normalized
@@ -174,6 +174,7 @@ class PPO(LightningModule):
             plain_factory(resolve(env)), env_kwargs or {}, tuple(map(plain_factory, wrappers)), vectorization
         )
         self.observation_space, self.action_space, self._made = self.env_maker.probe(num_envs)
+        self._has_workers = vectorization == "async" and self._made is None
         check_mask(self.observation_space, self.action_space)
         seen = without_mask(self.observation_space)
         self.num_envs = int(num_envs) if self._made is None else self._made.num_envs
@@ -900,10 +901,15 @@ class PPO(LightningModule):
 
     # --- what collecting asks -----------------------------------------------------------------------------------------
 
-    def make_environments(self) -> Environments:
-        """The environments to train on."""
+    def make_environments(self) -> Environments | Halves:
+        """The environments to train on; worker processes in two halves."""
         made, self._made = self._made, self._made if self.env_maker.is_instance else None
-        environments = Environments(self.env_maker, self.num_envs, self.env_timeout_s, made)
+        if self._has_workers and self.num_envs > 1:
+            sizes = _cut(self.num_envs, 2)
+            first = Environments(self.env_maker, sizes[0], self.env_timeout_s)
+            environments = Halves(first, Environments(self.env_maker, sizes[1], self.env_timeout_s, first=sizes[0]))
+        else:
+            environments = Environments(self.env_maker, self.num_envs, self.env_timeout_s, made)
         if environments.inserts_rows and self.sequence_length == 1:
             environments.close()
             raise InputError(

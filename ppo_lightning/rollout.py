@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ppo_lightning.compiled import CompilerError, compiled
-from ppo_lightning.envs import Environments
+from ppo_lightning.envs import Environments, Halves
 from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import Tree, tree_map
 from ppo_lightning.stepping import ArrayStepper, Ends, Stepper, Steps, TensorStepper
@@ -38,7 +38,7 @@ class Learner(Protocol):
         """How many updates it has had."""
         ...
 
-    def make_environments(self) -> Environments:
+    def make_environments(self) -> Environments | Halves:
         """What to step."""
         ...
 
@@ -76,7 +76,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         self.learner = learner
         self.num_steps = num_steps
         self.observation_space = observation_space
-        self.environments: Environments | None = None
+        self.environments: Environments | Halves | None = None
         self.episodes = EpisodeStatistics()
         self.discounted = torch.zeros(0)
         """[N] discounted return so far of the episodes that go on, where rewards are normalised."""
@@ -109,7 +109,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         self.discounted = torch.zeros(environments.num_envs)
         self.episodes.restart(environments.num_envs)
         state_size, device = learner.policy.state_size, learner.device
-        if environments.tensors is not None and not state_size:
+        if isinstance(environments, Environments) and environments.tensors is not None and not state_size:
             return TensorStepper(
                 environments, self.num_steps, self.observation_space, device, compiles=learner.compiles
             )
@@ -126,7 +126,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         if self._stepper is None:
             self._stepper = self.start()
         learner, stepper = self.learner, self._stepper
-        num_envs = stepper.environments.num_envs
+        num_envs = stepper.num_envs
         noise = learner.policy.distribution.noise(self.num_steps, num_envs, generator=learner.generator)
         with learner.autocast():
             steps = stepper.take(learner.policy, noise.to(learner.device))

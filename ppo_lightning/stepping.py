@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ppo_lightning.compiled import CompilerError, compiled
-from ppo_lightning.envs import Environments, TensorEnv
+from ppo_lightning.envs import Environments, Halves, TensorEnv
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy, Step, stack
 from ppo_lightning.spaces import Array, Tree, empty, leaves, tree_map
@@ -62,10 +62,14 @@ class Stepper(ABC):
     """
 
     def __init__(
-        self, environments: Environments, num_steps: int, observation_space: Space[Any], device: torch.device
+        self,
+        environments: Environments | Halves,
+        num_steps: int,
+        observation_space: Space[Any],
+        device: torch.device,
     ) -> None:
-        self.environments, self.num_steps = environments, num_steps
-        num_envs = environments.num_envs
+        self.num_envs, self.num_steps = environments.num_envs, num_steps
+        num_envs = self.num_envs
         # One more observation than steps: the last is where the next rollout goes on.
         spaces = {
             name: empty(leaf, num_steps + 1, num_envs, device=device)
@@ -108,7 +112,7 @@ class ArrayStepper(Stepper):
 
     def __init__(
         self,
-        environments: Environments,
+        environments: Environments | Halves,
         first: Tree,
         num_steps: int,
         observation_space: Space[Any],
@@ -116,69 +120,62 @@ class ArrayStepper(Stepper):
         device: torch.device,
     ) -> None:
         super().__init__(environments, num_steps, observation_space, torch.device("cpu"))
-        num_envs, self.device = environments.num_envs, device
-        self._observation = first
-        self._begun = np.ones(num_envs, dtype=bool)
-        self._state: Tensor | None = None
+        num_envs, self.device, self.state_size = environments.num_envs, device, state_size
         if state_size:
-            self._state = torch.zeros(num_envs, state_size, device=device)
             self.rows["episode_start"] = torch.empty(num_steps, num_envs, dtype=torch.bool)
         if environments.action_mask is not None:
             self.rows["action_mask"] = torch.empty(num_steps, *environments.action_mask.shape, dtype=torch.bool)
+        self._no_state = torch.zeros(0, state_size, device=device)
+        self.parts: list[Part] = []
+        for own, place in environments.parts:
+            state = torch.zeros(own.num_envs, state_size, device=device) if state_size else None
+            observation = tree_map(lambda leaf, place=place: leaf[place], first)
+            self.parts.append(Part(own, place, observation, np.ones(own.num_envs, dtype=bool), state))
 
     @override
     def take(self, policy: Policy, noise: Tensor | None) -> Steps:
-        environments, device, distribution = self.environments, self.device, policy.distribution
-        rows = {key: tensor.numpy() for key, tensor in self.rows.items()}
-        reward, terminated, truncated, valid = (rows[key] for key in ("reward", "terminated", "truncated", "valid"))
-        starts, masks = rows.get("episode_start"), rows.get("action_mask")
-        observation, observed = tree_map(Tensor.numpy, self.observations), _by_step(self.observations)
-        drawn = [None] * self.num_steps if noise is None else noise.unbind()
-        taken: list[Step] = []
-        states: list[Tensor] = []
+        distribution, actor = policy.distribution, policy.quick_actor()
+        arrays = tree_map(Tensor.numpy, self.observations)
         finals: list[Final] = []
-        mask = start = None
-
+        for part in self.parts:
+            part.begin(self.rows, arrays, self.observations, noise)
         step = 0
         try:
+            # Of several parts, one steps while the policy serves the next.
             for step in range(self.num_steps):
-                _put(observation, step, self._observation)
-                seen = observed[step]
-                if masks is not None:
-                    masks[step] = environments.action_mask
-                    mask = self.rows["action_mask"][step].to(device)
-                if starts is not None and self._state is not None:
-                    starts[step] = self._begun
-                    start = self.rows["episode_start"][step].to(device)
-                    states.append(self._state)
-                if device.type != "cpu":
-                    seen = tree_map(lambda leaf: leaf.to(device), seen)
-                taken.append(policy.act(seen, drawn[step], mask, self._state, start))
-                self._state = taken[-1].state
-                after = environments.step(distribution.to_numpy(taken[-1].action))
-                reward[step], terminated[step], truncated[step] = after.reward, after.terminated, after.truncated
-                if after.valid is not None:
-                    valid[step] = after.valid
-                if after.life_lost is not None:
-                    terminated[step] |= after.life_lost
-                if after.final_observation is not None:
-                    state = None if self._state is None else self._state[torch.from_numpy(after.ended)]
-                    finals.append(Final(step, after.ended, after.final_observation, state, after.success))
-                self._observation, self._begun = after.observation, after.begun
-            _put(observation, self.num_steps, self._observation)
+                for part in self.parts:
+                    if step:
+                        part.receive(step - 1, finals)
+                    part.observe(step)
+                    taken = policy.act(*part.seen(step, self.device), actor)
+                    part.send(taken, distribution.to_numpy(taken.action))
+            step = self.num_steps
+            for part in self.parts:
+                part.receive(step - 1, finals)
+                part.observe(step)
         except EnvironmentFault:
             # An environment may well choke on what its own NaN caused.
-            check_finite(self.observations, self.rows["reward"], self._ends(finals), step + 1, step)
+            steps = max(step - 1, 0)
+            check_finite(self.observations, self.rows["reward"], self._ends(finals), steps + 1, steps)
             raise
         ends = self._ends(finals)
         check_finite(self.observations, self.rows["reward"], ends, self.num_steps + 1, self.num_steps)
+        joined = [part.end() for part in self.parts]
+        if len(joined) == 1:
+            action, parameters, value, states, state, begun = joined[0]
+        else:
+            actions, *others = zip(*joined, strict=True)
+            action = tree_map(lambda *leaf: torch.cat(leaf, 1), *actions)
+            parameters, value, states = (None if one[0] is None else torch.cat(one, 1) for one in others[:3])
+            state, begun = (None if one[0] is None else torch.cat(one) for one in others[3:])
         return Steps(
-            stack([one.action for one in taken]),
-            *_joined(taken),
-            torch.stack(states) if states else None,
+            action,
+            None if parameters is None else parameters.flatten(0, 1),
+            None if value is None else value.flatten(),
+            states,
             ends,
-            self._state,
-            None if self._state is None else torch.from_numpy(self._begun),
+            state,
+            begun,
         )
 
     def _ends(self, finals: list["Final"]) -> Ends:
@@ -193,8 +190,97 @@ class ArrayStepper(Stepper):
             ).long(),
             torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *(final.ended for final in finals)])),
             tree_map(joined, self.observations, *(final.observation for final in finals)),
-            None if self._state is None else torch.cat([self._state[:0], *(final.state for final in finals)]),  # pyright: ignore[reportArgumentType]
+            torch.cat([final.state for final in finals if final.state is not None] or [self._no_state])
+            if self.state_size
+            else None,
             torch.from_numpy(np.concatenate([np.zeros(0), *nothing])),
+        )
+
+
+class Part:
+    """Environments that step together, and what the policy needs to know of them.
+
+    Args:
+        environments: of this part.
+        place: which of all environments they are.
+        observation: [n, …] what they show.
+        begun: [n] bool, that is the first of an episode.
+        state: [n, S] of the policy's memory.
+    """
+
+    def __init__(
+        self, environments: Environments, place: slice, observation: Tree, begun: Array, state: Tensor | None
+    ) -> None:
+        self.environments, self.place = environments, place
+        self.observation, self.begun, self.state = observation, begun, state
+
+    def begin(self, rows: dict[str, Tensor], arrays: Tree, observations: Tree, noise: Tensor | None) -> None:
+        """Prepare a rollout: views of what is written to and read from in each step."""
+        own = {key: tensor[:, self.place] for key, tensor in rows.items()}
+        self._rows = {key: tensor.numpy() for key, tensor in own.items()}
+        self._masks, self._starts = own.get("action_mask"), own.get("episode_start")
+        self._observations = tree_map(lambda leaf: leaf[:, self.place], arrays)
+        self._observed = _by_step(tree_map(lambda leaf: leaf[:, self.place], observations))
+        self._noise = None if noise is None else noise[:, self.place].unbind()
+        self._reward, self._terminated, self._truncated, self._valid = (
+            self._rows[key] for key in ("reward", "terminated", "truncated", "valid")
+        )
+        self.taken: list[Step] = []
+        self.states: list[Tensor] = []
+
+    def observe(self, step: int) -> None:
+        """Keep what is observed now."""
+        _put(self._observations, step, self.observation)
+
+    def seen(self, step: int, device: torch.device) -> tuple[Any, ...]:
+        """What the policy acts on: observation, noise, mask, memory, and whether an episode begins."""
+        mask = start = None
+        if self._masks is not None:
+            self._rows["action_mask"][step] = self.environments.action_mask
+            mask = self._masks[step].to(device)
+        if self._starts is not None and self.state is not None:
+            self._rows["episode_start"][step] = self.begun
+            start = self._starts[step].to(device)
+            self.states.append(self.state)
+        seen = self._observed[step]
+        if device.type != "cpu":
+            seen = tree_map(lambda leaf: leaf.to(device), seen)
+        return seen, None if self._noise is None else self._noise[step], mask, self.state, start
+
+    def send(self, taken: Step, action: Any) -> None:
+        """Let the environments step."""
+        self.taken.append(taken)
+        self.state = taken.state
+        self.environments.send(action)
+
+    def receive(self, step: int, finals: list["Final"]) -> None:
+        """Keep what the step gave."""
+        after = self.environments.receive()
+        self._reward[step], self._terminated[step], self._truncated[step] = (
+            after.reward,
+            after.terminated,
+            after.truncated,
+        )
+        if after.valid is not None:
+            self._valid[step] = after.valid
+        if after.life_lost is not None:
+            self._terminated[step] |= after.life_lost
+        if after.final_observation is not None:
+            state = None if self.state is None else self.state[torch.from_numpy(after.ended)]
+            ended = after.ended + self.place.start
+            finals.append(Final(step, ended, after.final_observation, state, after.success))
+        self.observation, self.begun = after.observation, after.begun
+
+    def end(self) -> tuple[Any, ...]:
+        """Actions [T, n, …], parameters [T, n, P] and values [T, n] from acting, memory before each step and after all."""
+        joint = self.taken[0].value is not None
+        return (
+            stack([step.action for step in self.taken]),
+            torch.stack([step.parameters for step in self.taken]) if joint else None,
+            torch.stack([step.value for step in self.taken if step.value is not None]) if joint else None,
+            torch.stack(self.states) if self.states else None,
+            self.state,
+            None if self.state is None else torch.from_numpy(self.begun),
         )
 
 
@@ -236,7 +322,7 @@ class TensorStepper(Stepper):
         compiles: bool,
     ) -> None:
         super().__init__(environments, num_steps, observation_space, device)
-        self.device = device
+        self.environments, self.device = environments, device
         self.finals = tree_map(lambda leaf: torch.zeros_like(leaf[1:]), self.observations)
         """[T, N, …] what each step led to."""
         self._observation = environments.tensors
@@ -261,10 +347,11 @@ class TensorStepper(Stepper):
         drawn = [None] * self.num_steps if noise is None else noise.unbind()
         taken: list[Step] = []
         successes: list[Tensor | None] = []
+        actor = policy.quick_actor()
         lacking = torch.zeros((), dtype=torch.bool, device=self.device)
         for step in range(self.num_steps):
             _copy(observed[step], self._observation)
-            taken.append(policy.act(observed[step], drawn[step]))
+            taken.append(policy.act(observed[step], drawn[step], actor=actor))
             after = environments.step_tensors(distribution.nest(distribution.decode(taken[-1].action)))
             reward[step].copy_(after.reward)
             terminated[step].copy_(after.terminated)

@@ -108,18 +108,23 @@ class EnvMaker:
         made.close()
         return made.observation_space, made.action_space, None
 
-    def __call__(self, num_envs: int) -> VectorEnv:
-        """Make ``num_envs`` environments as one vector; a VectorEnv that comes with a number of its own keeps it."""
+    def __call__(self, num_envs: int, first: int = 0) -> VectorEnv:
+        """Make ``num_envs`` environments as one vector; a VectorEnv that comes with a number of its own keeps it.
+
+        Args:
+            num_envs: how many.
+            first: number of the first, in messages.
+        """
         if isinstance(self.env, VectorEnv):
             return adapted(self.env)
         if isinstance(self.env, str) and self.vectorization != "vector_entry_point":
             spec = find_spec(self.env)
-            return self._vectorize(lambda: self._single(spec), num_envs)
+            return self._vectorize(lambda: self._single(spec), num_envs, first)
         made = self._call(num_envs)
         if isinstance(made, VectorEnv):
             return made
         made.close()
-        return self._vectorize(self._wrapped_call, num_envs)
+        return self._vectorize(self._wrapped_call, num_envs, first)
 
     def _call(self, num_envs: int) -> VectorEnv | Env:
         if isinstance(self.env, str):
@@ -160,8 +165,8 @@ class EnvMaker:
                 env = wrapper(env)
         return env
 
-    def _vectorize(self, make: Callable[[], Env], num_envs: int) -> VectorEnv:
-        makers = [lambda index=index: Watched(make(), index) for index in range(num_envs)]
+    def _vectorize(self, make: Callable[[], Env], num_envs: int, first: int) -> VectorEnv:
+        makers = [lambda index=index: Watched(make(), index) for index in range(first, first + num_envs)]
         # SAME_STEP leaves no dummy rows, and nothing is copied: a rollout copies what it keeps.
         if self.vectorization == "sync":
             return SyncVectorEnv(makers, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)

@@ -77,10 +77,14 @@ class Environments:
         num_envs: how many environments, where the vector has no number of its own.
         timeout_s: seconds after which a step or reset of worker processes is an error.
         made: the vector, where it exists already.
+        first: number of the first environment, in messages.
     """
 
-    def __init__(self, maker: EnvMaker, num_envs: int, timeout_s: float, made: VectorEnv | None = None) -> None:
-        self.env = maker(num_envs) if made is None else made
+    def __init__(
+        self, maker: EnvMaker, num_envs: int, timeout_s: float, made: VectorEnv | None = None, first: int = 0
+    ) -> None:
+        self.env = maker(num_envs, first) if made is None else made
+        self._first = first
         self.name = maker.name
         self.num_envs = self.env.num_envs
         self._timeout = timeout_s
@@ -97,6 +101,7 @@ class Environments:
         self._masks = ActionMasks(self.name, self.env)
         self._done = np.zeros(self.num_envs, dtype=bool)
         self._none_ended = np.zeros(0, dtype=np.int64)
+        self._action: Any = None
         self._device: torch.device | None = None
         self.tensors: Tree | None = None
         """[N, …] first observations, of a vector that :meth:`step_tensors` can step; None of any other."""
@@ -139,21 +144,43 @@ class Environments:
         self._check(observation)
         return observation
 
+    @property
+    def parts(self) -> list[tuple["Environments", slice]]:
+        """What can step while something else is served, and which of the environments they are."""
+        return [(self, slice(0, self.num_envs))]
+
     def step(self, action: Any) -> Transition:
-        """Step all environments. Arrays may be the vector's own buffers: copy what must outlive the next call.
+        """Step all environments: :meth:`send` and :meth:`receive` in one."""
+        self.send(action)
+        return self.receive()
+
+    def send(self, action: Any) -> None:
+        """Let worker processes begin a step; other vectors do all of it in :meth:`receive`.
 
         Args:
             action: as the vector takes them, [N, …].
 
         Raises:
+            EnvironmentFault: a worker process died.
+        """
+        self._action = action
+        env = self.env
+        if isinstance(env, AsyncVectorEnv):
+            self._await(env, "step", lambda: env.step_async(action))
+
+    def receive(self) -> Transition:
+        """What the step gave. Arrays may be the vector's own buffers: copy what must outlive the next call.
+
+        Raises:
             EnvironmentFault: an environment raised, died, did not answer in time, or allows no action.
         """
-        if isinstance(self.env, AsyncVectorEnv):
+        env = self.env
+        if isinstance(env, AsyncVectorEnv):
             observation, reward, terminated, truncated, info = self._await(
-                self.env, "step", lambda env: env.step_async(action)
+                env, "step", lambda: env.step_wait(self._timeout)
             )
         else:
-            observation, reward, terminated, truncated, info = self._named("step", lambda: self._stepped(action))
+            observation, reward, terminated, truncated, info = self._named("step", lambda: self._stepped(self._action))
         done = terminated | truncated
         valid = None
         begun = done
@@ -208,8 +235,10 @@ class Environments:
             self._finalizer()
 
     def _reset(self, **how: Any) -> tuple[Any, dict[str, Any]]:
-        if isinstance(self.env, AsyncVectorEnv):
-            return self._await(self.env, "reset", lambda env: env.reset_async(**how))
+        env = self.env
+        if isinstance(env, AsyncVectorEnv):
+            self._await(env, "reset", lambda: env.reset_async(**how))
+            return self._await(env, "reset", lambda: env.reset_wait(self._timeout))
         return self._named("reset", lambda: self.env.reset(**how))
 
     def _stepped(self, action: Any) -> Any:
@@ -254,20 +283,17 @@ class Environments:
                 f"{self.name} raised {type(error).__name__} in {where}: {error}\n\n{lines}"
             ) from error
 
-    def _await(self, env: AsyncVectorEnv, where: str, send: Callable[[AsyncVectorEnv], None]) -> Any:
-        """Ask worker processes and wait for their answers; name the one that does not give any."""
-
-        def ask() -> Any:
-            send(env)
-            return (env.reset_wait if where == "reset" else env.step_wait)(self._timeout)
-
+    def _await(self, env: AsyncVectorEnv, where: str, ask: Callable[[], Any]) -> Any:
+        """Ask worker processes, or wait for their answers; name the one that does not give any."""
         try:
             return self._named(where, ask)
         except EnvironmentFault as fault:
-            silent = [i for i, pipe in enumerate(env.parent_pipes) if pipe is not None and not pipe.poll()]
+            silent = [i for i, pipe in enumerate(env.parent_pipes, self._first) if pipe is not None and not pipe.poll()]
             dying = isinstance(fault.__cause__, EOFError | BrokenPipeError | ConnectionResetError)
             ended = wait([process.sentinel for process in env.processes], timeout=5.0 if dying else 0.0)
-            codes = {i: process.exitcode for i, process in enumerate(env.processes) if process.sentinel in ended}
+            codes = {
+                i: process.exitcode for i, process in enumerate(env.processes, self._first) if process.sentinel in ended
+            }
             _kill(env)  # what is left can neither be asked nor closed politely
             if isinstance(fault.__cause__, multiprocessing.TimeoutError):
                 raise EnvironmentFault(
@@ -280,6 +306,48 @@ class Environments:
                     "it was killed, for lack of memory perhaps"
                 ) from fault.__cause__
             raise
+
+
+class Halves:
+    """Worker processes in two halves: one steps while the policy serves the other.
+
+    Args:
+        first: environments 0 to N/2.
+        second: the others.
+    """
+
+    def __init__(self, first: Environments, second: Environments) -> None:
+        self.halves = first, second
+        self.name, self.num_envs = first.name, first.num_envs + second.num_envs
+        self.tensors = None
+
+    @property
+    def inserts_rows(self) -> bool:
+        """As of :class:`Environments`."""
+        return self.halves[0].inserts_rows
+
+    @property
+    def action_mask(self) -> Array | None:
+        """As of :class:`Environments`."""
+        masks = [half.action_mask for half in self.halves]
+        return None if masks[0] is None or masks[1] is None else np.concatenate([masks[0], masks[1]])
+
+    @property
+    def parts(self) -> list[tuple[Environments, slice]]:
+        """Both halves."""
+        first, second = self.halves
+        return [(first, slice(0, first.num_envs)), (second, slice(first.num_envs, self.num_envs))]
+
+    def reset(self, seed: int | None) -> Tree:
+        """Start an episode everywhere: environment i is seeded with ``seed + i``."""
+        first, second = self.halves
+        each = first.reset(seed), second.reset(None if seed is None else seed + first.num_envs)
+        return tree_map(lambda *leaf: np.concatenate(leaf), *each)
+
+    def close(self) -> None:
+        """Close both."""
+        for half in self.halves:
+            half.close()
 
 
 def _map(tree: Any, function: Callable[[Any], Any]) -> Any:

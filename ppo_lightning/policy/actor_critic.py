@@ -1,13 +1,15 @@
 """The default network: encoders, perceptron, memory, and one head that acts and one that values."""
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import singledispatch
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, singledispatch
 from typing import Any, get_args
 
 import torch
 from gymnasium import Space
 from torch import Tensor, nn
+from torch.nn.functional import linear as linear_function
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
@@ -144,9 +146,41 @@ class ActorCritic(nn.Module):
         """Distribution parameters [B, P] alone: all that acting needs, without memory."""
         return self.action_head(self.actor_trunk(observation))
 
+    def quick_actor(self) -> Callable[[Tensor], Tensor] | None:
+        """What :meth:`actor` does, while parameters and hooks stay as they are; None where the network is no plain perceptron.
+
+        Calling modules takes as long as what a small layer computes: here each is looked up once per rollout.
+        """
+        trunk = self.actor_trunk
+        plain = type(self).actor is ActorCritic.actor and type(trunk) is Trunk and type(trunk.layers) is nn.Sequential
+        if not (plain and trunk.is_flat) or any(map(_is_hooked, (self, trunk, trunk.layers))):
+            return None
+        steps = [quick(layer) for layer in [*trunk.layers, self.action_head]]
+
+        def act(observation: Tensor) -> Tensor:
+            latent = observation.flatten(1)
+            for step in steps:
+                latent = step(latent)
+            return latent
+
+        return act
+
     def critic(self, observation: Tree) -> Tensor:
         """Values [B] alone: all that bootstrapping needs, without memory."""
         return self.value_head(self.critic_trunk(observation)).squeeze(-1)
+
+
+def quick(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A layer as a function, with its present parameters, unless something is hooked to it."""
+    if _is_hooked(layer):
+        return layer
+    if type(layer) is nn.Linear:
+        return partial(linear_function, weight=layer.weight, bias=layer.bias)
+    return layer.forward
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks)
 
 
 class Trunk(nn.Module):

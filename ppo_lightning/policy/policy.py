@@ -157,6 +157,13 @@ class Policy(nn.Module):
         parameters, value = self.network(features)
         return parameters.float(), self._value(value)
 
+    def quick_actor(self) -> Callable[[Any], Tensor] | None:
+        """What :meth:`actor` does, made once for many steps with the same parameters, where the network can make it."""
+        quick = getattr(self.network, "quick_actor", None)
+        if self.is_joint or quick is None or "actor" in vars(self.network):
+            return None
+        return quick()
+
     def actor(self, features: Tree) -> Tensor:
         """Distribution parameters [B, P] without memory."""
         network: Any = self.network
@@ -235,6 +242,7 @@ class Policy(nn.Module):
         mask: Tensor | None = None,
         state: Tensor | None = None,
         start: Tensor | None = None,
+        actor: Callable[[Any], Tensor] | None = None,
     ) -> "Step":
         """Choose actions for stored observations.
 
@@ -244,6 +252,7 @@ class Policy(nn.Module):
             mask: [B, M] bool, what is allowed; None is everything.
             state: [B, S] of a policy with memory.
             start: [B] bool, the observation is the first of an episode.
+            actor: what :meth:`quick_actor` made.
         """
         features, value = self.features(observation), None
         if state is not None and start is not None:
@@ -251,7 +260,7 @@ class Policy(nn.Module):
         elif self.is_joint:
             parameters, value = self(features)
         else:
-            parameters = self.actor(features)
+            parameters = self.actor(features) if actor is None else actor(features).float()
         if mask is not None:
             parameters = self.distribution.masked(parameters, mask)
         if noise is None:
