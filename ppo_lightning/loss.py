@@ -28,6 +28,9 @@ class LossTerms(NamedTuple):
     clip_fraction: Tensor
 
 
+KL = LossTerms._fields.index("approx_kl")
+
+
 @dataclass(frozen=True)
 class PPOLoss:
     """Clipped surrogate objective, negated for descent (Schulman et al. 2017, eqs. 7 and 9)."""

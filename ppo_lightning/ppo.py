@@ -47,13 +47,13 @@ from ppo_lightning.diagnostics import explained_variance
 from ppo_lightning.envs import Environments, EnvMaker, Halves, resolve
 from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation import evaluate_episodes, summarize
-from ppo_lightning.loss import LossTerms, PPOLoss, normalized
+from ppo_lightning.loss import KL, LossTerms, PPOLoss, normalized
 from ppo_lightning.parameters import Linear, PopArt, check_numbers, plain_factory, schedule
 from ppo_lightning.parameters import popart as as_popart
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.prediction import predict
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
-from ppo_lightning.spaces import check_mask, describe, rows_of, without_mask
+from ppo_lightning.spaces import check_mask, cut, describe, rows_of, without_mask
 from ppo_lightning.trainer import (
     attach_callbacks,
     gradient_hooks,
@@ -461,14 +461,28 @@ class PPO(LightningModule):
         if self.compiled is not None:
             state = self.generator.get_state()
             try:
-                return self._compiled_update(self.compiled, batch, loss)
-            except CompilerError as fault:
-                rank_zero_warn(f"compile: true has no effect on the update, since {fault}")
+                passes = self.compiled.run(
+                    self._rows(batch),
+                    batch["valid"].flatten(),
+                    loss,
+                    generator=self.generator,
+                    epochs=self.update_epochs,
+                    num_minibatches=self.num_minibatches,
+                    chunks=self.minibatch_chunks,
+                    target_kl=self.target_kl,
+                    world_size=self._world_size,
+                )
+            except CompilerError as error:
+                rank_zero_warn(f"compile: true has no effect on the update, since {error}")
                 self.compiled = None
                 self.generator.set_state(state)
-                self._grad_norms.clear()
+            else:
+                self._grad_norms.extend(passes.norms)
+                for norm in passes.norms.tolist():
+                    self._refuse_norm(norm)
+                return Update(loss, passes.terms, passes.epochs, passes.minibatches)
         samples = self.samples(batch)
-        sizes = _cut(len(samples), self.num_minibatches)
+        sizes = cut(len(samples), self.num_minibatches)
         terms: list[LossTerms] = []
         for epoch in range(1, self.update_epochs + 1):
             order = torch.randperm(len(samples), generator=self.generator).to(samples.device)
@@ -498,85 +512,10 @@ class PPO(LightningModule):
         valid = minibatch.get("valid", None)
         if loss.normalize_advantage:  # by the moments of the whole minibatch
             minibatch["advantage"] = normalized(minibatch["advantage"], valid)
-        chunks = minibatch.split([size for size in _cut(len(minibatch), self.minibatch_chunks) if size])
+        chunks = minibatch.split([size for size in cut(len(minibatch), self.minibatch_chunks) if size])
         counts = [len(chunk) if valid is None else int(chunk["valid"].sum()) for chunk in chunks]
         shares = [count / sum(counts) for count in counts]
         return replace(loss, normalize_advantage=False), list(zip(chunks, shares, strict=True))
-
-    def _compiled_update(self, compiled: CompiledUpdate, batch: TensorDict, loss: PPOLoss) -> "Update":
-        """What :meth:`update` does, by compiled graphs: minibatches are the same, and of fixed size.
-
-        Where a NEXT_STEP vector leaves a varying number of valid rows, minibatches are filled up with rows that do not
-        count.
-        """
-        samples, valid, device = self._rows(batch), batch["valid"].flatten(), batch.device
-        names = None if bool(valid.all()) else valid.nonzero().flatten()
-        count = len(valid) if names is None else len(names)
-        sizes, most = _cut(count, self.num_minibatches), _cut(len(valid), self.num_minibatches)[0]
-        chunked = self.minibatch_chunks > 1
-        hypers = compiled.begin(
-            replace(loss, normalize_advantage=loss.normalize_advantage and not chunked),
-            self.update_epochs * self.num_minibatches,
-        ).unbind()
-        tables: list[Tensor] = []
-
-        def done(epoch: int, minibatch: int) -> Update:
-            norms = torch.stack(self._grad_norms).tolist() if self._grad_norms else []
-            compiled.end(sum(map(math.isfinite, norms)))
-            for norm in norms:
-                self._refuse_norm(norm)
-            return Update(loss, torch.stack(tables), epoch, minibatch)
-
-        for epoch in range(1, self.update_epochs + 1):
-            order = torch.randperm(count, generator=self.generator).to(device)
-            order = order if names is None else names[order]
-            for minibatch, rows in enumerate(order.split(sizes), start=1):
-                hyper, counts = hypers[len(tables)], None
-                if names is not None:
-                    counts = torch.arange(most, device=device) < len(rows)
-                    rows = torch.cat([rows, rows[:1].expand(most - len(rows))])
-                if not (chunked or (self.target_kl is not None or self._world_size > 1)):
-                    norm, table = compiled.whole(samples, rows, counts, hyper)
-                    tables.append(table)
-                else:
-                    gradient, table = self._compiled_gradient(compiled, samples, rows, counts, hyper)
-                    tables.append(table)
-                    if self._world_size > 1:
-                        # The divergence rides on the gradient's reduction: whether to stop, all processes decide alike.
-                        packed = torch.cat([gradient, table[KL : KL + 1]])
-                        torch.distributed.all_reduce(packed)
-                        gradient, kl = (packed / self._world_size).split([len(gradient), 1])
-                    else:
-                        kl = table[KL]
-                    if self.target_kl is not None and not kl.item() <= 1.5 * self.target_kl:
-                        return done(epoch, minibatch)
-                    norm = compiled.step(gradient, hyper)
-                self._grad_norms.append(norm)
-        return done(self.update_epochs, self.num_minibatches)
-
-    def _compiled_gradient(
-        self, compiled: CompiledUpdate, samples: dict[str, Any], rows: Tensor, counts: Tensor | None, hyper: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Flat gradient and loss terms of a minibatch, in ``minibatch_chunks`` parts."""
-        if self.minibatch_chunks == 1:
-            return compiled.gradient(samples, rows, counts, hyper)
-        if self.normalize_advantage:
-            advantage = samples["advantage"].clone()
-            advantage[rows] = normalized(advantage[rows], counts)
-            samples = {**samples, "advantage": advantage}
-        total = len(rows) if counts is None else int(counts.sum())
-        gradient = table = None
-        sizes = [size for size in _cut(len(rows), self.minibatch_chunks) if size]
-        valid = [None] * len(sizes) if counts is None else counts.split(sizes)
-        for chunk, own in zip(rows.split(sizes), valid, strict=True):
-            number = len(chunk) if own is None else int(own.sum())
-            hyper[-1] = number / total
-            more, terms = compiled.gradient(samples, chunk, own, hyper)
-            gradient = more if gradient is None else gradient.add_(more)
-            table = terms if table is None else table.add_(terms)
-        assert gradient is not None
-        assert table is not None
-        return gradient, table
 
     def current_loss(self) -> PPOLoss:
         """The loss of this iteration, its coefficients where their schedules are."""
@@ -905,7 +844,7 @@ class PPO(LightningModule):
         """The environments to train on; worker processes in two halves."""
         made, self._made = self._made, self._made if self.env_maker.is_instance else None
         if self._has_workers and self.num_envs > 1:
-            sizes = _cut(self.num_envs, 2)
+            sizes = cut(self.num_envs, 2)
             first = Environments(self.env_maker, sizes[0], self.env_timeout_s)
             environments = Halves(first, Environments(self.env_maker, sizes[1], self.env_timeout_s, first=sizes[0]))
         else:
@@ -1056,8 +995,6 @@ class PPO(LightningModule):
 Descend = Callable[..., None]
 """(loss, last=True) -> None, as :meth:`PPO.descend`."""
 
-KL = LossTerms._fields.index("approx_kl")
-
 _passed: ContextVar[frozenset[str]] = ContextVar("passed", default=frozenset())
 """Hyperparameters that load_from_checkpoint was given, be they equal to the defaults or not."""
 
@@ -1077,11 +1014,6 @@ class Update(NamedTuple):
 def _table(terms: list[LossTerms]) -> Tensor:
     """Terms of M minibatches, [M, 6]."""
     return torch.stack([term.detach() for row in terms for term in row]).view(len(terms), -1)
-
-
-def _cut(samples: int, pieces: int) -> list[int]:
-    """Sizes of ``pieces`` nearly equal parts."""
-    return [samples // pieces + (piece < samples % pieces) for piece in range(pieces)]
 
 
 def minibatches(samples: TensorDict, order: Tensor, sizes: list[int]) -> Iterable[TensorDict]:

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,10 +15,10 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ppo_lightning.compiled import CompilerError, compiled
+from ppo_lightning.compiled import ROWS, CompilerError, compiled
 from ppo_lightning.envs import Environments, Halves
 from ppo_lightning.policy import Policy
-from ppo_lightning.spaces import Tree, tree_map
+from ppo_lightning.spaces import Tree, cut, tree_map
 from ppo_lightning.stepping import ArrayStepper, Ends, Stepper, Steps, TensorStepper
 
 
@@ -177,7 +178,8 @@ class RolloutDataset(IterableDataset[TensorDict]):
             if self._score is None:
                 self._score = compiled(policy.score)
             try:
-                return self._score(observation, action, mask)
+                parts = [self._score(*part) for part in _in_cache((observation, action, mask))]
+                return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
             except CompilerError as error:
                 rank_zero_warn(f"compile: true has no effect on values, since {error}")
                 self._score = policy.score
@@ -209,6 +211,19 @@ class RolloutDataset(IterableDataset[TensorDict]):
             pieces = zip(*(leaf.split(size) for leaf in leaves), strict=True)
             return [dict(zip(rows, piece, strict=True)) for piece in pieces]
         return list(rows.split(size))
+
+
+def _in_cache(trees: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Trees of tensors [B, …], or None, in parts of at most ``ROWS`` rows."""
+    leaf = next(iter(trees[0].values())) if isinstance(trees[0], Mapping) else trees[0]
+    if leaf.device.type != "cpu" or len(leaf) <= ROWS:
+        return [trees]
+    sizes = cut(len(leaf), -(-len(leaf) // ROWS))
+    ends = list(accumulate(sizes))
+    places = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    return [
+        tuple(None if tree is None else tree_map(lambda leaf, at=at: leaf[at], tree) for tree in trees) for at in places
+    ]
 
 
 def _log_prob(policy: Policy, parameters: Tensor, action: Tree, mask: Tensor | None) -> Tensor:

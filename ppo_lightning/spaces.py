@@ -182,6 +182,11 @@ def empty(space: Space[Any], *batch: int, device: torch.device | None = None) ->
     return torch.empty(*batch, *shape, dtype=dtype, device=device)
 
 
+def cut(samples: int, pieces: int) -> list[int]:
+    """Sizes of ``pieces`` nearly equal parts."""
+    return [samples // pieces + (piece < samples % pieces) for piece in range(pieces)]
+
+
 def rows_of(leaf: Tensor, order: Tensor) -> Tensor:
     """Rows [B, …] that ``order`` names: several times as fast for pictures as indexing, and laid out as they were."""
     if leaf.ndim == 4 and leaf.is_contiguous(memory_format=torch.channels_last):

@@ -147,7 +147,7 @@ class ArrayStepper(Stepper):
                     if step:
                         part.receive(step - 1, finals)
                     part.observe(step)
-                    taken = policy.act(*part.seen(step, self.device), actor)
+                    taken = policy.act(*part.seen(step, self.device), actor=actor)
                     part.send(taken, distribution.to_numpy(taken.action))
             step = self.num_steps
             for part in self.parts:
@@ -309,7 +309,7 @@ class TensorStepper(Stepper):
         compiles: a :class:`TensorEnv` and the policy take several steps in one compiled graph.
     """
 
-    CHUNK = 8
+    CHUNK = 16
     """Steps of one graph, at most: more gain little, and take long to compile."""
 
     def __init__(
