@@ -7,8 +7,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from tensordict.nn import CudaGraphModule
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from ppo_lightning.loss import KL, PPOLoss, normalized
@@ -34,15 +36,23 @@ class CompilerError(Exception):
     """torch could not compile a function; nothing was computed."""
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of tensors as one graph for each combination of shapes.
+def compiled(function: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
+    """A function of tensors as one graph for each combination of shapes; on CUDA captured, so that one call launches it.
+
+    Args:
+        function: pure, but for tensors of its own that it writes to.
+        policy: whose parameters it reads.
 
     Raises:
         CompilerError: from each call, where there is no compiler, or the function is not one graph.
     """
     # Constants of spaces are cached; the compiler sees through that, and says so.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    graph = torch.compile(function, fullgraph=True, dynamic=False, options={**OPTIONS, **_passes()})
+    cuda = next(policy.parameters()).is_cuda
+    options = {} if cuda else {**OPTIONS, **_passes()}
+    graph = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    if cuda:
+        graph = Captured(graph, policy)
 
     def call(*args: Any) -> Any:
         try:
@@ -54,6 +64,33 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             raise CompilerError(f"torch could not compile it: {lines[0] if lines else type(error).__name__}") from error
 
     return call
+
+
+class Captured:
+    """A function as CUDA graphs, one for each combination of shapes.
+
+    A graph reads parameters where they were when it was captured, so it is captured anew when they have moved.
+
+    Args:
+        function: to capture.
+        policy: whose parameters and buffers it reads.
+    """
+
+    def __init__(self, function: Callable[..., Any], policy: Policy) -> None:
+        self.function, self.policy = function, policy
+        self.places: list[int] = []
+        self.graphs: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns, copied out of the graph."""
+        places = [tensor.data_ptr() for tensor in (*self.policy.parameters(), *self.policy.buffers())]
+        if places != self.places:
+            self.places, self.graphs = places, {}
+        leaves = tree_leaves(args)
+        shapes = tuple(leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = CudaGraphModule(self.function)
+        return self.graphs[shapes](*args)
 
 
 @cache
@@ -138,9 +175,18 @@ class CompiledUpdate:
         self.shapes: dict[str, torch.Size] = {}
         self.flat = self.moments = torch.zeros(0)
         self.steps: list[Tensor] = []
-        self._gradient_of = compiled(self._gradient)
-        self._step_by = compiled(self._step)
-        self._whole_of = compiled(self._whole)
+        self._lay_out(self._learnt())
+        self._make_graphs()
+
+    def _learnt(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.evaluate.named_parameters() if parameter.requires_grad}
+
+    def _make_graphs(self) -> None:
+        # What graphs write to is no argument of theirs: a captured one copies its arguments.
+        flat, moments, policy = self.flat, self.moments, self.policy
+        self._gradient_of = compiled(lambda *batch: self._gradient(flat, *batch), policy)
+        self._step_by = compiled(lambda gradient, hyper: self._step(flat, moments, gradient, hyper), policy)
+        self._whole_of = compiled(lambda *batch: self._whole(flat, moments, *batch), policy)
 
     # --- the graphs ---------------------------------------------------------------------------------------------------
 
@@ -257,7 +303,7 @@ class CompiledUpdate:
                     counts = torch.arange(most, device=device) < len(rows)
                     rows = torch.cat([rows, rows[:1].expand(most - len(rows))])
                 if whole:
-                    norm, table = self._whole_of(self.flat, self.moments, samples, rows, counts, hyper)
+                    norm, table = self._whole_of(samples, rows, counts, hyper)
                     tables.append(table)
                 else:
                     gradient, table = self._gradient_in(chunks, samples, rows, counts, hyper)
@@ -271,7 +317,7 @@ class CompiledUpdate:
                     stopped = target_kl is not None and not kl.item() <= 1.5 * target_kl
                     if stopped:
                         break
-                    norm = self._step_by(self.flat, self.moments, gradient, hyper)
+                    norm = self._step_by(gradient, hyper)
                 norms.append(norm)
             if stopped:
                 break
@@ -285,7 +331,7 @@ class CompiledUpdate:
     ) -> tuple[Tensor, Tensor]:
         """Flat gradient [P] and loss terms [6] of a minibatch, added up over its parts."""
         if chunks == 1:
-            return self._gradient_of(self.flat, samples, rows, valid, hyper)
+            return self._gradient_of(samples, rows, valid, hyper)
         if self.normalizes:  # by the moments of the whole minibatch
             advantage = samples["advantage"].clone()
             advantage[rows] = normalized(advantage[rows], valid)
@@ -297,7 +343,7 @@ class CompiledUpdate:
             rows.split(sizes), [None] * len(sizes) if valid is None else valid.split(sizes), strict=True
         ):
             hyper[-1] = (len(part) if own is None else int(own.sum())) / total
-            both = self._gradient_of(self.flat, samples, part, own, hyper)
+            both = self._gradient_of(samples, part, own, hyper)
             sums = [have.add_(more) for have, more in zip(sums, both, strict=True)] if sums else list(both)
         return sums[0], sums[1]
 
@@ -309,9 +355,10 @@ class CompiledUpdate:
         self.loss = loss
         group = self.optimizer.param_groups[0]
         self.adam = (*map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"]))
-        learnt = {name: parameter for name, parameter in self.evaluate.named_parameters() if parameter.requires_grad}
+        learnt = self._learnt()
         if not self._is_flat(learnt):
             self._lay_out(learnt)
+            self._make_graphs()
         lr, taken = float(group["lr"]), int(self.steps[0])
         first_decay, second_decay = group["betas"]
         rows = [

@@ -175,10 +175,9 @@ class RolloutDataset(IterableDataset[TensorDict]):
         """Log-probabilities and values [T · N] in one pass."""
         pieces = self._pieces(observation)
         if self.learner.compiles and len(pieces) == 1:
-            if self._score is None:
-                self._score = compiled(policy.score)
+            score = self._score = self._score or compiled(policy.score, policy)
             try:
-                parts = [self._score(*part) for part in _in_cache((observation, action, mask))]
+                parts = [score(*part) for part in _in_cache((observation, action, mask))]
                 return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
             except CompilerError as error:
                 rank_zero_warn(f"compile: true has no effect on values, since {error}")

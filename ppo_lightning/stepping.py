@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from ppo_lightning.compiled import CompilerError, compiled
+from ppo_lightning.compiled import Captured, CompilerError, compiled
 from ppo_lightning.envs import Environments, Halves, TensorEnv
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy, Step, stack
@@ -328,6 +329,8 @@ class TensorStepper(Stepper):
         self._observation = environments.tensors
         self._graph: Callable[..., Any] | None = None
         self._policy: Policy | None = None
+        self._act: Callable[..., Any] | None = None
+        self.captures = compiles and device.type == "cuda"
         self.compiles = compiles and isinstance(environments.env, TensorEnv) and environments.env.device == device
 
     @override
@@ -347,11 +350,14 @@ class TensorStepper(Stepper):
         drawn = [None] * self.num_steps if noise is None else noise.unbind()
         taken: list[Step] = []
         successes: list[Tensor | None] = []
-        actor = policy.quick_actor()
+        act = partial(policy.act, actor=policy.quick_actor())
+        if self.captures and noise is not None:
+            self._act = self._act or Captured(policy.act, policy)
+            act = self._act
         lacking = torch.zeros((), dtype=torch.bool, device=self.device)
         for step in range(self.num_steps):
             _copy(observed[step], self._observation)
-            taken.append(policy.act(observed[step], drawn[step], actor=actor))
+            taken.append(act(observed[step], drawn[step]))
             after = environments.step_tensors(distribution.nest(distribution.decode(taken[-1].action)))
             reward[step].copy_(after.reward)
             terminated[step].copy_(after.terminated)
@@ -370,16 +376,19 @@ class TensorStepper(Stepper):
     def _compiled(self, policy: Policy, noise: Tensor | None) -> Steps:
         env: Any = self.environments.env
         if self._graph is None or policy is not self._policy:
-            self._graph, self._policy = compiled(lambda *args: _several(env, policy, *args)), policy
+            self._graph = compiled(lambda *args: _several(env, policy, *args), policy)
+            self._policy = policy
+        graph = self._graph
         size = next(size for size in range(min(self.CHUNK, self.num_steps), 0, -1) if self.num_steps % size == 0)
         uniform = env.uniform(self.num_steps)
         state, elapsed = env.state, env.elapsed
         drawn = [None] * (self.num_steps // size) if noise is None else noise.split(size)
         actions, parameters, values = [], [], []
-        rows = {"observation": self.observations[:-1], "final": self.finals, **self.rows}
+        rows = [self.observations, self.finals, *(self.rows[key] for key in ("reward", "terminated", "truncated"))]
         for chunk, (given, own) in enumerate(zip(drawn, uniform.split(size), strict=True)):
-            part = {key: tensor[chunk * size : (chunk + 1) * size] for key, tensor in rows.items()}
-            state, elapsed, action, *more = self._graph(state, elapsed, given, own, part)
+            state, elapsed, kept, action, *more = graph(state, elapsed, given, own)
+            places = [tensor[chunk * size : (chunk + 1) * size] for tensor in rows]
+            torch._foreach_copy_(places, kept)  # pyright: ignore[reportPrivateImportUsage]
             actions.append(action)
             if more:
                 parameters.append(more[0])
@@ -408,15 +417,9 @@ class TensorStepper(Stepper):
 
 
 def _several(
-    env: TensorEnv,
-    policy: Policy,
-    state: Tensor,
-    elapsed: Tensor,
-    noise: Tensor | None,
-    uniform: Tensor,
-    rows: dict[str, Tensor],
+    env: TensorEnv, policy: Policy, state: Tensor, elapsed: Tensor, noise: Tensor | None, uniform: Tensor
 ) -> tuple[Any, ...]:
-    """K steps of environments and policy, for one graph; ``rows`` [K, N, …] are written to."""
+    """K steps of environments and policy, for one graph: state, and [K, N, …] what a rollout keeps of them."""
     steps, actions, parameters, values = [], [], [], []
     for step, own in enumerate(uniform.unbind()):
         observation = env.observe(state)
@@ -428,12 +431,9 @@ def _several(
         if taken.value is not None:
             parameters.append(taken.parameters)
             values.append(taken.value)
-    for key, column in zip(
-        ("observation", "final", "reward", "terminated", "truncated"), zip(*steps, strict=True), strict=True
-    ):
-        rows[key].copy_(torch.stack(column))
+    kept = [torch.stack(column) for column in zip(*steps, strict=True)]
     both = (torch.stack(parameters), torch.stack(values)) if values else ()
-    return state, elapsed, stack(actions), *both
+    return state, elapsed, kept, stack(actions), *both
 
 
 def _joined(taken: list[Step]) -> tuple[Tensor | None, Tensor | None]:
