@@ -1,0 +1,228 @@
+"""Compiled updates are the eager ones, to the last digits."""
+
+import warnings
+from functools import partial
+
+import lightning
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from lightning import Callback
+from probes import ConstantReward, Uneven
+from torch.testing import assert_close
+
+from ppo_lightning import PPO, ActorCritic, PopArt
+from ppo_lightning.envs.classic_control import CartPole, Pendulum
+
+SIZE = {"num_envs": 4, "num_steps": 32}
+
+
+def trained(fit, env, iterations=10, *, eager=False, seed=1, **options) -> PPO:
+    lightning.seed_everything(seed, verbose=False)
+    options = {**SIZE, **options}
+    steps = iterations * options["num_envs"] * options["num_steps"]
+    model = PPO(env, total_steps=steps, compile=not eager, **options)
+    fit(model)
+    assert (model.compiled is None) == eager
+    return model
+
+
+def parameters(model: PPO) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+
+CASES = {
+    "plain": ("CartPole-v1", {}),
+    "everything": (
+        "Pendulum-v1",
+        {
+            "normalize_observation": True,
+            "popart": PopArt(),
+            "clip_range_vf": 0.2,
+            "ent_coef": 0.01,
+            "num_minibatches": 3,  # of unequal size
+            "max_grad_norm": None,
+            "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-3, betas=(0.8, 0.99), weight_decay=0.1),
+        },
+    ),
+    "halves": ("CartPole-v1", {"target_kl": 1e-4, "optimizer": partial(torch.optim.Adam, lr=1e-3, weight_decay=0.1)}),
+    "dummy rows": ("CartPole-v1", {"vectorization": "vector_entry_point", "num_minibatches": 3}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_eager_over_ten_iterations(fit, case):
+    env, options = CASES[case]
+    eager, compiled = trained(fit, env, eager=True, **options), trained(fit, env, **options)
+    assert_close(parameters(compiled), parameters(eager), atol=1e-5, rtol=1e-5)
+    assert int(compiled.n_updates) == int(eager.n_updates)
+    assert compiled.num_env_steps == eager.num_env_steps
+    assert compiled.trainer.global_step == eager.trainer.global_step == int(eager.iterations)
+    if case == "halves":  # or the stop was not tested
+        assert int(eager.n_updates) < 40
+    for name in ("loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm", "entropy_loss"):
+        one, other = (model.trainer.callback_metrics[f"train/{name}"] for model in (compiled, eager))
+        assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("env", [CartPole, Pendulum])
+def test_compiled_rollouts_of_tensors_equal_eager_ones(fit, env):
+    eager, compiled = trained(fit, env, 6, eager=True, num_steps=10), trained(fit, env, 6, num_steps=10)
+    assert compiled.rollouts._stepper is None  # the run closed it
+    assert_close(parameters(compiled), parameters(eager), atol=1e-5, rtol=1e-5)
+
+
+def test_a_rollout_of_one_graph_is_that_of_single_steps():
+    """Episodes end in it, of one length or another; 21 steps are three graphs of seven."""
+    batches = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = PPO(partial(CartPole, max_episode_steps=6), compile=compile, num_envs=5, num_steps=21)
+        model.seed = 3
+        batches += [model.rollouts.collect().clone() for _ in range(2)][1:]
+        batches[-1]["finished"] = model.rollouts.episodes.finished[:, :2].mean(0).expand(21, 5, 2)
+        assert model.rollouts._stepper.compiles == compile
+    one, other = batches
+    assert one["truncated"].any()
+    assert set(one.keys()) == set(other.keys())
+    for key in set(one.keys()) - {"policy_version"}:
+        assert_close(one[key], other[key], atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_checkpoints_are_the_same_and_go_on_either_way(fit, tmp_path):
+    ends = []
+    for first in (False, True):
+        half = trained(fit, "CartPole-v1", 3, eager=first, lr_scheduler=constant)
+        path = tmp_path / f"{first}.ckpt"
+        half.trainer.save_checkpoint(path)
+        saved = torch.load(path, weights_only=True)
+        state = saved["optimizer_states"][0]["state"]
+        assert {float(own["step"]) for own in state.values()} == {48.0}
+        ends.append((saved["state_dict"], {key: own["exp_avg_sq"] for key, own in state.items()}))
+        for second in (False, True):
+            model = PPO("CartPole-v1", total_steps=6 * 128, compile=not second, lr_scheduler=constant, **SIZE)
+            fit(model, ckpt_path=path)
+            ends.append(parameters(model))
+    assert_close(ends[0], ends[3], atol=1e-6, rtol=1e-5)
+    for other in (ends[2], ends[4], ends[5]):
+        assert_close(other, ends[1], atol=1e-5, rtol=1e-5)
+
+
+def constant(optimizer):
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+class Extreme(ConstantReward):
+    """Rewards that overflow the loss."""
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, 1e30, *rest
+
+
+def test_no_step_is_taken_by_a_gradient_that_is_not_finite(fit):
+    torch.manual_seed(0)
+    model = PPO(Extreme, total_steps=256, compile=True, **SIZE)
+    before = parameters(model)
+    with pytest.raises(FloatingPointError, match=r"the gradient.s norm is (inf|nan) in iteration 1"):
+        fit(model)
+    assert_close(parameters(model), before, rtol=0, atol=0)
+
+
+class Hooked(Callback):
+    def on_before_optimizer_step(self, *args):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer", "reason"),
+    [
+        ({"policy": partial(ActorCritic, memory="gru")}, {}, "the policy has memory"),
+        ({"optimizer": partial(torch.optim.SGD, lr=1e-3)}, {}, "the optimizer is SGD, not Adam or AdamW"),
+        ({"optimizer": partial(torch.optim.Adam, amsgrad=True)}, {}, "the optimizer uses amsgrad or maximize"),
+        ({}, {"callbacks": [Hooked()]}, "Hooked has hooks around gradients"),
+    ],
+)
+def test_what_cannot_be_compiled_runs_eager_and_says_so(fit, options, trainer, reason):
+    model = PPO("CartPole-v1", total_steps=128, compile=True, **SIZE, **options)
+    with pytest.warns(UserWarning, match=f"compile: true has no effect on the update, since {reason}"):
+        fit(model, **trainer)
+    assert model.num_env_steps == 128
+
+
+def test_without_a_compiler_training_goes_on_as_without_compile(fit, monkeypatch, tmp_path):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    eager = trained(fit, "CartPole-v1", 2, eager=True)
+    lightning.seed_everything(1, verbose=False)
+    model = PPO("CartPole-v1", total_steps=256, compile=True, **SIZE)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with inductor.patch({"cpp.cxx": ("/no/such/compiler",)}):
+            fit(model)
+    sentences = [str(one.message) for one in told if "compile: true" in str(one.message)]
+    assert len(sentences) == 2  # of values, and of the update
+    assert all("since torch could not compile it" in sentence and "\n" not in sentence for sentence in sentences)
+    assert_close(parameters(model), parameters(eager), rtol=0, atol=0)
+    assert model.trainer.global_step == 2
+
+
+# --- gradients in parts ------------------------------------------------------------------------------------------------
+
+
+def memory(observation_space, action_space):
+    return ActorCritic(observation_space, action_space, memory="gru")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize_advantage": False, "clip_range_vf": 0.2},
+        {"policy": memory, "sequence_length": 4, "env": "next step"},
+        {"compile": True},
+        {"target_kl": 1e-4},
+    ],
+)
+def test_a_minibatch_in_parts_takes_the_same_steps(fit, options):
+    env = options.pop("env", "CartPole-v1")
+    if env == "next step":  # whose dummy rows are spread unevenly over the parts
+        env = partial(SyncVectorEnv, [Uneven] * 4, autoreset_mode=AutoresetMode.NEXT_STEP)
+    models = []
+    for chunks in (1, 3):
+        lightning.seed_everything(1, verbose=False)
+        model = PPO(env, total_steps=2 * 128, minibatch_chunks=chunks, **SIZE, **options)
+        fit(model)
+        models.append(model)
+    assert_close(parameters(models[1]), parameters(models[0]), atol=1e-6, rtol=1e-6)
+    for name in ("loss", "policy_gradient_loss", "value_loss", "approx_kl", "entropy_loss", "grad_norm"):
+        one, other = (model.trainer.callback_metrics[f"train/{name}"] for model in models)
+        assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_parts_take_less_memory_at_once(fit):
+    """The network never sees more than a part."""
+    seen = []
+
+    class Watched(ActorCritic):
+        def forward(self, observation, state=None, start=None):
+            if torch.is_grad_enabled():
+                seen.append(len(observation))
+            return super().forward(observation, state, start)
+
+    fit(PPO("CartPole-v1", total_steps=128, minibatch_chunks=4, policy=Watched, **SIZE))
+    assert set(seen) == {8}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("env", ["CartPole-v1", partial(CartPole, device="cuda"), partial(Pendulum, device="cuda")])
+def test_captured_and_eager_learn_alike_on_cuda(fit, env):
+    ends = []
+    for compile in (False, True):
+        lightning.seed_everything(1, verbose=False)
+        model = PPO(env, total_steps=10 * 128, compile=compile, **SIZE)
+        fit(model, accelerator="cuda", devices=1)
+        ends.append(parameters(model).cpu())
+    assert_close(ends[1], ends[0], atol=1e-3, rtol=1e-3)

@@ -1,0 +1,331 @@
+"""Environments that are tensors: ours, and those of other packages."""
+
+import sys
+from functools import partial
+from types import ModuleType
+
+import gymnasium as gym
+import lightning
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from tensordict import TensorDict
+from torch import Tensor
+from torch.testing import assert_close
+
+from ppo_lightning import PPO, ActorCritic, InputError
+from ppo_lightning.envs import Environments
+from ppo_lightning.envs.classic_control import CartPole, Pendulum
+from ppo_lightning.errors import EnvironmentFault
+from ppo_lightning.stepping import ArrayStepper, TensorStepper
+
+SIZE = {"num_envs": 4, "num_steps": 32}
+
+
+def parameters(model: PPO) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+
+# --- CartPole and Pendulum ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ours", "name"), [(CartPole, "CartPole-v1"), (Pendulum, "Pendulum-v1")])
+def test_dynamics_are_gymnasiums(ours, name):
+    """From 64 states far beyond where episodes begin, whatever the action."""
+    vector, env = ours(64), gym.make(name).unwrapped
+    torch.manual_seed(0)
+    state = torch.randn(64, vector.initial(vector.uniform()).shape[1]) * 2
+    action = torch.from_numpy(np.stack([env.action_space.sample() for _ in range(64)]))
+    after, reward, terminated = vector.dynamics(state, action)
+    observation = vector.observe(after)
+    for index in range(64):
+        env.reset()
+        env.state = state[index].double().numpy()
+        seen, given, ended, *_ = env.step(action[index].numpy() if action.ndim > 1 else int(action[index]))
+        assert_close(observation[index], torch.from_numpy(seen), atol=2e-5, rtol=1e-4)
+        assert float(reward[index]) == pytest.approx(float(given), abs=1e-4)
+        assert bool(terminated[index]) == ended
+
+
+@pytest.mark.parametrize(("ours", "name"), [(CartPole, "CartPole-v1"), (Pendulum, "Pendulum-v1")])
+def test_spaces_and_first_states_are_gymnasiums(ours, name):
+    env, vector = gym.make(name), ours(4096)
+    assert vector.single_observation_space.shape == env.observation_space.shape
+    assert vector.single_action_space == env.action_space
+    first, _ = vector.reset(seed=1)
+    theirs = np.stack([env.reset(seed=seed)[0] for seed in range(500)])
+    assert_close(first.mean(0), torch.from_numpy(theirs).mean(0), atol=0.1, rtol=0)
+    assert_close(first.std(0), torch.from_numpy(theirs).std(0), atol=0.05, rtol=0.1)
+    assert_close(vector.reset(seed=1)[0], first, rtol=0, atol=0)
+    assert not torch.equal(vector.reset(seed=2)[0], first)
+
+
+def test_time_limits_truncate_and_reset_in_the_same_step():
+    vector = CartPole(3, max_episode_steps=2)
+    vector.reset(seed=0)
+    vector.step(torch.zeros(3, dtype=torch.int64))
+    observation, _, terminated, truncated, info = vector.step(torch.zeros(3, dtype=torch.int64))
+    assert truncated.all()
+    assert not terminated.any()
+    assert (observation.abs() <= 0.05).all()
+    assert (info["final_obs"][:, 1] < -0.3).all()
+    assert vector.elapsed.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("env", [CartPole, Pendulum])
+def test_tensors_and_arrays_train_the_same_bit_for_bit(fit, env, monkeypatch):
+    ends, steppers = [], []
+    for dense in (True, False):
+        if not dense:
+            reset = Environments.reset
+
+            def hidden(self, seed, reset=reset):
+                observation = reset(self, seed)
+                self.tensors = None
+                return observation
+
+            monkeypatch.setattr(Environments, "reset", hidden)
+        lightning.seed_everything(1, verbose=False)
+        model = PPO(partial(env, max_episode_steps=20), total_steps=512, normalize_reward=True, **SIZE)
+        model.rollouts.start = lambda start=model.rollouts.start: steppers.append(start()) or steppers[-1]
+        fit(model)
+        ends.append((parameters(model), list(model.rollouts.episodes.window)))
+    assert [type(stepper) for stepper in steppers] == [TensorStepper, ArrayStepper]
+    assert_close(ends[0][0], ends[1][0], rtol=0, atol=0)
+    assert repr(ends[0][1]) == repr(ends[1][1])
+
+
+def test_nothing_is_copied_to_numpy_while_steps_are_taken(monkeypatch):
+    model = PPO(CartPole, **SIZE)
+    model.rollouts.collect()
+    stepper = model.rollouts._stepper
+    noise = model.policy.distribution.noise(32, 4, generator=torch.Generator())
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("copied to numpy")
+
+    for name in ("numpy", "__array__", "cpu"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    with torch.no_grad(), monkeypatch.context() as inside:
+        inside.setattr("ppo_lightning.stepping.TensorStepper._steps", lambda self, *args: args)
+        stepper.take(model.policy, noise)
+
+
+def test_storage_is_allocated_once_and_no_larger_than_what_it_holds():
+    model = PPO(partial(CartPole, max_episode_steps=9), num_envs=64, num_steps=64)
+    first = model.rollouts.collect()
+    places = {key: first[key].data_ptr() for key in ("observation", "reward", "terminated")}
+    second = model.rollouts.collect()
+    assert {key: second[key].data_ptr() for key in places} == places
+    stepper = model.rollouts._stepper
+    held = [stepper.observations, stepper.finals, *stepper.rows.values()]
+    size = sum(leaf.untyped_storage().nbytes() for leaf in held)
+    assert size <= 1.3 * sum(leaf[:64].numel() * leaf.element_size() for leaf in held)
+
+
+def test_predict_and_evaluate_take_them(fit):
+    model = PPO(partial(CartPole, max_episode_steps=30), total_steps=128, num_eval_episodes=6, **SIZE)
+    fit(model, limit_val_batches=1)
+    assert 5 < model.evaluate(6)["eval/mean_reward"] <= 30
+    assert model.predict(np.zeros(4, np.float32)) in (0, 1)
+
+
+def test_policies_with_memory_and_dict_actions_take_them(fit):
+    model = PPO(partial(Pendulum, max_episode_steps=9), total_steps=256, policy=remembering, **SIZE)
+    fit(model)
+    assert model.num_env_steps == 256
+
+
+def remembering(observation_space, action_space):
+    return ActorCritic(observation_space, action_space, memory="gru", distribution="tanh")
+
+
+# --- vectors of other packages -----------------------------------------------------------------------------------------
+
+
+class Counter(VectorEnv):
+    """Observes how many steps the episode has; ends by time after ``limits``. ManiSkill's manners, where asked for."""
+
+    def __init__(self, num_envs: int, limits=(3, 4, 5, 6), maniskill: bool = True, lacks: bool = False) -> None:
+        self.num_envs, self.maniskill, self.lacks, self.auto_reset = num_envs, maniskill, lacks, True
+        self.metadata = {} if maniskill else {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space = Box(-np.inf, np.inf, (1,), np.float32)
+        self.single_action_space = Box(-1, 1, (2,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.limits = torch.tensor(limits)
+
+    def reset(self, *, seed=None, options=None):
+        self.count = torch.zeros(self.num_envs)
+        return self.count[:, None].clone(), {}
+
+    def step(self, actions):
+        assert isinstance(actions, Tensor)
+        assert actions.shape == (self.num_envs, 2)
+        self.count += 1
+        final, truncated = self.count[:, None].clone(), self.count >= self.limits
+        success, reward = self.count % 2 == 0, self.count.clone()
+        self.count[truncated] = 0
+        info = {}
+        if truncated.any() and not self.lacks:
+            name = "final_observation" if self.maniskill else "final_obs"
+            info = {name: final, "final_info": {"success": success}}
+        return self.count[:, None].clone(), reward, torch.zeros(self.num_envs, dtype=torch.bool), truncated, info
+
+
+@pytest.mark.parametrize("maniskill", [True, False])
+def test_final_observations_and_success_are_those_of_the_step(maniskill, monkeypatch):
+    if maniskill:
+        monkeypatch.setitem(sys.modules, "mani_skill", ModuleType("mani_skill"))
+        monkeypatch.setattr(Counter, "__module__", "mani_skill.vector")
+    model = PPO(partial(Counter, maniskill=maniskill), **SIZE)
+    batch = model.rollouts.collect()
+    assert isinstance(model.rollouts._stepper, TensorStepper)
+    step, env = batch["truncated"].nonzero(as_tuple=True)
+    assert len(step) > 20
+    lasts = model.policy.critic(torch.tensor([3.0, 4.0, 5.0, 6.0])[env, None])
+    assert_close(batch["next_state_value"][step, env], lasts)
+    episodes = model.rollouts.episodes
+    lengths = episodes.finished[:, 1]
+    assert_close(episodes.finished[:, 0], lengths * (lengths + 1) / 2)
+    assert_close(episodes.finished[:, 2], (lengths % 2 == 0).double())
+
+
+def test_a_maniskill_vector_must_reset_by_itself(monkeypatch):
+    monkeypatch.setattr(Counter, "__module__", "mani_skill.vector")
+
+    def manual(num_envs):
+        vector = Counter(num_envs)
+        vector.auto_reset = False
+        return vector
+
+    with pytest.raises(InputError, match="auto_reset=True"):
+        PPO(manual, **SIZE)
+
+
+def test_a_vector_that_hides_its_final_observations_is_refused():
+    with pytest.raises(EnvironmentFault, match=r"gives no info\['final_obs'\]"):
+        PPO(partial(Counter, maniskill=False, lacks=True), **SIZE).rollouts.collect()
+
+
+def test_what_is_not_finite_is_named():
+    class Broken(Counter):
+        def step(self, actions):
+            observation, reward, *rest = super().step(actions)
+            reward[2] = torch.where(self.count[2] == 2, torch.nan, reward[2])
+            return observation, reward, *rest
+
+    with pytest.raises(EnvironmentFault, match="environment 2 returned a reward that is not finite at step 1"):
+        PPO(partial(Broken, maniskill=False), **SIZE).rollouts.collect()
+
+
+class Simulation:
+    """A VecEnv of rsl_rl, whose buffers it writes over; ends by time after 5 steps, else by falling after 3."""
+
+    num_actions, device, max_episode_length = 2, "cpu", 5
+
+    def __init__(self, num_envs: int, grouped: bool = False) -> None:
+        self.num_envs, self.grouped = num_envs, grouped
+        self.count = torch.zeros(num_envs)
+        self.limit = torch.where(torch.arange(num_envs) % 2 == 0, 5, 3)
+        self.buffer = torch.zeros(num_envs, 1)
+
+    def get_observations(self):
+        self.buffer[:, 0] = self.count
+        if self.grouped:
+            return TensorDict({"policy": self.buffer, "critic": self.buffer * 2}, [self.num_envs])
+        return self.buffer
+
+    def reset(self):
+        self.count[:] = 0
+        return self.get_observations(), {}
+
+    def step(self, actions):
+        assert actions.shape == (self.num_envs, 2)
+        self.count += 1
+        done = self.count >= self.limit
+        self.count[done] = 0
+        return self.get_observations(), torch.ones(self.num_envs), done.long(), {"time_outs": done & (self.limit == 5)}
+
+
+def test_rsl_rls_time_limits_bootstrap_from_the_observation_before():
+    model = PPO(Simulation, **SIZE)
+    batch = model.rollouts.collect()
+    assert isinstance(model.rollouts._stepper, TensorStepper)
+    assert_close(batch["observation"][:6, :2, 0], torch.tensor([[0.0, 0], [1, 1], [2, 2], [3, 0], [4, 1], [0, 2]]))
+    assert batch["terminated"][:6, :2].tolist() == [[False, False]] * 2 + [[False, True]] + [[False] * 2] * 2 + [
+        [False, True]
+    ]
+    assert batch["truncated"][:6, :2].tolist() == [[False, False]] * 4 + [[True, False]] + [[False, False]]
+    assert_close(batch["next_state_value"][4, 0], batch["state_value"][4, 0])
+
+
+def test_rsl_rls_groups_are_parts_of_a_dict(fit):
+    policy = partial(ActorCritic, actor_keys=["policy"], critic_keys=["policy", "critic"])
+    model = PPO(partial(Simulation, grouped=True), total_steps=256, policy=policy, **SIZE)
+    assert model.observation_space.keys() == {"policy", "critic"}
+    fit(model)
+    assert model.num_env_steps == 256
+
+
+class Lab(gym.Env):
+    """An environment of Isaac Lab: one gymnasium.Env that is many, on tensors."""
+
+    def __init__(self, num_envs: int) -> None:
+        self.num_envs, self.device = num_envs, "cpu"
+        self.single_observation_space = Dict({"policy": Box(-np.inf, np.inf, (1,), np.float32)})
+        self.single_action_space = Box(-np.inf, np.inf, (1,), np.float32)
+        self.seeds = []
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.append(seed)
+        self.count = torch.zeros(self.num_envs, 1)
+        return {"policy": self.count}, {}
+
+    def step(self, action):
+        self.count = (self.count + 1) % 4
+        over = self.count[:, 0] == 0
+        return {"policy": self.count}, action[:, 0], torch.zeros_like(over), over, {}
+
+
+def test_isaac_labs_environments_are_vectors(fit):
+    made = []
+    model = PPO(lambda num_envs: made.append(Lab(num_envs)) or made[-1], total_steps=256, **SIZE)
+    fit(model)
+    assert made[0].seeds == [0]
+    assert [episode[1] for episode in model.rollouts.episodes.window][:4] == [4.0] * 4
+
+
+def test_jax_environments_come_by_dlpack(fit):
+    pytest.importorskip("jax", reason="needs jax")
+    from gymnasium.envs.phys2d.cartpole import CartPoleJaxVectorEnv
+    from gymnasium.wrappers.vector import JaxToTorch
+
+    model = PPO(lambda num_envs: JaxToTorch(CartPoleJaxVectorEnv(num_envs)), total_steps=256, **SIZE)
+    fit(model)
+    assert model.num_env_steps >= 256
+
+
+# --- worker processes in halves ----------------------------------------------------------------------------------------
+
+
+def test_one_half_of_the_workers_steps_while_the_policy_serves_the_other(monkeypatch):
+    log = []
+    for name in ("send", "receive"):
+        call = getattr(Environments, name)
+
+        def noted(self, *args, name=name, call=call):
+            log.append((name, self._first))
+            return call(self, *args)
+
+        monkeypatch.setattr(Environments, name, noted)
+    model = PPO("CartPole-v1", num_envs=3, num_steps=8, vectorization="async")
+    model.seed = 0
+    batch = model.rollouts.collect()
+    model.close_environments()
+    both = [("receive", 0), ("send", 0), ("receive", 2), ("send", 2)]
+    assert log == [("send", 0), ("send", 2), *both * 7, ("receive", 0), ("receive", 2)]
+    assert batch.shape == (8, 3)
