@@ -100,4 +100,5 @@ def test_compiled_steps_reduce_gradients_and_agree_on_when_to_stop(tmp_path):
     (first, second), table = fit(tmp_path / "compiled", *flags, "--model.compile", "true")
     assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
     assert_close(first["state_dict"], eager["state_dict"], rtol=1e-5, atol=1e-5)
-    assert table["train/n_updates"][-1] < 4 * len(table)  # or the stop was not tested
+    updates = np.nanmax(table["train/n_updates"])
+    assert updates < 4 * np.isfinite(table["train/n_updates"]).sum()  # or the stop was not tested
