@@ -38,9 +38,8 @@ format: $(VENV)/.installed-test        ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(VENV)/.installed-test     ## speed beside Stable-Baselines3 and a plain loop
-	$(BIN)/python benchmarks/speed.py $(ARGS)
-	$(BIN)/python benchmarks/speed.py --workload pong
+benchmark: $(VENV)/.installed-test     ## speed beside seven other libraries, each in an environment of its own: an hour
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) lightning_logs

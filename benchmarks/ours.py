@@ -21,7 +21,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "peers"))
 
-from common import Run, run_from_arguments  # noqa: E402
+from common import Run, run_from_arguments  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 PACKAGES = ("ppo-lightning", "torch", "lightning", "gymnasium")
 
@@ -75,7 +75,7 @@ def fit(run: Run, words: list[str], seconds: dict[str, float]) -> None:
     class Timed(cli.PPOCLI):
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.append(Meter())
+            trainer.callbacks.append(Meter())  # pyright: ignore[reportAttributeAccessIssue]
             return trainer
 
         def after_fit(self) -> None:

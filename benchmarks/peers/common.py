@@ -48,6 +48,7 @@ class Workload:
 
 WORKLOADS = {
     "w1": Workload("CartPole-v1", 8, 128),
+    "w1v": Workload("CartPole-v1", 8, 128),
     "w1t": Workload("CartPole-v1", 8, 128, tensors=True),
     "w2": Workload("CartPole-v1", 64, 128),
     "w3": Workload("Pendulum-v1", 1024, 32, tensors=True),
