@@ -13,13 +13,17 @@ import sys
 import time
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
+# Off with this folder, whose cuda.py torch would take for the package of that name.
+sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
 
-from ppo_lightning import PPO
-from ppo_lightning.envs.classic_control import Pendulum
+import lightning  # noqa: E402
+import torch  # noqa: E402
+
+from ppo_lightning import PPO  # noqa: E402
+from ppo_lightning.envs.classic_control import Pendulum  # noqa: E402
 
 WARM_UP, STEPS = 8, 32
 

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "peers"))
+# Off with this folder, whose cuda.py torch would take for the package of that name.
+sys.path[:] = [str(HERE / "peers"), *(place for place in sys.path if Path(place).resolve() != HERE)]
 
 from common import Run, run_from_arguments  # noqa: E402  # pyright: ignore[reportMissingImports]
 
@@ -48,7 +49,8 @@ def watch_parts(seconds: dict[str, float]) -> None:
     from ppo_lightning.envs import Environments
     from ppo_lightning.rollout import RolloutDataset
 
-    watch(seconds, Environments, "step", "environment")
+    for name in ("send", "receive", "step_tensors"):
+        watch(seconds, Environments, name, "environment")
     watch(seconds, RolloutDataset, "collect", "collection")
     watch(seconds, PPO, "on_train_batch_start", "advantage")
     watch(seconds, PPO, "update", "update")

@@ -8,16 +8,21 @@ CartPole as tensors, compiled, one thread. --minutes N also trains for N minutes
 import argparse
 import logging
 import os
+import sys
 import time
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
+# Off with this folder, whose cuda.py torch would take for the package of that name.
+sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
 
-from ppo_lightning import PPO, ActorCritic
-from ppo_lightning.envs.classic_control import CartPole
+import lightning  # noqa: E402
+import torch  # noqa: E402
+
+from ppo_lightning import PPO, ActorCritic  # noqa: E402
+from ppo_lightning.envs.classic_control import CartPole  # noqa: E402
 
 BASE = {"num_envs": 64, "num_steps": 128, "width": 64}
 SCALES = {

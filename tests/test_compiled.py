@@ -226,3 +226,29 @@ def test_captured_and_eager_learn_alike_on_cuda(fit, env):
         fit(model, accelerator="cuda", devices=1)
         ends.append(parameters(model).cpu())
     assert_close(ends[1], ends[0], atol=1e-3, rtol=1e-3)
+
+
+def test_products_of_graphs_are_those_of_torch(monkeypatch, tmp_path):
+    """Whichever way they are computed: transposed for few columns, and by oneDNN for large ones."""
+    from ppo_lightning import compiled
+
+    monkeypatch.setattr(compiled, "_is_intel", lambda: False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiled._passes.cache_clear()
+    code = []
+    model = PPO("CartPole-v1", **SIZE)
+
+    def both(x, g, weight, bias):
+        return torch.addmm(bias, x, weight), g.T @ x[:, :4].contiguous(), (x + 1) @ weight
+
+    arguments = torch.randn(2048, 64), torch.randn(2048, 64), torch.randn(64, 64), torch.randn(64)
+    passed = compiled._passes()["post_grad_custom_post_pass"]
+    change = type(passed).__call__
+    monkeypatch.setattr(type(passed), "__call__", lambda *args: change(*args) or code.append(str(args[1])))
+    with torch.no_grad():
+        results = compiled.compiled(both, model.policy)(*arguments)
+    assert code[0].count("ppo_lightning.product") == 2
+    assert "aten.addmm" not in code[0]
+    for one, other in zip(results, both(*arguments), strict=True):
+        assert_close(one, other, atol=1e-3, rtol=1e-4)
+    compiled._passes.cache_clear()

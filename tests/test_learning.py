@@ -3,7 +3,8 @@
 import statistics
 
 import pytest
-from learning import train
+
+from benchmarks.learning import train
 
 SEEDS = (1, 2, 3)
 
