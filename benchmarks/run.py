@@ -5,7 +5,8 @@
 
 Workloads are the configs w*.yaml beside this file. Contestants take turns, each in a process of its own, peers in virtual
 environments of their own (made at the first run from peers/*.txt). Warm-up and compilation are not timed, but reported.
-Written are results.json, table.md and speed.png; what could not be run is named, with the reason.
+Written are results.json, to which later runs add workloads, and speed.png; the table goes into README.md beside this file.
+What could not be run is named, with the reason.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 OURS = "ppo_lightning"
 PEERS = sorted(path.stem for path in (HERE / "peers").glob("*.txt"))
+MARK = "<!-- what follows is written by run.py -->"
 GENERAL = ("stable_baselines3", "rsl_rl", "torchrl", "skrl")  # those of which the best is the measure
 
 
@@ -207,13 +209,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    results = {}
+    file, readme = options.out / "results.json", HERE / "README.md"
+    results = json.loads(file.read_text()) if file.exists() else {}
     for workload in options.workloads:
         results[workload] = measure(workload, options.contestants, options.repeats, options.scale)
-        (options.out / "results.json").write_text(json.dumps(results, indent=1))
-        (options.out / "table.md").write_text(table(results))
+        results = {name: results[name] for name in WORKLOADS if name in results}
+        file.write_text(json.dumps(results, indent=1))
     draw(results, options.out / "speed.png")
-    print((options.out / "table.md").read_text())
+    readme.write_text(readme.read_text().partition(MARK)[0] + MARK + "\n\n" + table(results))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -273,3 +273,15 @@ def test_an_interrupt_ends_the_run_with_a_checkpoint_and_no_process_left(tmp_pat
         time.sleep(0.2)
         left = subprocess.run(["ps", "-o", "args=", "-g", str(process.pid)], capture_output=True, text=True).stdout
     assert not left
+
+
+def test_threads_are_as_many_as_pay():
+    from ppo_lightning import PPO, ActorCritic
+    from ppo_lightning.cli import threads
+
+    cores = len(os.sched_getaffinity(0))
+    small, large = PPO("CartPole-v1"), PPO("CartPole-v1", num_envs=64)
+    wide = PPO("CartPole-v1", policy=lambda *spaces: ActorCritic(*spaces, hidden_sizes=(256, 256)))
+    assert threads(small, processes=1) == 1
+    assert threads(large, processes=1) == threads(wide, processes=1) == cores
+    assert threads(large, processes=2 * cores) == 1

@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ppo_lightning import PPO
+
 ROOT = Path(__file__).parent.parent
 README, POLICIES = (ROOT / "README.md").read_text(), (ROOT / "docs/policies.md").read_text()
+SPEED = (ROOT / "docs/speed.md").read_text()
 
 
 def test_every_test_that_the_readme_names_exists():
@@ -23,7 +26,7 @@ def test_every_place_in_the_code_that_the_readme_names_exists():
             assert re.search(rf"(class|def) {name}\b", (ROOT / "ppo_lightning" / file).read_text()), name
 
 
-@pytest.mark.parametrize("text", [README, POLICIES], ids=["README", "policies"])
+@pytest.mark.parametrize("text", [README, POLICIES, SPEED], ids=["README", "policies", "speed"])
 def test_links_lead_somewhere(text):
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
@@ -51,3 +54,12 @@ def test_every_option_of_the_network_is_in_the_documents():
     known = POLICIES + README
     for option in options:
         assert option in known or option in ("activation", "layer_norm", "log_std_init"), option
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_example_of_an_environment_that_is_tensors_learns(fit, compile):
+    space: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", SPEED, re.DOTALL)[0], space)
+    model = PPO(space["Walk"], num_envs=32, num_steps=32, total_steps=20_000, compile=compile, num_eval_episodes=4)
+    fit(model)
+    assert model.evaluate(4)["eval/mean_reward"] == 1.0
