@@ -95,13 +95,14 @@ def held(model: PPO) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=0.0)
+    parser.add_argument("--memory-only", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     print(f"base: {BASE}; torch {torch.__version__}\n")
     print("| | | µs per environment step | storage / its numbers |\n|---|---|---|---|")
-    for name, values in SCALES.items():
+    for name, values in ({} if options.memory_only else SCALES).items():
         for value in values:
             size = {**BASE, name: value}
             rollout = size["num_envs"] * size["num_steps"]

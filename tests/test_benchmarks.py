@@ -36,7 +36,8 @@ def test_fit_takes_every_workload(workload, tmp_path):
 
     main(
         f"fit --config {ROOT / workload}.yaml --trainer.max_epochs 1 --trainer.default_root_dir {tmp_path} "
-        "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.limit_val_batches 0 --trainer.enable_model_summary false "
+        "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.limit_val_batches 0 "
+        "--trainer.enable_model_summary false "
         "--model.num_steps 8 --model.num_envs 4 --model.compile false --model.num_minibatches 4".split()
     )
     assert (tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt").exists()
