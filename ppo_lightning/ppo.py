@@ -701,7 +701,7 @@ class PPO(LightningModule):
             metrics["train/grad_norm"] = torch.stack(self._grad_norms).mean().item()
         if update.loss.clip_range_vf is not None:
             metrics["train/clip_range_vf"] = update.loss.clip_range_vf
-        std = self.policy.std(batch[-1])
+        std = self.policy.std(batch[-1]) if self.policy.distribution.has_std else None
         if std is not None:
             metrics["train/std"] = std.mean().item()
         return metrics

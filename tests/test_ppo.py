@@ -580,7 +580,7 @@ def test_rollouts_are_acted_in_the_precision_of_updates(fit):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             act = self.policy.act
-            self.policy.act = lambda *a: seen.append(torch.is_autocast_enabled("cpu")) or act(*a)
+            self.policy.act = lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or act(*a, **k)
 
     fit(Acts("CartPole-v1", **SMALL), precision="bf16-mixed")
     assert seen

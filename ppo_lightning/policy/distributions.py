@@ -81,6 +81,9 @@ class ActionDistribution(ABC):
         """Parameters [B, P] under which what ``mask`` [B, M] forbids has probability 0, and no part in the entropy."""
         return parameters.masked_fill(~mask, LOWEST)
 
+    has_std = False
+    """Whether the family has standard deviations."""
+
     def std(self, parameters: Tensor) -> Tensor | None:
         """Standard deviations [B, d] where the family has them, else None."""
         return None
@@ -241,6 +244,7 @@ class DiagonalGaussian(ActionDistribution):
     """
 
     space: Box
+    has_std = True
 
     @property
     @override
@@ -331,6 +335,7 @@ class Beta(ActionDistribution):
     """
 
     space: Box
+    has_std = True
     PROPOSALS = 8
     EDGE = 1e-6
     """Samples keep this distance from the bounds, where the density is 0 or has no logarithm."""
@@ -510,6 +515,11 @@ class Joint(ActionDistribution):
     space: Space[Any]
     parts: Mapping[str, ActionDistribution]
     entropy_weights: Mapping[str, float]
+
+    @cached_property
+    def has_std(self) -> bool:
+        """Whether a part has standard deviations."""
+        return any(part.has_std for part in self.parts.values())
 
     @property
     @override
