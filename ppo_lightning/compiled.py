@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from ppo_lightning.loss import KL, PPOLoss, normalized
 from ppo_lightning.policy import Policy
+from ppo_lightning.policy.actor_critic import ExplorationHead, GaussianHead
 from ppo_lightning.spaces import cut, rows_of
 
 OPTIONS = {"cpp.use_decompose_tanh": True, "cpp_wrapper": True}
@@ -33,7 +34,9 @@ AVX-512: [2048, 64] · [64, 64] in 85 instead of 175 µs, while a smaller produc
 ROWS = 2048
 """Samples of one graph on a CPU: what is in between stays in its cache, and 8,192 samples take two thirds of the time."""
 
-HYPER = ("lr", "step_size", "bias_correction", "clip_range", "ent_coef", "share")
+HYPER = (
+    "lr", "step_size", "bias_correction", "first_decay", "second_decay", "clip_range", "ent_coef", "share"
+)  # fmt: skip
 """What changes between minibatches, in one row of numbers, so that no change compiles anything anew."""
 
 
@@ -55,7 +58,10 @@ def compiled(function: Callable[..., Any], policy: Policy) -> Callable[..., Any]
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     cuda = next(policy.parameters()).is_cuda
     options = {} if cuda else {**OPTIONS, **_passes()}
-    graph = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    # Models of one process have the same functions: each counts its own graphs.
+    graph = torch.compile(  # pyright: ignore[reportCallIssue]
+        function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True, recompile_limit=64
+    )
     if cuda:
         graph = Captured(graph, policy)
 
@@ -63,12 +69,26 @@ def compiled(function: Callable[..., Any], policy: Policy) -> Callable[..., Any]
         try:
             return graph(*args)
         except Exception as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            if not _is_compilers(error):
                 raise
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise CompilerError(f"torch could not compile it: {lines[0] if lines else type(error).__name__}") from error
+            raise CompilerError(f"torch could not compile it: {_gist(error)}") from error
 
     return call
+
+
+def _is_compilers(error: BaseException) -> bool:
+    """Whether the compiler raised, by its own errors or by an assertion inside it."""
+    frame, place = error.__traceback__, ""
+    while frame is not None:
+        frame, place = frame.tb_next, frame.tb_frame.f_globals.get("__name__", "")
+    return any(name.startswith(("torch._dynamo", "torch._inductor")) for name in (type(error).__module__, place))
+
+
+def _gist(error: BaseException) -> str:
+    """The line of a compiler's error that says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.endswith((":", "fullgraph=True"))]
+    return (telling or lines or [type(error).__name__])[0]
 
 
 class Captured:
@@ -189,9 +209,19 @@ def why_not(policy: Policy, optimizer: torch.optim.Optimizer, precision: str) ->
         return f"the optimizer is {type(optimizer).__name__}, not Adam or AdamW"
     if len(optimizer.param_groups) > 1:
         return "the optimizer has several parameter groups"
-    group = optimizer.param_groups[0]
+    group, learnt = optimizer.param_groups[0], [one for one in policy.parameters() if one.requires_grad]
     if group["amsgrad"] or group["maximize"]:
         return "the optimizer uses amsgrad or maximize"
+    if not set(learnt) <= set(group["params"]):
+        return "the optimizer has not all of the policy's parameters"
+    if len({one.dtype for one in learnt}) != 1:
+        return "the policy's parameters have several dtypes, or all are frozen"
+    if any(one._backward_hooks or one._post_accumulate_grad_hooks for one in learnt):
+        return "parameters have hooks on their gradients"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "the optimizer has hooks on its steps"
+    if any(isinstance(module, GaussianHead) and module.log_std is None for module in policy.modules()):
+        return "the standard deviation is an output of the network"
     return None
 
 
@@ -227,6 +257,15 @@ class CompiledUpdate:
         self.shapes: dict[str, torch.Size] = {}
         self.flat = self.moments = torch.zeros(0)
         self.steps: list[Tensor] = []
+        self.bounds = {
+            f"{name}.log_std": (module.low, module.high)
+            for name, module in self.evaluate.named_modules()
+            if isinstance(module, GaussianHead | ExplorationHead)
+        }
+        """Of log standard deviations: beyond them gradients pull back alone."""
+        own = [parameter for module in policy.modules() for parameter in module._parameters.values()]
+        # One parameter in two modules; of one module under two names torch would refuse to tie the weights.
+        self.tied = len([one for one in own if one is not None]) > len(list(policy.parameters()))
         self._lay_out(self._learnt())
         self._make_graphs()
 
@@ -248,19 +287,19 @@ class CompiledUpdate:
         """Flat gradient [P] and loss terms [6] of the samples that ``rows`` [B] names, times their share."""
         at = dict(zip(HYPER, hyper.unbind(), strict=True))
         batch = {**_rows(samples, rows), "valid": valid}
-        loss = PPOLoss(
-            clip_range=at["clip_range"],  # pyright: ignore[reportArgumentType]: a number of this graph
-            ent_coef=at["ent_coef"],  # pyright: ignore[reportArgumentType]
-            clip_range_vf=self.loss.clip_range_vf,
-            normalize_advantage=self.loss.normalize_advantage,
-            vf_coef=self.loss.vf_coef,
-        )
+        loss = replace(self.loss, clip_range=at["clip_range"], ent_coef=at["ent_coef"])  # numbers of this graph
 
         def score(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            terms = loss(batch, lambda given: functional_call(self.evaluate, parameters, (given,)))
+            call = partial(functional_call, self.evaluate, parameters, tie_weights=self.tied)
+            terms = loss(batch, lambda given: call((given,)))
             return terms.loss * at["share"], torch.stack([term.detach() for term in terms]) * at["share"]
 
-        gradients, (_, terms) = grad_and_value(score, has_aux=True)(self._parameters(flat))
+        parameters = self._parameters(flat)
+        gradients, (_, terms) = grad_and_value(score, has_aux=True)(parameters)
+        for name, (low, high) in self.bounds.items():
+            value, gradient = parameters[name], gradients[name]
+            outward = ((value > high) & (gradient < 0)) | ((value < low) & (gradient > 0))
+            gradients[name] = gradient.masked_fill(outward, 0.0)
         return torch.cat([gradients[name].flatten() for name in self.shapes]), terms
 
     def _parameters(self, flat: Tensor) -> dict[str, Tensor]:
@@ -269,8 +308,9 @@ class CompiledUpdate:
 
     def _step(self, flat: Tensor, moments: Tensor, gradient: Tensor, hyper: Tensor) -> Tensor:
         """Clip, and step by Adam (Kingma & Ba 2015), in place; not where the norm, which is returned, is not finite."""
-        first_decay, second_decay, eps, decay = self.adam
+        eps, decay = self.adam
         at = dict(zip(HYPER, hyper.unbind(), strict=True))
+        first_decay, second_decay = at["first_decay"], at["second_decay"]
         norm = gradient.norm()
         if self.max_grad_norm is not None:
             gradient = gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -330,7 +370,7 @@ class CompiledUpdate:
             world_size: processes whose gradients are averaged.
 
         Raises:
-            CompilerError: torch cannot compile it; nothing was changed.
+            CompilerError: torch cannot compile it; :meth:`restore` takes back steps that were taken.
         """
         device = valid.device
         names = None if bool(valid.all()) else valid.nonzero().flatten()
@@ -343,6 +383,7 @@ class CompiledUpdate:
         if chunks > 1:
             loss = replace(loss, normalize_advantage=False)
         hypers = self._begin(loss, epochs * num_minibatches).unbind()
+        self._before = self.flat.clone(), self.moments.clone()
         tables: list[Tensor] = []
         norms: list[Tensor] = []
         stopped = False
@@ -378,6 +419,11 @@ class CompiledUpdate:
         begun = -(-len(tables) // num_minibatches)
         return Passes(torch.stack(tables), taken, begun, len(tables) - (begun - 1) * num_minibatches)
 
+    def restore(self) -> None:
+        """Put parameters and moments back to where the last update began."""
+        for now, before in zip((self.flat, self.moments), self._before, strict=True):
+            now.copy_(before)
+
     def _gradient_in(
         self, chunks: int, samples: Mapping[str, Any], rows: Tensor, valid: Tensor | None, hyper: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -406,15 +452,16 @@ class CompiledUpdate:
         """
         self.loss = loss
         group = self.optimizer.param_groups[0]
-        self.adam = (*map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"]))
+        self.adam = float(group["eps"]), float(group["weight_decay"])
         learnt = self._learnt()
         if not self._is_flat(learnt):
             self._lay_out(learnt)
             self._make_graphs()
         lr, taken = float(group["lr"]), int(self.steps[0])
-        first_decay, second_decay = group["betas"]
+        first_decay, second_decay = map(float, group["betas"])
+        constants = first_decay, second_decay, loss.clip_range, loss.ent_coef, 1.0
         rows = [
-            (lr, lr / (1 - first_decay**step), (1 - second_decay**step) ** 0.5, loss.clip_range, loss.ent_coef, 1.0)
+            (lr, lr / (1 - first_decay**step), (1 - second_decay**step) ** 0.5, *constants)
             for step in range(taken + 1, taken + count + 1)
         ]
         return torch.tensor(rows, device=self.flat.device)
@@ -432,6 +479,9 @@ class CompiledUpdate:
         return True
 
     def _lay_out(self, learnt: dict[str, nn.Parameter]) -> None:
+        taken = {float(self.optimizer.state[parameter].get("step", 0.0)) for parameter in learnt.values()}
+        if len(taken) > 1:
+            raise CompilerError("some parameters have taken more steps than others")
         self.shapes = {name: parameter.shape for name, parameter in learnt.items()}
         self.flat = torch.cat([parameter.detach().flatten() for parameter in learnt.values()])
         self.moments = self.flat.new_zeros(2, len(self.flat))

@@ -182,9 +182,9 @@ class PPO(LightningModule):
         self.total_steps = int(total_steps)
         self.gamma = gamma
         self.gae_lambda = gae_lambda
-        self.update_epochs = update_epochs
-        self.num_minibatches = num_minibatches
-        self.minibatch_chunks = minibatch_chunks
+        self.update_epochs = int(update_epochs)
+        self.num_minibatches = int(num_minibatches)
+        self.minibatch_chunks = int(minibatch_chunks)
         self.clip_range = schedule("clip_range", clip_range)
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
@@ -198,7 +198,7 @@ class PPO(LightningModule):
         self.num_eval_episodes = num_eval_episodes
         self.eval_deterministic = eval_deterministic
         self.env_timeout_s = env_timeout_s
-        self.compiles = bool(compile)
+        self.compiles = compile
         self.compiled: CompiledUpdate | None = None
         """The update in one graph, where ``compile`` is on and nothing prevents it; made when training starts."""
         if num_minibatches > num_steps * self.num_envs:
@@ -313,12 +313,17 @@ class PPO(LightningModule):
         if not self.compiles:
             return
         reason = why_not(self.policy, optimizer, "" if self._trainer is None else str(self.trainer.precision))
+        own = [name for name in _STEP if getattr(type(self), name) is not getattr(PPO, name)]
+        if own:
+            reason = f"{type(self).__name__} has {' and '.join(own)} of its own"
         if hooks:
             reason = f"{', '.join(hooks)} has hooks around gradients"
-        if reason is not None:
-            rank_zero_warn(f"compile: true has no effect on the update, since {reason}")
-            return
-        self.compiled = CompiledUpdate(self.policy, optimizer, self.max_grad_norm)
+        try:
+            if reason is not None:
+                raise CompilerError(reason)
+            self.compiled = CompiledUpdate(self.policy, optimizer, self.max_grad_norm)
+        except CompilerError as error:
+            rank_zero_warn(f"compile: true has no effect on the update, since {error}")
 
     @override
     @torch.no_grad()
@@ -473,7 +478,12 @@ class PPO(LightningModule):
                     world_size=self._world_size,
                 )
             except CompilerError as error:
+                if self._world_size > 1:
+                    raise InputError(
+                        f"compile: true fails in process {self._rank}, since {error}: turn it off"
+                    ) from error
                 rank_zero_warn(f"compile: true has no effect on the update, since {error}")
+                self.compiled.restore()
                 self.compiled = None
                 self.generator.set_state(state)
             else:
@@ -961,7 +971,8 @@ class PPO(LightningModule):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        state = {**super().__getstate__(), "_eval_environments": None}  # simulators stay where they are
+        # Simulators stay where they are, and so do compiled graphs.
+        state = {**super().__getstate__(), "_eval_environments": None, "compiled": None}
         # A generator does not survive the way into a spawned process, nor does the tensor that holds its state.
         state["generator"] = self.generator.get_state().numpy().tobytes()
         if not self.env_maker.is_instance:
@@ -991,6 +1002,9 @@ class PPO(LightningModule):
         self._not_saved = sorted(changed - plain.keys())
         self._given = changed
 
+
+_STEP = ("descend", "diverged", "clip_gradients_by_norm")
+"""Methods that a compiled update does not call."""
 
 Descend = Callable[..., None]
 """(loss, last=True) -> None, as :meth:`PPO.descend`."""

@@ -331,17 +331,31 @@ class TensorStepper(Stepper):
         self._policy: Policy | None = None
         self._act: Callable[..., Any] | None = None
         self.captures = compiles and device.type == "cuda"
-        self.compiles = compiles and isinstance(environments.env, TensorEnv) and environments.env.device == device
+        self.compiles = compiles and self._is_pure(environments.env)
 
     @override
     def take(self, policy: Policy, noise: Tensor | None) -> Steps:
         if self.compiles:
+            env: Any = self.environments.env
+            random = env.generator.get_state()
             try:
                 return self._compiled(policy, noise)
             except CompilerError as error:
                 rank_zero_warn(f"compile: true has no effect on rollouts, since {error}")
                 self.compiles = False
+                env.generator.set_state(random)
         return self._eager(policy, noise)
+
+    def _is_pure(self, env: Any) -> bool:
+        """Whether the vector is what its pure functions are."""
+        if not isinstance(env, TensorEnv) or env.device != self.device:
+            return False
+        own = [name for name in ("step", "reset") if getattr(type(env), name) is not getattr(TensorEnv, name)]
+        if own:
+            rank_zero_warn(
+                f"compile: true has no effect on rollouts, since {type(env).__name__} has {' and '.join(own)} of its own"
+            )
+        return not own
 
     def _eager(self, policy: Policy, noise: Tensor | None) -> Steps:
         environments, distribution = self.environments, policy.distribution
@@ -366,7 +380,7 @@ class TensorStepper(Stepper):
                 _copy(finals[step], after.final_observation)
             else:
                 lacking |= (terminated[step] | truncated[step]).any()
-            successes.append(after.success)
+            successes.append(None if after.success is None else after.success.to(torch.float32, copy=True))
             self._observation = after.observation
         _copy(observed[self.num_steps], self._observation)
         if lacking:
@@ -409,7 +423,7 @@ class TensorStepper(Stepper):
         success = torch.full((len(step),), torch.nan, dtype=torch.float64)
         if any(one is not None for one in successes):
             unknown = torch.full_like(self.rows["reward"][0], torch.nan)
-            table = torch.stack([unknown if one is None else one.float() for one in successes])
+            table = torch.stack([unknown if one is None else one for one in successes])
             success = table[step, env].double().cpu()
         ends = Ends(step, env, tree_map(lambda leaf: leaf[step, env], self.finals), None, success)
         check_finite(self.observations, self.rows["reward"], ends, self.num_steps + 1, self.num_steps)

@@ -1,5 +1,6 @@
 """Compiled updates are the eager ones, to the last digits."""
 
+import pickle
 import warnings
 from functools import partial
 
@@ -11,8 +12,11 @@ from lightning import Callback
 from probes import ConstantReward, Uneven
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, ActorCritic, PopArt
+from ppo_lightning import PPO, ActorCritic, InputError, PopArt
+from ppo_lightning.compiled import CompilerError
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
+from ppo_lightning.loss import PPOLoss
+from ppo_lightning.stepping import TensorStepper
 
 SIZE = {"num_envs": 4, "num_steps": 32}
 
@@ -31,6 +35,11 @@ def parameters(model: PPO) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
 
 
+def cycle(optimizer):
+    """Cycles Adam's first decay, too."""
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=20)
+
+
 CASES = {
     "plain": ("CartPole-v1", {}),
     "everything": (
@@ -46,6 +55,16 @@ CASES = {
         },
     ),
     "halves": ("CartPole-v1", {"target_kl": 1e-4, "optimizer": partial(torch.optim.Adam, lr=1e-3, weight_decay=0.1)}),
+    "tanh": ("Pendulum-v1", {"policy": partial(ActorCritic, distribution="tanh", shared=True)}),
+    "beta": ("Pendulum-v1", {"policy": partial(ActorCritic, distribution="beta"), "lr_scheduler": cycle}),
+    "beyond the bounds": (  # where gradients pull back alone
+        "Pendulum-v1",
+        {
+            "policy": partial(ActorCritic, log_std_range=(-1e-3, 1e-3)),
+            "optimizer": partial(torch.optim.Adam, lr=3e-3),
+            "ent_coef": 0.01,
+        },
+    ),
     "dummy rows": ("CartPole-v1", {"vectorization": "vector_entry_point", "num_minibatches": 3}),
 }
 
@@ -66,7 +85,8 @@ def test_equals_eager_over_ten_iterations(fit, case):
 
 
 @pytest.mark.parametrize("env", [CartPole, Pendulum])
-def test_compiled_rollouts_of_tensors_equal_eager_ones(fit, env):
+def test_compiled_rollouts_of_tensors_equal_eager_ones(fit, env, monkeypatch):
+    monkeypatch.setattr(TensorStepper, "CHUNK", 2)  # which compiles sooner
     eager, compiled = trained(fit, env, 6, eager=True, num_steps=10), trained(fit, env, 6, num_steps=10)
     assert compiled.rollouts._stepper is None  # the run closed it
     assert_close(parameters(compiled), parameters(eager), atol=1e-5, rtol=1e-5)
@@ -134,6 +154,18 @@ class Hooked(Callback):
         pass
 
 
+def mixed(*spaces):
+    network = ActorCritic(*spaces)
+    network.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    return network
+
+
+def watched(*spaces):
+    network = ActorCritic(*spaces)
+    network.value_head.weight.register_hook(lambda gradient: gradient * 0)
+    return network
+
+
 @pytest.mark.parametrize(
     ("options", "trainer", "reason"),
     [
@@ -141,6 +173,13 @@ class Hooked(Callback):
         ({"optimizer": partial(torch.optim.SGD, lr=1e-3)}, {}, "the optimizer is SGD, not Adam or AdamW"),
         ({"optimizer": partial(torch.optim.Adam, amsgrad=True)}, {}, "the optimizer uses amsgrad or maximize"),
         ({}, {"callbacks": [Hooked()]}, "Hooked has hooks around gradients"),
+        (
+            {"optimizer": lambda ps: torch.optim.Adam(list(ps)[:2])},
+            {},
+            "the optimizer has not all of the policy's parameters",
+        ),
+        ({"policy": mixed}, {}, "the policy's parameters have several dtypes"),
+        ({"policy": watched}, {}, "parameters have hooks on their gradients"),
     ],
 )
 def test_what_cannot_be_compiled_runs_eager_and_says_so(fit, options, trainer, reason):
@@ -167,6 +206,93 @@ def test_without_a_compiler_training_goes_on_as_without_compile(fit, monkeypatch
     assert all("since torch could not compile it" in sentence and "\n" not in sentence for sentence in sentences)
     assert_close(parameters(model), parameters(eager), rtol=0, atol=0)
     assert model.trainer.global_step == 2
+
+
+class Own(PPO):
+    def clip_gradients_by_norm(self, **kwargs):
+        super().clip_gradients_by_norm(**kwargs)
+
+
+class Scaled(PPOLoss):
+    def __call__(self, batch, evaluate):
+        terms = super().__call__(batch, evaluate)
+        return terms._replace(loss=terms.loss * 0.5)
+
+
+class OwnLoss(PPO):
+    def current_loss(self):
+        return Scaled(**vars(super().current_loss()))
+
+
+def test_subclasses_are_heard(fit):
+    model = Own("CartPole-v1", total_steps=128, compile=True, **SIZE)
+    with pytest.warns(UserWarning, match="since Own has clip_gradients_by_norm of its own"):
+        fit(model)
+    norms = []
+    for compile in (False, True):
+        lightning.seed_everything(1, verbose=False)
+        model = OwnLoss("CartPole-v1", total_steps=256, compile=compile, **SIZE)
+        fit(model)
+        norms.append(float(model.trainer.callback_metrics["train/grad_norm"]))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+@pytest.mark.long
+def test_many_models_of_one_process_are_all_compiled(fit):
+    """torch allows a function eight graphs, and models have their functions in common."""
+    for index in range(10):
+        model = PPO("CartPole-v1", total_steps=64, compile=True, num_envs=2, num_steps=32, max_grad_norm=0.1 + index)
+        fit(model)
+        assert model.compiled is not None
+
+
+def test_a_compiled_model_can_be_pickled(fit):
+    model = trained(fit, "CartPole-v1", 1)
+    model.trainer = None
+    assert_close(parameters(pickle.loads(pickle.dumps(model))), parameters(model), rtol=0, atol=0)
+
+
+def test_steps_that_were_taken_are_taken_back(fit, monkeypatch):
+    """The compiler may fail at a later minibatch, of another size."""
+    eager = trained(fit, "CartPole-v1", 2, eager=True, num_minibatches=3)
+    lightning.seed_everything(1, verbose=False)
+    model = PPO("CartPole-v1", total_steps=256, compile=True, num_minibatches=3, **SIZE)
+    prepare = PPO.prepare
+
+    def broken(self, *args):
+        prepare(self, *args)
+        whole, calls = self.compiled._whole_of, []
+
+        def fails(*batch):
+            calls.append(1)
+            if len(calls) == 3:
+                raise CompilerError("it is tired")
+            return whole(*batch)
+
+        self.compiled._whole_of = fails
+
+    monkeypatch.setattr(PPO, "prepare", broken)
+    with pytest.warns(UserWarning, match="since it is tired"):
+        fit(model)
+    assert_close(parameters(model), parameters(eager), atol=1e-6, rtol=1e-6)
+
+
+class Doubled(CartPole):
+    def step(self, actions):
+        observation, reward, *rest = super().step(actions)
+        return observation, 2 * reward, *rest
+
+
+def test_an_environment_with_a_step_of_its_own_is_stepped_by_it():
+    model = PPO(Doubled, compile=True, **SIZE)
+    with pytest.warns(UserWarning, match="no effect on rollouts, since Doubled has step of its own"):
+        batch = model.rollouts.collect()
+    assert (batch["reward"] == 2).all()
+
+
+def test_compile_is_a_yes_or_no():
+    with pytest.raises(InputError, match="compile must be true or false, got 'no'"):
+        PPO("CartPole-v1", compile="no")
 
 
 # --- gradients in parts ------------------------------------------------------------------------------------------------

@@ -5,10 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 from gymnasium import Space
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 from typing_extensions import override
+
+from ppo_lightning.errors import InputError
 
 
 class Advance(NamedTuple):
@@ -56,6 +59,13 @@ class TensorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         max_episode_steps: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
+        if not isinstance(action_space, Box | Discrete | MultiDiscrete | MultiBinary) or not isinstance(
+            observation_space, Box | Discrete
+        ):
+            raise InputError(
+                f"{type(self).__name__} is a TensorEnv, whose observations and actions are one tensor each, got "
+                f"{observation_space} and {action_space}: lay the parts out in one Box"
+            )
         self.num_envs = num_envs
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
         self.single_observation_space, self.single_action_space = observation_space, action_space
@@ -63,7 +73,7 @@ class TensorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         self.action_space = batch_space(action_space, num_envs)
         self.num_uniform = num_uniform
         self.max_episode_steps = max_episode_steps
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its index, as others name it
         self.generator = torch.Generator(self.device)
         self.state = torch.zeros(0)
         self.elapsed = torch.zeros(0)

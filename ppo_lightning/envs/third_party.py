@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium.spaces import Box, Dict
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
@@ -59,9 +60,14 @@ class Simulator(VectorEnv):
             self.single_action_space = _unbounded((int(simulator.num_actions),))
             given = _groups(simulator.get_observations())
             if isinstance(given, dict):
-                self.single_observation_space = Dict({name: _unbounded(leaf.shape[1:]) for name, leaf in given.items()})
-            else:
+                self.single_observation_space = _space(given)
+            elif isinstance(given, Tensor):
                 self.single_observation_space = _unbounded(given.shape[1:])
+            else:
+                raise InputError(
+                    f"{type(simulator).__name__}.get_observations returned {given!r}: it must return a tensor, or a "
+                    "TensorDict of groups"
+                )
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._before: Any = None
@@ -97,9 +103,17 @@ def _groups(given: Any) -> Any:
     """Observations as one tensor, or a dictionary of groups, copied: simulators write over what they gave."""
     if isinstance(given, tuple):  # with extras
         given = given[0]
-    if given is None or isinstance(given, Tensor):
-        return given if given is None else given.clone()
-    return {str(name): leaf.clone() for name, leaf in given.items()}
+    if isinstance(given, Tensor):
+        return given.clone() if given.dtype != torch.float64 else given.float()
+    if hasattr(given, "items"):
+        return {str(name): _groups(leaf) for name, leaf in given.items()}
+    return given
+
+
+def _space(groups: dict[str, Any]) -> Dict:
+    return Dict(
+        {name: _space(leaf) if isinstance(leaf, dict) else _unbounded(leaf.shape[1:]) for name, leaf in groups.items()}
+    )
 
 
 def _unbounded(shape: Any) -> Box:

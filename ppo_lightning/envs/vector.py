@@ -102,6 +102,7 @@ class Environments:
         self._done = np.zeros(self.num_envs, dtype=bool)
         self._none_ended = np.zeros(0, dtype=np.int64)
         self._action: Any = None
+        self._checked = False
         self._device: torch.device | None = None
         self.tensors: Tree | None = None
         """[N, …] first observations, of a vector that :meth:`step_tensors` can step; None of any other."""
@@ -220,6 +221,9 @@ class Environments:
         final = info.get("final_obs", info.get("final_observation"))  # Gymnasium's name, and ManiSkill's
         said = info.get("final_info", info)
         success = next((said[key] for key in SUCCESS_KEYS if key in said), None)
+        if not self._checked:
+            self._check_step(reward=reward, terminated=terminated, truncated=truncated)
+            self._checked = True
         return TensorTransition(
             self._flatten(observation),
             reward,
@@ -228,6 +232,15 @@ class Environments:
             None if final is None else self._flatten(final),
             success if isinstance(success, Tensor) else None,
         )
+
+    def _check_step(self, **given: Any) -> None:
+        for name, tensor in given.items():
+            if not isinstance(tensor, Tensor) or tensor.shape != (self.num_envs,):
+                got = f"{type(tensor).__name__} {tuple(np.shape(tensor))}"
+                raise EnvironmentFault(
+                    f"{self.name} returned from step {name} that is {got}: a vector of tensors must return tensors of shape "
+                    f"({self.num_envs},)"
+                )
 
     def close(self) -> None:
         """Close the vector and its workers, dead or alive; a vector that the user made stays open."""

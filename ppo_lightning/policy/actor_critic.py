@@ -388,6 +388,8 @@ def bounded(log_std: Any, low: float, high: float) -> Tensor:
     """``log_std`` between its bounds; beyond them the gradient can still pull it back, which torch.clamp prevents."""
     if not torch.is_grad_enabled():
         return log_std.clamp(low, high)
+    if torch.compiler.is_compiling():  # which takes the clamp's own gradient: CompiledUpdate sees to the bounds
+        return log_std + (log_std.clamp(low, high) - log_std).detach()
     return _Bounded.apply(log_std, low, high)  # pyright: ignore[reportReturnType]
 
 

@@ -295,6 +295,7 @@ class SquashedGaussian(DiagonalGaussian):
 
     def __post_init__(self) -> None:
         refuse_unbounded(self.space, "tanh")
+        object.__setattr__(self, "width", log_half_width(self.space))
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,7 +303,7 @@ class SquashedGaussian(DiagonalGaussian):
         mean, log_std = parameters.chunk(2, -1)
         nodes, weights = _quadrature(parameters.device)
         expected = (log_slope_of_tanh(mean[..., None] + log_std.exp()[..., None] * nodes) @ weights).sum(-1)
-        width = log_half_width(self.space)
+        width: float = self.width  # pyright: ignore[reportAttributeAccessIssue]
         return log_prob - log_slope_of_tanh(action.reshape(mean.shape)).sum(-1) - width, entropy + expected + width
 
     @override
@@ -342,6 +343,7 @@ class Beta(ActionDistribution):
 
     def __post_init__(self) -> None:
         refuse_unbounded(self.space, "beta")
+        object.__setattr__(self, "width", log_half_width(self.space) + self.space.low.size * math.log(2))
 
     @property
     @override
@@ -391,7 +393,7 @@ class Beta(ActionDistribution):
         total = alpha + beta
         x = action.reshape(alpha.shape)
         log_beta = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(total)
-        width = log_half_width(self.space) + alpha.shape[-1] * math.log(2)
+        width: float = self.width  # pyright: ignore[reportAttributeAccessIssue]
         log_prob = (alpha - 1) * x.log() + (beta - 1) * torch.log1p(-x) - log_beta
         entropy = (
             log_beta
