@@ -40,6 +40,12 @@ def cycle(optimizer):
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=20)
 
 
+def frozen(*spaces):
+    network = ActorCritic(*spaces)
+    network.action_head.log_std.requires_grad_(False)
+    return network
+
+
 CASES = {
     "plain": ("CartPole-v1", {}),
     "everything": (
@@ -65,6 +71,7 @@ CASES = {
             "ent_coef": 0.01,
         },
     ),
+    "frozen": ("Pendulum-v1", {"policy": frozen}),
     "dummy rows": ("CartPole-v1", {"vectorization": "vector_entry_point", "num_minibatches": 3}),
 }
 
