@@ -69,7 +69,7 @@ def compiled(function: Callable[..., Any], policy: Policy) -> Callable[..., Any]
     def call(*args: Any) -> Any:
         try:
             return graph(*args)
-        except Exception as error:
+        except Exception as error:  # the compiler raises whatever its parts raise; everybody else's passes through
             if not _is_compilers(error):
                 raise
             raise CompilerError(f"torch could not compile it: {_gist(error)}") from error

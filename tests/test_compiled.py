@@ -349,7 +349,7 @@ def test_parts_take_less_memory_at_once(fit):
     assert set(seen) == {8}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, which captures graphs")
 @pytest.mark.parametrize("env", ["CartPole-v1", partial(CartPole, device="cuda"), partial(Pendulum, device="cuda")])
 def test_captured_and_eager_learn_alike_on_cuda(fit, env):
     ends = []
