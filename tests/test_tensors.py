@@ -300,7 +300,8 @@ def test_isaac_labs_environments_are_vectors(fit):
 
 
 def test_jax_environments_come_by_dlpack(fit):
-    pytest.importorskip("jax", reason="needs jax")
+    pytest.importorskip("jax", reason="needs gymnasium[jax]")
+    pytest.importorskip("array_api_compat", reason="needs gymnasium[jax]")
     from gymnasium.envs.phys2d.cartpole import CartPoleJaxVectorEnv
     from gymnasium.wrappers.vector import JaxToTorch
 
