@@ -45,6 +45,7 @@ from ppo_lightning.clock import Clock
 from ppo_lightning.compiled import CompiledUpdate, CompilerError, why_not
 from ppo_lightning.diagnostics import explained_variance
 from ppo_lightning.envs import Environments, EnvMaker, Halves, resolve
+from ppo_lightning.envs.state import as_tensors
 from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation import evaluate_episodes, summarize
 from ppo_lightning.loss import KL, LossTerms, PPOLoss, normalized
@@ -54,6 +55,7 @@ from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.prediction import predict
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
 from ppo_lightning.spaces import check_mask, cut, describe, rows_of, without_mask
+from ppo_lightning.streams import random_state, restore_random_state
 from ppo_lightning.trainer import (
     attach_callbacks,
     gradient_hooks,
@@ -218,6 +220,10 @@ class PPO(LightningModule):
         self.seed: int | None = None
         self.generator = torch.Generator()
         self.rollouts = RolloutDataset(self, self.num_steps, seen)
+        self._goes_on: list[dict[str, Any]] | None = None
+        """State of each process of the run that goes on here, until training starts."""
+        self._paused: dict[str, Any] | None = None
+        """State of the optimiser and of this process after the last fit."""
         self._eval_environments: Environments | None = None
         self._clock = Clock()
         self._grad_norms: list[Tensor] = []
@@ -296,7 +302,8 @@ class PPO(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Let this run's settings win over the checkpoint's; find out whether a gradient step concerns anybody else."""
+        """Go on where the run was; find out whether a gradient step concerns anybody else."""
+        self._go_on()
         self._settings.restore(scheduled=self._was_scheduled)
         hooks = gradient_hooks(self.trainer, self, PPO)
         self._steps_alone = steps_concern_nobody(self.trainer) and not hooks
@@ -362,6 +369,7 @@ class PPO(LightningModule):
             optimizer.zero_grad()
             optimizer.step()  # without gradients it does nothing, but Lightning counts it
         self.count(batch, update.epochs)
+        self.rollouts.pending = False
         if self.lr_scheduler is not None:
             cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers()).step()
         metrics = self.metrics(batch, update, seconds=time.perf_counter() - started)
@@ -391,8 +399,11 @@ class PPO(LightningModule):
 
     @override
     def on_fit_end(self) -> None:
-        """Give the Trainer back the evaluation interval that it came with."""
+        """Give the Trainer back the evaluation interval that it came with; keep what another fit goes on from."""
         self.trainer.check_val_every_n_epoch = self._check_val_every_n_epoch
+        schedulers = [config.scheduler.state_dict() for config in self.trainer.lr_scheduler_configs]
+        self._paused = {"optimizer": self._optimizer.state_dict(), "schedulers": schedulers, **self._run_state()}
+        self.rollouts.saved = self._paused["rollouts"]
 
     @override
     def val_dataloader(self) -> Sequence[int]:
@@ -425,7 +436,12 @@ class PPO(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a policy needs beyond weights: what it was trained on, and with which seed."""
         checkpoint["hyper_parameters"]["total_steps"] = self.total_steps  # it may have been raised since
+        states = [self._run_state()]
+        if self._world_size > 1:  # every process comes here, one of them writes
+            states = [states[0]] * self._world_size
+            torch.distributed.all_gather_object(states, self._run_state())
         checkpoint[KEY] = {
+            "processes": states,
             "observation_space": describe(self.observation_space),
             "action_space": describe(self.action_space),
             "distribution": self.policy.distribution.describe(),
@@ -445,10 +461,51 @@ class PPO(LightningModule):
         self._missing = refuse_missing(ours, _passed.get().union(self._given))
         refuse_other_policy(checkpoint, self.state_dict(), self.policy.distribution.describe())
         self._was_scheduled = bool(checkpoint["lr_schedulers"])
+        self._goes_on, self._paused = ours["processes"], None
         if "PL_GLOBAL_SEED" not in os.environ:  # else seed_everything has been asked for another
             self.seed = ours["seed"]
         self.rollouts.episodes.window.clear()
         self.rollouts.episodes.window.extend(tuple(episode) for episode in ours["episodes"])
+
+    def _run_state(self) -> dict[str, Any]:
+        """What this process's next rollout depends on, besides the module and its optimiser."""
+        return {
+            "environment": self._environment_described(),
+            "random": as_tensors(random_state(self.generator)),
+            "rollouts": as_tensors(self.rollouts.state()),
+        }
+
+    def _environment_described(self) -> str:
+        """What decides whether saved environments fit, as far as a file can hold it."""
+        keys = ("env", "env_kwargs", "wrappers", "vectorization", "num_envs")
+        return str({key: self.hparams[key] for key in keys if key in self.hparams})
+
+    def _go_on(self) -> None:
+        """Take up the random streams, environments and episodes of the run that goes on."""
+        states, self._goes_on = self._goes_on, None
+        if states is None and self._paused is not None:
+            states = [self._paused]
+            self._optimizer.load_state_dict(self._paused["optimizer"])
+            for config, state in zip(self.trainer.lr_scheduler_configs, self._paused["schedulers"], strict=True):
+                config.scheduler.load_state_dict(state)
+        if states is None:
+            return
+        self.rollouts.saved = None
+        if len(states) != self._world_size:
+            rank_zero_info(
+                f"environments begin anew: {len(states)} processes were saved, and there are {self._world_size}"
+            )
+            return
+        own, described = states[self._rank], self._environment_described()
+        if own["environment"] != described:
+            rank_zero_info(f"environments begin anew: they were {own['environment']}, and are {described}")
+            return
+        restore_random_state(own["random"], self.generator)
+        self.rollouts.saved = own["rollouts"]
+        if own["rollouts"] is None:
+            rank_zero_info(
+                f"environments begin anew: {self.env_maker.name} has no get_state and set_state, or was saved within a rollout"
+            )
 
     # --- the parts of a training step ---------------------------------------------------------------------------------
 

@@ -83,6 +83,10 @@ class RolloutDataset(IterableDataset[TensorDict]):
         """[N] discounted return so far of the episodes that go on, where rewards are normalised."""
         self.collect_seconds = 0.0
         """Wall-clock seconds that the last rollout took."""
+        self.pending = False
+        """A rollout has begun that no update has learnt from yet."""
+        self.saved: dict[str, Any] | None = None
+        """What a run that was saved goes on from, as :meth:`state` gave it, until the environments are made."""
         self._stepper: Stepper | None = None
         self._score: Callable[..., tuple[Tensor, Tensor]] | None = None
 
@@ -111,10 +115,33 @@ class RolloutDataset(IterableDataset[TensorDict]):
         self.episodes.restart(environments.num_envs)
         state_size, device = learner.policy.state_size, learner.device
         if isinstance(environments, Environments) and environments.tensors is not None and not state_size:
-            return TensorStepper(
+            stepper: Stepper = TensorStepper(
                 environments, self.num_steps, self.observation_space, device, compiles=learner.compiles
             )
-        return ArrayStepper(environments, first, self.num_steps, self.observation_space, state_size, device)
+        else:
+            stepper = ArrayStepper(environments, first, self.num_steps, self.observation_space, state_size, device)
+        saved, self.saved = self.saved, None
+        if saved is not None:
+            environments.restore(saved["environments"])
+            stepper.restore(saved["stepper"])
+            self.discounted, self.episodes.carry = saved["discounted"], saved["carry"]
+        return stepper
+
+    def state(self) -> dict[str, Any] | None:
+        """What the next rollout goes on from, as plain data; None where an environment's state cannot be told."""
+        if self.saved is not None:
+            return self.saved
+        if self.pending or self._stepper is None or self.environments is None:
+            return None
+        environments = self.environments.state()
+        if environments is None:
+            return None
+        return {
+            "environments": environments,
+            "stepper": self._stepper.state(),
+            "discounted": self.discounted.cpu(),
+            "carry": self.episodes.carry,
+        }
 
     @torch.no_grad()
     def collect(self) -> TensorDict:
@@ -127,6 +154,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         if self._stepper is None:
             self._stepper = self.start()
         learner, stepper = self.learner, self._stepper
+        self.pending = True
         num_envs = stepper.num_envs
         noise = learner.policy.distribution.noise(self.num_steps, num_envs, generator=learner.generator)
         with learner.autocast():
@@ -243,10 +271,12 @@ class EpisodeStatistics:
     def __init__(self) -> None:
         self.window: deque[tuple[float, float, float]] = deque(maxlen=self.WINDOW)
         self.finished = torch.zeros(0, 3, dtype=torch.float64)
+        self.carry = torch.zeros(2, 0, dtype=torch.float64)
+        """[2, N] return and length so far of the episodes that go on."""
 
     def restart(self, num_envs: int) -> None:
         """Begin all episodes anew."""
-        self._carry = torch.zeros(2, num_envs, dtype=torch.float64)  # return and length so far
+        self.carry = torch.zeros(2, num_envs, dtype=torch.float64)
 
     def add(self, reward: Tensor, valid: Tensor, ends: Ends) -> None:
         """Account for one rollout.
@@ -257,7 +287,7 @@ class EpisodeStatistics:
             ends: the episodes that ended.
         """
         length = valid.double().cpu()
-        sums = torch.stack([reward.double().cpu() * length, length]).cumsum(1) + self._carry[:, None]  # [2, T, N]
+        sums = torch.stack([reward.double().cpu() * length, length]).cumsum(1) + self.carry[:, None]  # [2, T, N]
         # Along each environment, an episode's sum is the running sum at its end less that at the end before.
         order = (ends.env.cpu() * len(length) + ends.step.cpu()).argsort()
         env, step = ends.env.cpu()[order], ends.step.cpu()[order]
@@ -267,10 +297,10 @@ class EpisodeStatistics:
         self.finished = torch.empty(len(env), 3, dtype=torch.float64)
         self.finished[order, :2] = totals.T
         self.finished[:, 2] = ends.success
-        self._carry = sums[:, -1].clone()
+        self.carry = sums[:, -1].clone()
         latest = torch.ones(len(env), dtype=torch.bool)
         latest[:-1] = env[1:] != env[:-1]
-        self._carry[:, env[latest]] -= at_end[:, latest]
+        self.carry[:, env[latest]] -= at_end[:, latest]
 
     def record(self, episodes: Tensor) -> None:
         """Put finished episodes [E, 3] (return, length, success) into the window."""

@@ -86,6 +86,14 @@ class Stepper(ABC):
         }
         """Each [T, N, …], under a rollout's names."""
 
+    def state(self) -> dict[str, Any]:
+        """What the next rollout begins with, besides the environments' own state."""
+        return {"observation": tree_map(lambda leaf: leaf[-1].cpu().clone(), self.observations)}
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Begin the next rollout with what :meth:`state` gave."""
+
     @abstractmethod
     def take(self, policy: Policy, noise: Tensor | None) -> Steps:
         """Take T steps.
@@ -132,6 +140,24 @@ class ArrayStepper(Stepper):
             state = torch.zeros(own.num_envs, state_size, device=device) if state_size else None
             observation = tree_map(lambda leaf, place=place: leaf[place], first)
             self.parts.append(Part(own, place, observation, np.ones(own.num_envs, dtype=bool), state))
+
+    @override
+    def state(self) -> dict[str, Any]:
+        begun = np.concatenate([part.begun for part in self.parts])
+        memory = [part.state for part in self.parts if part.state is not None]
+        return {
+            **super().state(),
+            "begun": torch.from_numpy(begun),
+            "memory": torch.cat(memory).cpu() if memory else None,
+        }
+
+    @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for part in self.parts:
+            part.observation = tree_map(lambda leaf, at=part.place: leaf[at].numpy(), state["observation"])
+            part.begun = state["begun"][part.place].numpy()
+            if part.state is not None:
+                part.state = state["memory"][part.place].to(self.device)
 
     @override
     def take(self, policy: Policy, noise: Tensor | None) -> Steps:
@@ -332,6 +358,10 @@ class TensorStepper(Stepper):
         self._act: Callable[..., Any] | None = None
         self.captures = compiles and device.type == "cuda"
         self.compiles = compiles and self._is_pure(environments.env)
+
+    @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._observation = tree_map(lambda leaf: leaf.to(self.device), state["observation"])
 
     @override
     def take(self, policy: Policy, noise: Tensor | None) -> Steps:

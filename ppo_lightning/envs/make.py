@@ -18,6 +18,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from ppo_lightning.envs.state import environment_state, restore_environment
 from ppo_lightning.envs.third_party import adapted
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.spaces import MASK, children
@@ -195,6 +196,15 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         self._is_array = isinstance(env.observation_space, gym.spaces.Box)
         # Stable-Baselines3's contributed MaskablePPO asks the environment by this method.
         self._masks = env.get_wrapper_attr("action_masks") if env.has_wrapper_attr("action_masks") else None
+
+    @property
+    def run_state(self) -> list[Any] | None:
+        """State of the environment, which worker processes are asked for and given by this name."""
+        return environment_state(self)
+
+    @run_state.setter
+    def run_state(self, state: list[Any]) -> None:
+        restore_environment(self, state)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset, with faults named."""

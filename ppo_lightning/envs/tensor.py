@@ -130,6 +130,15 @@ class TensorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         info = {"final_obs": after.final_observation}
         return after.observation, after.reward, after.terminated, after.truncated, info
 
+    def get_state(self) -> dict[str, Tensor]:
+        """States, lengths and random numbers, for a run that goes on from here."""
+        return {"state": self.state, "elapsed": self.elapsed, "random": self.generator.get_state()}
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`get_state` gave."""
+        self.state, self.elapsed = state["state"].to(self.device), state["elapsed"].to(self.device)
+        self.generator.set_state(state["random"])
+
     @override
     def close(self, **kwargs: Any) -> None:
         """Nothing to close."""

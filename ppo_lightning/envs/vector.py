@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ppo_lightning.envs.make import EnvMaker
 from ppo_lightning.envs.masks import ActionMasks
+from ppo_lightning.envs.state import pack, restore_vector, unpack, vector_state
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.spaces import MASK, Array, Tree, flattener, leaves, tree_map, without_mask
 
@@ -242,6 +243,16 @@ class Environments:
                     f"({self.num_envs},)"
                 )
 
+    def state(self) -> dict[str, Any] | None:
+        """State of all environments between two steps, as plain data; None where one has none that could be told."""
+        inner = self._named("get_state", lambda: vector_state(self.env))
+        return None if inner is None else {"env": inner, "done": pack(self._done), "masks": pack(self._masks.now)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on, after a reset, from what :meth:`state` gave."""
+        self._named("set_state", lambda: restore_vector(self.env, state["env"]))
+        self._done, self._masks.now = unpack(state["done"]), unpack(state["masks"])
+
     def close(self) -> None:
         """Close the vector and its workers, dead or alive; a vector that the user made stays open."""
         if self._finalizer is not None:
@@ -288,7 +299,7 @@ class Environments:
     def _named(self, where: str, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except EnvironmentFault:
+        except (EnvironmentFault, InputError):
             raise
         except Exception as error:
             lines = "".join(traceback.format_exception(error))
@@ -356,6 +367,16 @@ class Halves:
         first, second = self.halves
         each = first.reset(seed), second.reset(None if seed is None else seed + first.num_envs)
         return tree_map(lambda *leaf: np.concatenate(leaf), *each)
+
+    def state(self) -> dict[str, Any] | None:
+        """As of :class:`Environments`."""
+        states = [half.state() for half in self.halves]
+        return None if None in states else {"halves": states}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """As of :class:`Environments`."""
+        for half, own in zip(self.halves, state["halves"], strict=True):
+            half.restore(own)
 
     def close(self) -> None:
         """Close both."""

@@ -1,0 +1,260 @@
+"""The state of environments as plain data, so that a run can go on where it was stopped, to the bit.
+
+An environment that has both methods ``get_state() -> data`` and ``set_state(data)`` says itself what its state is, in
+plain data: numbers, strings, arrays, tensors, NumPy's generators, and lists, tuples or dictionaries of them. Gymnasium's classic
+control, toy text and MuJoCo environments, and its wrappers, are known here. Any other has no state that could be told.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from torch import Tensor
+
+from ppo_lightning.errors import InputError
+
+KNOWN = (
+    "gymnasium.envs.classic_control.",
+    "gymnasium.envs.toy_text.",
+    "gymnasium.wrappers.",
+    "ppo_lightning.envs.make.",
+)
+"""Modules in which all that an object knows is in its attributes: what is not plain data there does not change."""
+MUJOCO = "gymnasium.envs.mujoco."
+MUJOCO_PARTS = {"model", "data", "mujoco_renderer"}
+INNER = {"env", "envs", "spec", "metadata"}
+"""Attributes that are no state of the layer itself."""
+MARK = "~"
+"""Key of what is no plain data by itself; no attribute has this name."""
+BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+
+
+class _NotPlainError(Exception):
+    """A value that no file of plain data can hold."""
+
+
+def environment_state(env: gym.Env[Any, Any]) -> list[Any] | None:
+    """State of an environment, layer by layer from the outermost wrapper inwards; None where one cannot be told."""
+    layers = [_layer_state(layer) for layer in _layers(env)]
+    return None if None in layers else layers
+
+
+def restore_environment(env: gym.Env[Any, Any], state: list[Any]) -> None:
+    """Put an environment, which has been reset once, into a state that :func:`environment_state` gave."""
+    for layer, own in zip(_layers(env), state, strict=True):
+        _restore_layer(layer, own)
+
+
+def vector_state(env: VectorEnv) -> list[Any] | None:
+    """State of a vector of environments; None where one of them has none that could be told.
+
+    Raises:
+        InputError: an environment's own ``get_state`` gave what no file can hold.
+    """
+    layers: list[Any] = []
+    while isinstance(env, gym.vector.VectorWrapper):
+        layers.append(_layer_state(env))
+        env = env.env
+    if isinstance(env, AsyncVectorEnv):
+        # Workers keep to themselves which episodes a next step would reset.
+        alike = env.metadata["autoreset_mode"] is not AutoresetMode.NEXT_STEP
+        inner = [{"envs": list(env.call("run_state"))}] if alike and _is_watched(env) else [None]
+    elif isinstance(env, SyncVectorEnv):
+        inner = [{"envs": list(map(environment_state, env.envs)), "autoreset": pack(env._autoreset_envs)}]
+    else:
+        inner = [_layer_state(env)]
+    layers += inner
+    envs = layers[-1].get("envs", []) if isinstance(layers[-1], dict) else []
+    return None if None in layers or None in envs else layers
+
+
+def restore_vector(env: VectorEnv, state: list[Any]) -> None:
+    """Put a vector, which has been reset once, into a state that :func:`vector_state` gave."""
+    *outer, inner = state
+    for own in outer:
+        _restore_layer(env, own)
+        env = env.env  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(env, AsyncVectorEnv):
+        env.set_attr("run_state", _as_arrays(inner["envs"]))
+    elif isinstance(env, SyncVectorEnv):
+        for one, own in zip(env.envs, inner["envs"], strict=True):
+            restore_environment(one, own)
+        env._autoreset_envs = unpack(inner["autoreset"])
+    else:
+        _restore_layer(env, inner)
+
+
+def _is_watched(env: AsyncVectorEnv) -> bool:
+    return all(env.call("has_wrapper_attr", "run_state"))
+
+
+def _layers(env: gym.Env[Any, Any]) -> list[gym.Env[Any, Any]]:
+    layers = [env]
+    while isinstance(layers[-1], gym.Wrapper):
+        layers.append(layers[-1].env)
+    return layers
+
+
+def _layer_state(layer: Any) -> dict[str, Any] | None:
+    module = f"{type(layer).__module__}."
+    if module.startswith(MUJOCO):
+        own = _attributes(layer, INNER | MUJOCO_PARTS)
+        return {"attributes": own, "mujoco": _mujoco_state(layer.model, layer.data)}
+    if module.startswith(KNOWN):
+        return {"attributes": _attributes(layer, INNER)}
+    methods = _methods(layer)
+    if methods is None:
+        return None
+    try:
+        return {"own": pack(methods[0]()), "random": None if _wraps(layer) else pack(layer._np_random)}
+    except _NotPlainError as error:
+        raise InputError(
+            f"get_state of {type(layer).__name__} returned {error}: return numbers, strings, arrays, tensors, or lists, tuples "
+            "and dictionaries of them"
+        ) from None
+
+
+def _restore_layer(layer: Any, state: dict[str, Any]) -> None:
+    if "own" in state:
+        methods = _methods(layer)
+        assert methods is not None
+        if not _wraps(layer):
+            layer._np_random = unpack(state["random"])
+        methods[1](unpack(state["own"]))
+        return
+    if "mujoco" in state:
+        _restore_mujoco(layer.model, layer.data, state["mujoco"])
+    _restore_attributes(layer, state["attributes"])
+
+
+def _wraps(layer: Any) -> bool:
+    return isinstance(layer, gym.Wrapper | gym.vector.VectorWrapper)
+
+
+def _methods(layer: Any) -> tuple[Callable[[], Any], Callable[[Any], None]] | None:
+    """The layer's own ``get_state`` and ``set_state``."""
+    kind = type(layer)
+    if not (hasattr(kind, "get_state") and hasattr(kind, "set_state")):
+        return None
+    return layer.get_state, layer.set_state
+
+
+def _attributes(owner: Any, without: set[str]) -> dict[str, Any]:
+    """What an object of a known module holds as plain data; the rest are spaces, functions, windows."""
+    plain = {}
+    for name, value in vars(owner).items():
+        if name in without:
+            continue
+        try:
+            plain[name] = pack(value)
+        except _NotPlainError:
+            if type(value).__module__.startswith("gymnasium.wrappers."):  # running means of a wrapper
+                plain[name] = {MARK: "attributes", "value": _attributes(value, set())}
+    return plain
+
+
+def _restore_attributes(owner: Any, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        if isinstance(value, dict) and value.get(MARK) == "attributes":
+            _restore_attributes(getattr(owner, name), value["value"])
+        else:
+            setattr(owner, name, unpack(value))
+
+
+def _mujoco_state(model: Any, data: Any) -> dict[str, Any]:
+    """All of the simulator's arrays: what is observed lags behind the integrated state by a step."""
+    import mujoco  # pyright: ignore[reportMissingImports]
+
+    whole = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # pyright: ignore[reportAttributeAccessIssue]
+    integrated = np.empty(mujoco.mj_stateSize(model, whole))  # pyright: ignore[reportAttributeAccessIssue]
+    mujoco.mj_getState(model, data, integrated, whole)  # pyright: ignore[reportAttributeAccessIssue]
+    return {"integrated": pack(integrated), "arrays": {name: pack(array) for name, array in _arrays(data).items()}}
+
+
+def _restore_mujoco(model: Any, data: Any, state: dict[str, Any]) -> None:
+    import mujoco  # pyright: ignore[reportMissingImports]
+
+    whole = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # pyright: ignore[reportAttributeAccessIssue]
+    mujoco.mj_setState(model, data, unpack(state["integrated"]), whole)  # pyright: ignore[reportAttributeAccessIssue]
+    mujoco.mj_forward(model, data)  # pyright: ignore[reportAttributeAccessIssue]
+    saved = state["arrays"]
+    for name, array in _arrays(data).items():
+        if name in saved and saved[name]["value"].shape == array.shape:  # the solver's own vary with contacts
+            array[...] = unpack(saved[name])
+
+
+def _arrays(data: Any) -> dict[str, np.ndarray]:
+    found = {name: getattr(data, name) for name in dir(data) if not name.startswith("_")}
+    return {name: value for name, value in found.items() if isinstance(value, np.ndarray) and value.dtype != object}
+
+
+def pack(value: Any) -> Any:
+    """A value as what ``torch.load(weights_only=True)`` can bring back.
+
+    Raises:
+        _NotPlainError: it is neither plain data nor an array, tensor or generator.
+    """
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if isinstance(value, np.ndarray | np.generic):
+        if value.dtype.kind not in "biufc" or value.dtype.itemsize > (16 if value.dtype.kind == "c" else 8):
+            raise _NotPlainError(f"an array of {value.dtype}")
+        kind = "array" if isinstance(value, np.ndarray) else "number"
+        return {MARK: kind, "value": np.array(value)}
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, np.random.Generator):
+        return {MARK: "generator", "value": pack(value.bit_generator.state)}
+    if isinstance(value, deque):
+        return {MARK: "deque", "value": [pack(item) for item in value], "maxlen": value.maxlen}
+    if type(value) in (list, tuple):
+        return type(value)(pack(item) for item in value)
+    if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
+        return {key: pack(item) for key, item in value.items()}
+    raise _NotPlainError(f"a {type(value).__name__}")
+
+
+def as_tensors(packed: Any) -> Any:
+    """Packed data with its arrays as tensors, which files of plain data can hold; :func:`unpack` takes both."""
+    if isinstance(packed, dict):
+        return {key: as_tensors(item) for key, item in packed.items()}
+    if type(packed) in (list, tuple):
+        return type(packed)(as_tensors(item) for item in packed)
+    return torch.from_numpy(packed.copy()) if isinstance(packed, np.ndarray) else packed
+
+
+def _as_arrays(packed: Any) -> Any:
+    """The reverse: a pipe would share a tensor's memory between processes."""
+    if type(packed) in (list, tuple):
+        return type(packed)(_as_arrays(item) for item in packed)
+    if not isinstance(packed, dict):
+        return packed
+    if MARK in packed and isinstance(packed["value"], Tensor):
+        return {**packed, "value": packed["value"].numpy()}
+    return {key: _as_arrays(item) for key, item in packed.items()}
+
+
+def unpack(value: Any) -> Any:
+    """What :func:`pack` was given."""
+    if isinstance(value, list | tuple):
+        return type(value)(unpack(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(MARK)
+    if kind is None:
+        return {key: unpack(item) for key, item in value.items()}
+    inner = value["value"]
+    if kind == "generator":
+        state = unpack(inner)
+        name = BIT_GENERATORS[BIT_GENERATORS.index(state["bit_generator"])]
+        bits = getattr(np.random, name)()
+        bits.state = state
+        return np.random.Generator(bits)
+    if kind == "deque":
+        return deque(map(unpack, inner), maxlen=value["maxlen"])
+    array = inner.numpy().copy() if isinstance(inner, Tensor) else inner
+    return array if kind == "array" else array[()]
