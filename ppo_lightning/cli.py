@@ -144,11 +144,16 @@ class PPOCLI(LightningCLI):
         episodes = model.rollouts.episodes
         mean = episodes.means().get("rollout/ep_rew_mean")
         returns = "" if mean is None else f", mean return {mean:.1f} over {len(episodes.window)} episodes"
-        print(f"\ntrained {model.num_env_steps:,} environment steps{returns}")
+        stopped = (
+            "" if model.interrupted is None else f", stopped by {model.interrupted.name}: --ckpt_path last goes on"
+        )
+        print(f"\ntrained {model.num_env_steps:,} environment steps{returns}{stopped}")
         for name, place in places.items():
             if place is not None and place.exists():
                 print(f"  {name:<12} {place}")
         print(f"  watch        tensorboard --logdir {run.parent}")
+        if model.interrupted is not None:
+            sys.exit(128 + model.interrupted)
 
 
 def threads(model: PPO, processes: int) -> int:

@@ -4,6 +4,8 @@ import inspect
 import math
 import os
 import random
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,6 +56,7 @@ from ppo_lightning.parameters import popart as as_popart
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.prediction import predict
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
+from ppo_lightning.snapshot import Snapshot
 from ppo_lightning.spaces import check_mask, cut, describe, rows_of, without_mask
 from ppo_lightning.streams import random_state, restore_random_state
 from ppo_lightning.trainer import (
@@ -222,6 +225,10 @@ class PPO(LightningModule):
         self.rollouts = RolloutDataset(self, self.num_steps, seen)
         self._goes_on: list[dict[str, Any]] | None = None
         """State of each process of the run that goes on here, until training starts."""
+        self._before = Snapshot()
+        self._without_others = False
+        self.interrupted: signal.Signals | None = None
+        """The signal that asks this run to end."""
         self._paused: dict[str, Any] | None = None
         """State of the optimiser and of this process after the last fit."""
         self._eval_environments: Environments | None = None
@@ -336,6 +343,7 @@ class PPO(LightningModule):
     @torch.no_grad()
     def on_train_batch_start(self, batch: TensorDict, batch_idx: int) -> None:
         """Add ``advantage`` and ``value_target`` [T, N] to the rollout, in place."""
+        self._before.keep([*self._learnt, *self.buffers()], self._optimizer if self._trainer is not None else None)
         if batch["policy_version"] != self.policy_version:
             raise InputError(
                 f"the rollout was collected with policy {batch['policy_version']}, this is policy {self.policy_version}: "
@@ -370,6 +378,7 @@ class PPO(LightningModule):
             optimizer.step()  # without gradients it does nothing, but Lightning counts it
         self.count(batch, update.epochs)
         self.rollouts.pending = False
+        self._before.forget()
         if self.lr_scheduler is not None:
             cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers()).step()
         metrics = self.metrics(batch, update, seconds=time.perf_counter() - started)
@@ -381,7 +390,10 @@ class PPO(LightningModule):
         )
         if self.num_env_steps >= self.total_steps:
             self.trainer.should_stop = True
-        if self.trainer.should_stop or self.trainer.current_epoch + 1 == self.trainer.max_epochs:
+        if self.interrupted is not None:
+            self.trainer.should_stop = True
+            self.trainer.check_val_every_n_epoch = sys.maxsize  # there is no time for an evaluation
+        elif self.trainer.should_stop or self.trainer.current_epoch + 1 == self.trainer.max_epochs:
             self.trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
 
     @override
@@ -437,7 +449,7 @@ class PPO(LightningModule):
         """Add what a policy needs beyond weights: what it was trained on, and with which seed."""
         checkpoint["hyper_parameters"]["total_steps"] = self.total_steps  # it may have been raised since
         states = [self._run_state()]
-        if self._world_size > 1:  # every process comes here, one of them writes
+        if self._world_size > 1 and not self._without_others:  # every process comes here, one of them writes
             states = [states[0]] * self._world_size
             torch.distributed.all_gather_object(states, self._run_state())
         checkpoint[KEY] = {
@@ -466,6 +478,19 @@ class PPO(LightningModule):
             self.seed = ours["seed"]
         self.rollouts.episodes.window.clear()
         self.rollouts.episodes.window.extend(tuple(episode) for episode in ours["episodes"])
+
+    def rewind(self) -> None:
+        """Take back what an update that did not end has changed, so that what is saved is the end of an iteration."""
+        self._before.restore()
+
+    @contextmanager
+    def without_others(self) -> Iterator[None]:
+        """Save the state of this process alone: of other processes, environments and random numbers begin anew."""
+        self._without_others = True
+        try:
+            yield
+        finally:
+            self._without_others = False
 
     def _run_state(self) -> dict[str, Any]:
         """What this process's next rollout depends on, besides the module and its optimiser."""
@@ -712,12 +737,14 @@ class PPO(LightningModule):
         # One gather for all that is counted: valid rows, then the newest episodes, padded to a full window.
         window = EpisodeStatistics.WINDOW
         finished = self.rollouts.episodes.finished[-window:]
-        packed = torch.zeros(2 + 3 * window, dtype=torch.float64)  # on the CPU: not every device has float64
-        packed[0], packed[1] = valid.sum(), len(finished)
-        packed[2 : 2 + finished.numel()] = finished.flatten()
+        packed = torch.zeros(3 + 3 * window, dtype=torch.float64)  # on the CPU: not every device has float64
+        packed[0], packed[1], packed[2] = valid.sum(), len(finished), self.interrupted or 0
+        packed[3 : 3 + finished.numel()] = finished.flatten()
         for row in self.gather(packed).view(-1, len(packed)):
             self.env_steps += int(row[0])
-            self.rollouts.episodes.record(row[2:].view(window, 3)[: int(row[1])])
+            self.rollouts.episodes.record(row[3:].view(window, 3)[: int(row[1])])
+            if row[2]:
+                self.interrupted = signal.Signals(int(row[2]))  # processes end together
         self.iterations += 1
         self.n_updates += epochs
 

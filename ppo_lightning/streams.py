@@ -19,7 +19,8 @@ def random_state(generator: torch.Generator) -> dict[str, Any]:
         "own": generator.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        "numpy": pack(np.random.get_state(legacy=False)),  # noqa: NPY002: networks of one's own may draw from it
+        # Networks and environments of one's own may draw from it.
+        "numpy": pack(np.random.get_state(legacy=False)),  # noqa: NPY002
         "python": random.getstate(),
     }
 

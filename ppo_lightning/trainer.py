@@ -6,7 +6,7 @@ from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
-from ppo_lightning.callbacks import BestCheckpoint, CloseEnvironments, LastCheckpoint, StepProgressBar
+from ppo_lightning.callbacks import BestCheckpoint, CloseEnvironments, Interrupts, LastCheckpoint, StepProgressBar
 from ppo_lightning.errors import InputError
 
 GRADIENT_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
@@ -57,7 +57,7 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
         evaluates: the environments can be evaluated, so that there can be a best checkpoint.
     """
     defaults = [callback for callback in trainer.callbacks if is_default(callback)]
-    needed: list[Callback] = [CloseEnvironments()]
+    needed: list[Callback] = [CloseEnvironments(), Interrupts()]
     if any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults):
         needed.append(StepProgressBar())
     if any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):

@@ -1,12 +1,24 @@
 """The two checkpoints that every run leaves: the best by evaluation, and the last."""
 
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
+
+
+class Rewinds(Protocol):
+    """A module that can go back to the end of its last iteration."""
+
+    def rewind(self) -> None:
+        """Go back."""
+
+    def without_others(self) -> AbstractContextManager[None]:
+        """Save without asking other processes."""
+        ...
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -84,6 +96,12 @@ class LastCheckpoint(RunCheckpoint):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Saving is collective. Where a rank has failed, the others would wait for it.
-        if trainer.world_size == 1 and trainer.global_step > 0:
-            super().on_exception(trainer, pl_module, exception)
+        """Save where the last whole iteration ended; by one process alone, since others may not answer any more."""
+        if trainer.global_step == 0 or not self._should_save_on_exception(trainer):
+            return
+        module = cast(Rewinds, pl_module)
+        module.rewind()
+        if trainer.is_global_zero:
+            with module.without_others():
+                contents = trainer._checkpoint_connector.dump_checkpoint()
+            trainer.strategy.save_checkpoint(contents, f"{self.dirpath}/last.ckpt")

@@ -82,7 +82,7 @@ def test_going_on_equals_never_having_stopped(name, fit):
     trainer = fit(model, callbacks=[SaveAt(3)], enable_checkpointing=False)
     expected = outcome(model, trainer)
     torch.manual_seed(7)
-    np.random.seed(7)
+    np.random.seed(7)  # noqa: NPY002
     model = PPO(**options)
     trainer = fit(model, ckpt_path="at.ckpt")
     same(outcome(model, trainer), expected)

@@ -1,0 +1,91 @@
+"""Signals that end a run: in good order first, and at once if that takes too long."""
+
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any, Protocol, cast
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+
+class Interruptible(Protocol):
+    """A module that can end after an iteration."""
+
+    interrupted: signal.Signals | None
+
+
+class Interrupts(Callback):
+    """Ends a run on SIGINT (Ctrl-C, a notebook's stop button) and SIGTERM (a scheduler).
+
+    The first signal lets the iteration end, so that the run can go on from its last checkpoint to the bit, and ``fit``
+    returns. A second one, or :attr:`GRACE_S` seconds, ends it wherever it is. After SIGTERM the process exits with
+    status 143. Lightning's own handler, which would exchange a message between processes wherever they are, gives way.
+    """
+
+    GRACE_S = 5.0
+    ECHO_S = 1.0
+    """Seconds within which a signal is the same one: processes get it from their terminal, and from the first process."""
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._handler: Any = None
+        self._timer: threading.Timer | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        cast(Interruptible, pl_module).interrupted = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals, after Lightning has; it gives them back to whoever had them before."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        module, main, first = cast(Interruptible, pl_module), threading.get_ident(), 0.0
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            nonlocal first
+            if module.interrupted is not None:
+                if time.monotonic() - first > self.ECHO_S:
+                    self._forget_timer()
+                    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+                return
+            module.interrupted, first = signal.Signals(number), time.monotonic()
+            rank_zero_info(f"{module.interrupted.name}: the run ends after this iteration, at once on another signal")
+            launcher = trainer.strategy.launcher
+            if launcher is not None:
+                launcher.kill(module.interrupted)
+            self._timer = threading.Timer(self.GRACE_S, signal.pthread_kill, (main, number))
+            self._timer.daemon = True
+            self._timer.start()
+
+        self._handler = handle
+        for number in self.SIGNALS:
+            signal.signal(number, handle)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget_timer()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if cast(Interruptible, pl_module).interrupted is signal.SIGTERM:
+            sys.exit(128 + signal.SIGTERM)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._forget_timer()
+        for number in self.SIGNALS:
+            if self._handler is not None and signal.getsignal(number) is self._handler:
+                signal.signal(number, signal.SIG_IGN)  # it is ending; Lightning gives the signals back
+
+    def _forget_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handler": None, "_timer": None}  # of this process

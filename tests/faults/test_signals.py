@@ -1,0 +1,170 @@
+"""A run that is asked to end ends in seconds, with a checkpoint to go on from and no process left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from lightning import Callback
+
+from ppo_lightning import PPO
+from ppo_lightning.callbacks import Interrupts
+
+LAST = Path("lightning_logs/version_0/checkpoints/last.ckpt")
+RUN = """
+import os, sys, time
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv
+from ppo_lightning.cli import main
+from ppo_lightning import PPO
+from ppo_lightning.callbacks import checkpoints
+
+where, slow = sys.argv[1], float(sys.argv[2])
+
+
+def waits(function, condition):
+    def waiting(self, *args, **kwargs):
+        if condition(self):
+            open(f"there.{os.environ.get('LOCAL_RANK', '0')}", "w").close()
+            time.sleep(slow)
+        return function(self, *args, **kwargs)
+
+    return waiting
+
+
+later = lambda model: model.policy_version >= 2
+if where == "rollout":
+    begun = []
+    count = PPO.count
+    PPO.count = lambda self, *given: (count(self, *given), begun.append(1))[0]
+    CartPoleEnv.step = waits(CartPoleEnv.step, lambda env: len(begun) >= 2)
+elif where == "update":
+    PPO.descend = waits(PPO.descend, later)
+elif where == "evaluation":
+    PPO._evaluate = waits(PPO._evaluate, later)
+else:
+    checkpoints.LastCheckpoint._save_checkpoint = waits(
+        checkpoints.LastCheckpoint._save_checkpoint, lambda self: True
+    )
+main(sys.argv[3:])
+"""
+FLAGS = [
+    "fit", "--model.env", "CartPole-v1", "--model.num_envs", "2", "--model.num_steps", "16", "--seed_everything", "1",
+    "--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false", "--trainer.enable_progress_bar", "false",
+    "--model.total_steps", "100000", "--model.eval_interval", "3", "--model.num_minibatches", "2",
+]  # fmt: skip
+
+
+def run(where, slow, *more):
+    Path("run.py").write_text(RUN)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PL_GLOBAL_SEED", None)
+    return subprocess.Popen(
+        [sys.executable, "run.py", where, str(slow), *FLAGS, *more],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment,
+    )  # fmt: skip
+
+
+def end(process, number, ranks=1):
+    """Send a signal when all processes are where they should be; output, seconds until the end, processes left."""
+    try:
+        deadline = time.monotonic() + 60
+        while not all(Path(f"there.{rank}").exists() for rank in range(ranks)):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        started = time.monotonic()
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+        seconds = time.monotonic() - started
+        left = subprocess.run(["ps", "-o", "args=", "-g", str(process.pid)], capture_output=True, text=True).stdout
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return output, seconds, left
+
+
+PLACES = [("rollout", 0.03), ("rollout", 0.4), ("update", 0.1), ("update", 2.0), ("evaluation", 8.0), ("saving", 1.0)]
+"""Where the signal comes, and how long each step, minibatch, evaluation or save takes: some end only by force."""
+QUICK = [("rollout", 0.4), ("update", 0.1), ("saving", 1.0)]
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("where", "slow"), [pytest.param(*place, marks=[] if place in QUICK else pytest.mark.long) for place in PLACES]
+)
+def test_sigterm_ends_a_run_with_143_and_a_checkpoint(where, slow, ranks):
+    more = ["--trainer.strategy", "ddp", "--trainer.devices", "2"] if ranks == 2 else []
+    process = run(where, slow, *more)
+    output, seconds, left = end(process, signal.SIGTERM, 1 if where == "saving" else ranks)
+    assert process.returncode == 143, output
+    assert seconds < 10
+    assert not left
+    state = torch.load(LAST)
+    assert state["state_dict"]["env_steps"] == 32 * ranks * state["state_dict"]["iterations"] > 0
+
+
+class Stops(Callback):
+    """Sends this process a signal after two iterations."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if pl_module.policy_version == 2:
+            os.kill(os.getpid(), self.number)
+
+
+SMALL = {"env": "CartPole-v1", "num_envs": 2, "num_steps": 16, "total_steps": 160, "num_minibatches": 2}
+
+
+def test_an_interrupted_fit_returns_and_another_goes_on_to_the_bit(fit):
+    torch.manual_seed(0)
+    whole = PPO(**SMALL)
+    fit(whole)
+    torch.manual_seed(0)
+    model = PPO(**SMALL)
+    trainer = fit(model, callbacks=[Stops(signal.SIGINT)])
+    assert model.num_env_steps == 96  # the iteration after the signal has ended
+    assert model.interrupted is signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Stops)]
+    trainer.fit(model)
+    assert model.num_env_steps == 160
+    assert model.interrupted is None
+    torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_a_script_does_not_go_on_after_sigterm(fit):
+    model = PPO(**SMALL)
+    with pytest.raises(SystemExit) as caught:
+        fit(model, callbacks=[Stops(signal.SIGTERM)])
+    assert caught.value.code == 143
+    assert model.rollouts.environments is None
+
+
+def test_a_second_signal_ends_an_update_at_once_and_takes_it_back(fit, monkeypatch):
+    model, taken = PPO(**SMALL), []
+    monkeypatch.setattr(Interrupts, "ECHO_S", 0.0)
+    descend = PPO.descend
+
+    def stopped(self, loss, last=True):
+        descend(self, loss, last)
+        taken.append({name: value.clone() for name, value in self.state_dict().items()})
+        if len(taken) in (18, 19):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(PPO, "descend", stopped)
+    with pytest.raises(SystemExit) as caught:
+        fit(model, enable_checkpointing=True, logger=lightning.pytorch.loggers.CSVLogger("."))
+    assert caught.value.code == 143
+    state = torch.load(next(Path().rglob("last.ckpt")))
+    weight = "policy.network.actor_trunk.layers.0.weight"
+    assert state["state_dict"]["iterations"] == 2
+    assert torch.equal(state["state_dict"][weight], taken[15][weight])  # eight minibatches make an iteration
+    assert not torch.equal(taken[18][weight], taken[15][weight])
+    assert {int(one["step"]) for one in state["optimizer_states"][0]["state"].values()} == {16}
