@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ppo_lightning.advantage import discounted_return, generalized_advantage
+from ppo_lightning.callbacks import Interrupts
 from ppo_lightning.checkpoint import (
     KEY,
     RunSettings,
@@ -227,8 +228,10 @@ class PPO(LightningModule):
         """State of each process of the run that goes on here, until training starts."""
         self._before = Snapshot()
         self._without_others = False
+        self.signalled: signal.Signals | None = None
+        """The signal that asked this process to end."""
         self.interrupted: signal.Signals | None = None
-        """The signal that asks this run to end."""
+        """The signal by which the run ends, as all processes have agreed."""
         self._paused: dict[str, Any] | None = None
         """State of the optimiser and of this process after the last fit."""
         self._eval_environments: Environments | None = None
@@ -390,7 +393,7 @@ class PPO(LightningModule):
         )
         if self.num_env_steps >= self.total_steps:
             self.trainer.should_stop = True
-        if self.interrupted is not None:
+        if self.interrupted in Interrupts.SIGNALS:
             self.trainer.should_stop = True
             self.trainer.check_val_every_n_epoch = sys.maxsize  # there is no time for an evaluation
         elif self.trainer.should_stop or self.trainer.current_epoch + 1 == self.trainer.max_epochs:
@@ -453,7 +456,7 @@ class PPO(LightningModule):
             states = [states[0]] * self._world_size
             torch.distributed.all_gather_object(states, self._run_state())
         checkpoint[KEY] = {
-            "processes": states,
+            "processes": as_tensors(states),
             "observation_space": describe(self.observation_space),
             "action_space": describe(self.action_space),
             "distribution": self.policy.distribution.describe(),
@@ -496,8 +499,8 @@ class PPO(LightningModule):
         """What this process's next rollout depends on, besides the module and its optimiser."""
         return {
             "environment": self._environment_described(),
-            "random": as_tensors(random_state(self.generator)),
-            "rollouts": as_tensors(self.rollouts.state()),
+            "random": random_state(self.generator),
+            "rollouts": self.rollouts.state(),
         }
 
     def _environment_described(self) -> str:
@@ -738,13 +741,13 @@ class PPO(LightningModule):
         window = EpisodeStatistics.WINDOW
         finished = self.rollouts.episodes.finished[-window:]
         packed = torch.zeros(3 + 3 * window, dtype=torch.float64)  # on the CPU: not every device has float64
-        packed[0], packed[1], packed[2] = valid.sum(), len(finished), self.interrupted or 0
+        packed[0], packed[1], packed[2] = valid.sum(), len(finished), self.signalled or 0
         packed[3 : 3 + finished.numel()] = finished.flatten()
         for row in self.gather(packed).view(-1, len(packed)):
             self.env_steps += int(row[0])
             self.rollouts.episodes.record(row[3:].view(window, 3)[: int(row[1])])
             if row[2]:
-                self.interrupted = signal.Signals(int(row[2]))  # processes end together
+                self.interrupted = signal.Signals(int(row[2]))
         self.iterations += 1
         self.n_updates += epochs
 

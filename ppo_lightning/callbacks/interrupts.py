@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any, Protocol, cast
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -15,7 +16,10 @@ from typing_extensions import override
 class Interruptible(Protocol):
     """A module that can end after an iteration."""
 
+    signalled: signal.Signals | None
+    """What has asked this process to end."""
     interrupted: signal.Signals | None
+    """By what the run ends, as all processes have agreed."""
 
 
 class Interrupts(Callback):
@@ -24,6 +28,7 @@ class Interrupts(Callback):
     The first signal lets the iteration end, so that the run can go on from its last checkpoint to the bit, and ``fit``
     returns. A second one, or :attr:`GRACE_S` seconds, ends it wherever it is. After SIGTERM the process exits with
     status 143. Lightning's own handler, which would exchange a message between processes wherever they are, gives way.
+    SLURM's requeue signal is Lightning's: it saves and requeues, here once the iteration has ended in all processes.
     """
 
     GRACE_S = 5.0
@@ -33,11 +38,13 @@ class Interrupts(Callback):
 
     def __init__(self) -> None:
         self._handler: Any = None
+        self._requeue: Any = None
         self._timer: threading.Timer | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        cast(Interruptible, pl_module).interrupted = None
+        module = cast(Interruptible, pl_module)
+        module.signalled = module.interrupted = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,19 +52,24 @@ class Interrupts(Callback):
         if threading.current_thread() is not threading.main_thread():
             return
         module, main, first = cast(Interruptible, pl_module), threading.get_ident(), 0.0
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+            requeue = environment.requeue_signal
+            self._requeue = signal.getsignal(requeue)
+            signal.signal(requeue, lambda number, frame: setattr(module, "signalled", signal.Signals(number)))
 
         def handle(number: int, frame: FrameType | None) -> None:
             nonlocal first
-            if module.interrupted is not None:
+            if module.signalled in self.SIGNALS:
                 if time.monotonic() - first > self.ECHO_S:
                     self._forget_timer()
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
                 return
-            module.interrupted, first = signal.Signals(number), time.monotonic()
-            rank_zero_info(f"{module.interrupted.name}: the run ends after this iteration, at once on another signal")
+            module.signalled, first = signal.Signals(number), time.monotonic()
+            rank_zero_info(f"{module.signalled.name}: the run ends after this iteration, at once on another signal")
             launcher = trainer.strategy.launcher
             if launcher is not None:
-                launcher.kill(module.interrupted)
+                launcher.kill(module.signalled)
             self._timer = threading.Timer(self.GRACE_S, signal.pthread_kill, (main, number))
             self._timer.daemon = True
             self._timer.start()
@@ -65,6 +77,13 @@ class Interrupts(Callback):
         self._handler = handle
         for number in self.SIGNALS:
             signal.signal(number, handle)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast(Interruptible, pl_module)
+        if module.interrupted is not None and module.interrupted not in self.SIGNALS:
+            number, module.signalled, module.interrupted = module.interrupted, None, None
+            self._requeue(number, None)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,4 +107,4 @@ class Interrupts(Callback):
             self._timer = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_handler": None, "_timer": None}  # of this process
+        return {**vars(self), "_handler": None, "_requeue": None, "_timer": None}  # of this process

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import multiprocessing
 import re
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +175,15 @@ class EnvMaker:
         # Forking a process that runs threads can deadlock the child: workers come from a clean server that has
         # imported this package once. Scripts need `if __name__ == "__main__":`, as with any such workers.
         multiprocessing.get_context("forkserver").set_forkserver_preload(["ppo_lightning.envs"])
+        makers = [partial(_in_worker, maker) for maker in makers]
         return AsyncVectorEnv(makers, copy=False, context="forkserver", autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def _in_worker(make: Callable[[], Env]) -> Env:
+    """Make an environment in a process of its own, which leaves signals to the run: it ends when its pipe does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    return make()
 
 
 class Watched(gym.Wrapper[Any, Any, Any, Any]):

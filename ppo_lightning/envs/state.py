@@ -1,8 +1,8 @@
 """The state of environments as plain data, so that a run can go on where it was stopped, to the bit.
 
 An environment that has both methods ``get_state() -> data`` and ``set_state(data)`` says itself what its state is, in
-plain data: numbers, strings, arrays, tensors, NumPy's generators, and lists, tuples or dictionaries of them. Gymnasium's classic
-control, toy text and MuJoCo environments, and its wrappers, are known here. Any other has no state that could be told.
+plain data: numbers, strings, arrays, tensors, NumPy's generators, and lists, tuples or dictionaries of them. Gymnasium's
+classic control, toy text and MuJoCo environments, and its wrappers, are known here. Any other has no state to tell.
 """
 
 from collections import deque

@@ -1,5 +1,7 @@
 """A run that goes on from a checkpoint is the run that was never stopped, tensor by tensor."""
 
+import shutil
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ import torch
 from lightning import Callback
 
 from ppo_lightning import PPO, ActorCritic
+from ppo_lightning.envs.classic_control import CartPole
+from ppo_lightning.errors import InputError
 
 
 class SaveAt(Callback):
@@ -107,3 +111,105 @@ def test_other_environments_begin_anew_and_the_log_says_so(fit, caplog):
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         fit(PPO("Pendulum-v1", env_kwargs={"g": 5.0}, **SMALL), ckpt_path="at.ckpt")
     assert "environments begin anew: they were {'env': 'Pendulum-v1'" in caplog.text
+
+
+# --- several processes --------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_go_on_to_the_bit_and_any_number_can_go_on_with_their_weights(tmp_path):
+    from test_ddp import fit as fit_by_command
+
+    flags = ["--model.normalize_observation=true", "--model.normalize_reward=true", "--model.eval_interval=2"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    expected, _ = fit_by_command(whole, *flags)
+    fit_by_command(stopped, *flags, "--trainer.max_epochs=4")
+    shutil.copytree(stopped, tmp_path / "alone")
+    found, _ = fit_by_command(stopped, *flags, "--ckpt_path=last")
+    for rank in (0, 1):
+        for part in ("state_dict", "optimizer"):
+            torch.testing.assert_close(found[rank][part], expected[rank][part], rtol=0, atol=0)
+    last = torch.load(tmp_path / "alone/lightning_logs/version_0/checkpoints/last.ckpt")
+    alone = PPO.load_from_checkpoint(tmp_path / "alone/lightning_logs/version_0/checkpoints/last.ckpt")
+    torch.testing.assert_close(dict(alone.state_dict()), dict(last["state_dict"]), rtol=0, atol=0)
+    assert len(last["ppo_lightning"]["processes"]) == 2
+    fit_by_command(tmp_path / "alone", *flags, "--ckpt_path=last", "--trainer.devices=1", "--trainer.strategy=auto")
+
+
+# --- environments of one's own -------------------------------------------------------------------------------------------
+
+
+class Walk(gym.Env):
+    """A walk whose noise is its own generator's."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = self.np_random.normal()
+        return self._seen(), {}
+
+    def step(self, action):
+        self.place += float(action) - 0.5 + self.np_random.normal()
+        return self._seen(), -abs(self.place), abs(self.place) > 3, False, {}
+
+    def _seen(self):
+        return np.array([self.place], dtype=np.float32)
+
+
+class RememberedWalk(Walk):
+    def get_state(self):
+        return {"place": self.place}
+
+    def set_state(self, state):
+        self.place = state["place"]
+
+
+class WrongWalk(Walk):
+    def get_state(self):
+        return object()
+
+    def set_state(self, state):
+        """Never reached."""
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_an_environment_may_say_itself_what_its_state_is(fit, vectorization):
+    options = {**SMALL, "env": RememberedWalk, "vectorization": vectorization}
+    model = PPO(**options)
+    expected = outcome(model, fit(model, callbacks=[SaveAt(3)]))
+    model = PPO(**options)
+    same(outcome(model, fit(model, ckpt_path="at.ckpt")), expected)
+
+
+def test_one_that_does_not_begins_anew_and_the_log_says_so(fit, caplog):
+    fit(PPO(Walk, **SMALL), callbacks=[SaveAt(3)])
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        model = PPO(Walk, **SMALL)
+        fit(model, ckpt_path="at.ckpt")
+    assert model.num_env_steps == SMALL["total_steps"]
+    assert "environments begin anew: Walk has no get_state and set_state" in caplog.text
+
+
+def test_a_state_that_no_file_can_hold_is_refused(fit):
+    with pytest.raises(InputError, match="get_state of WrongWalk returned a object: return numbers"):
+        fit(PPO(WrongWalk, **SMALL), callbacks=[SaveAt(1)])
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_environments_that_are_tensors_go_on_compiled_or_not(fit, compiles):
+    options = {**SMALL, "env": CartPole, "compile": compiles, "num_minibatches": 2}
+    model = PPO(**options)
+    expected = outcome(model, fit(model, callbacks=[SaveAt(3)]))
+    model = PPO(**options)
+    same(outcome(model, fit(model, ckpt_path="at.ckpt")), expected)
+
+
+def test_a_longer_run_goes_on_with_its_own_schedule(fit):
+    fit(PPO("CartPole-v1", **SMALL), callbacks=[SaveAt(3)])
+    model = PPO("CartPole-v1", **{**SMALL, "total_steps": 1152})
+    fit(model, ckpt_path="at.ckpt")
+    assert model.num_env_steps == 1152
+    assert model.learning_rate == pytest.approx(3e-4 * (1 - (1152 - 96) / 1152))

@@ -11,6 +11,7 @@ import lightning
 import pytest
 import torch
 from lightning import Callback
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import Interrupts
@@ -81,7 +82,12 @@ def end(process, number, ranks=1):
         process.send_signal(number)
         output, _ = process.communicate(timeout=30)
         seconds = time.monotonic() - started
-        left = subprocess.run(["ps", "-o", "args=", "-g", str(process.pid)], capture_output=True, text=True).stdout
+        deadline, left = time.monotonic() + 2, ["?"]
+        while left and time.monotonic() < deadline:
+            time.sleep(0.1)
+            command = ["ps", "-o", "stat=,args=", "-g", str(process.pid)]
+            lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+            left = [line for line in lines if not line.startswith("Z")]  # nobody has asked yet how those ended
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -127,11 +133,11 @@ def test_an_interrupted_fit_returns_and_another_goes_on_to_the_bit(fit):
     whole = PPO(**SMALL)
     fit(whole)
     torch.manual_seed(0)
-    model = PPO(**SMALL)
+    model, before = PPO(**SMALL), signal.getsignal(signal.SIGINT)
     trainer = fit(model, callbacks=[Stops(signal.SIGINT)])
     assert model.num_env_steps == 96  # the iteration after the signal has ended
     assert model.interrupted is signal.SIGINT
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Stops)]
     trainer.fit(model)
     assert model.num_env_steps == 160
@@ -168,3 +174,23 @@ def test_a_second_signal_ends_an_update_at_once_and_takes_it_back(fit, monkeypat
     assert torch.equal(state["state_dict"][weight], taken[15][weight])  # eight minibatches make an iteration
     assert not torch.equal(taken[18][weight], taken[15][weight])
     assert {int(one["step"]) for one in state["optimizer_states"][0]["state"].values()} == {16}
+
+
+def test_slurm_requeues_after_the_iteration_and_the_requeued_run_goes_on(fit, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    whole = PPO(**SMALL)
+    fit(whole)
+    for name in ("JOB_ID", "NTASKS", "PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "1" if name in ("JOB_ID", "NTASKS") else "0")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho $@ > requeued\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    torch.manual_seed(0)
+    fit(PPO(**SMALL), callbacks=[Stops(signal.SIGUSR1)], plugins=[SLURMEnvironment()], max_epochs=4)
+    assert Path("requeued").read_text() == "requeue 1\n"
+    saved = torch.load("hpc_ckpt_1.ckpt")
+    assert saved["state_dict"]["iterations"] == 3
+    model = PPO(**SMALL)
+    fit(model, plugins=[SLURMEnvironment()])
+    torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=0, atol=0)
