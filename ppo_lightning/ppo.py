@@ -410,7 +410,10 @@ class PPO(LightningModule):
         """Clip the gradients, unscaled by now in any precision; never step on one that is not finite."""
         if self.compiled is not None:
             return
-        self.clip_gradients_by_norm(may_overflow=self.trainer.precision == "16-mixed")
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)  # a fused optimiser would do it within its step: too late for clipping
+        self.clip_gradients_by_norm(may_overflow=scaler is not None)
 
     @override
     def on_fit_end(self) -> None:

@@ -180,8 +180,11 @@ class EnvMaker:
 
 
 def _in_worker(make: Callable[[], Env]) -> Env:
-    """Make an environment in a process of its own, which leaves signals to the run: it ends when its pipe does."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Make an environment in a process of its own, which leaves signals to the run: it ends when its pipe does.
+
+    Gymnasium makes the first one in the run's own process, too, to look at it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM) if multiprocessing.current_process().daemon else ():
         signal.signal(number, signal.SIG_IGN)
     return make()
 
