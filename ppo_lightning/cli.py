@@ -5,7 +5,6 @@ import os
 import random
 import sys
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,18 +14,14 @@ from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from ppo_lightning.checkpoint import KEY, newest_checkpoint, read_checkpoint
 from ppo_lightning.compiled import ROWS
-from ppo_lightning.errors import EnvironmentFault, InputError
+from ppo_lightning.errors import EnvironmentFault, InputError, ProcessFault
 from ppo_lightning.plot import draw_learning_curve
 from ppo_lightning.ppo import PPO
-
-DDP_START_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
-DDP_TIMEOUT = timedelta(minutes=3)  # torch's half an hour is a long time to wait for a rank that died
 
 
 class RunWriter(ExperimentWriter):
@@ -104,11 +99,8 @@ class PPOCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A Trainer with gloo or NCCL that gives up on a dead rank in minutes, and loggers in one folder per run."""
+        """A Trainer with loggers in one folder per run."""
         config = self._get(self.config_init, "trainer")
-        start_method = DDP_START_METHODS.get(str(config["strategy"]))
-        if start_method is not None:
-            kwargs["strategy"] = DDPStrategy(timeout=DDP_TIMEOUT, start_method=cast(Any, start_method))
         if config["logger"] in (None, True):
             kwargs["logger"] = self._loggers(config["default_root_dir"] or ".")
         if self.subcommand != "fit":
@@ -189,7 +181,7 @@ def main(args: list[str] | None = None) -> None:
             parser_kwargs={"prog": "ppo-lightning", "description": "PPO on PyTorch Lightning's Trainer"},
             args=args,
         )
-    except (InputError, EnvironmentFault, FloatingPointError) as error:
+    except (InputError, EnvironmentFault, ProcessFault, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -17,6 +17,7 @@ from typing_extensions import override
 from ppo_lightning.loss import KL, PPOLoss, normalized
 from ppo_lightning.policy import Policy
 from ppo_lightning.policy.actor_critic import ExplorationHead, GaussianHead
+from ppo_lightning.ranks import Cuts
 from ppo_lightning.spaces import cut, rows_of
 
 OPTIONS = {"cpp.use_decompose_tanh": True, "cpp_wrapper": True}
@@ -346,10 +347,8 @@ class CompiledUpdate:
         samples: Mapping[str, Any],
         valid: Tensor,
         loss: PPOLoss,
+        cuts: Cuts,
         *,
-        generator: torch.Generator,
-        epochs: int,
-        num_minibatches: int,
         chunks: int,
         target_kl: float | None,
         world_size: int,
@@ -363,9 +362,7 @@ class CompiledUpdate:
             samples: [S, …] all rows of a rollout by name.
             valid: [S] bool, those that are environment steps.
             loss: of this iteration.
-            generator: shuffles.
-            epochs: passes.
-            num_minibatches: pieces of each pass.
+            cuts: of the valid rows into minibatches.
             chunks: parts of each minibatch, at least.
             target_kl: end where the divergence exceeds 1.5 times this.
             world_size: processes whose gradients are averaged.
@@ -375,23 +372,28 @@ class CompiledUpdate:
         """
         device = valid.device
         names = None if bool(valid.all()) else valid.nonzero().flatten()
-        count = len(valid) if names is None else len(names)
-        sizes, most = cut(count, num_minibatches), cut(len(valid), num_minibatches)[0]
+        num_minibatches = len(cuts.sizes)
+        most = cut(len(valid), num_minibatches)[0]
         if device.type == "cpu":
             chunks = max(chunks, -(-most // ROWS))
         whole = chunks == world_size == 1 and target_kl is None
         self.normalizes = loss.normalize_advantage
         if chunks > 1:
             loss = replace(loss, normalize_advantage=False)
-        hypers = self._begin(loss, epochs * num_minibatches).unbind()
+        hypers = self._begin(loss, [weight for weights in cuts.weights for weight in weights]).unbind()
+        advantage = samples["advantage"]
         self._before = self.flat.clone(), self.moments.clone()
         tables: list[Tensor] = []
         norms: list[Tensor] = []
         stopped = False
-        for _ in range(epochs):
-            order = torch.randperm(count, generator=generator).to(device)
+        for epoch, order in enumerate(cuts.orders.to(device)):
+            if cuts.moments is not None:
+                own = slice(None) if names is None else names
+                normal = advantage.clone()
+                normal[own] = cuts.advantage(advantage[own], epoch)
+                samples = {**samples, "advantage": normal}
             order = order if names is None else names[order]
-            for rows in order.split(sizes):
+            for rows, weight in zip(order.split(cuts.sizes), cuts.weights[epoch], strict=True):
                 hyper, counts = hypers[len(tables)], None
                 if names is not None:
                     counts = torch.arange(most, device=device) < len(rows)
@@ -400,7 +402,7 @@ class CompiledUpdate:
                     norm, table = self._whole_of(samples, rows, counts, hyper)
                     tables.append(table)
                 else:
-                    gradient, table = self._gradient_in(chunks, samples, rows, counts, hyper)
+                    gradient, table = self._gradient_in(chunks, samples, rows, counts, hyper, weight)
                     tables.append(table)
                     kl = table[KL : KL + 1]
                     if world_size > 1:
@@ -426,7 +428,7 @@ class CompiledUpdate:
             now.copy_(before)
 
     def _gradient_in(
-        self, chunks: int, samples: Mapping[str, Any], rows: Tensor, valid: Tensor | None, hyper: Tensor
+        self, chunks: int, samples: Mapping[str, Any], rows: Tensor, valid: Tensor | None, hyper: Tensor, weight: float
     ) -> tuple[Tensor, Tensor]:
         """Flat gradient [P] and loss terms [6] of a minibatch, added up over its parts."""
         if chunks == 1:
@@ -441,13 +443,13 @@ class CompiledUpdate:
         for part, own in zip(
             rows.split(sizes), [None] * len(sizes) if valid is None else valid.split(sizes), strict=True
         ):
-            hyper[-1] = (len(part) if own is None else int(own.sum())) / total
+            hyper[-1] = weight * (len(part) if own is None else int(own.sum())) / total
             both = self._gradient_of(samples, part, own, hyper)
             sums = [have.add_(more) for have, more in zip(sums, both, strict=True)] if sums else list(both)
         return sums[0], sums[1]
 
-    def _begin(self, loss: PPOLoss, count: int) -> Tensor:
-        """Prepare an update: rows of :data:`HYPER` [count, H] for its minibatches.
+    def _begin(self, loss: PPOLoss, shares: list[float]) -> Tensor:
+        """Prepare an update: a row of :data:`HYPER` for each of its minibatches, whose ``shares`` are given.
 
         Parameters and moments are laid out flat, unless they are so already: a checkpoint or a move may have come between.
         """
@@ -460,10 +462,10 @@ class CompiledUpdate:
             self._make_graphs()
         lr, taken = float(group["lr"]), int(self.steps[0])
         first_decay, second_decay = map(float, group["betas"])
-        constants = first_decay, second_decay, loss.clip_range, loss.ent_coef, 1.0
+        constants = first_decay, second_decay, loss.clip_range, loss.ent_coef
         rows = [
-            (lr, lr / (1 - first_decay**step), (1 - second_decay**step) ** 0.5, *constants)
-            for step in range(taken + 1, taken + count + 1)
+            (lr, lr / (1 - first_decay**step), (1 - second_decay**step) ** 0.5, *constants, share)
+            for step, share in enumerate(shares, start=taken + 1)
         ]
         return torch.tensor(rows, device=self.flat.device)
 

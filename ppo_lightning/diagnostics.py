@@ -28,13 +28,25 @@ def clip_fraction(ratio: Tensor, clip_range: float, valid: Tensor | None = None)
     return mean_of(((ratio - 1).abs() > clip_range).float(), valid)
 
 
-def explained_variance(value: Tensor, target: Tensor) -> Tensor:
+def target_moments(value: Tensor, target: Tensor) -> Tensor:
+    """What :func:`explained_variance` needs to know of values and targets [B]: one float64 row [5] for a gather.
+
+    The number of samples, then means, then summed squared deviations, of the target and of what the critic missed of it.
+    """
+    both = torch.stack([target, target - value]).double()
+    means = both.mean(1)
+    squares = (both - means[:, None]).square().sum(1)
+    return torch.cat([means.new_tensor([target.numel()]), means, squares])
+
+
+def explained_variance(moments: Tensor) -> Tensor:
     """1 - Var(target - value) / Var(target): 1 is a perfect critic, 0 one no better than a constant, NaN for none.
 
     Args:
-        value: [B] what the critic said.
-        target: [B] what it should have said. Where it does not vary the result is NaN, as in Stable-Baselines3.
+        moments: [5] or [ranks, 5] of :func:`target_moments`, whose samples are taken together. Where the target does not
+            vary the result is NaN, as in Stable-Baselines3.
     """
-    variance = target.var(correction=0)
-    unexplained = (target - value).var(correction=0)
+    count, means, squares = moments.view(-1, 5).split([1, 2, 2], 1)
+    mean = (count * means).sum(0) / count.sum()
+    variance, unexplained = (squares + count * (means - mean).square()).sum(0)
     return torch.where(variance == 0, torch.nan, 1 - unexplained / variance)

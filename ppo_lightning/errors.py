@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class EnvironmentFault(RuntimeError):  # noqa: N818 - what it is, beside EnvironmentError, which Python has
     """An environment raised, hung, or returned something that is not an observation or a reward."""
+
+
+class ProcessFault(RuntimeError):  # noqa: N818 - as above
+    """A process of several died, hangs, or holds other parameters than the rest."""

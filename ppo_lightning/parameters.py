@@ -73,6 +73,8 @@ def check_numbers(given: Mapping[str, Any]) -> None:
     for name in LIMITS:
         if given[name] is not None and not (_is_number(given[name]) and given[name] > 0):
             raise InputError(f"{name} must be more than 0 (or null to turn it off), got {given[name]!r}")
+    if not (isinstance(given["normalize_advantage"], bool) or given["normalize_advantage"] == "all_ranks"):
+        raise InputError(f"normalize_advantage must be true, false or all_ranks, got {given['normalize_advantage']!r}")
     if not isinstance(given["compile"], bool):
         raise InputError(f"compile must be true or false, got {given['compile']!r}")
     if not (_is_number(given["vf_coef"]) and given["vf_coef"] >= 0):

@@ -46,16 +46,17 @@ from ppo_lightning.checkpoint import (
 )
 from ppo_lightning.clock import Clock
 from ppo_lightning.compiled import CompiledUpdate, CompilerError, why_not
-from ppo_lightning.diagnostics import explained_variance
+from ppo_lightning.diagnostics import explained_variance, target_moments
 from ppo_lightning.envs import Environments, EnvMaker, Halves, resolve
 from ppo_lightning.envs.state import as_tensors
-from ppo_lightning.errors import InputError
+from ppo_lightning.errors import InputError, ProcessFault
 from ppo_lightning.evaluation import evaluate_episodes, summarize
 from ppo_lightning.loss import KL, LossTerms, PPOLoss, normalized
 from ppo_lightning.parameters import Linear, PopArt, check_numbers, plain_factory, schedule
 from ppo_lightning.parameters import popart as as_popart
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.prediction import predict
+from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, cut_up, different, fingerprint
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
 from ppo_lightning.snapshot import Snapshot
 from ppo_lightning.spaces import check_mask, cut, describe, rows_of, without_mask
@@ -65,6 +66,7 @@ from ppo_lightning.trainer import (
     gradient_hooks,
     refuse_what_misleads,
     replace_defaults,
+    shorten_timeout,
     steps_concern_nobody,
 )
 
@@ -109,7 +111,9 @@ class PPO(LightningModule):
             {start, end} for a line over the run (dimensionless).
         clip_range_vf: change of a value beyond which the critic is not pulled, in (normalised) reward units; null does
             not clip.
-        normalize_advantage: give the advantages of each minibatch mean 0 and standard deviation 1.
+        normalize_advantage: give the advantages of each minibatch mean 0 and standard deviation 1: true by those of
+            each process's own samples, all_ranks by those of all processes' together, so that it makes no difference how
+            many processes there are. In one process both are the same.
         ent_coef: weight of the entropy bonus; a number, or {start, end} for a line over the run (advantage units per
             nat).
         vf_coef: weight of the critic's mean squared error in the loss (dimensionless).
@@ -158,7 +162,7 @@ class PPO(LightningModule):
         sequence_length: int | None = None,
         clip_range: float | Linear = 0.2,
         clip_range_vf: float | None = None,
-        normalize_advantage: bool = True,
+        normalize_advantage: bool | Literal["all_ranks"] = True,
         ent_coef: float | Linear = 0.0,
         vf_coef: float = 0.5,
         max_grad_norm: float | None = 0.5,
@@ -257,6 +261,7 @@ class PPO(LightningModule):
         attach_callbacks(
             self.trainer, self.iterations_between_evaluations, evaluates=self.env_maker.again() is not None
         )
+        shorten_timeout(self.trainer)  # before processes meet
         return []
 
     @override
@@ -551,16 +556,14 @@ class PPO(LightningModule):
         loss = self.current_loss()
         self._grad_norms.clear()
         self._accumulated = False
+        cuts = self._cut_up(batch)
         if self.compiled is not None:
-            state = self.generator.get_state()
             try:
                 passes = self.compiled.run(
                     self._rows(batch),
                     batch["valid"].flatten(),
                     loss,
-                    generator=self.generator,
-                    epochs=self.update_epochs,
-                    num_minibatches=self.num_minibatches,
+                    cuts,
                     chunks=self.minibatch_chunks,
                     target_kl=self.target_kl,
                     world_size=self._world_size,
@@ -573,18 +576,19 @@ class PPO(LightningModule):
                 rank_zero_warn(f"compile: true has no effect on the update, since {error}")
                 self.compiled.restore()
                 self.compiled = None
-                self.generator.set_state(state)
             else:
                 self._grad_norms.extend(passes.norms)
                 for norm in passes.norms.tolist():
                     self._refuse_norm(norm)
                 return Update(loss, passes.terms, passes.epochs, passes.minibatches)
         samples = self.samples(batch)
-        sizes = cut(len(samples), self.num_minibatches)
+        advantage = samples["advantage"]
         terms: list[LossTerms] = []
-        for epoch in range(1, self.update_epochs + 1):
-            order = torch.randperm(len(samples), generator=self.generator).to(samples.device)
-            for minibatch, piece in enumerate(minibatches(samples, order, sizes), start=1):
+        for epoch, order in enumerate(cuts.orders.to(samples.device)):
+            if cuts.moments is not None:
+                samples["advantage"] = cuts.advantage(advantage, epoch)
+            for minibatch, piece in enumerate(minibatches(samples, order, cuts.sizes)):
+                weight = cuts.weights[epoch][minibatch]
                 if self.minibatch_chunks > 1:
                     of_chunk, chunks = self._chunks(loss, piece)
                 else:
@@ -593,7 +597,7 @@ class PPO(LightningModule):
                 for chunk, share in chunks:
                     if parts:
                         descend(parts[-1].loss, False)
-                    scored = of_chunk(chunk, self.policy.evaluate)
+                    scored, share = of_chunk(chunk, self.policy.evaluate), weight * share
                     parts.append(scored if share == 1.0 else LossTerms(*(share * term for term in scored)))
                 terms.append(
                     parts[0]
@@ -601,9 +605,28 @@ class PPO(LightningModule):
                     else LossTerms(*(torch.stack(term).sum(0) for term in zip(*parts, strict=True)))
                 )
                 if self.diverged(terms[-1].approx_kl):
-                    return Update(loss, _table(terms), epoch, minibatch)
+                    return Update(loss, _table(terms), epoch + 1, minibatch + 1)
                 descend(parts[-1].loss)
         return Update(loss, _table(terms), self.update_epochs, self.num_minibatches)
+
+    def _cut_up(self, batch: TensorDict) -> Cuts:
+        """Shuffle and cut the rollout's samples, in the order in which :meth:`samples` has them."""
+        advantage, valid = batch["advantage"], batch["valid"]
+        counted = None
+        if self.policy.state_size:
+            advantage, counted = self._sequences(advantage), self._sequences(valid)
+        else:
+            advantage = advantage.flatten() if bool(valid.all()) else advantage[valid]
+        return cut_up(
+            advantage,
+            counted,
+            epochs=self.update_epochs,
+            num_minibatches=self.num_minibatches,
+            generator=self.generator,
+            world_size=self._world_size,
+            normalizes=self.normalize_advantage == "all_ranks",
+            gather=self.gather,
+        )
 
     def _chunks(self, loss: PPOLoss, minibatch: TensorDict) -> tuple[PPOLoss, list[tuple[TensorDict, float]]]:
         """A minibatch in ``minibatch_chunks`` parts with their shares of it, and the loss of a part."""
@@ -621,7 +644,9 @@ class PPO(LightningModule):
         return PPOLoss(
             clip_range=self.clip_range.at(progress),
             clip_range_vf=self.clip_range_vf,
-            normalize_advantage=self.normalize_advantage,
+            # Over all ranks it is done before: no process sees the others' advantages.
+            normalize_advantage=self.normalize_advantage is True
+            or (self.normalize_advantage == "all_ranks" and self._world_size == 1),
             vf_coef=self.vf_coef,
             ent_coef=self.ent_coef.at(progress),
         )
@@ -640,10 +665,14 @@ class PPO(LightningModule):
         """
         samples, valid = TensorDict(self._rows(batch), [batch.numel()]), batch["valid"].flatten()
         if self.policy.state_size:
-            num_envs, length = batch.shape[1], cast(int, self.sequence_length)
-            sequences = samples.view(-1, length, num_envs).transpose(1, 2).reshape(-1, length)
+            sequences = self._sequences(samples.view(batch.shape))
             return sequences.exclude("valid") if bool(valid.all()) else sequences
         return samples if bool(valid.all()) else samples[valid]
+
+    def _sequences(self, rows: Any) -> Any:
+        """A tensor or TensorDict [T, N] as sequences of environments [T · N / L, L]."""
+        length = cast(int, self.sequence_length)
+        return rows.view(-1, length, rows.shape[1]).transpose(1, 2).reshape(-1, length)
 
     def _rows(self, batch: TensorDict) -> dict[str, Any]:
         """All rows [T · N] of a rollout by name, valid or not."""
@@ -663,7 +692,9 @@ class PPO(LightningModule):
         """Whether the new policy is too far from the old, by Stable-Baselines3's rule; all processes agree."""
         if self.target_kl is None:
             return False
-        approx_kl = cast(Tensor, self.trainer.strategy.reduce(approx_kl.clone(), reduce_op="mean"))
+        if self._world_size > 1:  # not by strategy.reduce, which waits for everybody once more
+            approx_kl = approx_kl / self._world_size
+            torch.distributed.all_reduce(approx_kl)
         return not approx_kl.item() <= 1.5 * self.target_kl  # NaN has diverged too
 
     def descend(self, loss: Tensor, last: bool = True) -> None:
@@ -740,19 +771,34 @@ class PPO(LightningModule):
         if self.policy.moments is not None:
             seen = self.policy.numbers(batch["observation"][valid])
             self.policy.moments.merge(self.gather(RunningMoments.batch_moments(seen)))
-        # One gather for all that is counted: valid rows, then the newest episodes, padded to a full window.
-        window = EpisodeStatistics.WINDOW
-        finished = self.rollouts.episodes.finished[-window:]
-        packed = torch.zeros(3 + 3 * window, dtype=torch.float64)  # on the CPU: not every device has float64
-        packed[0], packed[1], packed[2] = valid.sum(), len(finished), self.signalled or 0
-        packed[3 : 3 + finished.numel()] = finished.flatten()
-        for row in self.gather(packed).view(-1, len(packed)):
-            self.env_steps += int(row[0])
-            self.rollouts.episodes.record(row[3:].view(window, 3)[: int(row[1])])
-            if row[2]:
-                self.interrupted = signal.Signals(int(row[2]))
         self.iterations += 1
         self.n_updates += epochs
+        compares = self._world_size > 1 and self.policy_version % CHECK_INTERVAL == 0
+        # One gather for all that is counted: some numbers, then the newest episodes, padded to a full window.
+        window = EpisodeStatistics.WINDOW
+        finished = self.rollouts.episodes.finished[-window:]
+        prints = fingerprint(self.policy.parameters()) if compares else (0, 0)
+        numbers = [int(valid.sum()), len(finished), self.signalled or 0, *prints]
+        packed = torch.zeros(len(numbers) + 3 * window, dtype=torch.float64)  # on the CPU: not every device has float64
+        packed[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
+        packed[len(numbers) : len(numbers) + finished.numel()] = finished.flatten()
+        rows = self.gather(packed).view(-1, len(packed))
+        for row in rows:
+            self.env_steps += int(row[0])
+            self.rollouts.episodes.record(row[len(numbers) :].view(window, 3)[: int(row[1])])
+            if row[2]:
+                self.interrupted = signal.Signals(int(row[2]))
+        if compares:
+            self._refuse_difference(rows[:, 3:5])
+
+    def _refuse_difference(self, fingerprints: Tensor) -> None:
+        others = different(fingerprints)
+        if others:
+            raise ProcessFault(
+                f"after iteration {self.policy_version} the parameters of {_processes(others)} are not those of process 0: "
+                "something changes them on one process alone (a callback, a hook, a backward() of its own); remove it, and "
+                "go on from the last checkpoint"
+            )
 
     def gather(self, row: Tensor) -> Tensor:
         """The rows [P] of all processes, [ranks, P]; of one process the row as it is."""
@@ -767,16 +813,26 @@ class PPO(LightningModule):
     def metrics(self, batch: TensorDict, update: "Update", seconds: float) -> dict[str, float]:
         """What is logged of an iteration, under Stable-Baselines3's names and with its meanings.
 
-        ``approx_kl`` averages the last pass, ``loss`` is the last minibatch, the others average all minibatches.
+        ``approx_kl`` averages the last pass, ``loss`` is the last minibatch, the others average all minibatches; all of
+        them are of all processes' samples, and seconds are this one's.
 
         Args:
             batch: the rollout.
             update: what was done with it.
             seconds: how long that took.
         """
-        table = update.terms
-        means = LossTerms(*table.mean(0).tolist())
-        valid = batch["valid"]
+        table, valid = update.terms, batch["valid"]
+        std = self.policy.std(batch[-1]) if self.policy.distribution.has_std else None
+        own = [
+            table.mean(0),
+            table[-update.minibatches :, KL].mean()[None],
+            table[-1, :1],
+            table.new_zeros(1) if std is None else std.mean()[None],
+            target_moments(batch["state_value"][valid], batch["value_target"][valid]),
+        ]
+        rows = self.gather(torch.cat([part.double().cpu() for part in own])).view(self._world_size, -1)
+        terms, (kl, last_loss, mean_std), moments = rows[:, :6].mean(0), rows[:, 6:9].mean(0).tolist(), rows[:, 9:]
+        means = LossTerms(*terms.tolist())
         metrics = {
             **self.rollouts.episodes.means(),
             **self._clock.iterated(self.num_env_steps),
@@ -784,15 +840,13 @@ class PPO(LightningModule):
             "time/total_timesteps": self.num_env_steps,
             "time/collect": self.rollouts.collect_seconds,
             "time/update": seconds,
-            "train/approx_kl": table[-update.minibatches :, KL].mean().item(),
+            "train/approx_kl": kl,
             "train/clip_fraction": means.clip_fraction,
             "train/clip_range": update.loss.clip_range,
             "train/entropy_loss": -means.entropy,
-            "train/explained_variance": explained_variance(
-                batch["state_value"][valid], batch["value_target"][valid]
-            ).item(),
+            "train/explained_variance": explained_variance(moments).item(),
             "train/learning_rate": self.learning_rate,
-            "train/loss": table[-1, 0].item(),
+            "train/loss": last_loss,
             "train/policy_gradient_loss": means.policy_loss,
             "train/value_loss": means.value_loss,
             "train/n_updates": int(self.n_updates),
@@ -801,9 +855,8 @@ class PPO(LightningModule):
             metrics["train/grad_norm"] = torch.stack(self._grad_norms).mean().item()
         if update.loss.clip_range_vf is not None:
             metrics["train/clip_range_vf"] = update.loss.clip_range_vf
-        std = self.policy.std(batch[-1]) if self.policy.distribution.has_std else None
         if std is not None:
-            metrics["train/std"] = std.mean().item()
+            metrics["train/std"] = mean_std
         return metrics
 
     # --- what the outside asks ----------------------------------------------------------------------------------------
@@ -1131,6 +1184,10 @@ def take(samples: TensorDict, order: Tensor) -> TensorDict:
     """The samples that ``order`` names."""
     picked = samples.apply(lambda leaf: rows_of(leaf, order), batch_size=[len(order), *samples.batch_size[1:]])
     return cast(TensorDict, picked)
+
+
+def _processes(ranks: list[int]) -> str:
+    return f"process {ranks[0]}" if len(ranks) == 1 else f"processes {', '.join(map(str, ranks))}"
 
 
 def _nothing() -> None:

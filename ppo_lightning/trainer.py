@@ -1,15 +1,41 @@
 """What PPO asks of Lightning's Trainer: which settings, which callbacks, and when its hooks matter."""
 
+from datetime import timedelta
 from typing import Any
 
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from torch.distributed.constants import default_pg_timeout
 
-from ppo_lightning.callbacks import BestCheckpoint, CloseEnvironments, Interrupts, LastCheckpoint, StepProgressBar
+from ppo_lightning.callbacks import (
+    BestCheckpoint,
+    CloseEnvironments,
+    Interrupts,
+    LastCheckpoint,
+    StepProgressBar,
+    WatchProcesses,
+)
 from ppo_lightning.errors import InputError
 
 GRADIENT_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+
+
+DDP_TIMEOUT = timedelta(minutes=3)
+"""For one process to wait for another; torch's half an hour is long for one that died."""
+
+
+def shorten_timeout(trainer: Any) -> None:
+    """Let processes wait for each other for minutes, where the user has not said how long."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and strategy._timeout == default_pg_timeout:
+        strategy._timeout = DDP_TIMEOUT
 
 
 def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
@@ -57,7 +83,8 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
         evaluates: the environments can be evaluated, so that there can be a best checkpoint.
     """
     defaults = [callback for callback in trainer.callbacks if is_default(callback)]
-    needed: list[Callback] = [CloseEnvironments(), Interrupts()]
+    needed: list[Callback] = [WatchProcesses()] if trainer.world_size > 1 else []
+    needed += [CloseEnvironments(), Interrupts()]  # after the other, since it may take seconds
     if any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults):
         needed.append(StepProgressBar())
     if any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):

@@ -16,7 +16,7 @@ LAYERS = [
     {"stepping"},
     {"compiled"},
     {"envs", "policy", "advantage", "loss"},
-    {"diagnostics", "clock", "snapshot"},
+    {"diagnostics", "clock", "snapshot", "ranks"},
     {"spaces"},
     {"parameters"},
     {"errors"},

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch.nn import functional
 from torch.testing import assert_close
 
-from ppo_lightning.diagnostics import approximate_kl, clip_fraction, explained_variance
+from ppo_lightning.diagnostics import approximate_kl, clip_fraction, explained_variance, target_moments
 from ppo_lightning.loss import PPOLoss, normalized
 from ppo_lightning.policy.distributions import action_distribution
 
@@ -150,10 +150,16 @@ def test_clip_fraction_counts_both_sides():
 def test_explained_variance_equals_stable_baselines3():
     value, target = torch.randn(2, 100)
     assert_close(
-        explained_variance(value, target).item(),
+        explained_variance(target_moments(value, target)).item(),
         sb3_explained_variance(value.numpy(), target.numpy()),
         atol=1e-6,
         rtol=1e-5,
     )
-    assert explained_variance(target, target) == 1
-    assert np.isnan(explained_variance(value, torch.ones(100)).item())
+    assert explained_variance(target_moments(target, target)) == 1
+    assert np.isnan(explained_variance(target_moments(value, torch.ones(100))).item())
+
+
+def test_explained_variance_of_several_processes_is_that_of_their_samples_together():
+    value, target = torch.randn(2, 100) + torch.arange(100) / 10
+    rows = torch.stack([target_moments(value[part], target[part]) for part in (slice(0, 30), slice(30, 100))])
+    assert_close(explained_variance(rows), explained_variance(target_moments(value, target)))

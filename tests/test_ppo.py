@@ -567,7 +567,6 @@ def test_speed_leaves_evaluations_out():
 
 def test_a_divergence_that_is_no_number_stops_the_update():
     model = PPO("CartPole-v1", **SMALL, target_kl=0.1)
-    model._trainer = type("T", (), {"strategy": type("S", (), {"reduce": staticmethod(lambda x, reduce_op: x)})})
     assert model.diverged(torch.tensor(torch.nan))
     assert model.diverged(torch.tensor(0.16))
     assert not model.diverged(torch.tensor(0.14))

@@ -1,0 +1,99 @@
+"""One process of several fails: which, and why."""
+
+import signal
+import sys
+import time
+from datetime import timedelta
+from typing import Any, Protocol, cast
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch import distributed
+from typing_extensions import override
+
+
+class Counts(Protocol):
+    """A module that counts its iterations."""
+
+    @property
+    def policy_version(self) -> int:
+        """Iterations so far."""
+        ...
+
+
+class WatchProcesses(Callback):
+    """Names the process that failed, and leaves none behind.
+
+    Processes meet in gradients and sums. Where one raised, died or hangs, the others hear of a closed connection or a
+    timeout, and no more can be sent. So each writes into the process group's store, which lies beside it: once a second
+    at most its iteration and the time, and at its end why it ended. The process that has written no end is the one at
+    fault. (The store lives in process 0, or in torchrun; where it does not answer, process 0 is gone.)
+    """
+
+    INTERVAL_S = 1.0
+    """Seconds between two entries."""
+    PATIENCE_S = 2.0
+    """Seconds that the processes which hear of a fault give each other to write so."""
+
+    _written = 0.0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._store = distributed.distributed_c10d._get_default_store()
+        self._beat(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if time.time() - self._written >= self.INTERVAL_S:
+            self._beat(trainer, pl_module)
+
+    def _beat(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._written = time.time()
+        iteration = cast(Counts, pl_module).policy_version + 1
+        self._store.set(f"alive {trainer.global_rank}", f"{iteration} {self._written}")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say whose fault it is, at once: whoever started the processes may be about to end them all."""
+        if not (self._written and isinstance(exception, Exception)):  # interrupts end all processes
+            return
+        rank = trainer.global_rank
+        if _is_of_others(exception):
+            message = self._blame(rank, trainer.world_size)
+            exception.args = (f"{message} ({exception})",)
+        else:
+            message = f"process {rank}: {type(exception).__name__}: {exception}"
+            self._store.set(f"end {rank}", message)
+        print(message, file=sys.stderr, flush=True)
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            launcher.kill(signal.SIGKILL)  # one that hangs would never end
+
+    def _blame(self, rank: int, world_size: int) -> str:
+        store, others = self._store, [other for other in range(world_size) if other != rank]
+        store.set_timeout(timedelta(seconds=self.PATIENCE_S))
+        try:
+            store.set(f"end {rank}", "")
+            until = time.time() + self.PATIENCE_S
+            while True:
+                silent = [other for other in others if not store.check([f"end {other}"])]
+                if len(silent) <= 1 or time.time() > until:
+                    break
+                time.sleep(0.05)
+            said = [store.get(f"end {other}").decode() for other in others if other not in silent]
+            if any(said):
+                return "; ".join(filter(None, said))
+            seen = {other: store.get(f"alive {other}").decode().split() for other in silent}
+        except distributed.DistError:
+            return "process 0, which the others meet at, does not answer: it died"
+        now = time.time()
+        return "; ".join(
+            f"process {other} has not been heard of since iteration {iteration} ({now - float(then):.0f} s ago): it died or "
+            "hangs"
+            for other, (iteration, then) in seen.items()
+        )
+
+
+def _is_of_others(exception: Exception) -> bool:
+    """Whether a process heard of another's fault: by NCCL or the store, or by gloo, whose errors have no type."""
+    return isinstance(exception, distributed.DistError) or "/gloo/" in str(exception)
