@@ -1,0 +1,118 @@
+"""Several processes are one: an update of two ranks is that of one process on the samples of both."""
+
+from functools import partial
+
+import lightning
+import pytest
+import torch
+from processes import fit, forked
+from tensordict import TensorDict
+from torch.testing import assert_close
+
+from ppo_lightning import PPO, ActorCritic
+from ppo_lightning.ranks import Cuts
+
+STEPS, ENVS = 12, 2
+SIZE = {"num_steps": STEPS, "num_envs": ENVS, "total_steps": 1000, "num_minibatches": 3, "update_epochs": 2}
+
+
+def rollout(rank: int, state_size: int) -> TensorDict:
+    """[T, N] of one rank; of rank 1 a third of the rows does not count, as where NEXT_STEP vectors were reset."""
+    generator = torch.Generator().manual_seed(rank)
+    shape, valid = (STEPS, ENVS), torch.ones(STEPS, ENVS, dtype=torch.bool)
+    if rank == 1:
+        valid[2::3] = False
+    batch = {
+        "observation": torch.randn(*shape, 3, generator=generator),
+        "action": torch.randn(*shape, 1, generator=generator),
+        "action_log_prob": -1 - torch.rand(shape, generator=generator),
+        "state_value": torch.randn(shape, generator=generator),
+        "value_target": 1 + rank + torch.randn(shape, generator=generator),
+        "advantage": rank + 3 * torch.randn(shape, generator=generator),
+        "valid": valid,
+    }
+    if state_size:
+        batch["memory_state"] = torch.randn(*shape, state_size, generator=generator)
+        batch["episode_start"] = torch.rand(shape, generator=generator) < 0.2
+    return TensorDict(batch, list(shape))
+
+
+class Updates(PPO):
+    """Makes one update on a rollout that is given, cut as is given, and keeps what came of it."""
+
+    given: TensorDict
+    cuts: Cuts | None = None
+
+    def _cut_up(self, batch):
+        self.cuts = self.cuts or super()._cut_up(batch)
+        return self.cuts
+
+    def training_step(self, batch, batch_idx):
+        self.anneal(self._optimizer)
+        update = self.update(self.given, self.descend)
+        metrics = self.metrics(self.given, update, 0.0)
+        self.logged = {name: value for name, value in metrics.items() if name.startswith("train/")}
+        self.steps = len(update.terms)
+
+
+def updated(given, cuts=None, state_size=0, **options) -> Updates:
+    lightning.seed_everything(1, verbose=False)
+    model = Updates("Pendulum-v1", **{**SIZE, **options})
+    model.given, model.cuts = given(model.policy.state_size), cuts
+    fit(model, max_epochs=1, **({"strategy": "ddp", "devices": 2} if cuts is None else {}))
+    return model
+
+
+def parameters(model: PPO) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+
+def of_rank(rank: int, options) -> tuple[torch.Tensor, dict[str, float], Cuts, int]:
+    model = updated(partial(rollout, rank), **options)
+    assert (model.compiled is not None) == ("compile" in options)
+    return parameters(model), model.logged, model.cuts, model.steps
+
+
+def together(first: Cuts, second: Cuts) -> Cuts:
+    """The minibatches of both ranks, as one process has their samples: those of rank 1 behind those of rank 0."""
+    orders = []
+    for one, other in zip(first.orders, second.orders + first.orders.shape[1], strict=True):
+        pieces = zip(one.split(first.sizes), other.split(second.sizes), strict=True)
+        orders.append(torch.cat([part for pair in pieces for part in pair]))
+    sizes = [a + b for a, b in zip(first.sizes, second.sizes, strict=True)]
+    return Cuts(torch.stack(orders), sizes, [[1.0] * len(sizes)] * len(orders), None)
+
+
+CASES = {
+    "plain": {},
+    "all ranks": {"normalize_advantage": "all_ranks"},
+    "chunks": {"normalize_advantage": "all_ranks", "minibatch_chunks": 2, "clip_range_vf": 0.2, "ent_coef": 0.01},
+    "memory": {"policy": partial(ActorCritic, memory="gru"), "sequence_length": 4, "normalize_advantage": "all_ranks"},
+    "stopped": {"target_kl": 0.15, "optimizer": partial(torch.optim.Adam, lr=1e-2)},
+}
+
+
+def check(options):
+    options = {"normalize_advantage": False, "optimizer": partial(torch.optim.SGD, lr=0.1), **options}
+    ranks = forked(lambda rank: of_rank(rank, options))
+    for result in ranks:
+        assert isinstance(result, tuple), result
+    (first, logged, cuts, steps), (second, other_logged, other_cuts, other_steps) = ranks
+    assert torch.equal(first, second)
+    assert {**logged, "train/grad_norm": 0} == {**other_logged, "train/grad_norm": 0}
+    one = updated(
+        lambda size: torch.cat([rollout(0, size), rollout(1, size)]),
+        together(cuts, other_cuts),
+        **{**options, "num_steps": 2 * STEPS, "normalize_advantage": bool(options["normalize_advantage"])},
+    )
+    assert_close(first, parameters(one), rtol=1e-5, atol=1e-6)
+    assert logged == pytest.approx(one.logged, rel=1e-4, abs=1e-6)
+    assert steps == other_steps == one.steps
+    return steps
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_update_of_two_ranks_is_one_update_on_the_samples_of_both(case):
+    """Rows count alike, whichever rank has them and however many it has; and the logged numbers are of all."""
+    steps = check(CASES[case])
+    assert (steps < 6) == (case == "stopped")
