@@ -1,16 +1,21 @@
 """Several processes are one: an update of two ranks is that of one process on the samples of both."""
 
+from datetime import timedelta
 from functools import partial
 
 import lightning
 import pytest
 import torch
+from lightning import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from processes import fit, forked
 from tensordict import TensorDict
+from torch import distributed
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic
-from ppo_lightning.ranks import Cuts
+from ppo_lightning.errors import ProcessFault
+from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, fingerprint
 
 STEPS, ENVS = 12, 2
 SIZE = {"num_steps": STEPS, "num_envs": ENVS, "total_steps": 1000, "num_minibatches": 3, "update_epochs": 2}
@@ -116,3 +121,92 @@ def test_an_update_of_two_ranks_is_one_update_on_the_samples_of_both(case):
     """Rows count alike, whichever rank has them and however many it has; and the logged numbers are of all."""
     steps = check(CASES[case])
     assert (steps < 6) == (case == "stopped")
+
+
+@pytest.mark.long
+def test_compiled_updates_of_two_ranks_are_one_too():
+    check({"compile": True, "normalize_advantage": "all_ranks", "optimizer": partial(torch.optim.Adam, lr=1e-3)})
+
+
+# --- F14, F22: ranks that go their own way -----------------------------------------------------------------------------
+
+
+class Perturbed(Callback):
+    """Changes the last bit of one parameter of one rank in one iteration."""
+
+    def __init__(self, rank: int, iteration: int) -> None:
+        self.rank, self.iteration = rank, iteration
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_rank == self.rank and pl_module.policy_version == self.iteration:
+            parameter = next(pl_module.policy.parameters())
+            parameter.data.view(torch.int32).view(-1)[7] ^= 1
+
+
+def small(rank: int, iterations: int, **kwargs) -> PPO:
+    lightning.seed_everything(1, verbose=False)
+    model = PPO("CartPole-v1", num_envs=2, num_steps=8, num_minibatches=1, update_epochs=1, total_steps=10**9)
+    fit(model, strategy="ddp", devices=2, max_epochs=iterations, **kwargs)
+    return model
+
+
+def test_a_rank_whose_parameters_differ_in_one_bit_is_found_within_the_interval():
+    def run(rank: int) -> str:
+        with pytest.raises(ProcessFault) as caught:
+            small(rank, 30, callbacks=[Perturbed(rank=1, iteration=3)])
+        return str(caught.value)
+
+    for sentence in forked(run):
+        assert f"after iteration {CHECK_INTERVAL} the parameters of process 1 are not those of process 0" in sentence
+
+
+@pytest.mark.parametrize("iterations", [30, pytest.param(1000, marks=pytest.mark.long)])
+def test_equal_ranks_raise_no_alarm(iterations):
+    counts = forked(lambda rank: small(rank, iterations).policy_version)
+    assert counts == [iterations, iterations]
+
+
+def test_a_fingerprint_notices_every_bit_and_order():
+    one, other = torch.randn(2, 3), torch.randn(4).double()
+    known = fingerprint([one, other])
+    assert known == fingerprint([one.clone(), other.clone()])
+    assert known == tuple(torch.tensor(known, dtype=torch.float64).long().tolist())
+    seen = {known, fingerprint([other, one])}
+    for bit in range(32):
+        one.view(torch.int32)[1, 2] ^= 1 << bit if bit < 31 else -(1 << 31)
+        seen.add(fingerprint([one, other]))
+    assert len(seen) == 34
+
+
+class Divergent(PPO):
+    """Of one rank the divergence is far beyond the target from the third minibatch on."""
+
+    def diverged(self, approx_kl):
+        self.asked = getattr(self, "asked", 0) + 1
+        return super().diverged(approx_kl + 10.0 * (self._rank == 1 and self.asked >= 3))
+
+
+def test_a_rank_that_diverges_alone_stops_both_before_the_same_step():
+    def run(rank: int) -> tuple[int, float]:
+        lightning.seed_everything(1, verbose=False)
+        model = Divergent("CartPole-v1", num_envs=2, num_steps=8, total_steps=32, target_kl=1.0)
+        fit(model, strategy="ddp", devices=2, max_epochs=1)
+        (state, *_) = model.optimizers(use_pl_optimizer=False).state.values()
+        return int(state["step"]), float(parameters(model).double().sum())
+
+    first, second = forked(run)
+    assert first == second
+    assert first[0] == 2
+
+
+# --- F21: how long a dead process is waited for ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 180), ({"timeout": timedelta(seconds=7)}, 7)])
+def test_processes_wait_minutes_unless_the_user_says_otherwise(given, expected):
+    def run(rank: int) -> float:
+        model = PPO("CartPole-v1", num_envs=2, num_steps=8, total_steps=10**9)
+        fit(model, strategy=DDPStrategy(**given), devices=2, max_epochs=1)
+        return distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
+
+    assert [timeout.total_seconds() for timeout in forked(run)] == [expected, expected]
