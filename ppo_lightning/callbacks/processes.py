@@ -85,7 +85,7 @@ class WatchProcesses(Callback):
                 return "; ".join(filter(None, said))
             seen = {other: store.get(f"alive {other}").decode().split() for other in silent}
         except distributed.DistError:
-            return "process 0, which the others meet at, does not answer: it died"
+            return "process 0, which the others meet at, does not answer: it is gone"
         now = time.time()
         return "; ".join(
             f"process {other} has not been heard of since iteration {iteration} ({now - float(then):.0f} s ago): it died or "

@@ -1,0 +1,66 @@
+"""F21: one process raises, dies or hangs; the others end soon, and say which it was."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import failing_job
+import pytest
+from failing_job import Fails
+from processes import forked
+
+ROOT = Path(__file__).parent.parent.parent
+CASES = list(itertools.product((0, 1), ("raise", "kill", "hang")))
+SAYS = {
+    "raise": "process {}: ZeroDivisionError: the pole is at infinity",
+    "kill": r"process {}( has not been heard of since iteration [12] \(\d s ago\): it died|, .* does not answer: it is gone)",
+    "hang": r"process {} has not been heard of since iteration [123] \(\d s ago\): it died or hangs",
+}
+
+
+@pytest.mark.parametrize(("rank", "fault"), CASES)
+def test_the_process_that_is_left_names_the_other(rank, fault):
+    """Whoever started the processes: each of them ends by itself."""
+    results = forked(lambda _: failing_job.run(Fails(rank, fault, timeout_s=1.0, hang_s=2.5)))
+    survivor, failed = results[1 - rank], results[rank]
+    assert (failed is None) == (fault != "raise")
+    last = survivor.strip().splitlines()[-1]
+    if fault == "raise" and rank == 0:  # its words may have gone with it
+        assert re.search("process 0(: ZeroDivisionError|, .* does not answer)", last)
+        assert "ZeroDivisionError" in failed
+    else:
+        assert re.search(SAYS[fault].format(rank), last), survivor
+
+
+@pytest.mark.parametrize(
+    ("rank", "fault"), [case if case == (1, "hang") else pytest.param(*case, marks=pytest.mark.long) for case in CASES]
+)
+def test_a_job_of_which_one_process_fails_is_gone_within_its_timeout(rank, fault, tmp_path):
+    """Started as users do; within ten seconds more than the others wait, no process is left, and one was named."""
+    timeout_s = 2.0
+    job = [sys.executable, str(ROOT / "tests/failing_job.py"), str(rank), fault, str(timeout_s)]
+    places = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
+    with open("log", "w") as log:
+        code = subprocess.run(job, env=environment, stdout=log, stderr=log, timeout=120).returncode
+    told = Path("log").read_text()
+    begun = float(re.findall(r"fault at (\S+)", told)[0])
+    pids = [int(Path(f"pid_{number}").read_text()) for number in (0, 1)]
+    while any(runs(pid) for pid in pids):
+        assert time.time() < begun + timeout_s + 10, told
+        time.sleep(0.1)
+    assert time.time() < begun + timeout_s + 10
+    assert code != 0
+    assert re.search("^" + SAYS[fault].format(rank), told, re.MULTILINE), told
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and no zombie that nobody has asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
