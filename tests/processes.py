@@ -45,7 +45,7 @@ def forked(function: Callable[[int], Any], world_size: int = 2, env: dict[str, A
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(200)
         process.kill()
     results = [torch.load(file, weights_only=False) if file.exists() else None for file in files]
     for file in files:

@@ -8,7 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import fit as train
+from processes import forked, free_port
 from torch.testing import assert_close
+
+from ppo_lightning import PPO
+from ppo_lightning.cli import main
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [
@@ -25,14 +30,34 @@ def fit(folder: Path, *flags: str) -> tuple[list[dict], np.ndarray]:
     environment.pop("PL_GLOBAL_SEED", None)
     done = subprocess.run([*COMMAND, *flags], cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
+    return results(folder)
+
+
+def fit_forked(folder: Path, *flags: str) -> tuple[list[dict], np.ndarray]:
+    """The same by processes that are forked, for which nothing needs to be imported again."""
+
+    def run(rank: int) -> str:
+        os.chdir(folder)
+        os.environ.pop("PL_GLOBAL_SEED")
+        main([*COMMAND[3:], *flags])
+        return "trained"
+
+    assert forked(run) == ["trained", "trained"]
+    return results(folder)
+
+
+def results(folder: Path) -> tuple[list[dict], np.ndarray]:
     ranks = [torch.load(folder / f"rank_{rank}.pt") for rank in (0, 1)]
     table = folder / "lightning_logs/version_0/metrics.csv"
     return ranks, np.genfromtxt(table, delimiter=",", names=True, deletechars="")
 
 
+NORMALIZED = ["--model.normalize_observation=true", "--model.normalize_reward=true"]
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return fit(tmp_path_factory.mktemp("plain"), "--model.normalize_observation=true", "--model.normalize_reward=true")
+    return fit(tmp_path_factory.mktemp("plain"), *NORMALIZED)
 
 
 def test_both_ranks_hold_equal_parameters_moments_and_counters(plain):
@@ -85,7 +110,7 @@ def test_fewer_episodes_than_ranks_and_spawned_processes(tmp_path):
 
 def test_a_rank_whose_own_divergence_would_stop_it_hangs_nobody(tmp_path):
     """The decision is made on the mean over ranks, so both take the same number of steps."""
-    (first, second), _ = fit(tmp_path, "--model.target_kl=0.002", "--model.optimizer.lr=0.003")
+    (first, second), _ = fit_forked(tmp_path, "--model.target_kl=0.002", "--model.optimizer.lr=0.003")
     assert first["updates"] == second["updates"]
     assert min(first["updates"]) < 16
     assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
@@ -96,9 +121,72 @@ def test_compiled_steps_reduce_gradients_and_agree_on_when_to_stop(tmp_path):
     flags = ["--model.target_kl", "0.0005", "--model.optimizer.lr", "0.001"]
     (tmp_path / "eager").mkdir()
     (tmp_path / "compiled").mkdir()
-    (eager, _), _ = fit(tmp_path / "eager", *flags)
-    (first, second), table = fit(tmp_path / "compiled", *flags, "--model.compile", "true")
+    (eager, _), _ = fit_forked(tmp_path / "eager", *flags)
+    (first, second), table = fit_forked(tmp_path / "compiled", *flags, "--model.compile", "true")
     assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
     assert_close(first["state_dict"], eager["state_dict"], rtol=1e-5, atol=1e-5)
     updates = np.nanmax(table["train/n_updates"])
     assert updates < 4 * np.isfinite(table["train/n_updates"]).sum()  # or the stop was not tested
+
+
+# --- beyond one machine ------------------------------------------------------------------------------------------------
+
+NODES = [*COMMAND[1:], *NORMALIZED, "--trainer.devices=1", "--trainer.num_nodes=2"]
+
+
+def assert_same_run(folder: Path, plain) -> None:
+    """Both ranks of a run in ``folder`` ended bit for bit where those of two devices did."""
+    (first, second), _ = plain
+    for rank, expected in enumerate((first, second)):
+        ended = torch.load(folder / f"rank_{rank}.pt")
+        for key in ("state_dict", "optimizer", "updates", "first_observation", "evaluated"):
+            assert_close(ended[key], expected[key], rtol=0, atol=0)
+        assert repr(ended["window"]) == repr(expected["window"])
+
+
+def test_two_nodes_of_torchrun_are_the_run_of_two_devices(plain, tmp_path):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("PL_GLOBAL_SEED", None)
+    port = free_port()
+    agents = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
+                "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port), *NODES,
+            ],
+            cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    told = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], told
+    assert_same_run(tmp_path, plain)
+
+
+def test_two_tasks_of_slurm_are_the_run_of_two_devices(plain, tmp_path, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    env = {
+        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_PROCID": "{rank}",
+        "SLURM_LOCALID": "0", "SLURM_NODEID": "{rank}", "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "ppo",
+    }  # fmt: skip
+    assert forked(lambda rank: main(NODES[2:]) or "trained", env=env) == ["trained", "trained"]
+    assert_same_run(tmp_path, plain)
+
+
+# --- notebooks ---------------------------------------------------------------------------------------------------------
+
+
+def test_fitting_twice_with_ddp_notebook_goes_on_counting():
+    """Processes are forked for each fit: what they learnt and counted comes back with the weights."""
+    model = PPO("CartPole-v1", num_envs=2, num_steps=16, total_steps=10_000, normalize_observation=True)
+    counted = []
+    for _ in range(2):
+        train(model, strategy="ddp_notebook", devices=2, max_epochs=3)
+        counted.append((model.num_env_steps, model.policy_version, int(model.n_updates)))
+        assert int(model.policy.moments.count) == model.num_env_steps
+    assert counted == [(192, 3, 12), (384, 6, 24)]
