@@ -824,6 +824,7 @@ def test_predict_normalises_as_training_does(fit):
         ({"clip_range": -0.1}, "clip_range must be zero or more"),
         ({"ent_coef": Linear(0.1, -0.1)}, "ent_coef must be zero or more"),
         ({"vf_coef": -1.0}, "vf_coef must be zero or more"),
+        ({"normalize_advantage": "ranks"}, "normalize_advantage must be true, false or all_ranks, got 'ranks'"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be more than 0"),
         ({"target_kl": -1.0}, "target_kl must be more than 0"),
         ({"clip_range_vf": 0.0}, "clip_range_vf must be more than 0"),
