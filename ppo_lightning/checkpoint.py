@@ -1,14 +1,23 @@
 """What a checkpoint must hold beyond weights, and how a file is refused."""
 
-from collections.abc import Callable, Container, Mapping
+import hashlib
+import importlib
+import io
+import os
+import re
+import sys
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import IO, Any
 
 import gymnasium as gym
 import torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from gymnasium.vector import VectorEnv
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
@@ -19,60 +28,268 @@ KEY = "ppo_lightning"
 """Where a checkpoint keeps what is ours."""
 
 
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+"""The newest state of a run, and the one before."""
+
+PARTS = ("state_dict", "hyper_parameters", KEY)
+OURS = {"observation_space", "action_space", "seed", "episodes", "not_saved"}
+OLD_HYPERPARAMETERS = {"hparams", "module_arguments"}
+"""Where Lightning looks for hyperparameters, too, and we write none."""
+
+SEAL = b"ppo_lightning sha256 "
+SEAL_BYTES = len(SEAL) + 64
+"""Length of a digest as it stands at the end of a file."""
+
+INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+KINDS = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, gym.Env, VectorEnv)
+PACKAGES = ("ppo_lightning", "torch", "gymnasium", "ale_py", "minigrid")
+"""Kinds of classes that a checkpoint may name, and the packages that it may import."""
+
 TRAINING_ONLY = ("optimizer", "lr_scheduler")
 """Hyperparameters that a policy can act without."""
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, with one sentence where a file is damaged or not ours."""
+    """Checkpoint files that are whole or not there, and that say in one sentence that they are damaged or not ours.
+
+    A file is what ``torch.save`` writes, with a SHA-256 digest of itself as the comment of the zip archive: ``torch.load``
+    and ``zipfile`` read it as any other.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write the file such that a process killed at any time leaves the old one or the new one.
+
+        Raises:
+            InputError: ``storage_options`` are given, which files here do not have.
+            OSError: the file cannot be written; what was there before is untouched.
+        """
+        if storage_options is not None:
+            raise InputError("save_checkpoint has no storage_options here: write to a path or URL without them")
+        filesystem, name = url_to_fs(str(path))
+        if isinstance(filesystem, LocalFileSystem):
+            write_atomically(Path(name), sealed(checkpoint))
+        else:  # an object appears whole, or not at all
+            filesystem.pipe_file(name, sealed(checkpoint))
 
     @override
     def load_checkpoint(
         self,
         path: str | Path,
-        map_location: Callable[..., Any] | None = lambda storage, _: storage,
+        map_location: Any = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        return read_checkpoint(path, lambda: TorchCheckpointIO.load_checkpoint(self, path, map_location, weights_only))
+        """Contents of a file, plain data whatever ``weights_only`` says.
+
+        Raises:
+            InputError: as :func:`read_checkpoint`.
+        """
+        return read_checkpoint(path, map_location)
 
 
-def read_checkpoint(path: str | Path, load: Callable[[], Any] | None = None) -> dict[str, Any]:
-    """The contents of a checkpoint file, by ``load`` or else by ``torch.load`` of plain data.
+def sealed(contents: Mapping[str, Any]) -> bytes:
+    """What a checkpoint file holds: a zip archive whose comment is the digest of all bytes before it."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    archive = buffer.getvalue()[:-2] + SEAL_BYTES.to_bytes(2, "little")  # an archive ends with its comment's length
+    return archive + _seal(archive)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file as a whole, through power cuts too; a killed process leaves a hidden file, which the next save takes.
 
     Raises:
-        InputError: there is no file, it is cut or damaged, or something else wrote it.
+        OSError: it cannot be written; the old file is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")  # renaming is atomic within a folder only
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_verified(source: str | Path | IO[bytes]) -> bytes:
+    """The bytes of a checkpoint file, from a path, a URL or an open file, with nothing in them executed.
+
+    Raises:
+        InputError: there is no file, or its digest is not that of its bytes.
     """
     try:
-        contents = load() if load else torch.load(path, map_location="cpu", weights_only=True)
+        data = _bytes_of(source)
     except FileNotFoundError as error:
-        raise InputError(f"there is no checkpoint at {path}: give the path of a .ckpt file") from error
-    except (EOFError, RuntimeError, OSError, UnpicklingError, ValueError, KeyError) as error:
+        raise InputError(f"there is no checkpoint at {source}: give the path of a .ckpt file") from error
+    except Exception as error:  # every file system and protocol has errors of its own
         raise InputError(
-            f"{path} is no checkpoint that can be read ({type(error).__name__}): it is cut short, damaged, or another "
-            "kind of file; use an older checkpoint of the run"
+            f"{source} is no checkpoint that can be read ({type(error).__name__}: {error}): give the path or URL of a .ckpt "
+            "file"
         ) from error
-    if not isinstance(contents, dict) or KEY not in contents or "state_dict" not in contents:
-        raise InputError(f"{path} is not a checkpoint of ppo_lightning: give one that PPO wrote")
+    archive, seal = data[:-SEAL_BYTES], data[-SEAL_BYTES:]
+    if seal != _seal(archive):
+        found = "its digest is another" if seal.startswith(SEAL) else "it does not end with a digest"
+        raise InputError(
+            f"{source} is no checkpoint that can be read ({found}): it is cut short, damaged, or not a checkpoint of "
+            "ppo_lightning; use an older checkpoint of the run"
+        )
+    return data
+
+
+def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -> dict[str, Any]:
+    """The contents of a checkpoint file.
+
+    Args:
+        source: path, URL or open file.
+        map_location: as that of ``torch.load``.
+
+    Raises:
+        InputError: there is no file, it is damaged, or something else wrote it.
+    """
+    return plain_contents(read_verified(source), source, map_location)
+
+
+def plain_contents(data: bytes, source: object, map_location: Any = "cpu") -> dict[str, Any]:
+    """The contents of a checkpoint: tensors and plain data, for nothing else is ever loaded.
+
+    Args:
+        data: bytes of the file.
+        source: what to call it in messages.
+        map_location: as that of ``torch.load``.
+
+    Raises:
+        InputError: it holds something else, or is not of this version.
+    """
+    try:
+        contents = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
+    except Exception as error:  # a digest is no signature: whoever made this file chose what the reader stumbles over
+        raise InputError(
+            f"{source} is no checkpoint that can be read ({type(error).__name__}): it holds more than tensors and plain "
+            "data; use one that PPO wrote"
+        ) from error
+    if not isinstance(contents, dict) or not all(isinstance(contents.get(part), dict) for part in PARTS):
+        raise InputError(f"{source} is not a checkpoint of ppo_lightning: give one that PPO wrote")
+    if not contents[KEY].keys() >= OURS or contents.keys() & OLD_HYPERPARAMETERS:
+        raise InputError(f"{source} is a checkpoint of another version of ppo_lightning: use the version that wrote it")
     return contents
 
 
+def _bytes_of(source: str | Path | IO[bytes]) -> bytes:
+    if not isinstance(source, str | Path):
+        return source.read()
+    filesystem, name = url_to_fs(str(source))
+    return filesystem.cat_file(name)
+
+
+def _seal(archive: bytes) -> bytes:
+    return SEAL + hashlib.sha256(archive).hexdigest().encode()
+
+
 def newest_checkpoint(root: str | Path) -> Path:
-    """The newest ``last.ckpt`` below a folder that can be read.
+    """The newest ``last.ckpt`` or ``previous.ckpt`` below a folder that can be read, with a warning for each that cannot.
 
     Raises:
         InputError: there is none.
     """
-    found = sorted(Path(root).rglob("last.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in found:
+    found = [path for name in (LAST, PREVIOUS) for path in Path(root).rglob(name)]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             read_checkpoint(path)
-        except InputError:
-            continue
-        return path
+        except InputError as error:
+            rank_zero_warn(f"--ckpt_path last passes over a file: {error}")
+        else:
+            return path
     raise InputError(
-        f"--ckpt_path last: there is no last.ckpt below {Path(root).resolve()} that can be read; "
+        f"--ckpt_path last: there is no {LAST} below {Path(root).resolve()} that can be read; "
         "give the path of a checkpoint, or train first"
     )
+
+
+def refuse_names(hyperparameters: Mapping[str, Any], given: Container[str] = ()) -> None:
+    """Refuse hyperparameters that would import or call what a checkpoint may not choose.
+
+    A checkpoint may come from anywhere, and under the command line its hyperparameters hold names that are imported and
+    called. It may name classes of networks, optimisers, schedulers, environments and wrappers, of the packages that every
+    run stands on or of modules that are imported already; and registered environments.
+
+    Args:
+        hyperparameters: of a checkpoint.
+        given: names of those that the user has given again, which replace the checkpoint's.
+
+    Raises:
+        InputError: one names something else and was not given again.
+    """
+    if hyperparameters.get("_instantiator", INSTANTIATOR) != INSTANTIATOR or not all(map(_is_name, hyperparameters)):
+        raise InputError("the checkpoint's hyperparameters are not those of a PPO: give a checkpoint that PPO wrote")
+    for name, words in foreign_names(hyperparameters).items():
+        if name not in given:
+            raise InputError(
+                f"the checkpoint's {name} is {words[0]!r}, which no checkpoint may choose: if you trust it, give {name} again, "
+                f"by --model.{name}, in a config, or to load_from_checkpoint"
+            )
+
+
+def foreign_names(hyperparameters: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Hyperparameters with what they hold that a checkpoint may not name; the user must give them again."""
+    found = {
+        name: [word for word in _words(value) if not (_is_inert(word) if name == "env_kwargs" else _may_be_named(word))]
+        for name, value in hyperparameters.items()
+        if name != "_instantiator"
+    }
+    if not isinstance(hyperparameters.get("env_kwargs"), dict | None):  # jsonargparse would read a file of this name
+        found["env_kwargs"] = [str(hyperparameters["env_kwargs"])]
+    return {name: words for name, words in found.items() if words}
+
+
+def _words(value: object) -> Iterator[str]:
+    """All strings in a hyperparameter, keys as well as values."""
+    if isinstance(value, Mapping):
+        yield from _words([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _words(item)
+    elif isinstance(value, str | bytes):
+        yield str(value)
+
+
+def _is_name(key: object) -> bool:
+    return isinstance(key, str) and key.isidentifier()
+
+
+def _is_inert(word: str) -> bool:
+    """Whether jsonargparse leaves a string alone where anything may stand: it imports what a class_path names."""
+    return "class_path" not in word
+
+
+def _may_be_named(word: str) -> bool:
+    if word in gym.registry or re.fullmatch(r"[\w +-]*", word):
+        return True
+    module, colon, _ = word.rpartition(":")
+    if colon:
+        return re.fullmatch(r"[\w.]+:[\w./-]+", word) is not None and (_is_ours(module) or module in sys.modules)
+    module, _, name = word.rpartition(".")
+    if _is_ours(module):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            return False
+    kind = getattr(sys.modules.get(module), name, None)
+    return isinstance(kind, type) and issubclass(kind, KINDS)
+
+
+def _is_ours(module: str) -> bool:
+    """Whether importing a module is nothing that a run would not do anyway."""
+    parts = module.split(".")
+    return parts[0] in PACKAGES and all(re.fullmatch(r"[A-Za-z]\w*", part) for part in parts)
 
 
 def refuse_other_spaces(

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from ppo_lightning.checkpoint import KEY, newest_checkpoint, read_checkpoint
+from ppo_lightning.checkpoint import KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
 from ppo_lightning.compiled import ROWS
 from ppo_lightning.errors import EnvironmentFault, InputError, ProcessFault
 from ppo_lightning.plot import draw_learning_curve
@@ -85,6 +85,9 @@ class PPOCLI(LightningCLI):
             hyperparameters = dict(checkpoint.get("hyper_parameters", {}))
             for private in ("_instantiator", "_class_path"):
                 hyperparameters.pop(private, None)
+            foreign = foreign_names(hyperparameters)
+            refuse_names(hyperparameters, {name for name in foreign if _given(words, f"model.{name}") is not None})
+            hyperparameters = {name: value for name, value in hyperparameters.items() if name not in foreign}
             self._subcommand_parsers[subcommand].set_defaults({f"model.{k}": v for k, v in hyperparameters.items()})
         self.config = parser.parse_args(words)
         config = self.config[self.config.subcommand]
@@ -111,7 +114,7 @@ class PPOCLI(LightningCLI):
         if self.subcommand != "fit":
             return False
         checkpoint = self._get(self.config_init, "ckpt_path")
-        run = Path(checkpoint).resolve().parent.parent if checkpoint else None
+        run = Path(checkpoint).resolve().parent.parent if checkpoint and Path(checkpoint).is_file() else None  # no URL
         if run is not None and run.name.startswith("version_"):  # a resumed run goes on in its own folder
             place: dict[str, Any] = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
         else:

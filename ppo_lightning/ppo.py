@@ -1,6 +1,7 @@
 """PPO as a LightningModule: one hook per idea, in the order in which Lightning calls them."""
 
 import inspect
+import io
 import math
 import os
 import random
@@ -14,7 +15,6 @@ from contextvars import ContextVar
 from dataclasses import replace
 from functools import cached_property
 from math import ceil
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import gymnasium as gym
@@ -38,9 +38,11 @@ from ppo_lightning.checkpoint import (
     RunSettings,
     VerifiedCheckpointIO,
     missing,
+    plain_contents,
     plain_data,
-    read_checkpoint,
+    read_verified,
     refuse_missing,
+    refuse_names,
     refuse_other_policy,
     refuse_other_spaces,
 )
@@ -973,14 +975,16 @@ class PPO(LightningModule):
         """A model with the weights and hyperparameters of a checkpoint; keywords replace hyperparameters.
 
         Raises:
-            InputError: the file is damaged, not ours, or needs something that it cannot hold.
+            InputError: the file is damaged, not ours, needs something that it cannot hold, or names something that no
+                file may.
         """
-        if isinstance(checkpoint_path, str | Path):
-            contents = read_checkpoint(checkpoint_path)
-            refuse_missing(contents[KEY], kwargs)
+        data = read_verified(checkpoint_path)
+        contents = plain_contents(data, checkpoint_path)
+        refuse_missing(contents[KEY], kwargs)
+        refuse_names(contents["hyper_parameters"], kwargs)
         token = _passed.set(frozenset(kwargs))
         try:
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+            return super().load_from_checkpoint(io.BytesIO(data), *args, **{**kwargs, "weights_only": True})
         finally:
             _passed.reset(token)
 

@@ -40,7 +40,7 @@ def test_a_run_leaves_its_config_logs_checkpoints_and_picture(capsys):
     names = {path.name for path in RUN.iterdir()}
     assert {"config.yaml", "metrics.csv", "checkpoints", "learning_curve.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     config = yaml.safe_load((RUN / "config.yaml").read_text())
     assert config["seed_everything"] == 4
     assert config["model"]["total_steps"] == 512
@@ -135,10 +135,12 @@ def test_the_last_word_counts_its_episodes(capsys):
 def test_last_is_the_newest_checkpoint_that_can_be_read():
     fit()
     fit()
-    Path("lightning_logs/version_1/checkpoints/last.ckpt").write_bytes(b"cut")
+    for name in ("last.ckpt", "previous.ckpt"):
+        Path("lightning_logs/version_1/checkpoints", name).write_bytes(b"cut")
     from ppo_lightning.checkpoint import newest_checkpoint
 
-    assert newest_checkpoint(".").parts[-3] == "version_0"
+    with pytest.warns(UserWarning, match=r"passes over a file: .*version_1.* is no checkpoint that can be read"):
+        assert newest_checkpoint(".").parts[-3:] == ("version_0", "checkpoints", "last.ckpt")
 
 
 def test_no_checkpoint_to_go_on_with_is_an_error():

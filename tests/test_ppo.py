@@ -212,7 +212,7 @@ def test_a_bare_trainer_trains_to_total_steps(tmp_path, capsys):
     assert model.num_env_steps == 40 * 128
     assert trainer.global_step == trainer.current_epoch == 40
     folder = tmp_path / "lightning_logs" / "version_0" / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert torch.load(folder / "last.ckpt")["state_dict"]["env_steps"] == 40 * 128
     bar = capsys.readouterr().out
     assert "PPO: 100%" in bar
@@ -503,7 +503,7 @@ def test_without_evaluations_there_is_a_last_checkpoint_and_no_warning(tmp_path)
         accelerator="cpu", logger=False, enable_progress_bar=False, limit_val_batches=0, default_root_dir=tmp_path
     )
     trainer.fit(PPO("CartPole-v1", **SMALL))
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
 
 
 def test_a_resumed_run_has_the_checkpoints_seed_and_sees_other_episodes(fit, tmp_path, monkeypatch):

@@ -1,13 +1,22 @@
 """The two checkpoints that every run leaves: the best by evaluation, and the last."""
 
+import os
+import shutil
+import time
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
+
+from ppo_lightning.checkpoint import PREVIOUS
+from ppo_lightning.errors import InputError
 
 
 class Rewinds(Protocol):
@@ -22,10 +31,11 @@ class Rewinds(Protocol):
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """One file per run, under a fixed name in the run's folder."""
+    """One file per run, under a fixed name in the run's folder; where it cannot be written, training goes on without."""
 
     PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
     _stage = ""
+    _written = True
 
     @property
     @override
@@ -43,21 +53,41 @@ class RunCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage != "fit":  # a validation has no scores to go on with
             return
-        folder = Path(str(self.dirpath))
-        if Path(state_dict["dirpath"]).resolve() == folder.resolve():
-            # Lightning compares how paths are written: under another spelling, the file just saved would be deleted as
-            # the old best one.
-            state_dict = {
+        # The file's paths are not to be trusted: what they name is deleted when something better is saved. And Lightning
+        # compares how folders are written: under another spelling, the file just saved would be deleted as the old one.
+        continues = Path(str(state_dict["dirpath"])).resolve() == Path(str(self.dirpath)).resolve()
+        own = self.format_checkpoint_name({})
+        scores = [score for score in state_dict["best_k_models"].values() if isinstance(score, Tensor)]
+        super().load_state_dict(
+            {
                 **state_dict,
-                **{key: _within(folder, state_dict[key]) for key in self.PATHS},
-                "best_k_models": {_within(folder, path): score for path, score in state_dict["best_k_models"].items()},
-                "dirpath": self.dirpath,
+                **{key: own if continues and state_dict[key] else "" for key in self.PATHS},
+                "best_k_models": {own: scores[0]} if scores else {},
+                "dirpath": self.dirpath if continues else state_dict["dirpath"],
             }
-        super().load_state_dict(state_dict)
+        )
 
+    @override
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        before = {**self.state_dict(), "best_k_models": dict(self.best_k_models)}
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        if not self._written:  # the file there has the score it had
+            vars(self).update(before)
 
-def _within(folder: Path, path: str) -> str:
-    return str(folder / Path(path).name) if path else path
+    @override
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self._written = True
+        try:
+            self._write(trainer, filepath)
+        except OSError as error:  # of the process that writes, and of none else
+            self._written = False
+            _warn(filepath, trainer, error)
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # the others wait there
+        self._written = trainer.strategy.broadcast(self._written)
+        self._last_global_step_saved = trainer.global_step  # or tried to: all processes alike
+
+    def _write(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
 
 
 class BestCheckpoint(RunCheckpoint):
@@ -74,13 +104,21 @@ class BestCheckpoint(RunCheckpoint):
 
 
 class LastCheckpoint(RunCheckpoint):
-    """``last.ckpt``: the newest state, every so many iterations, at the end, and when a single process fails.
+    """``last.ckpt``: the newest state, every so often, at the end, and when a single process fails.
+
+    The file before it stays beside it as ``previous.ckpt``.
 
     Args:
         every_n_epochs: iterations between two saves.
+        minutes: time after which an iteration is saved in any case (minutes).
+
+    Raises:
+        InputError: ``minutes`` is not more than 0.
     """
 
-    def __init__(self, every_n_epochs: int = 1) -> None:
+    def __init__(self, every_n_epochs: int = 1, minutes: float = 5.0) -> None:
+        if not minutes > 0:
+            raise InputError(f"LastCheckpoint: minutes must be more than 0 (.inf for never), got {minutes}")
         super().__init__(
             filename="last",
             every_n_epochs=every_n_epochs,
@@ -88,6 +126,18 @@ class LastCheckpoint(RunCheckpoint):
             save_on_exception=True,
             enable_version_counter=False,
         )
+        self.minutes = minutes
+        self._saved_at = time.monotonic()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at = time.monotonic()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if not self._should_skip_saving_checkpoint(trainer) and self._is_late(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,4 +154,46 @@ class LastCheckpoint(RunCheckpoint):
         if trainer.is_global_zero:
             with module.without_others():
                 contents = trainer._checkpoint_connector.dump_checkpoint()
-            trainer.strategy.save_checkpoint(contents, f"{self.dirpath}/last.ckpt")
+            path = self.format_checkpoint_name({})
+            try:
+                with _keeping_previous(Path(path)):
+                    trainer.strategy.save_checkpoint(contents, path)
+            except OSError as error:  # what ended the run is to be seen, not this
+                _warn(path, trainer, error)
+
+    def _is_late(self, trainer: Trainer) -> bool:
+        """Whether the first process's clock says so: saving is collective, and clocks differ."""
+        late = time.monotonic() - self._saved_at >= 60 * self.minutes
+        return trainer.strategy.broadcast(late)
+
+    @override
+    def _write(self, trainer: Trainer, filepath: str) -> None:
+        self._saved_at = time.monotonic()
+        with _keeping_previous(Path(filepath)) if trainer.is_global_zero else nullcontext():
+            super()._write(trainer, filepath)
+
+
+def _warn(path: str, trainer: Trainer, error: OSError) -> None:
+    rank_zero_warn(
+        f"{path} could not be written after iteration {trainer.current_epoch + 1} ({error}): the run goes on, and the file "
+        "before is kept"
+    )
+
+
+@contextmanager
+def _keeping_previous(last: Path) -> Iterator[None]:
+    """Keep the file that is replaced within, where it is replaced, as ``previous.ckpt``."""
+    if not last.is_file():  # the first one, or a remote folder, which has the last file only
+        yield
+        return
+    kept = last.with_name(f".{PREVIOUS}.unfinished")
+    kept.unlink(missing_ok=True)  # a killed process leaves it
+    try:
+        try:
+            os.link(last, kept)
+        except OSError:  # a file system without links
+            shutil.copy2(last, kept)
+        yield
+        kept.replace(last.with_name(PREVIOUS))  # not before, lest a save that fails costs the older file
+    finally:
+        kept.unlink(missing_ok=True)
