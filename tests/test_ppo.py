@@ -226,7 +226,7 @@ def test_configured_callbacks_are_the_users_too(tmp_path):
     trainer.fit(PPO("CartPole-v1", **SMALL))
     assert set(mine) <= set(trainer.callbacks)
     assert StepProgressBar not in map(type, trainer.callbacks)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 4  # theirs after iterations 2 and 4, best and last
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 5  # theirs after iterations 2 and 4, best, last, previous
 
 
 def test_users_callbacks_stay_and_defaults_give_way(tmp_path):
