@@ -178,6 +178,11 @@ def plain_contents(data: bytes, source: object, map_location: Any = "cpu") -> di
         ) from error
     if not isinstance(contents, dict) or not all(isinstance(contents.get(part), dict) for part in PARTS):
         raise InputError(f"{source} is not a checkpoint of ppo_lightning: give one that PPO wrote")
+    hyperparameters = contents["hyper_parameters"]
+    if hyperparameters.get("_instantiator", INSTANTIATOR) != INSTANTIATOR or not all(map(_is_name, hyperparameters)):
+        raise InputError(
+            f"{source} names what no PPO writes among its hyperparameters: give a checkpoint that PPO wrote"
+        )
     if not contents[KEY].keys() >= OURS or contents.keys() & OLD_HYPERPARAMETERS:
         raise InputError(f"{source} is a checkpoint of another version of ppo_lightning: use the version that wrote it")
     return contents
@@ -228,8 +233,6 @@ def refuse_names(hyperparameters: Mapping[str, Any], given: Container[str] = ())
     Raises:
         InputError: one names something else and was not given again.
     """
-    if hyperparameters.get("_instantiator", INSTANTIATOR) != INSTANTIATOR or not all(map(_is_name, hyperparameters)):
-        raise InputError("the checkpoint's hyperparameters are not those of a PPO: give a checkpoint that PPO wrote")
     for name, words in foreign_names(hyperparameters).items():
         if name not in given:
             raise InputError(
@@ -266,7 +269,7 @@ def _is_name(key: object) -> bool:
 
 
 def _is_inert(word: str) -> bool:
-    """Whether jsonargparse leaves a string alone where anything may stand: it imports what a class_path names."""
+    """Whether jsonargparse leaves a string alone where anything may stand: what a class_path names it imports."""
     return "class_path" not in word
 
 
