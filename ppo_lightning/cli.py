@@ -195,11 +195,18 @@ def _given(words: list[str], name: str) -> str | None:
         return value
     for path in (_flag(words, "config"), _flag(words, "c")):
         if path is not None and Path(path).is_file():
-            node: Any = yaml.safe_load(Path(path).read_text())
+            node: Any = _plain_yaml(path)
             for key in name.split("."):
                 node = node.get(key) if isinstance(node, dict) else None
             value = value if node is None else str(node)
     return value
+
+
+def _plain_yaml(path: str) -> Any:
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is no plain YAML ({' '.join(str(error).split())}): correct it there") from error
 
 
 def _flag(words: list[str], name: str) -> str | None:

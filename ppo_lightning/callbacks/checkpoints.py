@@ -53,17 +53,18 @@ class RunCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage != "fit":  # a validation has no scores to go on with
             return
-        # The file's paths are not to be trusted: what they name is deleted when something better is saved. And Lightning
-        # compares how folders are written: under another spelling, the file just saved would be deleted as the old one.
-        continues = Path(str(state_dict["dirpath"])).resolve() == Path(str(self.dirpath)).resolve()
+        if Path(str(state_dict["dirpath"])).resolve() != Path(str(self.dirpath)).resolve():
+            return  # another run's files: this one has none yet
+        # The paths are not to be trusted: what they name is deleted when something better is saved. And Lightning compares
+        # how folders are written: under another spelling, the file just saved would be deleted as the old one.
         own = self.format_checkpoint_name({})
         scores = [score for score in state_dict["best_k_models"].values() if isinstance(score, Tensor)]
         super().load_state_dict(
             {
                 **state_dict,
-                **{key: own if continues and state_dict[key] else "" for key in self.PATHS},
+                **{key: own if state_dict[key] else "" for key in self.PATHS},
                 "best_k_models": {own: scores[0]} if scores else {},
-                "dirpath": self.dirpath if continues else state_dict["dirpath"],
+                "dirpath": self.dirpath,
             }
         )
 

@@ -297,7 +297,7 @@ def resolve(env: EnvSource) -> EnvSource:
     module, _, name = env.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two of what is no module's name
         raise InputError(
             f"env={env}: cannot import it ({error}); give a Gymnasium id or the path of a function"
         ) from error
@@ -313,7 +313,7 @@ def find_spec(env_id: str) -> EnvSpec:
     if module:
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except (ImportError, TypeError, ValueError) as error:
             raise InputError(
                 f"env={env_id}: cannot import {module} ({error}); install it or correct its name"
             ) from error
