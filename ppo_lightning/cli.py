@@ -1,5 +1,6 @@
 """The command line: LightningCLI with defaults that suit PPO. Nothing about PPO itself."""
 
+import inspect
 import logging
 import os
 import random
@@ -85,6 +86,11 @@ class PPOCLI(LightningCLI):
             hyperparameters = dict(checkpoint.get("hyper_parameters", {}))
             for private in ("_instantiator", "_class_path"):
                 hyperparameters.pop(private, None)
+            unknown = sorted(hyperparameters.keys() - inspect.signature(PPO).parameters.keys())
+            if unknown:
+                raise InputError(
+                    f"{path} sets {unknown[0]}, which this version of PPO has not: use the one that wrote it"
+                )
             foreign = foreign_names(hyperparameters)
             refuse_names(hyperparameters, {name for name in foreign if _given(words, f"model.{name}") is not None})
             hyperparameters = {name: value for name, value in hyperparameters.items() if name not in foreign}

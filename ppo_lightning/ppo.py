@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -985,6 +986,10 @@ class PPO(LightningModule):
         token = _passed.set(frozenset(kwargs))
         try:
             return super().load_from_checkpoint(io.BytesIO(data), *args, **{**kwargs, "weights_only": True})
+        except ArgumentError as error:  # of jsonargparse, which makes what the command line has saved
+            raise InputError(
+                f"{checkpoint_path} has hyperparameters that PPO cannot use ({' '.join(str(error).split())}): give others"
+            ) from error
         finally:
             _passed.reset(token)
 

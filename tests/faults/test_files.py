@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -122,6 +123,15 @@ def test_a_run_goes_on_from_the_previous_file_where_the_last_is_damaged(tmp_path
 def test_an_object_store_gets_the_same_files():
     VerifiedCheckpointIO().save_checkpoint(a_checkpoint(1), "memory://run/last.ckpt")
     assert steps_in("memory://run/last.ckpt") == 1
+
+
+def test_bytes_are_on_disk_before_they_have_the_files_name(tmp_path, monkeypatch):
+    events, replace = [], Path.replace
+    kinds = {True: "folder synchronised", False: "file synchronised"}
+    monkeypatch.setattr(os, "fsync", lambda number: events.append(kinds[stat.S_ISDIR(os.fstat(number).st_mode)]))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (events.append("named"), replace(path, to)))
+    VerifiedCheckpointIO().save_checkpoint(a_checkpoint(1), tmp_path / "deep/er/last.ckpt")
+    assert events == ["file synchronised", "named", "folder synchronised"]
 
 
 # --- kill -9 -----------------------------------------------------------------------------------------------------------

@@ -224,6 +224,15 @@ def test_other_contents_are_refused(bad, fit):
         assert "is not a checkpoint of ppo_lightning" in refused(way, Path("bad.ckpt"), fit)
 
 
+def test_hyperparameters_of_another_version_are_refused(plain, fit):
+    for other in ({"momentum": 0.9}, {"gamma": "high"}):
+        bad = {**plain, "hyper_parameters": {**plain["hyper_parameters"], **other}}
+        Path("bad.ckpt").write_bytes(sealed(bad))
+        (name,) = other
+        assert name in refused(by_command, Path("bad.ckpt"), fit)
+    assert "gamma" in refused(by_loading, Path("bad.ckpt"), fit)
+
+
 @pytest.mark.parametrize(
     "config", sorted(path.stem for path in CONFIGS.glob("*.yaml")) if CONFIGS.exists() else ["none"]
 )
