@@ -382,7 +382,7 @@ class CompiledUpdate:
             loss = replace(loss, normalize_advantage=False)
         hypers = self._begin(loss, [weight for weights in cuts.weights for weight in weights]).unbind()
         advantage = samples["advantage"]
-        self._before = self.flat.clone(), self.moments.clone()
+        self._before = self.flat.clone(), self.moments.clone(), *(step.clone() for step in self.steps)
         tables: list[Tensor] = []
         norms: list[Tensor] = []
         stopped = False
@@ -423,8 +423,8 @@ class CompiledUpdate:
         return Passes(torch.stack(tables), taken, begun, len(tables) - (begun - 1) * num_minibatches)
 
     def restore(self) -> None:
-        """Put parameters and moments back to where the last update began."""
-        for now, before in zip((self.flat, self.moments), self._before, strict=True):
+        """Put parameters, moments and counts back to where the last update began."""
+        for now, before in zip((self.flat, self.moments, *self.steps), self._before, strict=True):
             now.copy_(before)
 
     def _gradient_in(

@@ -77,6 +77,11 @@ def check_numbers(given: Mapping[str, Any]) -> None:
         raise InputError(f"normalize_advantage must be true, false or all_ranks, got {given['normalize_advantage']!r}")
     if not isinstance(given["compile"], bool):
         raise InputError(f"compile must be true or false, got {given['compile']!r}")
+    if given["non_finite"] not in ("raise", "skip"):
+        raise InputError(f"non_finite must be raise or skip, got {given['non_finite']!r}")
+    restarts = given["env_restarts"]
+    if not (_is_number(restarts) and restarts >= 0 and restarts == int(restarts)):
+        raise InputError(f"env_restarts must be a whole number of 0 or more, got {restarts!r}")
     if not (_is_number(given["vf_coef"]) and given["vf_coef"] >= 0):
         raise InputError(f"vf_coef must be zero or more, got {given['vf_coef']!r}")
 

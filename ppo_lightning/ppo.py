@@ -13,8 +13,8 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from math import ceil
 from typing import Any, Literal, NamedTuple, cast
 
@@ -50,7 +50,7 @@ from ppo_lightning.checkpoint import (
 from ppo_lightning.clock import Clock
 from ppo_lightning.compiled import CompiledUpdate, CompilerError, why_not
 from ppo_lightning.diagnostics import explained_variance, target_moments
-from ppo_lightning.envs import Environments, EnvMaker, Halves, resolve
+from ppo_lightning.envs import Environments, EnvMaker, Halves, Restarts, resolve
 from ppo_lightning.envs.state import as_tensors
 from ppo_lightning.errors import InputError, ProcessFault
 from ppo_lightning.evaluation import evaluate_episodes, summarize
@@ -121,6 +121,8 @@ class PPO(LightningModule):
             nat).
         vf_coef: weight of the critic's mean squared error in the loss (dimensionless).
         max_grad_norm: gradients are scaled down to this Euclidean norm over all parameters; null does not clip.
+        non_finite: what to do about a gradient whose norm is not finite: raise ends the run, with a file to reproduce it
+            and the parameters as they were before; skip leaves the step out, 10 in a row at most.
         target_kl: end an update, before the step, when the approximate KL divergence exceeds 1.5 times this (nats);
             null never does.
         optimizer: class_path or callable parameters -> optimizer; its learning rate falls linearly to 0 over
@@ -130,6 +132,8 @@ class PPO(LightningModule):
         eval_interval: iterations between evaluations; null makes 20 evaluations over the run.
         num_eval_episodes: episodes of each evaluation, exactly (count).
         eval_deterministic: evaluate the most probable action instead of drawing one.
+        env_restarts: how often environments that raise, or whose worker processes die or hang, may be made anew in one
+            run of this process, their episodes cut there; 0 ends the run (count).
         env_timeout_s: a step or reset of async environments that takes longer is an error (seconds).
         compile: run each gradient step, and the rollouts of environments that are tensors, as one compiled graph:
             several times as fast for small networks, after some ten seconds of compilation.
@@ -169,12 +173,14 @@ class PPO(LightningModule):
         ent_coef: float | Linear = 0.0,
         vf_coef: float = 0.5,
         max_grad_norm: float | None = 0.5,
+        non_finite: Literal["raise", "skip"] = "raise",
         target_kl: float | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=3e-4, eps=1e-5, fused=True),
         lr_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         eval_interval: int | None = None,
         num_eval_episodes: int = 10,
         eval_deterministic: bool = True,
+        env_restarts: int = 0,
         env_timeout_s: float = 60.0,
         compile: bool = False,
     ) -> None:
@@ -184,9 +190,18 @@ class PPO(LightningModule):
         self._remember_hyperparameters(given)
         check_numbers(given)
         self.env_maker = EnvMaker(
-            plain_factory(resolve(env)), env_kwargs or {}, tuple(map(plain_factory, wrappers)), vectorization
+            plain_factory(resolve(env)),
+            env_kwargs or {},
+            tuple(map(plain_factory, wrappers)),
+            vectorization,
+            restarts=env_restarts > 0,
         )
         self.observation_space, self.action_space, self._made = self.env_maker.probe(num_envs)
+        if self._made is not None and env_restarts:
+            raise InputError(
+                f"env_restarts={env_restarts} makes single environments anew, and {self.env_maker.name} is a vector: leave "
+                "it out, or give single environments (vectorization sync or async)"
+            )
         self._has_workers = vectorization == "async" and self._made is None
         check_mask(self.observation_space, self.action_space)
         seen = without_mask(self.observation_space)
@@ -204,12 +219,14 @@ class PPO(LightningModule):
         self.ent_coef = schedule("ent_coef", ent_coef)
         self.vf_coef = vf_coef
         self.max_grad_norm = max_grad_norm
+        self.non_finite = non_finite
         self.target_kl = target_kl
         self.optimizer = plain_factory(optimizer)
         self.lr_scheduler = plain_factory(lr_scheduler)
         self.eval_interval = eval_interval
         self.num_eval_episodes = num_eval_episodes
         self.eval_deterministic = eval_deterministic
+        self.restarts = Restarts(int(env_restarts))
         self.env_timeout_s = env_timeout_s
         self.compiles = compile
         self.compiled: CompiledUpdate | None = None
@@ -244,6 +261,7 @@ class PPO(LightningModule):
         self._eval_environments: Environments | None = None
         self._clock = Clock()
         self._grad_norms: list[Tensor] = []
+        self._skipped = self._skipped_in_a_row = 0
         self._accumulated = False
         """Gradients of a part of the current minibatch are there already."""
         self._steps_alone = False
@@ -305,6 +323,7 @@ class PPO(LightningModule):
         """Seed this process's own stream, and leave at once where nothing is left to train."""
         rank_zero_info(f"seed {self.seed}")
         self.generator.manual_seed(self._stream("training", self.num_env_steps))
+        self.restarts.count = self._skipped = self._skipped_in_a_row = 0
         self._clock = Clock()
         if self.num_env_steps >= self.total_steps:
             rank_zero_info(
@@ -561,9 +580,10 @@ class PPO(LightningModule):
         self._accumulated = False
         cuts = self._cut_up(batch)
         if self.compiled is not None:
+            rows = self._rows(batch)
             try:
                 passes = self.compiled.run(
-                    self._rows(batch),
+                    rows,
                     batch["valid"].flatten(),
                     loss,
                     cuts,
@@ -581,8 +601,9 @@ class PPO(LightningModule):
                 self.compiled = None
             else:
                 self._grad_norms.extend(passes.norms)
+                self._in_use = loss, {**rows, "valid": batch["valid"].flatten()}
                 for norm in passes.norms.tolist():
-                    self._refuse_norm(norm)
+                    self._accepts(norm, self.compiled.restore)
                 return Update(loss, passes.terms, passes.epochs, passes.minibatches)
         samples = self.samples(batch)
         advantage = samples["advantage"]
@@ -592,6 +613,7 @@ class PPO(LightningModule):
                 samples["advantage"] = cuts.advantage(advantage, epoch)
             for minibatch, piece in enumerate(minibatches(samples, order, cuts.sizes)):
                 weight = cuts.weights[epoch][minibatch]
+                self._in_use = loss, piece
                 if self.minibatch_chunks > 1:
                     of_chunk, chunks = self._chunks(loss, piece)
                 else:
@@ -736,20 +758,52 @@ class PPO(LightningModule):
             may_overflow: a gradient scaler skips steps that are not finite by itself.
 
         Raises:
-            FloatingPointError: the norm is not finite; no step was taken.
+            FloatingPointError: the norm is not finite, and that is not to be skipped; no step was taken.
         """
         norm = nn.utils.clip_grad_norm_(self._learnt, self.max_grad_norm or torch.inf)
-        if not (may_overflow or norm.isfinite()):
-            self._refuse_norm(norm.item())
+        if not may_overflow and not self._accepts(norm.item()):
+            for parameter in self._learnt:
+                parameter.grad = None  # which optimisers leave out
         self._grad_norms.append(norm)
 
-    def _refuse_norm(self, norm: float) -> None:
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient's norm is {norm} in iteration {int(self.iterations) + 1}, the step was not taken: lower "
-                "the learning rate, or look for observations or rewards of extreme size (normalize_observation, "
-                "normalize_reward)"
-            )
+    def _accepts(self, norm: float, restore: Callable[[], None] | None = None) -> bool:
+        """Whether a gradient has a norm that a step may be taken by; else the step is left out, or the run ends.
+
+        All processes decide alike: their gradients are the same by now.
+        """
+        if math.isfinite(norm):
+            self._skipped_in_a_row = 0
+            return True
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        if self.non_finite == "skip" and self._skipped_in_a_row <= MAX_SKIPPED:
+            return False
+        if restore is not None:
+            restore()
+        file = self._dump(norm)
+        times = f" {self._skipped_in_a_row} times in a row" if self.non_finite == "skip" else ""
+        raise FloatingPointError(
+            f"the gradient's norm is {norm}{times} in iteration {int(self.iterations) + 1}, the step was not taken: lower "
+            "the learning rate, or look for observations or rewards of extreme size (normalize_observation, "
+            f"normalize_reward); {file} holds what it was computed from"
+        )
+
+    def _dump(self, norm: float) -> Path:
+        """Write what a gradient was computed from, as plain tensors, and say where."""
+        trainer = self._trainer
+        folder = Path("." if trainer is None else trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / ("non_finite.pt" if self._rank == 0 else f"non_finite_rank_{self._rank}.pt")
+        loss, samples = self._in_use
+        contents = {
+            "norm": norm,
+            "iteration": int(self.iterations) + 1,
+            "samples": samples.to_dict() if isinstance(samples, TensorDict) else samples,
+            "policy": self.policy.state_dict(),
+            "loss": asdict(loss),
+        }
+        torch.save(contents, file)
+        return file
 
     @torch.no_grad()
     def scale_reward(self, reward: Tensor, done: Tensor, valid: Tensor) -> Tensor:
@@ -855,7 +909,12 @@ class PPO(LightningModule):
             "train/n_updates": int(self.n_updates),
         }
         if self._grad_norms:
-            metrics["train/grad_norm"] = torch.stack(self._grad_norms).mean().item()
+            norms = torch.stack(self._grad_norms)
+            metrics["train/grad_norm"] = norms[norms.isfinite()].mean().item()
+        if self._skipped:
+            metrics["train/skipped_steps"] = self._skipped
+        if self.restarts.count:
+            metrics["time/env_restarts"] = self.restarts.count
         if update.loss.clip_range_vf is not None:
             metrics["train/clip_range_vf"] = update.loss.clip_range_vf
         if std is not None:
@@ -1007,10 +1066,15 @@ class PPO(LightningModule):
         made, self._made = self._made, self._made if self.env_maker.is_instance else None
         if self._has_workers and self.num_envs > 1:
             sizes = cut(self.num_envs, 2)
-            first = Environments(self.env_maker, sizes[0], self.env_timeout_s)
-            environments = Halves(first, Environments(self.env_maker, sizes[1], self.env_timeout_s, first=sizes[0]))
+            make = partial(Environments, self.env_maker, timeout_s=self.env_timeout_s, restarts=self.restarts)
+            first = make(sizes[0])
+            try:
+                environments = Halves(first, make(sizes[1], first=sizes[0]))
+            except BaseException:
+                first.close()
+                raise
         else:
-            environments = Environments(self.env_maker, self.num_envs, self.env_timeout_s, made)
+            environments = Environments(self.env_maker, self.num_envs, self.env_timeout_s, made, restarts=self.restarts)
         if environments.inserts_rows and self.sequence_length == 1:
             environments.close()
             raise InputError(
@@ -1118,7 +1182,8 @@ class PPO(LightningModule):
                     f"evaluation needs environments of its own, and {self.env_maker.name} was given as a VectorEnv: give a "
                     "callable that makes it instead"
                 )
-            self._eval_environments, self._num_eval_envs = Environments(maker, num_envs, self.env_timeout_s), num_envs
+            self._eval_environments = Environments(maker, num_envs, self.env_timeout_s, restarts=self.restarts)
+            self._num_eval_envs = num_envs
         return self._eval_environments
 
     @override
@@ -1154,6 +1219,9 @@ class PPO(LightningModule):
         self._not_saved = sorted(changed - plain.keys())
         self._given = changed
 
+
+MAX_SKIPPED = 10
+"""Gradient steps in a row that may be left out, because the gradient was not finite."""
 
 _STEP = ("descend", "diverged", "clip_gradients_by_norm")
 """Methods that a compiled update does not call."""

@@ -133,7 +133,7 @@ def test_a_worker_that_hangs_is_named_in_time(fit):
 
 def test_a_worker_that_dies_is_named(fit):
     message = run(PPO(faulty("die"), vectorization="async", **SMALL), fit)
-    assert "the worker process of environment [1] died in step (exit code [-9])" in message
+    assert "the worker process of environment [1] died in step: killed by signal 9 (SIGKILL)" in message
 
 
 def test_a_reset_that_fails_in_a_vector_without_autoreset_is_named():

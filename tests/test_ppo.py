@@ -693,6 +693,8 @@ def test_all_options_are_tested_here_or_by_name():
         "num_eval_episodes",
         "eval_deterministic",
         "env_timeout_s",
+        "env_restarts",
+        "non_finite",
     }
     assert set(_PARAMETERS) == OPTIONS.keys() | elsewhere
 
@@ -829,6 +831,9 @@ def test_predict_normalises_as_training_does(fit):
         ({"target_kl": -1.0}, "target_kl must be more than 0"),
         ({"clip_range_vf": 0.0}, "clip_range_vf must be more than 0"),
         ({"env_timeout_s": 0.0}, "env_timeout_s must be more than 0"),
+        ({"env_restarts": -1}, "env_restarts must be a whole number of 0 or more, got -1"),
+        ({"env_restarts": 0.5}, "env_restarts must be a whole number of 0 or more"),
+        ({"non_finite": "ignore"}, "non_finite must be raise or skip, got 'ignore'"),
     ],
 )
 def test_refuses_a_value(kwargs, message):

@@ -9,4 +9,5 @@ from ppo_lightning.envs.third_party import EnvPool as EnvPool
 from ppo_lightning.envs.third_party import Simulator as Simulator
 from ppo_lightning.envs.vector import Environments as Environments
 from ppo_lightning.envs.vector import Halves as Halves
+from ppo_lightning.envs.vector import Restarts as Restarts
 from ppo_lightning.envs.vector import Transition as Transition

@@ -7,7 +7,6 @@ import importlib
 import inspect
 import multiprocessing
 import re
-import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,11 @@ from typing import Any, Literal, get_args
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from ppo_lightning.envs.state import environment_state, restore_environment
 from ppo_lightning.envs.third_party import adapted
+from ppo_lightning.envs.workers import Workers
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.spaces import MASK, children
 
@@ -30,6 +30,9 @@ Vectorization = Literal["sync", "async", "vector_entry_point"]
 
 EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "ale_py": "atari", "minigrid": "minigrid", "pygame": "classic-control"}
 """Which extra of ours installs the module that an environment could not import."""
+
+RESTARTED = "restarted"
+"""Where an environment says in its info why it was made anew."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class EnvMaker:
         env_kwargs: arguments for ``gymnasium.make`` or the callable.
         wrappers: applied to each environment, first to last, innermost first.
         vectorization: how single environments become a vector (see :class:`PPO`).
+        restarts: an environment that raises is made anew, and its episode ends there as truncated.
 
     Raises:
         InputError: the id is not known, what it needs is not installed, or wrappers do not apply.
@@ -51,6 +55,7 @@ class EnvMaker:
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     wrappers: Sequence[Callable[[Env], Env]] = ()
     vectorization: Vectorization = "sync"
+    restarts: bool = False
 
     def __post_init__(self) -> None:
         if self.vectorization not in get_args(Vectorization):
@@ -168,41 +173,59 @@ class EnvMaker:
         return env
 
     def _vectorize(self, make: Callable[[], Env], num_envs: int, first: int) -> VectorEnv:
-        makers = [lambda index=index: Watched(make(), index) for index in range(first, first + num_envs)]
-        # SAME_STEP leaves no dummy rows, and nothing is copied: a rollout copies what it keeps.
+        makers = [partial(_watched, make, index, self.restarts) for index in range(first, first + num_envs)]
         if self.vectorization == "sync":
-            return SyncVectorEnv(makers, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+            with contextlib.ExitStack() as made:  # SyncVectorEnv would leave those open that come before one that fails
+                envs = [made.enter_context(contextlib.closing(maker())) for maker in makers]
+                made.pop_all()
+            # SAME_STEP leaves no dummy rows, and nothing is copied: a rollout copies what it keeps.
+            return SyncVectorEnv(
+                [partial(_itself, env) for env in envs], copy=False, autoreset_mode=AutoresetMode.SAME_STEP
+            )
         # Forking a process that runs threads can deadlock the child: workers come from a clean server that has
         # imported this package once. Scripts need `if __name__ == "__main__":`, as with any such workers.
         multiprocessing.get_context("forkserver").set_forkserver_preload(["ppo_lightning.envs"])
-        makers = [partial(_in_worker, maker) for maker in makers]
-        return AsyncVectorEnv(makers, copy=False, context="forkserver", autoreset_mode=AutoresetMode.SAME_STEP)
+        return Workers(makers, first)
 
 
-def _in_worker(make: Callable[[], Env]) -> Env:
-    """Make an environment in a process of its own, which leaves signals to the run: it ends when its pipe does.
+def _itself(env: Env) -> Env:
+    return env
 
-    Gymnasium makes the first one in the run's own process, too, to look at it.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM) if multiprocessing.current_process().daemon else ():
-        signal.signal(number, signal.SIG_IGN)
-    return make()
+
+def _watched(make: Callable[[], Env], index: int, restarts: bool) -> "Watched":
+    try:
+        return Watched(make(), index, make if restarts else None)
+    except (Exception, SystemExit) as error:
+        lines = "".join(traceback.format_exception(error))
+        raise EnvironmentFault(f"environment {index} could not be made: {error}\n\n{lines}") from error
 
 
 class Watched(gym.Wrapper[Any, Any, Any, Any]):
     """One environment that names itself when it raises, or returns what its observation space does not allow.
 
+    Where it can be made anew, an error in ``step`` ends the episode instead: truncated, with reward 0 and the last
+    observation before the error, which the info tells under :data:`RESTARTED`. A ``reset`` that raises is tried once
+    more on a new environment.
+
     Args:
         env: the environment, wrapped as the user asked.
         index: its place in the vector, from 0.
+        make: makes it anew; None ends the run.
 
     Raises:
         EnvironmentFault: from ``reset`` and ``step``, with the environment's own traceback.
     """
 
-    def __init__(self, env: Env, index: int) -> None:
+    def __init__(self, env: Env, index: int, make: Callable[[], Env] | None = None) -> None:
         super().__init__(env)
-        self.index = index
+        self.index, self._make = index, make
+        self._seed: int | None = None
+        self._renewals, self._is_new = 0, False
+        self._last: Any = None
+        self._wear(env)
+
+    def _wear(self, env: Env) -> None:
+        self.env = env
         self._step = env.step
         self._shape, self._dtype = env.observation_space.shape, env.observation_space.dtype
         self._is_array = isinstance(env.observation_space, gym.spaces.Box)
@@ -221,24 +244,54 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset, with faults named."""
         try:
-            observation, info = self.env.reset(seed=seed, options=options)
-        except Exception as error:
-            raise self._fault("reset", error) from error
+            observation, info = self._reset(seed, options)
+        except EnvironmentFault as fault:
+            if self._make is None:
+                raise
+            self._renew()
+            observation, info = self._reset(None, options)
+            info = {**info, RESTARTED: str(fault)}
         self._check("reset", observation)
+        if self._make is not None:
+            self._last = copy.deepcopy(observation)
         return observation, info if self._masks is None else self._masked("reset", info)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, with faults named."""
         try:
             observation, reward, terminated, truncated, info = self._step(action)
-        except Exception as error:
-            raise self._fault("step", error) from error
+        except (Exception, SystemExit) as error:
+            fault = self._fault("step", error)
+            if self._make is None:
+                raise fault from error
+            self._renew()
+            return self._last, 0.0, False, True, {RESTARTED: str(fault)}
         self._check("step", observation)
+        if self._make is not None:
+            self._last = copy.deepcopy(observation)
         if terminated or truncated:
             observation = copy.deepcopy(observation)  # a reset may write over it
         elif self._masks is not None:
             info = self._masked("step", info)
         return observation, reward, terminated, truncated, info
+
+    def _reset(self, seed: int | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self._seed = seed
+        elif self._is_new and self._seed is not None:  # else its episodes would not be those of the run's seed
+            seed = int(np.random.SeedSequence([self._seed, self._renewals]).generate_state(1)[0])
+        self._is_new = False
+        try:
+            return self.env.reset(seed=seed, options=options)
+        except (Exception, SystemExit) as error:
+            raise self._fault("reset", error) from error
+
+    def _renew(self) -> None:
+        assert self._make is not None
+        with contextlib.suppress(Exception):  # it is broken already
+            self.env.close()
+        self._wear(self._make())
+        self._renewals, self._is_new = self._renewals + 1, True
 
     def _masked(self, where: str, info: dict[str, Any]) -> dict[str, Any]:
         assert self._masks is not None
@@ -247,7 +300,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         except Exception as error:
             raise self._fault(f"action_masks after {where}", error) from error
 
-    def _fault(self, where: str, error: Exception) -> EnvironmentFault:
+    def _fault(self, where: str, error: BaseException) -> EnvironmentFault:
         # The traceback goes into the text, because a worker process can send nothing else.
         lines = "".join(traceback.format_exception(error))
         return EnvironmentFault(

@@ -1,20 +1,22 @@
 """One interface to every vector of environments, with automatic resets decided in one place."""
 
-import multiprocessing
 import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import wait
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from torch import Tensor
 
-from ppo_lightning.envs.make import EnvMaker
+from ppo_lightning.envs.make import RESTARTED, EnvMaker
 from ppo_lightning.envs.masks import ActionMasks
 from ppo_lightning.envs.state import pack, restore_vector, unpack, vector_state
+from ppo_lightning.envs.workers import Watch, WorkerLost, close
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.spaces import MASK, Array, Tree, flattener, leaves, tree_map, without_mask
 
@@ -67,11 +69,40 @@ class TensorTransition(NamedTuple):
     """[N] whether the environment says that it reached its goal, right where an episode ended."""
 
 
+@dataclass
+class Restarts:
+    """How often crashed environments were made anew in this run, and how often they may be."""
+
+    limit: int = 0
+    """Restarts that the run allows."""
+    count: int = 0
+    """Restarts so far."""
+
+    def take(self, cause: str) -> None:
+        """Count one more, with a warning.
+
+        Args:
+            cause: what went wrong, where, in its first line.
+
+        Raises:
+            EnvironmentFault: there are none left.
+        """
+        if self.count >= self.limit:
+            raise EnvironmentFault(f"{cause}\n\nall of env_restarts = {self.limit} are used up")
+        self.count += 1
+        told = cause.partition("\n")[0]
+        warnings.warn(f"{told}: made anew, restart {self.count} of {self.limit}", stacklevel=2)
+
+
 class Environments:
     """N environments that reset themselves, whichever way their vector does it.
 
     ``NEXT_STEP`` spends the call after an episode's end on the reset: that row is not a step, and ``valid`` says so.
     ``SAME_STEP`` resets at once and hands over the last observation in ``info``. ``DISABLED`` is reset here.
+
+    Where restarts are allowed, an environment that raises is made anew, alone. Gymnasium cannot replace one worker
+    process of several: where one dies or hangs in a step, all of this vector are made anew. Episodes that were going on
+    end as truncated, with reward 0 and the last observation that was seen.
 
     Args:
         maker: recipe for the vector, used at the first reset.
@@ -79,13 +110,24 @@ class Environments:
         timeout_s: seconds after which a step or reset of worker processes is an error.
         made: the vector, where it exists already.
         first: number of the first environment, in messages.
+        restarts: how often a crashed environment may be made anew.
     """
 
     def __init__(
-        self, maker: EnvMaker, num_envs: int, timeout_s: float, made: VectorEnv | None = None, first: int = 0
+        self,
+        maker: EnvMaker,
+        num_envs: int,
+        timeout_s: float,
+        made: VectorEnv | None = None,
+        first: int = 0,
+        restarts: Restarts | None = None,
     ) -> None:
-        self.env = maker(num_envs, first) if made is None else made
-        self._first = first
+        self._maker, self._first = maker, first
+        self._take_over(maker(num_envs, first) if made is None else made)
+        self._restarts = Restarts() if restarts is None else restarts
+        self._seed: int | None = None
+        self._last: Tree | None = None
+        self._lost: WorkerLost | None = None
         self.name = maker.name
         self.num_envs = self.env.num_envs
         self._timeout = timeout_s
@@ -107,7 +149,11 @@ class Environments:
         self._device: torch.device | None = None
         self.tensors: Tree | None = None
         """[N, …] first observations, of a vector that :meth:`step_tensors` can step; None of any other."""
-        self._finalizer = None if maker.is_instance else weakref.finalize(self, _close, self.env)
+
+    def _take_over(self, env: VectorEnv) -> None:
+        self.env = env
+        self._watch = Watch(env, self._first) if isinstance(env, AsyncVectorEnv) else None
+        self._finalizer = None if self._maker.is_instance else weakref.finalize(self, _close, env)
 
     @property
     def inserts_rows(self) -> bool:
@@ -135,15 +181,18 @@ class Environments:
             InputError: the environments give masks that do not fit the actions.
         """
         self._done[:] = False
+        self._seed = seed
         given, given_info = self._reset(seed=seed)
         self._device = next((leaf.device for leaf in _values(given) if isinstance(leaf, Tensor)), None)
         observation, info = self._arrays(given), self._arrays(given_info)
+        self._count(info)
         self._masks.start(observation, info)
         # Resets in the same step, without masks: what each step gives has the same form, whatever happened.
         dense = self._device is not None and self.mode is AutoresetMode.SAME_STEP and self._masks.now is None
         self.tensors = self._flatten(given) if dense else None
         observation = self._flatten(observation)
         self._check(observation)
+        self._keep(observation)
         return observation
 
     @property
@@ -166,9 +215,11 @@ class Environments:
             EnvironmentFault: a worker process died.
         """
         self._action = action
-        env = self.env
-        if isinstance(env, AsyncVectorEnv):
-            self._await(env, "step", lambda: env.step_async(action))
+        if self._watch is not None and self._lost is None:
+            try:
+                self._ask("step", partial(cast(AsyncVectorEnv, self.env).step_async, action))
+            except WorkerLost as lost:
+                self._lost = self._bearable(lost)
 
     def receive(self) -> Transition:
         """What the step gave. Arrays may be the vector's own buffers: copy what must outlive the next call.
@@ -176,13 +227,13 @@ class Environments:
         Raises:
             EnvironmentFault: an environment raised, died, did not answer in time, or allows no action.
         """
-        env = self.env
-        if isinstance(env, AsyncVectorEnv):
-            observation, reward, terminated, truncated, info = self._await(
-                env, "step", lambda: env.step_wait(self._timeout)
-            )
-        else:
-            observation, reward, terminated, truncated, info = self._named("step", lambda: self._stepped(self._action))
+        if self._lost is not None:
+            return self._begin_anew(self._lost)
+        try:
+            observation, reward, terminated, truncated, info = self._stepped()
+        except WorkerLost as lost:
+            return self._begin_anew(self._bearable(lost))
+        self._count(info)
         done = terminated | truncated
         valid = None
         begun = done
@@ -194,6 +245,7 @@ class Environments:
             self._masks.step(observation, info, free=None if self.mode is AutoresetMode.SAME_STEP else done)
         if not done.any():
             seen = self._flatten(observation)
+            self._keep(seen)
             lost = info.get(LIFE_LOST)
             return Transition(seen, reward, terminated, truncated, valid, self._none_ended, begun, None, lost, None)
 
@@ -207,7 +259,40 @@ class Environments:
             observation, info = map(self._arrays, self._reset(options={"reset_mask": done}))
             self._masks.restart(observation, info, done)
         observation = self._flatten(observation)
+        self._keep(observation)
         return Transition(observation, reward, terminated, truncated, valid, ended, begun, final, lost, success)
+
+    def _count(self, info: dict[str, Any]) -> None:
+        """Count the environments that say they were made anew."""
+        if self._restarts.limit:
+            for said in (info, info.get("final_info", {})):
+                for cause in said.get(RESTARTED, ()):
+                    if cause is not None:
+                        self._restarts.take(cause)
+
+    def _keep(self, observation: Tree) -> None:
+        """Keep what is seen, for when the workers are lost in the next step."""
+        if self._restarts.limit and self._watch is not None:
+            self._last = tree_map(np.copy, observation)
+
+    def _bearable(self, lost: WorkerLost) -> WorkerLost:
+        if self._restarts.limit == 0:
+            raise lost
+        return lost
+
+    def _begin_anew(self, lost: WorkerLost) -> Transition:
+        """Replace the worker processes, and end all of their episodes."""
+        self._lost = None
+        self._restarts.take(str(lost))
+        self.close()
+        self._take_over(self._maker(self.num_envs, self._first))
+        final, seed = self._last, self._seed
+        if seed is not None:  # other episodes than those that the seed began with
+            seed = int(np.random.SeedSequence([seed, self._restarts.count]).generate_state(1)[0])
+        observation = self.reset(seed)
+        none, all_ = np.zeros(self.num_envs, dtype=bool), np.ones(self.num_envs, dtype=bool)
+        reward, ended = np.zeros(self.num_envs), np.arange(self.num_envs)
+        return Transition(observation, reward, none, all_, None, ended, all_, final, None, None)
 
     def step_tensors(self, action: Any) -> TensorTransition:
         """Step a vector of tensors that resets in the same step, and copy nothing.
@@ -245,30 +330,49 @@ class Environments:
 
     def state(self) -> dict[str, Any] | None:
         """State of all environments between two steps, as plain data; None where one has none that could be told."""
-        inner = self._named("get_state", lambda: vector_state(self.env))
+        if self._lost is not None:
+            return None
+        try:
+            inner = self._ask("get_state", lambda: vector_state(self.env))
+        except WorkerLost as lost:
+            self._lost, inner = self._bearable(lost), None
         return None if inner is None else {"env": inner, "done": pack(self._done), "masks": pack(self._masks.now)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on, after a reset, from what :meth:`state` gave."""
-        self._named("set_state", lambda: restore_vector(self.env, state["env"]))
+        self._ask("set_state", lambda: restore_vector(self.env, state["env"]))
         self._done, self._masks.now = unpack(state["done"]), unpack(state["masks"])
 
     def close(self) -> None:
-        """Close the vector and its workers, dead or alive; a vector that the user made stays open."""
+        """Close the vector and its workers, busy or dead; a vector that the user made stays open."""
         if self._finalizer is not None:
             self._finalizer()
 
-    def _reset(self, **how: Any) -> tuple[Any, dict[str, Any]]:
-        env = self.env
-        if isinstance(env, AsyncVectorEnv):
-            self._await(env, "reset", lambda: env.reset_async(**how))
-            return self._await(env, "reset", lambda: env.reset_wait(self._timeout))
-        return self._named("reset", lambda: self.env.reset(**how))
+    def disown(self) -> bool:
+        """Leave closing to the caller; False where it is done, or the user's."""
+        return self._finalizer is not None and self._finalizer.detach() is not None
 
-    def _stepped(self, action: Any) -> Any:
-        if self._device is None:
-            return self.env.step(action)
-        return self._arrays(self.env.step(_map(action, lambda leaf: torch.from_numpy(leaf).to(self._device))))
+    def _reset(self, **how: Any) -> tuple[Any, dict[str, Any]]:
+        if self._watch is None:
+            return self._named("reset", lambda: self.env.reset(**how))
+        env: Any = self.env
+        self._ask("reset", lambda: env.reset_async(**how))
+        return self._ask("reset", env.reset_wait, self._timeout)
+
+    def _stepped(self) -> Any:
+        env: Any = self.env
+        if self._watch is not None:
+            return self._ask("step", env.step_wait, self._timeout)
+        action, device = self._action, self._device
+        if device is None:
+            return self._named("step", lambda: env.step(action))
+        as_tensors = _map(action, lambda leaf: torch.from_numpy(leaf).to(device))
+        return self._arrays(self._named("step", lambda: env.step(as_tensors)))
+
+    def _ask(self, where: str, call: Callable[[], Any], timeout_s: float | None = None) -> Any:
+        """Call the vector; of worker processes, wait for their answers beforehand where there is a time for it."""
+        watch = self._watch
+        return self._named(where, call if watch is None else lambda: watch.call(where, call, timeout_s))
 
     def _arrays(self, given: Any) -> Any:
         """What a vector gave, tensors as arrays."""
@@ -306,30 +410,6 @@ class Environments:
             raise EnvironmentFault(
                 f"{self.name} raised {type(error).__name__} in {where}: {error}\n\n{lines}"
             ) from error
-
-    def _await(self, env: AsyncVectorEnv, where: str, ask: Callable[[], Any]) -> Any:
-        """Ask worker processes, or wait for their answers; name the one that does not give any."""
-        try:
-            return self._named(where, ask)
-        except EnvironmentFault as fault:
-            silent = [i for i, pipe in enumerate(env.parent_pipes, self._first) if pipe is not None and not pipe.poll()]
-            dying = isinstance(fault.__cause__, EOFError | BrokenPipeError | ConnectionResetError)
-            ended = wait([process.sentinel for process in env.processes], timeout=5.0 if dying else 0.0)
-            codes = {
-                i: process.exitcode for i, process in enumerate(env.processes, self._first) if process.sentinel in ended
-            }
-            _kill(env)  # what is left can neither be asked nor closed politely
-            if isinstance(fault.__cause__, multiprocessing.TimeoutError):
-                raise EnvironmentFault(
-                    f"environment {silent} did not answer within {self._timeout} s in {where}: "
-                    "raise env_timeout_s, or look at what it waits for"
-                ) from fault.__cause__
-            if dying:
-                raise EnvironmentFault(
-                    f"the worker process of environment {list(codes)} died in {where} (exit code {list(codes.values())}): "
-                    "it was killed, for lack of memory perhaps"
-                ) from fault.__cause__
-            raise
 
 
 class Halves:
@@ -379,9 +459,8 @@ class Halves:
             half.restore(own)
 
     def close(self) -> None:
-        """Close both."""
-        for half in self.halves:
-            half.close()
+        """Close both, at the same time."""
+        close(*(cast(AsyncVectorEnv, half.env) for half in self.halves if half.disown()))
 
 
 def _map(tree: Any, function: Callable[[Any], Any]) -> Any:
@@ -411,21 +490,7 @@ def _success(info: dict[str, Any], ended: Array) -> Array | None:
 
 
 def _close(env: VectorEnv) -> None:
-    if isinstance(env, AsyncVectorEnv) and not (env.closed or all(process.is_alive() for process in env.processes)):
-        _kill(env)
-    elif isinstance(env, AsyncVectorEnv) and env._state.value != "default":
-        _kill(env)  # interrupted while it waited
+    if isinstance(env, AsyncVectorEnv):
+        close(env)
     else:
         env.close()
-
-
-def _kill(env: AsyncVectorEnv) -> None:
-    """End all worker processes. A dead one, or one that is busy, would make Gymnasium's own close wait for ever."""
-    for process in env.processes:
-        process.kill()
-    for process in env.processes:
-        process.join()
-    for pipe in env.parent_pipes:
-        if pipe is not None:
-            pipe.close()
-    env.closed = True

@@ -1,0 +1,227 @@
+"""Worker processes of environments: started, watched while they work, and ended in whatever state they are."""
+
+import contextlib
+import faulthandler
+import fcntl
+import os
+import select
+import signal
+import struct
+import termios
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.connection import wait
+from typing import Any, cast
+
+import gymnasium as gym
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector.async_vector_env import _async_worker
+
+from ppo_lightning.errors import EnvironmentFault
+
+START_S = 300.0
+"""Seconds after which worker processes must have made their environments."""
+
+CLOSE_S = 2.0
+"""Seconds that worker processes have to close their environments."""
+
+GONE = (EOFError, BrokenPipeError, ConnectionResetError)
+"""What a pipe says when nobody is at its other end."""
+
+
+class WorkerLost(EnvironmentFault):
+    """A worker process died, or did not answer in time: it can be asked no more."""
+
+
+class Workers(AsyncVectorEnv):
+    """Gymnasium's worker processes from a clean server; none outlives a failure to start them.
+
+    Args:
+        makers: make the environments, whose faults name them.
+        first: number of the first environment, in messages.
+
+    Raises:
+        EnvironmentFault: an environment could not be made in its process.
+    """
+
+    processes, parent_pipes = cast(Any, ((), ()))  # of a vector whose first environment could not be made
+
+    def __init__(self, makers: Sequence[Callable[[], gym.Env[Any, Any]]], first: int) -> None:
+        self._first = first
+        try:
+            # SAME_STEP leaves no dummy rows, and nothing is copied: a rollout copies what it keeps.
+            super().__init__(
+                makers,
+                copy=False,
+                context="forkserver",
+                worker=cast(Any, partial(_work, first=first)),
+                autoreset_mode=AutoresetMode.SAME_STEP,
+            )
+        except BaseException:
+            kill(self)
+            raise
+
+    def _check_spaces(self) -> None:
+        hear = lambda: [pipe.recv() for pipe in self.parent_pipes]  # noqa: E731
+        failures = [failure for failure in Watch(self, self._first).call("__init__", hear, START_S) if failure]
+        if failures:
+            raise EnvironmentFault(failures[0])
+        super()._check_spaces()
+
+
+def _work(
+    index: int,
+    make: Callable[[], gym.Env[Any, Any]],
+    pipe: Any,
+    parent_pipe: Any,
+    memory: Any,
+    faults: Any,
+    mode: AutoresetMode,
+    semaphore: Any,
+    *,
+    first: int,
+) -> None:
+    """Gymnasium's worker, that says whether its environment could be made, and can always say what went wrong."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the run, which ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)
+    try:
+        env = make()
+    except EnvironmentFault as fault:
+        pipe.send(str(fault))
+        return
+    pipe.send(None)
+    _async_worker(index, lambda: env, pipe, parent_pipe, memory, cast(Any, _Faults(faults, first)), mode, semaphore)
+
+
+class _Faults:
+    """The queue of a worker's errors, as text: one that could not be pickled would be waited for without end."""
+
+    def __init__(self, queue: Any, first: int) -> None:
+        self.queue, self.first = queue, first
+
+    def put(self, fault: tuple[int, type[BaseException], BaseException, str]) -> None:
+        index, kind, error, trace = fault
+        text = str(error)
+        if not issubclass(kind, EnvironmentFault):
+            text = f"environment {self.first + index} raised {kind.__name__}: {error}\n\n{trace}"
+        self.queue.put((index, EnvironmentFault, text, ""))
+
+
+class Watch:
+    """Waits for the answers of worker processes, and knows at once when one of them has died.
+
+    Args:
+        env: the vector, just made.
+        first: number of its first environment, in messages.
+    """
+
+    def __init__(self, env: AsyncVectorEnv, first: int) -> None:
+        self.env, self.first = env, first
+        self._index = {process.sentinel: index for index, process in enumerate(env.processes)}
+        self._poll = select.poll()  # a selector made for each call would cost more than the call
+        for sentinel in self._index:
+            self._poll.register(sentinel, select.POLLIN)
+
+    def call(self, where: str, call: Callable[[], Any], timeout_s: float | None = None) -> Any:
+        """Ask the workers, or take their answers; after any failure none of them is left.
+
+        Args:
+            where: what they do, in messages.
+            call: sends or receives.
+            timeout_s: wait as long for all answers beforehand; None does not wait.
+
+        Raises:
+            WorkerLost: one died, or did not answer in time.
+        """
+        try:
+            if timeout_s is not None:
+                self._wait(where, timeout_s)
+            return call()
+        except GONE as error:
+            lost = self._death(where)
+            kill(self.env)
+            raise lost from error
+        except Exception:
+            kill(self.env)  # what is left can neither be asked nor closed politely
+            raise
+
+    def _wait(self, where: str, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for pipe in self.env.parent_pipes:
+            own = pipe.fileno()
+            self._poll.register(own, select.POLLIN)
+            try:
+                while own not in (ready := dict(self._poll.poll(1000 * max(0.0, deadline - time.monotonic())))):
+                    if not ready:
+                        raise self._silence(where, timeout_s)
+                    for sentinel in ready:
+                        if not _answered(self.env.parent_pipes[self._index[sentinel]]):
+                            raise self._death(where)
+                        self._poll.unregister(sentinel)  # it ended after its answer, which says why
+            finally:
+                self._poll.unregister(own)
+
+    def _death(self, where: str) -> WorkerLost:
+        ended = wait(list(self._index), timeout=5.0)
+        codes = {index: self.env.processes[index].exitcode for one, index in self._index.items() if one in ended}
+        names = [self.first + index for index in sorted(codes)]
+        how = ", ".join(dict.fromkeys(_ending(codes[index]) for index in sorted(codes)))
+        return WorkerLost(f"the worker process of environment {names} died in {where}: {how}")
+
+    def _silence(self, where: str, timeout_s: float) -> WorkerLost:
+        silent = [index for index, pipe in enumerate(self.env.parent_pipes) if not _answered(pipe)]
+        for index in silent:
+            os.kill(cast(int, self.env.processes[index].pid), signal.SIGUSR1)
+        time.sleep(0.2)  # for them to write where they are
+        names = [self.first + index for index in silent]
+        longer = "" if where == "__init__" else ", or raise env_timeout_s"
+        return WorkerLost(
+            f"environment {names} did not answer within {timeout_s} s in {where}: look at what it waits for (its stack is "
+            f"on the error stream){longer}"
+        )
+
+
+def close(*envs: AsyncVectorEnv) -> None:
+    """End worker processes: politely, and by force where they have not ended in time, be they busy, hung or dead."""
+    try:
+        for env in envs:
+            for pipe in env.parent_pipes:
+                if pipe is not None and not pipe.closed:
+                    with contextlib.suppress(OSError):  # whoever is dead need not be told
+                        pipe.send(("close", None))
+        deadline = time.monotonic() + CLOSE_S
+        running = {process.sentinel for env in envs for process in env.processes}
+        while running and (left := deadline - time.monotonic()) > 0:
+            running.difference_update(wait(list(running), left))
+    finally:
+        kill(*envs)
+
+
+def kill(*envs: AsyncVectorEnv) -> None:
+    """End worker processes by force: Gymnasium's own way waits for ever where one is dead or busy."""
+    started = [process for env in envs for process in env.processes if process.pid is not None]
+    for process in started:
+        process.kill()
+    for process in started:
+        process.join(CLOSE_S)
+    for env in envs:
+        for pipe in env.parent_pipes:
+            if pipe is not None:
+                pipe.close()
+        env.closed = True
+
+
+def _answered(pipe: Any) -> bool:
+    """Whether something was sent that has not been read: the pipe of a dead process is readable, too."""
+    return struct.unpack("i", fcntl.ioctl(pipe.fileno(), termios.FIONREAD, b"\0" * 4))[0] > 0
+
+
+def _ending(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"it ended with exit code {code}"
+    known = {one.value for one in signal.Signals}  # but for those of real-time programs, which have no names
+    name = f" ({signal.Signals(-code).name})" if -code in known else ""
+    why = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
+    return f"killed by signal {-code}{name}{why}"
