@@ -19,7 +19,10 @@ from ppo_lightning.compiled import ROWS, CompilerError, compiled
 from ppo_lightning.envs import Environments, Halves
 from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import Tree, cut, tree_map
-from ppo_lightning.stepping import ArrayStepper, Ends, Stepper, Steps, TensorStepper
+from ppo_lightning.stepping import ArrayStepper, Ends, Stepper, Steps, TensorStepper, warn_of_bounds
+
+ENDLESS = 10_000
+"""Steps of each environment after which it is worth saying that no episode has ended."""
 
 
 class Learner(Protocol):
@@ -87,6 +90,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         """A rollout has begun that no update has learnt from yet."""
         self.saved: dict[str, Any] | None = None
         """What a run that was saved goes on from, as :meth:`state` gave it, until the environments are made."""
+        self._is_endless = False
         self._stepper: Stepper | None = None
         self._score: Callable[..., tuple[Tensor, Tensor]] | None = None
 
@@ -151,6 +155,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
             EnvironmentFault: an environment failed, or an observation or reward is not finite.
         """
         started = time.perf_counter()
+        is_first = self._stepper is None
         if self._stepper is None:
             self._stepper = self.start()
         learner, stepper = self.learner, self._stepper
@@ -160,7 +165,15 @@ class RolloutDataset(IterableDataset[TensorDict]):
         with learner.autocast():
             steps = stepper.take(learner.policy, noise.to(learner.device))
             rollout = self._evaluate(learner.policy, stepper, steps)
+        if is_first:
+            warn_of_bounds(stepper.observations, self.observation_space)
         self.episodes.add(stepper.rows["reward"], stepper.rows["valid"], steps.ends)
+        if not self._is_endless and self.episodes.shortest() >= ENDLESS:
+            self._is_endless = True
+            rank_zero_warn(
+                f"no episode has ended in {ENDLESS:,} steps of each environment, so that there are no returns to report: "
+                "give the environment a time limit (env_kwargs: max_episode_steps)"
+            )
         self.collect_seconds = time.perf_counter() - started
         return rollout
 
@@ -301,6 +314,10 @@ class EpisodeStatistics:
         latest = torch.ones(len(env), dtype=torch.bool)
         latest[:-1] = env[1:] != env[:-1]
         self.carry[:, env[latest]] -= at_end[:, latest]
+
+    def shortest(self) -> int:
+        """Steps that each environment has gone on for at least; 0 where any episode has ended."""
+        return 0 if self.window or len(self.finished) else int(self.carry[1].min())
 
     def record(self, episodes: Tensor) -> None:
         """Put finished episodes [E, 3] (return, length, success) into the window."""

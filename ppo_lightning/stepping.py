@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gymnasium import Space
+from gymnasium.spaces import Box
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -533,6 +534,23 @@ def check_finite(observations: Tree, reward: Tensor, ends: Ends, num_observation
             row = int((~leaf.isfinite()).flatten(1).any(1).nonzero()[0])
             key = f"final observation {name}".strip()
             raise _not_finite(key, int(ends.env[row]), int(ends.step[row]), leaf[row])
+
+
+def warn_of_bounds(observations: Tree, observation_space: Space[Any]) -> None:
+    """Say which observation [T, N, …] lies outside of its space, where one does: it is learnt from as it is."""
+    for name, leaf in leaves(observation_space).items():
+        if not isinstance(leaf, Box) or leaf.dtype == np.uint8:  # of other spaces that is an error
+            continue
+        rows = observations[name] if name else observations
+        low, high = (torch.from_numpy(bound).to(rows) for bound in (leaf.low, leaf.high))
+        outside = (rows < low) | (rows > high)
+        if outside.any():
+            step, index = outside.nonzero()[0, :2].tolist()
+            rank_zero_warn(
+                f"environment {index} returned an observation {name and name + ' '}outside of {leaf} at step {step} of the "
+                f"first rollout: {rows[step, index].cpu().numpy()}; nothing is clipped: correct the environment or its "
+                "observation_space"
+            )
 
 
 def _not_finite(key: str, index: int, step: int, value: Tensor) -> EnvironmentFault:

@@ -1,0 +1,300 @@
+"""Environments that raise, and worker processes that die, hang or are busy: named in time, and none is left (F01-F04, F32)."""
+
+import multiprocessing
+import os
+import re
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from crashes import FIRST_SEED, Crash, native
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from lightning import Callback
+
+from ppo_lightning import PPO, EnvironmentFault, InputError
+from ppo_lightning.cli import main
+from ppo_lightning.envs import Environments, EnvMaker, Halves, workers
+
+SMALL = {"num_envs": 2, "num_steps": 8, "total_steps": 128, "num_minibatches": 2}
+FLAGS = [
+    "--seed_everything", str(FIRST_SEED), "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+    "--trainer.enable_model_summary", "false", "--trainer.limit_val_batches", "0", "--model.eval_interval", "1",
+    *(word for name, value in SMALL.items() for word in (f"--model.{name}", str(value))),
+]  # fmt: skip
+LAST = Path("lightning_logs/version_0/checkpoints/last.ckpt")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*ERROR:UserWarning"
+)  # Gymnasium reports a worker's error as a warning, too
+
+
+def seeded(model: PPO) -> PPO:
+    model.seed = FIRST_SEED
+    return model
+
+
+def fault_of(call, *args) -> tuple[str, float]:
+    """What an environment's error says, and how many seconds it took."""
+    started = time.monotonic()
+    with pytest.raises(EnvironmentFault) as caught:
+        call(*args)
+    return str(caught.value), time.monotonic() - started
+
+
+def vector(fault: str, num_envs: int = 2, timeout_s: float = 60.0, **kwargs) -> Environments:
+    maker = EnvMaker(partial(Crash, fault, **kwargs), vectorization="async")
+    environments = Environments(maker, num_envs, timeout_s)
+    environments.reset(FIRST_SEED)
+    return environments
+
+
+def step_until_it_fails(environments: Environments) -> None:
+    for _ in range(20):
+        environments.step(np.zeros(environments.num_envs, dtype=np.int64))
+
+
+# --- F01: an environment raises ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "native"])
+@pytest.mark.parametrize("where", ["step", "reset"])
+def test_an_environment_that_raises_ends_the_run_with_its_name_and_a_checkpoint(where, kind, monkeypatch, tmp_path):
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    fault, marks = {"step": "raise", "reset": "raise in reset"}[where], tmp_path / "marks"
+    env = ["--model.env", "crashes.native"] if kind == "native" else ["--model.env", "crashes.Crash"]
+    env += ["--model.vectorization", "async"] if kind == "async" else []
+    env += ["--model.env_kwargs", f"{{fault: {fault}, at: 20, marks: {marks}}}"]
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", *env, *FLAGS])
+    assert time.time() - float(marks.read_text().split()[-1]) < 5.0
+    message = str(caught.value.code)  # so that the exit status is 1
+    who = "native" if kind == "native" else "environment 1"
+    assert message.startswith(f"error: {who} raised ZeroDivisionError in {where}: the pole is at infinity\n\nTraceback")
+    assert "crashes.py" in message
+    assert torch.load(LAST)["state_dict"]["env_steps"] == 32  # two iterations were whole
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(("kind", "nth"), [("sync", 4), ("async", 7), ("native", 1)])
+def test_an_environment_that_cannot_be_made_is_named(kind, nth, tmp_path, fit):
+    """One is made to learn its spaces, and one or two more for each vector."""
+    if kind == "native":
+        with pytest.raises(InputError, match="making native raised ValueError: no licence"):
+            PPO(partial(native, fault="init", at=nth, marks=tmp_path / "marks"), **SMALL)
+        return
+    env = partial(Crash, "init", at=nth, marks=tmp_path / "marks")
+    message, seconds = fault_of(fit, PPO(env, vectorization=kind, **SMALL))
+    assert message.startswith("environment 1 could not be made: making Crash raised ValueError: no licence")
+    assert "raise ValueError" in message
+    assert seconds < 5.0
+    assert not multiprocessing.active_children()
+
+
+def test_environments_that_were_made_are_closed_where_a_later_one_cannot_be():
+    closed = []
+
+    class Closes(Crash):
+        made = 0
+
+        def __init__(self) -> None:
+            super().__init__("none")
+            type(self).made += 1
+            self.number = self.made
+            if self.number == 5:
+                raise ValueError("no licence")
+
+        def close(self) -> None:
+            closed.append(self.number)
+
+    with pytest.raises(EnvironmentFault, match="environment 2 could not be made"):
+        PPO(Closes, num_envs=4, num_steps=8).rollouts.collect()
+    assert sorted(closed) == [1, 2, 3, 4]
+
+
+# --- F02: what cannot be pickled ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("unpicklable", "environment 1 raised Unpicklable in step: the lock is held"),
+        ("exit", "environment 1 raised SystemExit in step: 3"),
+        ("interrupt", "environment 1 raised KeyboardInterrupt"),
+        ("info", "environment 1 raised TypeError: cannot pickle '_thread.lock' object"),
+        ("_exit", "the worker process of environment [1] died in step: it ended with exit code 3"),
+    ],
+)
+def test_whatever_a_worker_raises_reaches_the_run(fault, says):
+    message, seconds = fault_of(step_until_it_fails, vector(fault))
+    assert message.startswith(says)
+    assert seconds < 5.0
+    assert not multiprocessing.active_children()
+
+
+def test_a_method_that_raises_what_cannot_be_pickled_does_not_hang():
+    environments = vector("none")
+    message, seconds = fault_of(environments.env.call, "explode")
+    assert message.startswith("environment 0 raised Unpicklable: the lock is held\n\nTraceback")
+    assert seconds < 5.0
+    environments.close()
+    assert not multiprocessing.active_children()
+
+
+# --- F03: a worker is killed -------------------------------------------------------------------------------------------
+
+
+class KillBetweenRollouts(Callback):
+    """SIGKILLs the worker of one environment while the policy is updated, and notes when."""
+
+    def __init__(self, index: int) -> None:
+        self.index, self.at = index, 0.0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 1:
+            processes = [process for half in pl_module.rollouts.environments.halves for process in half.env.processes]
+            processes[self.index].kill()
+            processes[self.index].join()
+            self.at = time.time()
+
+
+@pytest.mark.parametrize("when", ["mid-rollout", "between rollouts"])
+@pytest.mark.parametrize("index", [0, 2, 3])
+def test_a_worker_that_is_killed_is_named_with_its_signal(when, index, fit, tmp_path):
+    marks, killer = tmp_path / "marks", KillBetweenRollouts(index)
+    fault, callbacks = ("kill", []) if when == "mid-rollout" else ("none", [killer])
+    env = partial(Crash, fault, index=index, at=12, marks=marks)
+    model = seeded(PPO(env, vectorization="async", **{**SMALL, "num_envs": 4}))
+    message, _ = fault_of(lambda: fit(model, callbacks=callbacks))
+    killed = killer.at if callbacks else float(marks.read_text())
+    assert message.startswith(f"the worker process of environment [{index}] died in step: killed by signal 9 (SIGKILL)")
+    assert time.time() - killed < 5.0
+    assert not multiprocessing.active_children()
+
+
+def test_a_dead_worker_is_noticed_while_another_is_busy():
+    message, seconds = fault_of(step_until_it_fails, vector("kill", slow=20.0))
+    assert message.startswith("the worker process of environment [1] died in step: killed by signal 9 (SIGKILL)")
+    assert seconds < 5.0
+    assert not multiprocessing.active_children()
+
+
+# --- F04: a worker hangs -----------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_hangs_is_named_in_time_and_shows_where(tmp_path):
+    environments = vector("hang", num_envs=3, timeout_s=1.0, errors=tmp_path / "errors")
+    message, seconds = fault_of(step_until_it_fails, environments)
+    assert message.startswith("environment [1] did not answer within 1.0 s in step: look at what it waits for")
+    assert seconds < 2.0
+    assert re.search(r'crashes.py", line \d+ in happen', (tmp_path / "errors").read_text())
+    assert not multiprocessing.active_children()
+
+
+def sleepy() -> gym.Env:
+    if multiprocessing.parent_process() is not None:
+        time.sleep(60)
+    return Crash("none")
+
+
+def test_an_environment_that_hangs_while_it_is_made_is_named(monkeypatch):
+    monkeypatch.setattr(workers, "START_S", 2.0)
+    maker = EnvMaker(sleepy, vectorization="async")
+    message, seconds = fault_of(Environments, maker, 1, 60.0)
+    assert message.startswith("environment [0] did not answer within 2.0 s in __init__: look at what it waits for")
+    assert seconds < 5.0
+    assert not multiprocessing.active_children()
+
+
+# --- interrupts --------------------------------------------------------------------------------------------------------
+
+
+def halves(fault: str, **kwargs) -> Halves:
+    return Halves(vector(fault, **kwargs), vector(fault, **kwargs))
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["send", "half sent", "half reset", "receive"])
+def test_closing_busy_workers_takes_no_longer_than_their_deadline(where, monkeypatch):
+    """Every first step takes a minute."""
+    monkeypatch.setattr(workers, "CLOSE_S", 0.5)
+    both = halves("none", at=1, slow=60.0, index=-1)
+    first, second = both.halves
+    action = np.zeros(2, dtype=np.int64)
+    second.send(action)
+    if where.startswith("half"):
+        first.env.parent_pipes[1].send = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            first.send(action) if where == "half sent" else first.reset(0)
+        del first.env.parent_pipes[1].send
+    else:
+        first.send(action)
+    if where == "receive":
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            first.receive()
+        signal.signal(signal.SIGALRM, before)
+    started = time.monotonic()
+    both.close()
+    assert time.monotonic() - started < 1.5
+    assert not multiprocessing.active_children()
+
+
+def test_idle_workers_close_politely_and_at_once(tmp_path):
+    class Leaves(Crash):
+        def close(self) -> None:
+            self.mark()
+
+    environments = Environments(
+        EnvMaker(partial(Leaves, "none", marks=tmp_path / "closed"), vectorization="async"), 2, 60.0
+    )
+    environments.reset(0)
+    before = len((tmp_path / "closed").read_text().split())
+    started = time.monotonic()
+    environments.close()
+    assert time.monotonic() - started < 1.0
+    assert len((tmp_path / "closed").read_text().split()) == before + 2
+    environments.close()
+
+
+def test_an_interrupt_from_the_keyboard_leaves_workers_to_the_run():
+    environments = vector("none")
+    for process in environments.env.processes:
+        os.kill(process.pid, signal.SIGINT)
+    assert environments.step(np.zeros(2, dtype=np.int64)).reward.tolist() == [1.0, 1.0]
+    environments.close()
+
+
+# --- F32: how workers are started --------------------------------------------------------------------------------------
+
+
+def test_forked_and_served_workers_give_the_same_rollouts(monkeypatch):
+    """Ours come from a fork server; a user may fork, at their own risk."""
+
+    def forked(num_envs: int) -> AsyncVectorEnv:
+        return AsyncVectorEnv(
+            [partial(Crash, "none")] * num_envs, context="fork", autoreset_mode=AutoresetMode.SAME_STEP
+        )
+
+    batches = []
+    for env, kind in [(partial(Crash, "none"), "async"), (forked, "sync")]:
+        model = seeded(PPO(env, num_envs=2, num_steps=16, vectorization=kind))
+        torch.manual_seed(0)
+        for parameter in model.policy.parameters():
+            parameter.data.normal_()
+        model.generator.manual_seed(0)
+        batches.append(model.rollouts.collect().clone())
+        made = model.rollouts.environments
+        contexts = {half.env.context for half in made.halves} if isinstance(made, Halves) else {made.env.context}
+        assert contexts == {"forkserver" if kind == "async" else "fork"}
+        model.close_environments()
+    assert (batches[0] == batches[1]).all()
+    assert not multiprocessing.active_children()
