@@ -58,6 +58,12 @@ def step_until_it_fails(environments: Environments) -> None:
         environments.step(np.zeros(environments.num_envs, dtype=np.int64))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _served():
+    """The server that workers come from takes seconds to start, once."""
+    vector("none").close()
+
+
 # --- F01: an environment raises ----------------------------------------------------------------------------------------
 
 
