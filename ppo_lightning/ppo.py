@@ -262,6 +262,8 @@ class PPO(LightningModule):
         self._clock = Clock()
         self._grad_norms: list[Tensor] = []
         self._skipped = self._skipped_in_a_row = 0
+        self._in_use: tuple[PPOLoss, Any] | None = None
+        """Loss and samples of the gradient that is computed."""
         self._accumulated = False
         """Gradients of a part of the current minibatch are there already."""
         self._steps_alone = False
@@ -402,6 +404,7 @@ class PPO(LightningModule):
         self.anneal(self._optimizer)
         self.learning_rate = self._optimizer.param_groups[0]["lr"]
         update = self.update(batch, self.descend)
+        self._in_use = None
         if self.compiled is not None:
             optimizer = cast(LightningOptimizer, self.optimizers())
             optimizer.zero_grad()
@@ -794,6 +797,7 @@ class PPO(LightningModule):
         folder = Path("." if trainer is None else trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / ("non_finite.pt" if self._rank == 0 else f"non_finite_rank_{self._rank}.pt")
+        assert self._in_use is not None
         loss, samples = self._in_use
         contents = {
             "norm": norm,

@@ -119,6 +119,7 @@ class Scripted(Probe):
         self, script: Sequence[tuple[int, str]] = ((3, "terminated"), (2, "truncated"), (5, "terminated"))
     ) -> None:
         super().__init__()
+        self.observation_space = Box(-np.inf, np.inf, (1,), np.float32)
         self.script = script
         self.episode = -1
 

@@ -31,7 +31,7 @@ Vectorization = Literal["sync", "async", "vector_entry_point"]
 EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "ale_py": "atari", "minigrid": "minigrid", "pygame": "classic-control"}
 """Which extra of ours installs the module that an environment could not import."""
 
-RESTARTED = "restarted"
+RESTARTED = "ppo_lightning_restarted"
 """Where an environment says in its info why it was made anew."""
 
 

@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import fcntl
 import os
+import queue
 import select
 import signal
 import struct
@@ -98,15 +99,15 @@ def _work(
 class _Faults:
     """The queue of a worker's errors, as text: one that could not be pickled would be waited for without end."""
 
-    def __init__(self, queue: Any, first: int) -> None:
-        self.queue, self.first = queue, first
+    def __init__(self, faults: Any, first: int) -> None:
+        self.faults, self.first = faults, first
 
     def put(self, fault: tuple[int, type[BaseException], BaseException, str]) -> None:
         index, kind, error, trace = fault
         text = str(error)
         if not issubclass(kind, EnvironmentFault):
             text = f"environment {self.first + index} raised {kind.__name__}: {error}\n\n{trace}"
-        self.queue.put((index, EnvironmentFault, text, ""))
+        self.faults.put((index, EnvironmentFault, text, ""))
 
 
 class Watch:
@@ -153,15 +154,24 @@ class Watch:
             own = pipe.fileno()
             self._poll.register(own, select.POLLIN)
             try:
-                while own not in (ready := dict(self._poll.poll(1000 * max(0.0, deadline - time.monotonic())))):
-                    if not ready:
-                        raise self._silence(where, timeout_s)
-                    for sentinel in ready:
-                        if not _answered(self.env.parent_pipes[self._index[sentinel]]):
-                            raise self._death(where)
-                        self._poll.unregister(sentinel)  # it ended after its answer, which says why
+                ready = dict(self._poll.poll(1000 * max(0.0, deadline - time.monotonic())))
+                if not ready:
+                    raise self._silence(where, timeout_s)
+                if own not in ready:
+                    raise self._end(where, min(self._index[sentinel] for sentinel in ready))
             finally:
                 self._poll.unregister(own)
+
+    def _end(self, where: str, index: int) -> EnvironmentFault:
+        """Why a worker has ended: it died, or its environment raised, which it says before it ends."""
+        if not _answered(self.env.parent_pipes[index]):
+            return self._death(where)
+        try:
+            _, kind, error, trace = self.env.error_queue.get(timeout=1.0)
+        except queue.Empty:  # it died after its answer
+            return self._death(where)
+        text = str(error) if kind is EnvironmentFault else f"{kind.__name__}: {error}\n\n{trace}"
+        return EnvironmentFault(text)
 
     def _death(self, where: str) -> WorkerLost:
         ended = wait(list(self._index), timeout=5.0)

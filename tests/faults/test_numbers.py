@@ -11,7 +11,7 @@ from probes import Endless
 from torch import nn
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, EnvironmentFault
+from ppo_lightning import PPO, EnvironmentFault, compiled, rollout
 from ppo_lightning import ppo as module
 from ppo_lightning.envs.classic_control import CartPole
 from ppo_lightning.loss import PPOLoss, normalized
@@ -229,8 +229,13 @@ class Overflows(CartPole):
 
 @pytest.mark.filterwarnings("ignore:compile. true has no effect on rollouts:UserWarning")
 @pytest.mark.parametrize("non_finite", ["raise", "skip"])
-def test_compiled_steps_are_as_careful(non_finite, fit, tmp_path):
-    """The second rollout has one sample that overflows: a minibatch of each pass is left out, or the update is taken back."""
+def test_the_steps_that_are_compiled_are_as_careful(non_finite, fit, tmp_path, monkeypatch):
+    """The second rollout has two samples that overflow: their steps are left out, or the whole update is taken back.
+
+    The functions run as they are, not as graphs, which take long to compile.
+    """
+    for place in (compiled, rollout):
+        monkeypatch.setattr(place, "compiled", lambda function, policy: function)
     size = {"num_envs": 2, "num_steps": 8, "total_steps": 48, "num_minibatches": 2, "update_epochs": 2}
     model = PPO(
         partial(Overflows, 2, range(8, 9)), compile=True, non_finite=non_finite, normalize_advantage=False, **size

@@ -189,6 +189,14 @@ def test_a_dead_worker_is_noticed_while_another_is_busy():
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("fault", ["raise", "unpicklable"])
+def test_an_error_is_heard_while_another_environment_is_busy(fault):
+    message, seconds = fault_of(step_until_it_fails, vector(fault, slow=20.0))
+    assert re.match(r"environment 1 raised (ZeroDivisionError|Unpicklable) in step: the (pole|lock) is", message)
+    assert seconds < 5.0
+    assert not multiprocessing.active_children()
+
+
 # --- F04: a worker hangs -----------------------------------------------------------------------------------------------
 
 
