@@ -195,7 +195,7 @@ def _itself(env: Env) -> Env:
 def _watched(make: Callable[[], Env], index: int, restarts: bool) -> "Watched":
     try:
         return Watched(make(), index, make if restarts else None)
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         lines = "".join(traceback.format_exception(error))
         raise EnvironmentFault(f"environment {index} could not be made: {error}\n\n{lines}") from error
 
@@ -260,7 +260,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         """Step, with faults named."""
         try:
             observation, reward, terminated, truncated, info = self._step(action)
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             fault = self._fault("step", error)
             if self._make is None:
                 raise fault from error
@@ -283,7 +283,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         self._is_new = False
         try:
             return self.env.reset(seed=seed, options=options)
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             raise self._fault("reset", error) from error
 
     def _renew(self) -> None:
@@ -300,7 +300,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         except Exception as error:
             raise self._fault(f"action_masks after {where}", error) from error
 
-    def _fault(self, where: str, error: BaseException) -> EnvironmentFault:
+    def _fault(self, where: str, error: Exception) -> EnvironmentFault:
         # The traceback goes into the text, because a worker process can send nothing else.
         lines = "".join(traceback.format_exception(error))
         return EnvironmentFault(

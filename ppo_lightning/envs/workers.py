@@ -10,6 +10,7 @@ import signal
 import struct
 import termios
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import wait
@@ -93,7 +94,12 @@ def _work(
         pipe.send(str(fault))
         return
     pipe.send(None)
-    _async_worker(index, lambda: env, pipe, parent_pipe, memory, cast(Any, _Faults(faults, first)), mode, semaphore)
+    told = cast(Any, _Faults(faults, first))
+    try:
+        _async_worker(index, lambda: env, pipe, parent_pipe, memory, told, mode, semaphore)
+    except SystemExit as error:  # in the run's own process it would be a signal's
+        told.put((index, SystemExit, error, traceback.format_exc()))
+        pipe.send((None, False))
 
 
 class _Faults:

@@ -129,7 +129,7 @@ def test_environments_that_were_made_are_closed_where_a_later_one_cannot_be():
     ("fault", "says"),
     [
         ("unpicklable", "environment 1 raised Unpicklable in step: the lock is held"),
-        ("exit", "environment 1 raised SystemExit in step: 3"),
+        ("exit", "environment 1 raised SystemExit: 3"),
         ("interrupt", "environment 1 raised KeyboardInterrupt"),
         ("info", "environment 1 raised TypeError: cannot pickle '_thread.lock' object"),
         ("_exit", "the worker process of environment [1] died in step: it ended with exit code 3"),
