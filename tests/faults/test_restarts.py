@@ -74,19 +74,37 @@ def test_worker_processes_are_started_anew_with_their_half(fault, cause):
     assert model.restarts.count == 1
 
 
-def test_a_worker_that_dies_between_rollouts_is_replaced_too(fit):
-    class Kill(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 1:
-                process = pl_module.rollouts.environments.halves[1].env.processes[0]
-                process.kill()
-                process.join()
+class Kill(Callback):
+    """Kills the worker of environment 2 during the second update."""
 
-    model = PPO(partial(Crash, "none"), vectorization="async", env_restarts=1, **SMALL)
-    with pytest.warns(UserWarning, match=re.escape("the worker process of environment [2] died in step: killed by")):
-        fit(model, callbacks=[Kill()])
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 1:
+            process = pl_module.rollouts.environments.halves[1].env.processes[0]
+            process.kill()
+            process.join()
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_worker_that_dies_between_rollouts_is_replaced_too(saves, fit, tmp_path):
+    """A checkpoint that is saved meanwhile asks it for its state, in vain."""
+    model = PPO(partial(Crash, "none"), vectorization="async", env_restarts=1, eval_interval=1, **SMALL)
+    where = "get_state" if saves else "step"
+    with pytest.warns(
+        UserWarning, match=re.escape(f"the worker process of environment [2] died in {where}: killed by")
+    ):
+        fit(model, callbacks=[Kill()], enable_checkpointing=saves)
     assert model.num_env_steps == 96
     assert model.trainer.callback_metrics["time/env_restarts"] == 1
+    assert not multiprocessing.active_children()
+    assert len(list(tmp_path.rglob("last.ckpt"))) == saves
+
+
+def test_a_worker_that_dies_before_a_checkpoint_is_named(fit):
+    model = PPO(partial(Crash, "none"), vectorization="async", eval_interval=1, **SMALL)
+    with pytest.raises(
+        EnvironmentFault, match=re.escape("the worker process of environment [2] died in get_state: killed")
+    ):
+        fit(model, callbacks=[Kill()], enable_checkpointing=True)
     assert not multiprocessing.active_children()
 
 
