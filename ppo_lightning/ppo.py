@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from math import ceil
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import gymnasium as gym

@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any, Protocol, cast
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 

@@ -11,7 +11,7 @@ import lightning
 import pytest
 import torch
 from lightning import Callback
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import Interrupts
