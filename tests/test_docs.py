@@ -11,13 +11,16 @@ from ppo_lightning import PPO
 ROOT = Path(__file__).parent.parent
 README, POLICIES = (ROOT / "README.md").read_text(), (ROOT / "docs/policies.md").read_text()
 SPEED = (ROOT / "docs/speed.md").read_text()
+RUNS, DISTRIBUTED = (ROOT / "docs/runs.md").read_text(), (ROOT / "docs/distributed.md").read_text()
+DOCUMENTS = {"README": README, "policies": POLICIES, "speed": SPEED, "runs": RUNS, "distributed": DISTRIBUTED}
 
 
-def test_every_test_that_the_readme_names_exists():
-    names = re.findall(r"`(test_\w+\.py)::(test_\w+)`", README)
+def test_every_test_that_the_documents_name_exists():
+    names = re.findall(r"`(test_\w+\.py)::(test_\w+)`", "".join(DOCUMENTS.values()))
     assert len(names) > 30
     for file, name in names:
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
+        (path,) = (ROOT / "tests").rglob(file)
+        assert f"def {name}(" in path.read_text(), name
 
 
 def test_every_place_in_the_code_that_the_readme_names_exists():
@@ -26,7 +29,7 @@ def test_every_place_in_the_code_that_the_readme_names_exists():
             assert re.search(rf"(class|def) {name}\b", (ROOT / "ppo_lightning" / file).read_text()), name
 
 
-@pytest.mark.parametrize("text", [README, POLICIES, SPEED], ids=["README", "policies", "speed"])
+@pytest.mark.parametrize("text", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_links_lead_somewhere(text):
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
