@@ -47,14 +47,14 @@ def test_a_job_of_which_one_process_fails_is_gone_within_its_timeout(rank, fault
     environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     with open("log", "w") as log:
         code = subprocess.run(job, env=environment, stdout=log, stderr=log, timeout=120).returncode
-    told = Path("log").read_text()
-    begun = float(re.findall(r"fault at (\S+)", told)[0])
+    begun = float(re.findall(r"fault at (\S+)", Path("log").read_text())[0])
     pids = [int(Path(f"pid_{number}").read_text()) for number in (0, 1)]
     while any(runs(pid) for pid in pids):
-        assert time.time() < begun + timeout_s + 10, told
+        assert time.time() < begun + timeout_s + 10, Path("log").read_text()
         time.sleep(0.1)
     assert time.time() < begun + timeout_s + 10
     assert code != 0
+    told = Path("log").read_text()
     assert re.search("^" + SAYS[fault].format(rank), told, re.MULTILINE), told
 
 

@@ -145,8 +145,9 @@ class Perturbed(Callback):
 
 def small(rank: int, iterations: int, **kwargs) -> PPO:
     lightning.seed_everything(1, verbose=False)
-    model = PPO("CartPole-v1", num_envs=2, num_steps=8, num_minibatches=1, update_epochs=1, total_steps=10**9)
-    fit(model, strategy="ddp", devices=2, max_epochs=iterations, **kwargs)
+    size = {"num_envs": 2, "num_steps": 8, "num_minibatches": 1, "update_epochs": 1}
+    model = PPO("CartPole-v1", **size, total_steps=iterations * 2 * 2 * 8)
+    fit(model, strategy="ddp", devices=2, **kwargs)
     return model
 
 
