@@ -1,4 +1,4 @@
-"""A run of two processes of which one raises, dies or hangs: ``python failing_job.py RANK FAULT TIMEOUT_S``."""
+"""A run of several processes of which one raises, dies or hangs: ``python failing_job.py RANK FAULT TIMEOUT_S``."""
 
 import os
 import signal
@@ -39,11 +39,11 @@ class Fails(Callback):
                     os._exit(1)
 
 
-def run(fault: Fails) -> None:
+def run(fault: Fails, devices: int = 2) -> None:
     """Train until the fault."""
     torch.set_num_threads(1)
     model = PPO("CartPole-v1", num_envs=2, num_steps=8, total_steps=10**9)
-    fit(model, strategy="ddp", devices=2, callbacks=[fault])
+    fit(model, strategy="ddp", devices=devices, callbacks=[fault])
 
 
 if __name__ == "__main__":

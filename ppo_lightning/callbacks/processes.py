@@ -1,9 +1,12 @@
 """One process of several fails: which, and why."""
 
+import os
 import signal
+import socket
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from lightning import Callback, LightningModule, Trainer
@@ -26,7 +29,7 @@ class WatchProcesses(Callback):
 
     Processes meet in gradients and sums. Where one raised, died or hangs, the others hear of a closed connection or a
     timeout, and no more can be sent. So each writes into the process group's store, which lies beside it: once a second
-    at most its iteration and the time, and at its end why it ended. The process that has written no end is the one at
+    at most its iteration, the time and its id, and at its end why it ended. The process that has written no end is the one at
     fault. (The store lives in process 0, or in torchrun; where it does not answer, process 0 is gone.)
     """
 
@@ -50,7 +53,8 @@ class WatchProcesses(Callback):
     def _beat(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written = time.time()
         iteration = cast(Counts, pl_module).policy_version + 1
-        self._store.set(f"alive {trainer.global_rank}", f"{iteration} {self._written}")
+        here = f"{socket.gethostname()} {os.getpid()}"
+        self._store.set(f"alive {trainer.global_rank}", f"{iteration} {self._written} {here}")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -70,28 +74,43 @@ class WatchProcesses(Callback):
             launcher.kill(signal.SIGKILL)  # one that hangs would never end
 
     def _blame(self, rank: int, world_size: int) -> str:
+        """One sentence for each process that is at fault, as far as the store can tell."""
         store, others = self._store, [other for other in range(world_size) if other != rank]
         store.set_timeout(timedelta(seconds=self.PATIENCE_S))
         try:
             store.set(f"end {rank}", "")
+            seen = {other: store.get(f"alive {other}").decode().split() for other in others}
+            dead = [other for other in others if _died(*seen[other][2:])]
             until = time.time() + self.PATIENCE_S
             while True:
                 silent = [other for other in others if not store.check([f"end {other}"])]
-                if len(silent) <= 1 or time.time() > until:
+                if dead or len(silent) <= 1 or time.time() > until:
                     break
-                time.sleep(0.05)
+                time.sleep(0.05)  # the others hear of it, too
             said = [store.get(f"end {other}").decode() for other in others if other not in silent]
-            if any(said):
-                return "; ".join(filter(None, said))
-            seen = {other: store.get(f"alive {other}").decode().split() for other in silent}
         except distributed.DistError:
             return "process 0, which the others meet at, does not answer: it is gone"
-        now = time.time()
+        if any(said):
+            return "; ".join(filter(None, said))
+        if not silent:
+            return "the connection between the processes was lost"
         return "; ".join(
-            f"process {other} has not been heard of since iteration {iteration} ({now - float(then):.0f} s ago): it died or "
-            "hangs"
-            for other, (iteration, then) in seen.items()
+            f"process {other} has not been heard of since iteration {seen[other][0]} "
+            f"({time.time() - float(seen[other][1]):.0f} s ago): it {'died' if other in dead else 'died or hangs'}"
+            for other in (set(dead) & set(silent) or silent)
         )
+
+
+def _died(host: str, pid: str) -> bool:
+    """Whether a process of this machine is no more; of another machine that cannot be seen."""
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"  # nobody has asked how it ended
 
 
 def _is_of_others(exception: Exception) -> bool:

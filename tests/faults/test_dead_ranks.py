@@ -36,6 +36,17 @@ def test_the_process_that_is_left_names_the_other(rank, fault):
         assert re.search(SAYS[fault].format(rank), last), survivor
 
 
+@pytest.mark.parametrize("fault", ["kill", "hang"])
+def test_of_three_processes_the_two_that_are_left_name_the_third_alone(fault):
+    """Though one of them may have waited for the other, and not for it."""
+    results = forked(lambda _: failing_job.run(Fails(1, fault, timeout_s=1.5, hang_s=4.0), devices=3), world_size=3)
+    for survivor in (results[0], results[2]):
+        last = survivor.strip().splitlines()[-1]
+        assert re.search(SAYS[fault].format(1), last), survivor
+        assert "process 0" not in last
+        assert "process 2" not in last
+
+
 @pytest.mark.parametrize(
     ("rank", "fault"), [case if case == (1, "hang") else pytest.param(*case, marks=pytest.mark.long) for case in CASES]
 )
