@@ -24,11 +24,17 @@ COMMAND = [
 ]  # fmt: skip
 
 
+def environment() -> dict[str, str]:
+    places = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    known = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    return {**known, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
+
+
 def fit(folder: Path, *flags: str) -> tuple[list[dict], np.ndarray]:
     """What both ranks ended with, and metrics.csv."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    environment.pop("PL_GLOBAL_SEED", None)
-    done = subprocess.run([*COMMAND, *flags], cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*COMMAND, *flags], cwd=folder, env=environment(), capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return results(folder)
 
@@ -145,12 +151,6 @@ def assert_same_run(folder: Path, plain) -> None:
 
 
 def test_two_nodes_of_torchrun_are_the_run_of_two_devices(plain, tmp_path):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop("PL_GLOBAL_SEED", None)
     port = free_port()
     agents = [
         subprocess.Popen(
@@ -158,7 +158,7 @@ def test_two_nodes_of_torchrun_are_the_run_of_two_devices(plain, tmp_path):
                 sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
                 "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port), *NODES,
             ],
-            cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for node in (0, 1)
     ]  # fmt: skip
