@@ -25,6 +25,9 @@ from ppo_lightning.errors import EnvironmentFault
 START_S = 300.0
 """Seconds after which worker processes must have made their environments."""
 
+FAULT_S = 1.0
+"""Seconds after which an error that a worker process has announced must have come."""
+
 CLOSE_S = 2.0
 """Seconds that worker processes have to close their environments."""
 
@@ -130,6 +133,8 @@ class Watch:
         self._poll = select.poll()  # a selector made for each call would cost more than the call
         for sentinel in self._index:
             self._poll.register(sentinel, select.POLLIN)
+        # Of a vector that was not made here, an error that cannot be pickled never comes.
+        env.error_queue.get = partial(env.error_queue.get, timeout=FAULT_S)
 
     def call(self, where: str, call: Callable[[], Any], timeout_s: float | None = None) -> Any:
         """Ask the workers, or take their answers; after any failure none of them is left.
@@ -150,6 +155,11 @@ class Watch:
             lost = self._death(where)
             kill(self.env)
             raise lost from error
+        except queue.Empty as error:
+            kill(self.env)
+            raise EnvironmentFault(
+                f"an environment raised in {where} what its worker process could not send: it is on the error stream"
+            ) from error
         except Exception:
             kill(self.env)  # what is left can neither be asked nor closed politely
             raise
@@ -172,12 +182,10 @@ class Watch:
         """Why a worker has ended: it died, or its environment raised, which it says before it ends."""
         if not _answered(self.env.parent_pipes[index]):
             return self._death(where)
-        try:
-            _, kind, error, trace = self.env.error_queue.get(timeout=1.0)
-        except queue.Empty:  # it died after its answer
-            return self._death(where)
-        text = str(error) if kind is EnvironmentFault else f"{kind.__name__}: {error}\n\n{trace}"
-        return EnvironmentFault(text)
+        number, kind, error, trace = self.env.error_queue.get()
+        if kind is EnvironmentFault:
+            return EnvironmentFault(str(error))
+        return EnvironmentFault(f"environment {self.first + number} raised {kind.__name__}: {error}\n\n{trace}")
 
     def _death(self, where: str) -> WorkerLost:
         ended = wait(list(self._index), timeout=5.0)

@@ -151,6 +151,24 @@ def test_a_method_that_raises_what_cannot_be_pickled_does_not_hang():
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize(
+    ("fault", "slow", "says"),
+    [
+        ("unpicklable", 0.0, "an environment raised in step what its worker process could not send"),
+        ("unpicklable", 20.0, "an environment raised in step what its worker process could not send"),
+        ("raise", 20.0, "environment 1 raised ZeroDivisionError: the pole is at infinity\n\nTraceback"),
+    ],
+)
+def test_a_vector_of_ones_own_hangs_no_run_either(fault, slow, says):
+    make = lambda: AsyncVectorEnv([partial(Crash, fault, slow=slow)] * 2, context="forkserver")  # noqa: E731
+    environments = Environments(EnvMaker(make), 2, 60.0)
+    environments.reset(FIRST_SEED)
+    message, seconds = fault_of(step_until_it_fails, environments)
+    assert message.startswith(says)
+    assert seconds < 5.0
+    assert not multiprocessing.active_children()
+
+
 # --- F03: a worker is killed -------------------------------------------------------------------------------------------
 
 
