@@ -9,11 +9,13 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import lightning
+import processes
 import pytest
 import torch
 from lightning import Callback
@@ -284,29 +286,20 @@ def test_a_checkpoint_that_was_asked_for_is_not_lost_in_silence(tmp_path, fit):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.ckpt"]
 
 
-SHARED = """
-import lightning
-from ppo_lightning import PPO
-from ppo_lightning.callbacks import LastCheckpoint
-from test_files import SMALL, FillsTheDisk
-
-model = PPO("CartPole-v1", total_steps=6 * 256, eval_interval=1, **SMALL)
-quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=1)
-callbacks = [FillsTheDisk({3, 4}), LastCheckpoint(100, minutes=1e-9)]
-lightning.Trainer(accelerator="cpu", strategy="ddp", devices=2, callbacks=callbacks, **quiet).fit(model)
-"""
-
-
-def test_a_full_disk_of_the_first_process_holds_up_no_other(tmp_path):
+def test_a_full_disk_of_the_first_process_holds_up_no_other():
     """The processes' clocks decide, too: the first one's is followed by all."""
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])])}
-    (tmp_path / "shared.py").write_text(SHARED)
-    done = subprocess.run(
-        [sys.executable, "shared.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("last.ckpt could not be written") == 2
+
+    def train(rank):
+        model = PPO("CartPole-v1", total_steps=6 * 256, eval_interval=1, **SMALL)
+        callbacks = [FillsTheDisk({3, 4}), LastCheckpoint(100, minutes=1e-9 if rank == 0 else 1e9)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            processes.fit(model, strategy="ddp", devices=2, callbacks=callbacks, enable_checkpointing=True)
+        return [str(warning.message) for warning in caught if "could not be written" in str(warning.message)]
+
+    first, second = processes.forked(train)
+    assert [text.partition("iteration ")[2][0] for text in first] == ["3", "4"], first
+    assert second == []
     assert [steps_in(f"checkpoints/{name}.ckpt") for name in ("previous", "last")] == [5 * 256, 6 * 256]
 
 
