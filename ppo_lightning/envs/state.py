@@ -147,7 +147,7 @@ def _attributes(owner: Any, without: set[str]) -> dict[str, Any]:
     """What an object of a known module holds as plain data; the rest are spaces, functions, windows."""
     plain = {}
     for name, value in vars(owner).items():
-        if name in without:
+        if name in without or isinstance(value, str | bytes):  # names of folders and modes, no state
             continue
         try:
             plain[name] = pack(value)
@@ -158,7 +158,11 @@ def _attributes(owner: Any, without: set[str]) -> dict[str, Any]:
 
 
 def _restore_attributes(owner: Any, attributes: Mapping[str, Any]) -> None:
+    """Put back what :func:`_attributes` gave, and nothing else that a file may hold."""
+    known = _attributes(owner, INNER | MUJOCO_PARTS)
     for name, value in attributes.items():
+        if name not in known or isinstance(value, str | bytes):
+            continue
         if isinstance(value, dict) and value.get(MARK) == "attributes":
             _restore_attributes(getattr(owner, name), value["value"])
         else:
