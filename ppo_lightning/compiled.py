@@ -352,6 +352,7 @@ class CompiledUpdate:
         chunks: int,
         target_kl: float | None,
         world_size: int,
+        add_up: Callable[[Tensor], Any],
     ) -> "Passes":
         """Epochs of shuffled minibatches, the same as :meth:`PPO.update` makes.
 
@@ -366,6 +367,7 @@ class CompiledUpdate:
             chunks: parts of each minibatch, at least.
             target_kl: end where the divergence exceeds 1.5 times this.
             world_size: processes whose gradients are averaged.
+            add_up: replaces a tensor by its sum over them.
 
         Raises:
             CompilerError: torch cannot compile it; :meth:`restore` takes back steps that were taken.
@@ -408,7 +410,7 @@ class CompiledUpdate:
                     if world_size > 1:
                         # The divergence rides on the gradient's reduction, so that all processes decide alike.
                         packed = torch.cat([gradient, kl])
-                        torch.distributed.all_reduce(packed)
+                        add_up(packed)
                         gradient, kl = (packed / world_size).split([len(gradient), 1])
                     stopped = target_kl is not None and not kl.item() <= 1.5 * target_kl
                     if stopped:

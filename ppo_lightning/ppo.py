@@ -62,6 +62,7 @@ from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.prediction import predict
 from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, cut_up, different, fingerprint
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
+from ppo_lightning.shared_sums import sums_over_processes
 from ppo_lightning.snapshot import Snapshot
 from ppo_lightning.spaces import check_mask, cut, describe, rows_of, without_mask
 from ppo_lightning.streams import random_state, restore_random_state
@@ -252,6 +253,7 @@ class PPO(LightningModule):
         self._goes_on: list[dict[str, Any]] | None = None
         """State of each process of the run that goes on here, until training starts."""
         self._before = Snapshot()
+        self._add_up: Callable[[Tensor], Any] = _nothing_to_add
         self._without_others = False
         self.signalled: signal.Signals | None = None
         """The signal that asked this process to end."""
@@ -345,6 +347,7 @@ class PPO(LightningModule):
         """Go on where the run was; find out whether a gradient step concerns anybody else."""
         self._go_on()
         self._settings.restore(scheduled=self._was_scheduled)
+        self._add_up = sums_over_processes(self.trainer, self._learnt)
         hooks = gradient_hooks(self.trainer, self, PPO)
         self._steps_alone = steps_concern_nobody(self.trainer) and not hooks
         self.prepare(self._optimizer, hooks)
@@ -594,6 +597,7 @@ class PPO(LightningModule):
                     chunks=self.minibatch_chunks,
                     target_kl=self.target_kl,
                     world_size=self._world_size,
+                    add_up=self._add_up,
                 )
             except CompilerError as error:
                 if self._world_size > 1:
@@ -722,8 +726,8 @@ class PPO(LightningModule):
         if self.target_kl is None:
             return False
         if self._world_size > 1:  # not by strategy.reduce, which waits for everybody once more
-            approx_kl = approx_kl / self._world_size
-            torch.distributed.all_reduce(approx_kl)
+            approx_kl = approx_kl.view(1) / self._world_size
+            self._add_up(approx_kl)
         return not approx_kl.item() <= 1.5 * self.target_kl  # NaN has diverged too
 
     def descend(self, loss: Tensor, last: bool = True) -> None:
@@ -1274,6 +1278,10 @@ def _processes(ranks: list[int]) -> str:
 
 def _nothing() -> None:
     return None
+
+
+def _nothing_to_add(tensor: Tensor) -> None:
+    """The sum over one process."""
 
 
 _PARAMETERS = {

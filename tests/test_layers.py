@@ -16,7 +16,7 @@ LAYERS = [
     {"stepping"},
     {"compiled"},
     {"envs", "policy", "advantage", "loss"},
-    {"diagnostics", "clock", "snapshot", "ranks"},
+    {"diagnostics", "clock", "snapshot", "shared_sums", "ranks"},
     {"spaces"},
     {"parameters"},
     {"errors"},

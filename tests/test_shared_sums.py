@@ -1,0 +1,96 @@
+"""Sums over processes in shared memory are those that messages give."""
+
+import os
+import time
+import warnings
+
+import pytest
+import torch
+from processes import fit, forked
+from torch import distributed
+
+from ppo_lightning import PPO, shared_sums
+from ppo_lightning.shared_sums import SharedSums
+
+SMALL = {"env": "CartPole-v1", "num_envs": 2, "num_steps": 16, "total_steps": 6 * 64}
+
+pytestmark = pytest.mark.skipif(
+    not shared_sums._can_share(1, torch.device("cpu")), reason="this machine's processes share no memory"
+)
+
+
+def in_group(rank, world_size, function):
+    distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    result = function(rank)
+    distributed.destroy_process_group()
+    return result
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_process_gets_the_same_sum_however_late_the_others_are(world_size):
+    def adds(rank):
+        sums, results = SharedSums(rank, world_size, 100), []
+        for turn in range(300):
+            if turn % 50 == rank:
+                time.sleep(0.01)
+            tensor = torch.full((1 + turn % 100,), float(turn * 10**rank))
+            sums.add_up(tensor)
+            results.append(tensor)
+        return results
+
+    every = forked(lambda rank: in_group(rank, world_size, adds), world_size)
+    weights = sum(10**rank for rank in range(world_size))
+    for results in every:
+        for turn, tensor in enumerate(results):
+            assert torch.equal(tensor, torch.full((1 + turn % 100,), float(turn * weights)))
+
+
+@pytest.mark.parametrize("more", [{}, {"minibatch_chunks": 2}, {"target_kl": 1e-3}])
+def test_training_is_the_same_by_memory_and_by_messages(more):
+    def trains(shares):
+        def run(rank):
+            torch.set_num_threads(1)
+            shared_sums._can_share = lambda *_: shares
+            torch.manual_seed(0)
+            model = PPO(**SMALL, **more)
+            fit(model, strategy="ddp", devices=2)
+            return model.state_dict(), isinstance(getattr(model._add_up, "__self__", None), SharedSums)
+
+        return run
+
+    (shared, by_memory), _ = forked(trains(True))
+    (sent, by_messages), _ = forked(trains(False))
+    assert (by_memory, by_messages) == (True, False)
+    torch.testing.assert_close(shared, sent, rtol=0, atol=0)
+
+
+def test_a_process_that_ended_is_missed_at_once_and_leaves_no_file():
+    def dies(rank):
+        sums = SharedSums(rank, 2, 10)
+        if rank == 1:
+            os._exit(0)
+        started = time.monotonic()
+        with pytest.raises(distributed.DistError, match=r"process \[1\] ended where gradients are added up"):
+            sums.add_up(torch.ones(3))
+        return time.monotonic() - started
+
+    before = set(shared_sums.FOLDER.glob("ppo_lightning_*"))
+    seconds, _ = forked(lambda rank: in_group(rank, 2, dies))
+    assert seconds < 2
+    assert set(shared_sums.FOLDER.glob("ppo_lightning_*")) <= before
+
+
+def test_where_there_is_no_room_messages_are_sent_and_a_warning_says_so():
+    def trains(rank):
+        torch.set_num_threads(1)
+        shared_sums._allocate = lambda size: None
+        model = PPO(**SMALL)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            fit(model, strategy="ddp", devices=2)
+        return model.num_env_steps, [str(one.message) for one in said if "by messages" in str(one.message)]
+
+    (steps, said), _ = forked(trains)
+    assert steps == SMALL["total_steps"]
+    assert len(said) == 1
+    assert "no room for" in said[0]
