@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/cartpole.yaml
 ARGS ?=
 
-.PHONY: install train test test-long lint format benchmark clean
+.PHONY: install train test test-faults test-long lint format benchmark clean
 
 install: $(VENV)/.installed            ## .venv with the package and what drawing needs
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -26,7 +26,11 @@ test: $(VENV)/.installed-test          ## every test that takes seconds
 	$(BIN)/python -m pytest $(ARGS)
 	$(BIN)/python -m pytest --nbmake notebooks $(ARGS)
 
-test-long: $(VENV)/.installed-test     ## the whole grid of policies, and learning curves: hours
+test-faults: export OMP_NUM_THREADS = 1
+test-faults: $(VENV)/.installed-test   ## faults again and again: kills, damaged files, signals, memory: twenty minutes
+	$(BIN)/python -m pytest -m long tests/faults $(ARGS)
+
+test-long: $(VENV)/.installed-test     ## the same, the whole grid of policies, and learning curves: hours
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(VENV)/.installed-test          ## ruff and pyright
