@@ -56,21 +56,28 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     and ``zipfile`` read it as any other.
     """
 
+    _checked = False
+
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write the file such that a process killed at any time leaves the old one or the new one.
 
         Raises:
-            InputError: ``storage_options`` are given, which files here do not have.
+            InputError: ``storage_options`` are given, which files here do not have; or something that is to be saved is no
+                plain data, which nothing could load.
             OSError: the file cannot be written; what was there before is untouched.
         """
         if storage_options is not None:
             raise InputError("save_checkpoint has no storage_options here: write to a path or URL without them")
+        data = sealed(checkpoint)
+        if not self._checked:  # the first file shows what callbacks and the like put in
+            plain_contents(data, f"what {path} was to hold")
+            self._checked = True
         filesystem, name = url_to_fs(str(path))
         if isinstance(filesystem, LocalFileSystem):
-            write_atomically(Path(name), sealed(checkpoint))
+            write_atomically(Path(name), data)
         else:  # an object appears whole, or not at all
-            filesystem.pipe_file(name, sealed(checkpoint))
+            filesystem.pipe_file(name, data)
 
     @override
     def load_checkpoint(
@@ -174,7 +181,7 @@ def plain_contents(data: bytes, source: object, map_location: Any = "cpu") -> di
     except Exception as error:  # a digest is no signature: whoever made this file chose what the reader stumbles over
         raise InputError(
             f"{source} is no checkpoint that can be read ({type(error).__name__}): it holds more than tensors and plain "
-            "data; use one that PPO wrote"
+            "data; use one that PPO wrote, with callbacks whose state_dict holds nothing else"
         ) from error
     if not isinstance(contents, dict) or not all(isinstance(contents.get(part), dict) for part in PARTS):
         raise InputError(f"{source} is not a checkpoint of ppo_lightning: give one that PPO wrote")

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.checkpoint import KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
@@ -35,7 +36,38 @@ class RunWriter(ExperimentWriter):
             self.metrics_keys = file.read_text().partition("\n")[0].strip().split(",")
 
 
-class RunCSVLogger(CSVLogger):
+class Lenient:
+    """A logger that gives up where it cannot write, with a warning: a full disk is no reason to lose a run."""
+
+    _gave_up = False
+
+    def _attempt(self, call: Callable[[], Any]) -> None:
+        if self._gave_up:
+            return
+        try:
+            call()
+        except OSError as error:
+            self._gave_up = True
+            rank_zero_warn(f"{type(self).__name__} stops logging, since it cannot write ({error}): training goes on")
+
+    def save(self) -> None:
+        """Write what is logged."""
+        self._attempt(super().save)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def finalize(self, status: str) -> None:
+        """Write the rest."""
+        self._attempt(lambda: super(Lenient, self).finalize(status))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log the numbers of an iteration."""
+        self._attempt(lambda: super(Lenient, self).log_metrics(metrics, step))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class RunBoard(Lenient, TensorBoardLogger):
+    """TensorBoard's event file of a run."""
+
+
+class RunCSVLogger(Lenient, CSVLogger):
     """``metrics.csv`` of a run, resumed or not, on disk within 20 rows."""
 
     ROWS = 20
@@ -50,7 +82,7 @@ class RunCSVLogger(CSVLogger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self.experiment.log_metrics(metrics, step)
+        self._attempt(lambda: self.experiment.log_metrics(metrics, step))
         if len(self.experiment.metrics) >= self.ROWS:
             self.save()
 
@@ -125,7 +157,7 @@ class PPOCLI(LightningCLI):
             place: dict[str, Any] = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
         else:
             place = {"save_dir": root, "name": "lightning_logs"}
-        board = TensorBoardLogger(**place, default_hp_metric=False)
+        board = RunBoard(**place, default_hp_metric=False)
         return [board, RunCSVLogger(place["save_dir"], place["name"], board.version)]
 
     def before_fit(self) -> None:

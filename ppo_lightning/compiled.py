@@ -387,7 +387,7 @@ class CompiledUpdate:
         self._before = self.flat.clone(), self.moments.clone(), *(step.clone() for step in self.steps)
         tables: list[Tensor] = []
         norms: list[Tensor] = []
-        stopped = False
+        stopped, first_kl = False, torch.zeros(1)
         for epoch, order in enumerate(cuts.orders.to(device)):
             if cuts.moments is not None:
                 own = slice(None) if names is None else names
@@ -412,6 +412,7 @@ class CompiledUpdate:
                         packed = torch.cat([gradient, kl])
                         add_up(packed)
                         gradient, kl = (packed / world_size).split([len(gradient), 1])
+                    first_kl = kl if len(tables) == 1 else first_kl
                     stopped = target_kl is not None and not kl.item() <= 1.5 * target_kl
                     if stopped:
                         break
@@ -422,7 +423,8 @@ class CompiledUpdate:
         taken = torch.stack(norms) if norms else torch.zeros(0)
         torch._foreach_add_(self.steps, int(taken.isfinite().sum()))  # pyright: ignore[reportPrivateImportUsage]
         begun = -(-len(tables) // num_minibatches)
-        return Passes(torch.stack(tables), taken, begun, len(tables) - (begun - 1) * num_minibatches)
+        finite = bool(taken.isfinite().all() & first_kl.isfinite().all())
+        return Passes(torch.stack(tables), taken, begun, len(tables) - (begun - 1) * num_minibatches, finite)
 
     def restore(self) -> None:
         """Put parameters, moments and counts back to where the last update began."""
@@ -515,6 +517,8 @@ class Passes(NamedTuple):
     """Passes that were begun."""
     minibatches: int
     """Minibatches of the last pass."""
+    finite: bool
+    """All steps were, and so was the first divergence; of all processes alike."""
 
 
 def _rows(tree: Any, rows: Tensor) -> Any:

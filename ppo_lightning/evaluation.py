@@ -84,7 +84,7 @@ def evaluate_episodes(
             success = np.nan
             if after.success is not None and index in after.ended:
                 success = after.success[np.searchsorted(after.ended, index)]
-            if len(results[index]) < quota[index]:
+            if len(results[index]) < quota[index] and not environments.crashed[index]:
                 results[index].append((totals[index], lengths[index], float(success)))
             totals[index] = lengths[index] = 0
         observation, start = after.observation, after.begun

@@ -1,10 +1,12 @@
 """PPO as a LightningModule: one hook per idea, in the order in which Lightning calls them."""
 
+import copy
 import inspect
 import io
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -269,6 +271,8 @@ class PPO(LightningModule):
         """Loss and samples of the gradient that is computed."""
         self._accumulated = False
         """Gradients of a part of the current minibatch are there already."""
+        self._by_graph = False
+        """The current update was taken by :attr:`compiled`."""
         self._steps_alone = False
         self._was_scheduled = True
         self.learning_rate = 0.0
@@ -409,7 +413,7 @@ class PPO(LightningModule):
         self.learning_rate = self._optimizer.param_groups[0]["lr"]
         update = self.update(batch, self.descend)
         self._in_use = None
-        if self.compiled is not None:
+        if self._by_graph:
             optimizer = cast(LightningOptimizer, self.optimizers())
             optimizer.zero_grad()
             optimizer.step()  # without gradients it does nothing, but Lightning counts it
@@ -442,20 +446,18 @@ class PPO(LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients, unscaled by now in any precision; never step on one that is not finite."""
-        if self.compiled is not None:
+        if self._by_graph:
             return
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # a fused optimiser would do it within its step: too late for clipping
-        self.clip_gradients_by_norm(may_overflow=scaler is not None)
+        self.clip_gradients_by_norm(scaler)
 
     @override
     def on_fit_end(self) -> None:
         """Give the Trainer back the evaluation interval that it came with; keep what another fit goes on from."""
         self.trainer.check_val_every_n_epoch = self._check_val_every_n_epoch
-        schedulers = [config.scheduler.state_dict() for config in self.trainer.lr_scheduler_configs]
-        self._paused = {"optimizer": self._optimizer.state_dict(), "schedulers": schedulers, **self._run_state()}
-        self.rollouts.saved = self._paused["rollouts"]
+        self._pause()
 
     @override
     def val_dataloader(self) -> Sequence[int]:
@@ -522,6 +524,19 @@ class PPO(LightningModule):
     def rewind(self) -> None:
         """Take back what an update that did not end has changed, so that what is saved is the end of an iteration."""
         self._before.restore()
+        self._pause()
+
+    def _pause(self) -> None:
+        """Keep what another fit of this model goes on from."""
+        if self.trainer.optimizers:
+            never_begun, self._goes_on = self._goes_on, None
+            begun = never_begun is None or len(never_begun) != self._world_size
+            self._paused = {
+                "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+                "schedulers": [config.scheduler.state_dict() for config in self.trainer.lr_scheduler_configs],
+                **(self._run_state() if begun else cast(Any, never_begun)[self._rank]),
+            }
+            self.rollouts.saved = self._paused["rollouts"]
 
     @contextmanager
     def without_others(self) -> Iterator[None]:
@@ -542,16 +557,19 @@ class PPO(LightningModule):
 
     def _environment_described(self) -> str:
         """What decides whether saved environments fit, as far as a file can hold it."""
-        keys = ("env", "env_kwargs", "wrappers", "vectorization", "num_envs")
-        return str({key: self.hparams[key] for key in keys if key in self.hparams})
+        keys = ("env", "env_kwargs", "wrappers", "vectorization")
+        plain = {key: self.hparams[key] for key in keys if key in self.hparams}
+        described = {key: value for key, value in plain.items() if value not in (None, (), [], {})}
+        return re.sub(" at 0x[0-9a-f]+", "", str({**described, "num_envs": self.num_envs}))
 
     def _go_on(self) -> None:
         """Take up the random streams, environments and episodes of the run that goes on."""
         states, self._goes_on = self._goes_on, None
-        if states is None and self._paused is not None:
-            states = [self._paused]
-            self._optimizer.load_state_dict(self._paused["optimizer"])
-            for config, state in zip(self.trainer.lr_scheduler_configs, self._paused["schedulers"], strict=True):
+        paused, self._paused = self._paused, None
+        if paused is not None:
+            states = [paused] * self._world_size  # each process has its own
+            self._optimizer.load_state_dict(paused["optimizer"])
+            for config, state in zip(self.trainer.lr_scheduler_configs, paused["schedulers"], strict=True):
                 config.scheduler.load_state_dict(state)
         if states is None:
             return
@@ -584,7 +602,7 @@ class PPO(LightningModule):
         """
         loss = self.current_loss()
         self._grad_norms.clear()
-        self._accumulated = False
+        self._accumulated = self._by_graph = False
         cuts = self._cut_up(batch)
         if self.compiled is not None:
             rows = self._rows(batch)
@@ -608,11 +626,11 @@ class PPO(LightningModule):
                 self.compiled.restore()
                 self.compiled = None
             else:
-                self._grad_norms.extend(passes.norms)
-                self._in_use = loss, {**rows, "valid": batch["valid"].flatten()}
-                for norm in passes.norms.tolist():
-                    self._accepts(norm, self.compiled.restore)
-                return Update(loss, passes.terms, passes.epochs, passes.minibatches)
+                if passes.finite:
+                    self._by_graph, self._skipped_in_a_row = True, 0
+                    self._grad_norms.extend(passes.norms)
+                    return Update(loss, passes.terms, passes.epochs, passes.minibatches)
+                self.compiled.restore()  # once more, step by step: what is not finite is found and left out
         samples = self.samples(batch)
         advantage = samples["advantage"]
         terms: list[LossTerms] = []
@@ -637,7 +655,7 @@ class PPO(LightningModule):
                     if len(parts) == 1
                     else LossTerms(*(torch.stack(term).sum(0) for term in zip(*parts, strict=True)))
                 )
-                if self.diverged(terms[-1].approx_kl):
+                if self.diverged(terms[-1].approx_kl, first=len(terms) == 1):
                     return Update(loss, _table(terms), epoch + 1, minibatch + 1)
                 descend(parts[-1].loss)
         return Update(loss, _table(terms), self.update_epochs, self.num_minibatches)
@@ -721,14 +739,25 @@ class PPO(LightningModule):
                 samples[key] = self.policy.value_normalizer.normalize(samples[key])
         return samples
 
-    def diverged(self, approx_kl: Tensor) -> bool:
-        """Whether the new policy is too far from the old, by Stable-Baselines3's rule; all processes agree."""
+    def diverged(self, approx_kl: Tensor, *, first: bool = False) -> bool:
+        """Whether the new policy is too far from the old, by Stable-Baselines3's rule; all processes agree.
+
+        Args:
+            approx_kl: of a minibatch (nats).
+            first: no step was taken since the rollout: what is not finite now is so for good.
+
+        Raises:
+            FloatingPointError: the policy gives no numbers, and that is not to be skipped.
+        """
         if self.target_kl is None:
             return False
         if self._world_size > 1:  # not by strategy.reduce, which waits for everybody once more
             approx_kl = approx_kl.view(1) / self._world_size
             self._add_up(approx_kl)
-        return not approx_kl.item() <= 1.5 * self.target_kl  # NaN has diverged too
+        value = approx_kl.item()
+        if first and not math.isfinite(value):
+            self._accepts(value)
+        return not value <= 1.5 * self.target_kl  # NaN has diverged too
 
     def descend(self, loss: Tensor, last: bool = True) -> None:
         """One gradient step. Lightning counts the first of each iteration, so that ``global_step`` counts iterations.
@@ -759,22 +788,24 @@ class PPO(LightningModule):
         else:
             self.trainer.strategy.optimizer_step(optimizer.optimizer, _nothing)
 
-    def clip_gradients_by_norm(self, *, may_overflow: bool = False) -> None:
+    def clip_gradients_by_norm(self, scaler: Any = None) -> None:
         """Scale all gradients together down to ``max_grad_norm``, and keep the norm that they had.
 
         Args:
-            may_overflow: a gradient scaler skips steps that are not finite by itself.
+            scaler: of gradients, which leaves out those that it has scaled beyond what their type can hold.
 
         Raises:
             FloatingPointError: the norm is not finite, and that is not to be skipped; no step was taken.
         """
         norm = nn.utils.clip_grad_norm_(self._learnt, self.max_grad_norm or torch.inf)
-        if not may_overflow and not self._accepts(norm.item()):
+        value = norm.item()
+        overflows = scaler is not None and not math.isfinite(value) and scaler.get_scale() >= 1.0
+        if not overflows and not self._accepts(value):
             for parameter in self._learnt:
                 parameter.grad = None  # which optimisers leave out
         self._grad_norms.append(norm)
 
-    def _accepts(self, norm: float, restore: Callable[[], None] | None = None) -> bool:
+    def _accepts(self, norm: float) -> bool:
         """Whether a gradient has a norm that a step may be taken by; else the step is left out, or the run ends.
 
         All processes decide alike: their gradients are the same by now.
@@ -786,8 +817,6 @@ class PPO(LightningModule):
         self._skipped_in_a_row += 1
         if self.non_finite == "skip" and self._skipped_in_a_row <= MAX_SKIPPED:
             return False
-        if restore is not None:
-            restore()
         file = self._dump(norm)
         times = f" {self._skipped_in_a_row} times in a row" if self.non_finite == "skip" else ""
         raise FloatingPointError(
@@ -827,6 +856,7 @@ class PPO(LightningModule):
             return reward
         carry = self.rollouts.discounted.to(reward.device)
         total, self.rollouts.discounted = discounted_return(reward, done, carry, gamma=self.gamma)
+        self.rollouts.discounted = self.rollouts.discounted.nan_to_num(0.0, 0.0, 0.0)  # else for ever
         self.return_moments.merge(self.gather(RunningMoments.batch_moments(total[valid])))
         return (reward * (self.return_moments.variance.float() + 1e-8).rsqrt()).clamp(-CLIP, CLIP)
 
@@ -862,7 +892,8 @@ class PPO(LightningModule):
         if others:
             raise ProcessFault(
                 f"after iteration {self.policy_version} the parameters of {_processes(others)} are not those of process 0: "
-                "something changes them on one process alone (a callback, a hook, a backward() of its own); remove it, and "
+                "something changes them on one process alone (a callback, a hook, a backward() of its own), or their "
+                "processors differ and round differently; remove it, or take machines of one kind, and "
                 "go on from the last checkpoint"
             )
 
@@ -1026,15 +1057,21 @@ class PPO(LightningModule):
             self.seed = self._known_seed()
         episodes = torch.zeros(shares[0], 3, dtype=torch.float64)
         if share:
-            with self.autocast():
-                episodes[:share] = evaluate_episodes(
-                    self.policy,
-                    self._evaluation_environments(share),
-                    without_mask(self.observation_space),
-                    num_episodes=share,
-                    seed=self._stream(purpose, self.num_env_steps),
-                    deterministic=deterministic,
-                )
+            environments = self._evaluation_environments(share)
+            try:
+                with self.autocast():
+                    episodes[:share] = evaluate_episodes(
+                        self.policy,
+                        environments,
+                        without_mask(self.observation_space),
+                        num_episodes=share,
+                        seed=self._stream(purpose, self.num_env_steps),
+                        deterministic=deterministic,
+                    )
+            except BaseException:
+                environments.close()  # another evaluation makes new ones
+                self._eval_environments = None
+                raise
         rows = self.gather(episodes.flatten()).view(world, -1, 3)
         return summarize(torch.cat([row[:own] for row, own in zip(rows, shares, strict=True)]))
 
@@ -1060,6 +1097,10 @@ class PPO(LightningModule):
             ) from error
         finally:
             _passed.reset(token)
+
+    def keep_environments(self) -> None:
+        """Keep the state of environments that are between two rollouts, before they are closed."""
+        self.rollouts.saved = self.rollouts.state()
 
     def close_environments(self) -> None:
         """Stop all simulators and their worker processes; whatever needs them next starts new ones."""

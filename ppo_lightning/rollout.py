@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from gymnasium import Space
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tensordict import TensorDict
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -20,6 +20,7 @@ from ppo_lightning.envs import Environments, Halves
 from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import Tree, cut, tree_map
 from ppo_lightning.stepping import ArrayStepper, Ends, Stepper, Steps, TensorStepper, warn_of_bounds
+from ppo_lightning.streams import random_state, restore_random_state
 
 ENDLESS = 10_000
 """Steps of each environment after which it is worth saying that no episode has ended."""
@@ -126,9 +127,12 @@ class RolloutDataset(IterableDataset[TensorDict]):
             stepper = ArrayStepper(environments, first, self.num_steps, self.observation_space, state_size, device)
         saved, self.saved = self.saved, None
         if saved is not None:
-            environments.restore(saved["environments"])
-            stepper.restore(saved["stepper"])
-            self.discounted, self.episodes.carry = saved["discounted"], saved["carry"]
+            if environments.restore(saved["environments"]):
+                stepper.restore(saved["stepper"])
+                self.discounted, self.episodes.carry = saved["discounted"], saved["carry"]
+            else:
+                rank_zero_info("environments begin anew: those that were saved were made otherwise")
+            restore_random_state(saved["random"], learner.generator)  # resets may have drawn from the shared ones
         return stepper
 
     def state(self) -> dict[str, Any] | None:
@@ -145,6 +149,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
             "stepper": self._stepper.state(),
             "discounted": self.discounted.cpu(),
             "carry": self.episodes.carry,
+            "random": random_state(self.learner.generator),
         }
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from ppo_lightning.checkpoint import PREVIOUS
+from ppo_lightning.checkpoint import PREVIOUS, read_verified
 from ppo_lightning.errors import InputError
 
 
@@ -181,10 +181,19 @@ def _warn(path: str, trainer: Trainer, error: OSError) -> None:
     )
 
 
+def _is_good(path: Path) -> bool:
+    """Whether a file is undamaged: else the one before it is worth more."""
+    try:
+        read_verified(path)
+    except InputError:
+        return False
+    return True
+
+
 @contextmanager
 def _keeping_previous(last: Path) -> Iterator[None]:
     """Keep the file that is replaced within, where it is replaced, as ``previous.ckpt``."""
-    if not last.is_file():  # the first one, or a remote folder, which has the last file only
+    if not last.is_file() or not _is_good(last):  # the first one, or a remote folder, which has the last file only
         yield
         return
     kept = last.with_name(f".{PREVIOUS}.unfinished")

@@ -5,12 +5,17 @@ from typing import Protocol, cast
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from ppo_lightning.errors import EnvironmentFault
+
 
 class Simulates(Protocol):
     """A module that holds environments."""
 
     def close_environments(self) -> None:
         """Stop them all."""
+
+    def keep_environments(self) -> None:
+        """Keep what they go on from."""
 
 
 class CloseEnvironments(Callback):
@@ -26,4 +31,6 @@ class CloseEnvironments(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, EnvironmentFault):  # whose environments can tell nothing
+            cast(Simulates, pl_module).keep_environments()
         cast(Simulates, pl_module).close_environments()

@@ -21,6 +21,9 @@ class Interruptible(Protocol):
     interrupted: signal.Signals | None
     """By what the run ends, as all processes have agreed."""
 
+    def rewind(self) -> None:
+        """Take back an update that did not end."""
+
 
 class Interrupts(Callback):
     """Ends a run on SIGINT (Ctrl-C, a notebook's stop button) and SIGTERM (a scheduler).
@@ -63,6 +66,7 @@ class Interrupts(Callback):
             if module.signalled in self.SIGNALS:
                 if time.monotonic() - first > self.ECHO_S:
                     self._forget_timer()
+                    module.interrupted = module.signalled
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
                 return
             module.signalled, first = signal.Signals(number), time.monotonic()
@@ -86,17 +90,31 @@ class Interrupts(Callback):
             self._requeue(number, None)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._forget_timer()
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_on_sigterm(trainer)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave_on_sigterm(trainer)
+
+    def _leave_on_sigterm(self, trainer: Trainer) -> None:
+        """Outside of training there is nothing to save; Lightning only makes a note of the signal."""
+        if self._handler is None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if cast(Interruptible, pl_module).interrupted is signal.SIGTERM:
+        self._forget_timer()
+        self._handler = None
+        module = cast(Interruptible, pl_module)
+        module.interrupted = module.interrupted or module.signalled  # which came after the last iteration
+        if module.interrupted is signal.SIGTERM:
             sys.exit(128 + signal.SIGTERM)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._forget_timer()
+        cast(Interruptible, pl_module).rewind()
         for number in self.SIGNALS:
             if self._handler is not None and signal.getsignal(number) is self._handler:
                 signal.signal(number, signal.SIG_IGN)  # it is ending; Lightning gives the signals back

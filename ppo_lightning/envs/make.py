@@ -239,7 +239,10 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
 
     @run_state.setter
     def run_state(self, state: list[Any]) -> None:
+        last = self._last
         restore_environment(self, state)
+        if self._last is None:  # it was saved by a run that could not make environments anew
+            self._last = last
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset, with faults named."""

@@ -5,6 +5,7 @@ plain data: numbers, strings, arrays, tensors, NumPy's generators, and lists, tu
 classic control, toy text and MuJoCo environments, and its wrappers, are known here. Any other has no state to tell.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
+from ppo_lightning.envs.workers import Workers
 from ppo_lightning.errors import InputError
 
 KNOWN = (
@@ -49,8 +51,12 @@ def restore_environment(env: gym.Env[Any, Any], state: list[Any]) -> None:
         _restore_layer(layer, own)
 
 
-def vector_state(env: VectorEnv) -> list[Any] | None:
+def vector_state(env: VectorEnv, ask: Callable[[AsyncVectorEnv, str], Any]) -> list[Any] | None:
     """State of a vector of environments; None where one of them has none that could be told.
+
+    Args:
+        env: the vector.
+        ask: what each environment in a worker process has under a name.
 
     Raises:
         InputError: an environment's own ``get_state`` gave what no file can hold.
@@ -62,7 +68,7 @@ def vector_state(env: VectorEnv) -> list[Any] | None:
     if isinstance(env, AsyncVectorEnv):
         # Workers keep to themselves which episodes a next step would reset.
         alike = env.metadata["autoreset_mode"] is not AutoresetMode.NEXT_STEP
-        inner = [{"envs": list(env.call("run_state"))}] if alike and _is_watched(env) else [None]
+        inner = [{"envs": list(ask(env, "run_state"))}] if alike and isinstance(env, Workers) else [None]
     elif isinstance(env, SyncVectorEnv):
         inner = [{"envs": list(map(environment_state, env.envs)), "autoreset": pack(env._autoreset_envs)}]
     else:
@@ -88,10 +94,6 @@ def restore_vector(env: VectorEnv, state: list[Any]) -> None:
         _restore_layer(env, inner)
 
 
-def _is_watched(env: AsyncVectorEnv) -> bool:
-    return all(env.call("has_wrapper_attr", "run_state"))
-
-
 def _layers(env: gym.Env[Any, Any]) -> list[gym.Env[Any, Any]]:
     layers = [env]
     while isinstance(layers[-1], gym.Wrapper):
@@ -99,7 +101,30 @@ def _layers(env: gym.Env[Any, Any]) -> list[gym.Env[Any, Any]]:
     return layers
 
 
+def same_environments(one: list[Any], other: list[Any]) -> bool:
+    """Whether two states are of vectors made alike: the same layers, with the same arguments."""
+    return _kinds(one) == _kinds(other)
+
+
+def _kinds(state: Any) -> Any:
+    if isinstance(state, list):
+        return [_kinds(part) for part in state]
+    return state.get("kind", _kinds(state.get("envs", [])))
+
+
 def _layer_state(layer: Any) -> dict[str, Any] | None:
+    state = _own_state(layer)
+    if state is not None:
+        spec = layer.spec if isinstance(layer, gym.Env | VectorEnv) else None
+        made = None if spec is None else (spec.id, sorted(map(str, spec.kwargs.items())), spec.max_episode_steps)
+        limit = getattr(layer, "_max_episode_steps", None)  # of TimeLimit
+        state["kind"] = re.sub(
+            " at 0x[0-9a-f]+", "", f"{type(layer).__module__}.{type(layer).__qualname__} {made} {limit}"
+        )
+    return state
+
+
+def _own_state(layer: Any) -> dict[str, Any] | None:
     module = f"{type(layer).__module__}."
     if module.startswith(MUJOCO):
         own = _attributes(layer, INNER | MUJOCO_PARTS)
@@ -161,12 +186,14 @@ def _restore_attributes(owner: Any, attributes: Mapping[str, Any]) -> None:
     """Put back what :func:`_attributes` gave, and nothing else that a file may hold."""
     known = _attributes(owner, INNER | MUJOCO_PARTS)
     for name, value in attributes.items():
-        if name not in known or isinstance(value, str | bytes):
+        if name not in known:
             continue
         if isinstance(value, dict) and value.get(MARK) == "attributes":
             _restore_attributes(getattr(owner, name), value["value"])
-        else:
-            setattr(owner, name, unpack(value))
+            continue
+        value = unpack(value)
+        if not isinstance(value, str | bytes):
+            setattr(owner, name, value)
 
 
 def _mujoco_state(model: Any, data: Any) -> dict[str, Any]:
@@ -261,4 +288,6 @@ def unpack(value: Any) -> Any:
     if kind == "deque":
         return deque(map(unpack, inner), maxlen=value["maxlen"])
     array = inner.numpy().copy() if isinstance(inner, Tensor) else inner
+    if not isinstance(array, np.ndarray):
+        raise InputError("the checkpoint's state of an environment is none that PPO wrote: give one that it did")
     return array if kind == "array" else array[()]

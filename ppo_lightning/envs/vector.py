@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppo_lightning.envs.make import RESTARTED, EnvMaker
 from ppo_lightning.envs.masks import ActionMasks
-from ppo_lightning.envs.state import pack, restore_vector, unpack, vector_state
+from ppo_lightning.envs.state import pack, restore_vector, same_environments, unpack, vector_state
 from ppo_lightning.envs.workers import Watch, WorkerLost, close
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.spaces import MASK, Array, Tree, flattener, leaves, tree_map, without_mask
@@ -130,6 +130,8 @@ class Environments:
         self._lost: WorkerLost | None = None
         self.name = maker.name
         self.num_envs = self.env.num_envs
+        self.crashed = np.zeros(self.num_envs, dtype=bool)
+        """[N] environments that were made anew in the last step: their episodes did not end by themselves."""
         self._timeout = timeout_s
         mode = self.env.metadata.get("autoreset_mode")  # to guess it would drop steps, or learn from resets
         try:
@@ -233,7 +235,8 @@ class Environments:
             observation, reward, terminated, truncated, info = self._stepped()
         except WorkerLost as lost:
             return self._begin_anew(self._bearable(lost))
-        self._count(info)
+        if self._restarts.limit:
+            self._count(info)
         done = terminated | truncated
         valid = None
         begun = done
@@ -264,11 +267,12 @@ class Environments:
 
     def _count(self, info: dict[str, Any]) -> None:
         """Count the environments that say they were made anew."""
-        if self._restarts.limit:
-            for said in (info, info.get("final_info", {})):
-                for cause in said.get(RESTARTED, ()):
-                    if cause is not None:
-                        self._restarts.take(cause)
+        self.crashed[:] = False
+        for said in (info, info.get("final_info", {})):
+            for index, cause in enumerate(said.get(RESTARTED, ())):
+                if cause is not None:
+                    self._restarts.take(cause)
+                    self.crashed[index] = True
 
     def _keep(self, observation: Tree) -> None:
         """Keep what is seen, for when the workers are lost in the next step."""
@@ -286,6 +290,7 @@ class Environments:
         self._restarts.take(str(lost))
         self.close()
         self._take_over(self._maker(self.num_envs, self._first))
+        self.crashed[:] = True
         final, seed = self._last, self._seed
         if seed is not None:  # other episodes than those that the seed began with
             seed = int(np.random.SeedSequence([seed, self._restarts.count]).generate_state(1)[0])
@@ -333,15 +338,36 @@ class Environments:
         if self._lost is not None:
             return None
         try:
-            inner = self._ask("get_state", lambda: vector_state(self.env))
+            inner = self._ask("get_state", lambda: vector_state(self.env, self._asked))
         except WorkerLost as lost:
             self._lost, inner = self._bearable(lost), None
-        return None if inner is None else {"env": inner, "done": pack(self._done), "masks": pack(self._masks.now)}
+        if inner is None:
+            return None
+        return {
+            "env": inner,
+            "done": pack(self._done),
+            "masks": pack(self._masks.now),
+            "last": pack(self._last),
+            "seed": self._seed,
+            "restarts": self._restarts.count,
+        }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on, after a reset, from what :meth:`state` gave."""
+    def _asked(self, env: AsyncVectorEnv, name: str) -> Any:
+        assert self._watch is not None
+        env.call_async(name)
+        return self._watch.call(name, env.call_wait, self._timeout)
+
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Go on, after a reset, from what :meth:`state` gave; False, and nothing done, where that was of other ones."""
+        now = self.state()
+        if now is None or not same_environments(now["env"], state["env"]):
+            return False
         self._ask("set_state", lambda: restore_vector(self.env, state["env"]))
         self._done, self._masks.now = unpack(state["done"]), unpack(state["masks"])
+        self._seed, self._restarts.count = state["seed"], state["restarts"]
+        if state["last"] is not None:
+            self._last = unpack(state["last"])
+        return True
 
     def close(self) -> None:
         """Close the vector and its workers, busy or dead; a vector that the user made stays open."""
@@ -453,10 +479,9 @@ class Halves:
         states = [half.state() for half in self.halves]
         return None if None in states else {"halves": states}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> bool:
         """As of :class:`Environments`."""
-        for half, own in zip(self.halves, state["halves"], strict=True):
-            half.restore(own)
+        return all(half.restore(own) for half, own in zip(self.halves, state["halves"], strict=True))
 
     def close(self) -> None:
         """Close both, at the same time."""

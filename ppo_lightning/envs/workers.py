@@ -3,12 +3,14 @@
 import contextlib
 import faulthandler
 import fcntl
+import multiprocessing
 import os
 import queue
 import select
 import signal
 import struct
 import termios
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -91,6 +93,7 @@ def _work(
     for number in (signal.SIGINT, signal.SIGTERM):  # they are for the run, which ends its workers
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1)
+    threading.Thread(target=_leave_with_the_run, daemon=True).start()
     try:
         env = make()
     except EnvironmentFault as fault:
@@ -103,6 +106,14 @@ def _work(
     except SystemExit as error:  # in the run's own process it would be a signal's
         told.put((index, SystemExit, error, traceback.format_exc()))
         pipe.send((None, False))
+
+
+def _leave_with_the_run() -> None:
+    """End when the run's process has: a worker that hangs would not see its pipe close."""
+    run = multiprocessing.parent_process()
+    assert run is not None
+    run.join()
+    os._exit(1)
 
 
 class _Faults:

@@ -40,11 +40,11 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def merge(self, packed: Tensor) -> None:
-        """Merge what :meth:`batch_moments` packed, [P] or [ranks, P], in order."""
+        """Merge what :meth:`batch_moments` packed, [P] or [ranks, P], in order; not a row that is not finite."""
         size = self.mean.numel()
         for row in packed.reshape(-1, 1 + 2 * size):
             count = row[0]
-            if count == 0:
+            if count == 0 or not row.isfinite().all():  # once in the moments, it would stay there
                 continue
             mean, squares = (part.view_as(self.mean) for part in row[1:].split(size))
             total = self.count + count
@@ -104,8 +104,13 @@ class ValueNormalizer(nn.Module):
 
     @torch.no_grad()
     def merge(self, packed: Tensor) -> None:
-        """Take in the targets of a rollout, as :meth:`RunningMoments.batch_moments` packs them, [3] or [ranks, 3]."""
-        count, mean, squares = packed.view(-1, 3).unbind(1)
+        """Take in the targets of a rollout where they are finite.
+
+        Args:
+            packed: by :meth:`RunningMoments.batch_moments`, [3] or [ranks, 3].
+        """
+        packed = packed.view(-1, 3)
+        count, mean, squares = packed[packed.isfinite().all(1)].unbind(1)
         samples = count.sum()
         if samples == 0:
             return

@@ -248,7 +248,7 @@ def test_the_steps_that_are_compiled_are_as_careful(non_finite, fit, tmp_path, m
         assert equal(seen[0], state(model))
         assert float(model.compiled.steps[0]) == steps[0] == 4
         left = torch.load(tmp_path / "non_finite.pt", weights_only=True)
-        assert left["samples"]["observation"].shape == (16, 4)
+        assert left["samples"]["observation"].shape == (8, 4)  # the minibatch, since it was all made again step by step
         assert (left["samples"]["value_target"] > 1e20).sum() >= 1
         assert equal(list(left["policy"].values()), state(model))
     else:
@@ -257,6 +257,33 @@ def test_the_steps_that_are_compiled_are_as_careful(non_finite, fit, tmp_path, m
         assert 2 <= skipped <= 4
         assert steps == [4, 8 - skipped, 12 - skipped]
         assert all(one.isfinite().all() for one in state(model))
+        torch.manual_seed(1)
+        eager = PPO(partial(Overflows, 2, range(8, 9)), non_finite="skip", normalize_advantage=False, **size)
+        torch.manual_seed(1)
+        again = PPO(
+            partial(Overflows, 2, range(8, 9)), compile=True, non_finite="skip", normalize_advantage=False, **size
+        )
+        fit(eager)
+        fit(again)
+        for one, other in zip(state(eager), state(again), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_extreme_rewards_do_not_poison_running_moments(fit):
+    """They are finite, but their squares and sums are not."""
+
+    class Extreme(Overflows):
+        def step(self, actions):
+            observation, reward, *rest = super().step(actions)
+            return observation, reward.clamp(max=1e8) * (3e30 if self.taken - 1 in self.steps else 1.0), *rest
+
+    model = PPO(
+        partial(Extreme, 2, range(8, 9)), non_finite="skip", normalize_reward=True, popart={"beta": 0.1},
+        num_envs=2, num_steps=8, total_steps=96, num_minibatches=2,
+    )  # fmt: skip
+    fit(model)
+    assert all(one.isfinite().all() for one in model.state_dict().values())
+    assert model.rollouts.discounted.isfinite().all()
 
 
 # --- F10-F13: degenerate minibatches -----------------------------------------------------------------------------------
@@ -328,17 +355,44 @@ def test_a_learning_rate_far_too_high_is_stopped_by_target_kl(fit):
     assert all(one.isfinite().all() for one in state(model))
 
 
+class Diverges(PPO):
+    """The divergence is no number from the second minibatch of each update on, or from the first."""
+
+    divergence, at_once = torch.nan, False
+
+    def current_loss(self):
+        model, calls = self, []
+
+        class Loss(PPOLoss):
+            def __call__(self, batch, evaluate):
+                calls.append(1)
+                terms = super().__call__(batch, evaluate)
+                late = len(calls) > 1 or model.at_once
+                return terms._replace(approx_kl=torch.tensor(model.divergence)) if late else terms
+
+        return Loss(**vars(super().current_loss()))
+
+
 @pytest.mark.parametrize("divergence", [torch.nan, torch.inf])
 def test_a_divergence_that_is_not_finite_counts_as_too_large(divergence, fit):
-    class Diverges(PPO):
-        def current_loss(self):
-            class Loss(PPOLoss):
-                def __call__(self, batch, evaluate):
-                    return super().__call__(batch, evaluate)._replace(approx_kl=torch.tensor(divergence))
-
-            return Loss(**vars(super().current_loss()))
-
     model = Diverges("CartPole-v1", **SMALL, target_kl=1e9)
+    model.divergence, taken = divergence, []
+    model.on_train_batch_end = lambda *_: taken.append(len(model._grad_norms))
+    fit(model)
+    assert set(taken) == {1}
+
+
+@pytest.mark.parametrize("divergence", [torch.nan, torch.inf])
+def test_before_any_step_it_means_a_policy_that_gives_no_numbers(divergence, fit):
+    model = Diverges("CartPole-v1", **SMALL, target_kl=1e9)
+    model.divergence, model.at_once = divergence, True
+    before = state(model)
+    with pytest.raises(FloatingPointError, match="in iteration 1"):
+        fit(model)
+    assert equal(before, state(model))
+    model = Diverges("CartPole-v1", **SMALL, target_kl=1e9, non_finite="skip")
+    model.divergence, model.at_once = divergence, True
     before = state(model)
     fit(model)
     assert equal(before, state(model))
+    assert model._skipped == int(model.iterations)

@@ -48,6 +48,16 @@ def test_ratios_begin_at_one_and_counters_are_exact(name, fit):
     assert all(value.isfinite().all() for value in model.policy.parameters())
 
 
+@pytest.mark.parametrize("non_finite", ["raise", "skip"])
+def test_a_scaler_hides_no_number_that_is_none(non_finite, fit):
+    """It may leave out what it has scaled too far; with a scale below 1, it has not."""
+    model = Watching(**{**SMALL, "total_steps": 4000}, non_finite=non_finite)
+    with torch.no_grad():
+        model.policy.network.value_head.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="the gradient's norm is nan"):
+        fit(model, plugins=[scaled()])
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_norms_are_those_of_unscaled_gradients(fused, fit):
     """A fused optimiser unscales within its step: too late for clipping."""

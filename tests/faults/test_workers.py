@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -330,3 +332,40 @@ def test_forked_and_served_workers_give_the_same_rollouts(monkeypatch):
         model.close_environments()
     assert (batches[0] == batches[1]).all()
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_stops_answering_a_checkpoint_is_named():
+    environments = vector("nothing", timeout_s=1.0)
+    os.kill(environments.env.processes[1].pid, signal.SIGSTOP)
+    message, seconds = fault_of(environments.state)
+    assert "environment [1] did not answer within 1.0 s in run_state" in message
+    assert seconds < 3
+    assert not any(process.is_alive() for process in environments.env.processes)
+
+
+def test_a_worker_that_hangs_does_not_outlive_a_run_that_is_killed(tmp_path):
+    (tmp_path / "run.py").write_text(
+        "import sys, time, gymnasium as gym\n"
+        "from ppo_lightning import PPO\n"
+        "class Hangs(gym.Wrapper):\n"
+        "    def step(self, action):\n"
+        "        time.sleep(1000)\n"
+        "def make():\n"
+        "    return Hangs(gym.make('CartPole-v1'))\n"
+        "if __name__ == '__main__':\n"
+        "    model = PPO(make, vectorization='async', num_envs=1, num_minibatches=1)\n"
+        "    model._stepper = model.rollouts.start()\n"
+        "    print(model.rollouts.environments.env.processes[0].pid, flush=True)\n"
+        "    model.rollouts.collect()\n"
+    )
+    run = subprocess.Popen([sys.executable, "run.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    worker = Path(f"/proc/{int(run.stdout.readline())}/stat")
+    time.sleep(0.5)
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    deadline = time.monotonic() + 10
+    while worker.exists() and worker.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
