@@ -409,10 +409,12 @@ class CompiledUpdate:
                     kl = table[KL : KL + 1]
                     if world_size > 1:
                         # The divergence rides on the gradient's reduction, so that all processes decide alike.
-                        packed = torch.cat([gradient, kl])
+                        packed = gradient if target_kl is None else torch.cat([gradient, kl])
                         add_up(packed)
-                        gradient, kl = (packed / world_size).split([len(gradient), 1])
-                    first_kl = kl if len(tables) == 1 else first_kl
+                        packed.div_(world_size)
+                        gradient, kl = packed[: len(gradient)], kl if target_kl is None else packed[-1:]
+                    if target_kl is not None and len(tables) == 1:
+                        first_kl = kl
                     stopped = target_kl is not None and not kl.item() <= 1.5 * target_kl
                     if stopped:
                         break

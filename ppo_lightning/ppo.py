@@ -64,7 +64,7 @@ from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.prediction import predict
 from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, cut_up, different, fingerprint
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
-from ppo_lightning.shared_sums import sums_over_processes
+from ppo_lightning.shared_sums import SharedSums, sums_over_processes
 from ppo_lightning.snapshot import Snapshot
 from ppo_lightning.spaces import check_mask, cut, describe, rows_of, without_mask
 from ppo_lightning.streams import random_state, restore_random_state
@@ -256,6 +256,7 @@ class PPO(LightningModule):
         """State of each process of the run that goes on here, until training starts."""
         self._before = Snapshot()
         self._add_up: Callable[[Tensor], Any] = _nothing_to_add
+        self._shared: SharedSums | None = None
         self._without_others = False
         self.signalled: signal.Signals | None = None
         """The signal that asked this process to end."""
@@ -353,7 +354,9 @@ class PPO(LightningModule):
         self._settings.restore(scheduled=self._was_scheduled)
         self._add_up = sums_over_processes(self.trainer, self._learnt)
         hooks = gradient_hooks(self.trainer, self, PPO)
-        self._steps_alone = steps_concern_nobody(self.trainer) and not hooks
+        owner = getattr(self._add_up, "__self__", None)
+        self._shared = owner if isinstance(owner, SharedSums) and owner.averages else None
+        self._steps_alone = steps_concern_nobody(self.trainer, averages=self._shared is not None) and not hooks
         self.prepare(self._optimizer, hooks)
 
     def prepare(self, optimizer: torch.optim.Optimizer, hooks: Sequence[str] = ()) -> None:
@@ -773,6 +776,8 @@ class PPO(LightningModule):
             optimizer.optimizer.zero_grad() if alone else optimizer.zero_grad()
         if alone:
             loss.backward()
+            if last and self._shared is not None:
+                self._shared.average_gradients(self._learnt)
         elif last:
             self.manual_backward(loss)
         else:

@@ -44,6 +44,7 @@ def sums_over_processes(trainer: Any, parameters: list[nn.Parameter]) -> Callabl
         return distributed.all_reduce
     if isinstance(strategy, DDPStrategy) and strategy._ddp_comm_hook is None:
         cast(Any, strategy.model).register_comm_hook(sums, _average)
+        sums.averages = True
     return sums.add_up
 
 
@@ -77,7 +78,7 @@ class SharedSums:
     """
 
     def __init__(self, rank: int, world_size: int, size: int) -> None:
-        self.rank, self.round = rank, 0
+        self.rank, self.round, self.averages = rank, 0, False
         numbers = 2 * world_size * (STRIDE + size)
         place = [_allocate(4 * numbers)] if rank == 0 else [None]
         distributed.broadcast_object_list(place)
@@ -110,6 +111,15 @@ class SharedSums:
         tensor.copy_(values[0])
         for other in values[1:]:
             tensor.add_(other)
+
+    def average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Replace the gradients by their means over all processes, as DDP would, without its hooks for each."""
+        gradients = [one.grad for one in parameters if one.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self.add_up(flat)
+        pieces = flat.div_(len(self.pids)).split([gradient.numel() for gradient in gradients])
+        means = [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
+        torch._foreach_copy_(gradients, means)  # pyright: ignore[reportPrivateImportUsage]
 
     def _wait(self) -> None:
         begun = time.perf_counter()

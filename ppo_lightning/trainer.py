@@ -102,13 +102,17 @@ def is_default(callback: Callback) -> bool:
     return kind in (RichProgressBar, TQDMProgressBar, ModelCheckpoint) and vars(callback) == vars(kind())
 
 
-def steps_concern_nobody(trainer: Any) -> bool:
+def steps_concern_nobody(trainer: Any, *, averages: bool = False) -> bool:
     """Whether Lightning's calls around a gradient step do nothing beside hooks, at a tenth of a millisecond per minibatch.
 
-    That is so in one process, without a gradient scaler.
+    That is so in one process, or where we average gradients ourselves, without a gradient scaler.
+
+    Args:
+        trainer: of the run.
+        averages: gradients of several processes are averaged without DDP.
     """
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    return type(trainer.strategy) is SingleDeviceStrategy and not scaled
+    return (averages or type(trainer.strategy) is SingleDeviceStrategy) and not scaled
 
 
 def gradient_hooks(trainer: Any, module: object, base: type) -> list[str]:

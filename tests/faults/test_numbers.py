@@ -191,7 +191,7 @@ def test_the_run_ends_before_a_step_by_what_is_no_number_and_leaves_a_file(what,
 @pytest.mark.parametrize("hooked", [False, True], ids=["alone", "by the strategy"])
 def test_a_step_by_what_is_no_number_is_left_out_and_counted(what, hooked, fit, monkeypatch):
     if hooked:
-        monkeypatch.setattr(module, "steps_concern_nobody", lambda trainer: False)
+        monkeypatch.setattr(module, "steps_concern_nobody", lambda trainer, averages=False: False)
     model = Poisonous(what, times=3, non_finite="skip")
     logged = []
     model.on_train_batch_end = lambda *_: logged.append(dict(model.trainer.callback_metrics))

@@ -182,9 +182,9 @@ def test_a_fingerprint_notices_every_bit_and_order():
 class Divergent(PPO):
     """Of one rank the divergence is far beyond the target from the third minibatch on."""
 
-    def diverged(self, approx_kl):
+    def diverged(self, approx_kl, *, first=False):
         self.asked = getattr(self, "asked", 0) + 1
-        return super().diverged(approx_kl + 10.0 * (self._rank == 1 and self.asked >= 3))
+        return super().diverged(approx_kl + 10.0 * (self._rank == 1 and self.asked >= 3), first=first)
 
 
 def test_a_rank_that_diverges_alone_stops_both_before_the_same_step():
