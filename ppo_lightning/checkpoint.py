@@ -71,7 +71,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             raise InputError("save_checkpoint has no storage_options here: write to a path or URL without them")
         data = sealed(checkpoint)
         if not self._checked:  # the first file shows what callbacks and the like put in
-            plain_contents(data, f"what {path} was to hold")
+            _plain(data, f"what {path} was to hold", "cpu")
             self._checked = True
         filesystem, name = url_to_fs(str(path))
         if isinstance(filesystem, LocalFileSystem):
@@ -176,13 +176,7 @@ def plain_contents(data: bytes, source: object, map_location: Any = "cpu") -> di
     Raises:
         InputError: it holds something else, or is not of this version.
     """
-    try:
-        contents = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
-    except Exception as error:  # a digest is no signature: whoever made this file chose what the reader stumbles over
-        raise InputError(
-            f"{source} is no checkpoint that can be read ({type(error).__name__}): it holds more than tensors and plain "
-            "data; use one that PPO wrote, with callbacks whose state_dict holds nothing else"
-        ) from error
+    contents = _plain(data, source, map_location)
     if not isinstance(contents, dict) or not all(isinstance(contents.get(part), dict) for part in PARTS):
         raise InputError(f"{source} is not a checkpoint of ppo_lightning: give one that PPO wrote")
     hyperparameters = contents["hyper_parameters"]
@@ -193,6 +187,16 @@ def plain_contents(data: bytes, source: object, map_location: Any = "cpu") -> di
     if not contents[KEY].keys() >= OURS or contents.keys() & OLD_HYPERPARAMETERS:
         raise InputError(f"{source} is a checkpoint of another version of ppo_lightning: use the version that wrote it")
     return contents
+
+
+def _plain(data: bytes, source: object, map_location: Any) -> Any:
+    try:
+        return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
+    except Exception as error:  # a digest is no signature: whoever made this file chose what the reader stumbles over
+        raise InputError(
+            f"{source} is no checkpoint that can be read ({type(error).__name__}): it holds more than tensors and plain "
+            "data; use one that PPO wrote, with callbacks whose state_dict holds nothing else"
+        ) from error
 
 
 def _bytes_of(source: str | Path | IO[bytes]) -> bytes:

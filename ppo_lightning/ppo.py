@@ -454,7 +454,10 @@ class PPO(LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # a fused optimiser would do it within its step: too late for clipping
-        self.clip_gradients_by_norm(scaler)
+        if scaler is None:
+            self.clip_gradients_by_norm()
+        else:
+            self.clip_gradients_by_norm(scaler)
 
     @override
     def on_fit_end(self) -> None:
