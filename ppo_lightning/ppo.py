@@ -496,10 +496,11 @@ class PPO(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a policy needs beyond weights: what it was trained on, and with which seed."""
         checkpoint["hyper_parameters"]["total_steps"] = self.total_steps  # it may have been raised since
-        states = [self._run_state()]
+        own = self._run_state()
+        states = [own]
         if self._world_size > 1 and not self._without_others:  # every process comes here, one of them writes
-            states = [states[0]] * self._world_size
-            torch.distributed.all_gather_object(states, self._run_state())
+            states = [own] * self._world_size
+            torch.distributed.all_gather_object(states, own)
         checkpoint[KEY] = {
             "processes": as_tensors(states),
             "observation_space": describe(self.observation_space),

@@ -287,3 +287,16 @@ def test_threads_are_as_many_as_pay():
     assert threads(small, processes=1) == 1
     assert threads(large, processes=1) == threads(wide, processes=1) == cores
     assert threads(large, processes=2 * cores) == 1
+
+
+def test_a_logger_that_cannot_write_gives_up_and_training_goes_on(monkeypatch):
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardLogger, "log_metrics", full)
+    with pytest.warns(UserWarning, match="RunBoard stops logging, since it cannot write.*training goes on") as said:
+        fit()
+    assert sum("RunBoard" in str(one.message) for one in said) == 1
+    assert table()["step"].max() == 512
