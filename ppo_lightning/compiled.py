@@ -243,7 +243,8 @@ class CompiledUpdate:
 
     The parameters of the policy, and Adam's moments in the optimiser's own state, become views of flat tensors, so that
     checkpoints, acting and evaluation see what they always saw. In one process without ``target_kl`` all is one graph;
-    else gradients and step are two, and between them the flat gradient is reduced and the divergence looked at.
+    else a step and the next minibatch's gradient are one, and between two of these the flat gradient is reduced and the
+    divergence looked at.
 
     Args:
         policy: whose parameters are learnt.
@@ -280,6 +281,7 @@ class CompiledUpdate:
         self._gradient_of = compiled(lambda *batch: self._gradient(flat, *batch), policy)
         self._step_by = compiled(lambda gradient, hyper: self._step(flat, moments, gradient, hyper), policy)
         self._whole_of = compiled(lambda *batch: self._whole(flat, moments, *batch), policy)
+        self._next_of = compiled(lambda *both: self._next(flat, moments, *both), policy)
 
     # --- the graphs ---------------------------------------------------------------------------------------------------
 
@@ -340,6 +342,10 @@ class CompiledUpdate:
         gradient, terms = self._gradient(flat, samples, rows, valid, hyper)
         return self._step(flat, moments, gradient, hyper), terms
 
+    def _next(self, flat: Tensor, moments: Tensor, gradient: Tensor, hyper: Tensor, *batch: Any) -> tuple[Tensor, ...]:
+        norm = self._step(flat, moments, gradient, hyper)
+        return norm, *self._gradient(flat, *batch)
+
     # --- around them --------------------------------------------------------------------------------------------------
 
     def run(
@@ -388,6 +394,7 @@ class CompiledUpdate:
         tables: list[Tensor] = []
         norms: list[Tensor] = []
         stopped, first_kl = False, torch.zeros(1)
+        agreed: tuple[Tensor, Tensor] | None = None  # gradient and numbers of a step that is to be taken
         for epoch, order in enumerate(cuts.orders.to(device)):
             if cuts.moments is not None:
                 own = slice(None) if names is None else names
@@ -402,9 +409,17 @@ class CompiledUpdate:
                     rows = torch.cat([rows, rows[:1].expand(most - len(rows))])
                 if whole:
                     norm, table = self._whole_of(samples, rows, counts, hyper)
+                    norms.append(norm)
                     tables.append(table)
                 else:
-                    gradient, table = self._gradient_in(chunks, samples, rows, counts, hyper, weight)
+                    if agreed is None:
+                        gradient, table = self._gradient_in(chunks, samples, rows, counts, hyper, weight)
+                    elif chunks > 1:
+                        norms.append(self._step_by(*agreed))
+                        gradient, table = self._gradient_in(chunks, samples, rows, counts, hyper, weight)
+                    else:
+                        norm, gradient, table = self._next_of(*agreed, samples, rows, counts, hyper)
+                        norms.append(norm)
                     tables.append(table)
                     kl = table[KL : KL + 1]
                     if world_size > 1:
@@ -416,12 +431,13 @@ class CompiledUpdate:
                     if target_kl is not None and len(tables) == 1:
                         first_kl = kl
                     stopped = target_kl is not None and not kl.item() <= 1.5 * target_kl
+                    agreed = None if stopped else (gradient, hyper)
                     if stopped:
                         break
-                    norm = self._step_by(gradient, hyper)
-                norms.append(norm)
             if stopped:
                 break
+        if agreed is not None:
+            norms.append(self._step_by(*agreed))
         taken = torch.stack(norms) if norms else torch.zeros(0)
         torch._foreach_add_(self.steps, int(taken.isfinite().sum()))  # pyright: ignore[reportPrivateImportUsage]
         begun = -(-len(tables) // num_minibatches)

@@ -355,8 +355,9 @@ class PPO(LightningModule):
         self._add_up = sums_over_processes(self.trainer, self._learnt)
         hooks = gradient_hooks(self.trainer, self, PPO)
         owner = getattr(self._add_up, "__self__", None)
-        self._shared = owner if isinstance(owner, SharedSums) and owner.averages else None
-        self._steps_alone = steps_concern_nobody(self.trainer, averages=self._shared is not None) and not hooks
+        self._shared = owner if isinstance(owner, SharedSums) else None
+        averages = self._shared is not None and self._shared.averages
+        self._steps_alone = steps_concern_nobody(self.trainer, averages=averages) and not hooks
         self.prepare(self._optimizer, hooks)
 
     def prepare(self, optimizer: torch.optim.Optimizer, hooks: Sequence[str] = ()) -> None:
@@ -850,6 +851,8 @@ class PPO(LightningModule):
             "loss": asdict(loss),
         }
         torch.save(contents, file)
+        if self._world_size > 1:
+            torch.distributed.barrier()  # the first process to end takes the others with it, and their files
         return file
 
     @torch.no_grad()
@@ -910,6 +913,8 @@ class PPO(LightningModule):
         """The rows [P] of all processes, [ranks, P]; of one process the row as it is."""
         if self._world_size == 1:
             return row
+        if self._shared is not None and self._shared.has_room(row):
+            return self._shared.gather(row)
         sent = row.to(self.device).contiguous()
         rows = [torch.empty_like(sent) for _ in range(self._world_size)]
         torch.distributed.all_gather(rows, sent)

@@ -1,4 +1,4 @@
-"""Sums over the processes of one machine, in memory that they share.
+"""Sums over the processes of one machine, and what each has counted, in memory that they share.
 
 A small message by gloo wakes a thread in each process and costs 0.3 to 4 ms; an update of two processes sends one for each
 minibatch. Written to shared memory, the same sum takes some ten microseconds.
@@ -18,8 +18,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 
 FOLDER = Path("/dev/shm")
-SPIN_S, LOOK_S = 2e-3, 0.1
-"""Seconds to wait without giving the core away, and between two looks at whether the others live."""
+SPIN_S, YIELD_S, LOOK_S = 2e-3, 0.05, 0.1
+"""Seconds to wait without giving the core away, then without sleeping, and between two looks at whether the others live."""
+ROW = 1 << 12
+"""Numbers of single precision that there is room for at least: what is counted and logged is gathered here, too."""
 STRIDE = 8
 """Counters lie this many numbers apart, each in a cache line of its own."""
 
@@ -35,6 +37,7 @@ def sums_over_processes(trainer: Any, parameters: list[nn.Parameter]) -> Callabl
     if trainer.world_size == 1 or not (single and _can_share(trainer.num_nodes, strategy.root_device)):
         return distributed.all_reduce
     size = sum(one.numel() for one in parameters) + 1  # the divergence comes with the gradients
+    size = max(size + size % 2, ROW)
     try:
         sums = SharedSums(trainer.global_rank, trainer.world_size, size)
     except OSError as error:  # in all processes
@@ -71,7 +74,7 @@ class SharedSums:
     Args:
         rank: of this process.
         world_size: processes.
-        size: numbers of the largest tensor.
+        size: numbers of the largest tensor, an even one.
 
     Raises:
         OSError: there is no room for the memory, in all processes alike.
@@ -102,15 +105,28 @@ class SharedSums:
         Raises:
             DistError: a process died, or did not come within the process group's timeout.
         """
+        values = self._meet(tensor)
+        tensor.copy_(values[0])
+        for other in values[1:]:
+            tensor.add_(other)
+
+    def has_room(self, row: Tensor) -> bool:
+        """Whether :meth:`gather` can take a row."""
+        return row.nbytes <= self.values[0, 0].nbytes
+
+    def gather(self, row: Tensor) -> Tensor:
+        """The rows [P] of all processes, [ranks, P]; otherwise as :meth:`add_up`."""
+        return self._meet(row).clone()
+
+    def _meet(self, tensor: Tensor) -> Tensor:
+        """What all processes have brought, [ranks, P], until the next but one call."""
         self.round += 1
-        values = self.values[self.round % 2, :, : len(tensor)]
+        values = self.values[self.round % 2].view(tensor.dtype)[:, : len(tensor)]
         values[self.rank].copy_(tensor)
         self.counters[self.rank] = self.round
         if (self.counters < self.round).any():
             self._wait()
-        tensor.copy_(values[0])
-        for other in values[1:]:
-            tensor.add_(other)
+        return values
 
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Replace the gradients by their means over all processes, as DDP would, without its hooks for each."""
@@ -126,7 +142,9 @@ class SharedSums:
         look = begun + LOOK_S
         while (self.counters < self.round).any():
             now = time.perf_counter()
-            if now - begun > SPIN_S:
+            if now - begun > YIELD_S:
+                time.sleep(SPIN_S / 2)
+            elif now - begun > SPIN_S:
                 os.sched_yield()
             if now > look:
                 self._look(now - begun)
@@ -138,8 +156,7 @@ class SharedSums:
         timeout = distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout  # pyright: ignore
         if dead or waited > timeout.total_seconds():
             what = "ended" if dead else f"did not come within {waited:.0f} s"
-            raise distributed.DistError(f"process {dead or late} {what} where gradients are added up")
-        time.sleep(LOOK_S / 100)
+            raise distributed.DistError(f"process {dead or late} {what} where the processes meet")
 
 
 def _allocate(size: int) -> str | None:

@@ -45,6 +45,22 @@ def test_every_process_gets_the_same_sum_however_late_the_others_are(world_size)
             assert torch.equal(tensor, torch.full((1 + turn % 100,), float(turn * weights)))
 
 
+def test_every_process_gets_the_rows_of_all_to_the_last_bit():
+    def gathers(rank):
+        sums, rows = SharedSums(rank, 2, 100), []
+        for turn in range(50):
+            row = torch.full((1 + turn % 50,), (turn + rank) / 3, dtype=torch.float64)
+            assert sums.has_room(row)
+            rows.append(sums.gather(row))
+        assert not sums.has_room(torch.zeros(51, dtype=torch.float64))
+        return rows
+
+    for rows in forked(lambda rank: in_group(rank, 2, gathers)):
+        for turn, both in enumerate(rows):
+            assert both.shape == (2, 1 + turn % 50)
+            assert (both == torch.tensor([[turn / 3], [(turn + 1) / 3]], dtype=torch.float64)).all()
+
+
 @pytest.mark.parametrize("more", [{}, {"minibatch_chunks": 2}, {"target_kl": 1e-3}])
 def test_training_is_the_same_by_memory_and_by_messages(more):
     def trains(shares):
@@ -70,7 +86,7 @@ def test_a_process_that_ended_is_missed_at_once_and_leaves_no_file():
         if rank == 1:
             os._exit(0)
         started = time.monotonic()
-        with pytest.raises(distributed.DistError, match=r"process \[1\] ended where gradients are added up"):
+        with pytest.raises(distributed.DistError, match=r"process \[1\] ended where the processes meet"):
             sums.add_up(torch.ones(3))
         return time.monotonic() - started
 
