@@ -1,6 +1,18 @@
-"""``python -m ppo_lightning``: see cli.py."""
+"""``python -m ppo_lightning``: ``report`` and ``sweep`` have doors of their own, all else is LightningCLI's (cli.py)."""
 
-from ppo_lightning.cli import main
+import sys
+from importlib import import_module
+
+DOORS = ("report", "sweep")
+"""Modules whose ``main`` takes the rest of the words."""
+
+
+def main() -> None:
+    """The console script."""
+    words = sys.argv[1:]
+    door = words.pop(0) if words and words[0] in DOORS else "cli"
+    import_module(f"ppo_lightning.{door}").main(words)
+
 
 if __name__ == "__main__":
     main()

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from ppo_lightning.checkpoint import KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
 from ppo_lightning.compiled import ROWS
-from ppo_lightning.errors import EnvironmentFault, InputError, ProcessFault
+from ppo_lightning.errors import InputError, said_in_one_sentence
 from ppo_lightning.plot import draw_learning_curve
 from ppo_lightning.ppo import PPO
 
@@ -213,7 +213,7 @@ def main(args: list[str] | None = None) -> None:
         lambda record: "Tip:" not in record.getMessage()
     )
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
-    try:
+    with said_in_one_sentence():
         PPOCLI(
             PPO,
             trainer_defaults={"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
@@ -222,8 +222,6 @@ def main(args: list[str] | None = None) -> None:
             parser_kwargs={"prog": "ppo-lightning", "description": "PPO on PyTorch Lightning's Trainer"},
             args=args,
         )
-    except (InputError, EnvironmentFault, ProcessFault, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 def _given(words: list[str], name: str) -> str | None:

@@ -1,5 +1,9 @@
 """What goes wrong at the border, in one sentence each: what, where, what to do."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Something the user gave (a parameter, a space, a checkpoint) that cannot be used."""
@@ -11,3 +15,12 @@ class EnvironmentFault(RuntimeError):  # noqa: N818 - what it is, beside Environ
 
 class ProcessFault(RuntimeError):  # noqa: N818 - as above
     """A process of several died, hangs, or holds other parameters than the rest."""
+
+
+@contextmanager
+def said_in_one_sentence() -> Iterator[None]:
+    """Let a command end with status 1 and one sentence, where the user can mend what is wrong."""
+    try:
+        yield
+    except (InputError, EnvironmentFault, ProcessFault, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

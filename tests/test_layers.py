@@ -8,7 +8,8 @@ import ppo_lightning
 ROOT = Path(ppo_lightning.__file__).parent
 LAYERS = [
     {"__main__", "__init__"},
-    {"cli"},
+    {"sweep"},
+    {"cli", "report"},
     {"ppo", "plot"},
     {"trainer"},
     {"callbacks"},
