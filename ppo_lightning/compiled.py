@@ -269,6 +269,7 @@ class CompiledUpdate:
         own = [parameter for module in policy.modules() for parameter in module._parameters.values()]
         # One parameter in two modules; of one module under two names torch would refuse to tie the weights.
         self.tied = len([one for one in own if one is not None]) > len(list(policy.parameters()))
+        self.halves = torch.zeros(0)
         self._lay_out(self._learnt())
         self._make_graphs()
 
@@ -288,7 +289,7 @@ class CompiledUpdate:
     def _gradient(
         self, flat: Tensor, samples: Mapping[str, Any], rows: Tensor, valid: Tensor | None, hyper: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Flat gradient [P] and loss terms [6] of the samples that ``rows`` [B] names, times their share."""
+        """Flat gradient [P] and loss terms [7] of the samples that ``rows`` [B] names, times their share."""
         at = dict(zip(HYPER, hyper.unbind(), strict=True))
         batch = {**_rows(samples, rows), "valid": valid}
         loss = replace(self.loss, clip_range=at["clip_range"], ent_coef=at["ent_coef"])  # numbers of this graph
@@ -311,11 +312,16 @@ class CompiledUpdate:
         return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
 
     def _step(self, flat: Tensor, moments: Tensor, gradient: Tensor, hyper: Tensor) -> Tensor:
-        """Clip, and step by Adam (Kingma & Ba 2015), in place; not where the norm, which is returned, is not finite."""
+        """Clip, and step by Adam (Kingma & Ba 2015), in place; not where the norm is not finite.
+
+        Returns:
+            [3] norms before clipping: of the gradient, and of its halves for the action and the value.
+        """
         eps, decay = self.adam
         at = dict(zip(HYPER, hyper.unbind(), strict=True))
         first_decay, second_decay = at["first_decay"], at["second_decay"]
         norm = gradient.norm()
+        norms = torch.cat([norm[None], (self.halves * gradient.square()).sum(1).sqrt()])
         if self.max_grad_norm is not None:
             gradient = gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         parameter, finite = flat, norm.isfinite()
@@ -328,7 +334,7 @@ class CompiledUpdate:
         parameter = parameter - at["step_size"] * first / (second.sqrt() / at["bias_correction"] + eps)
         flat.copy_(torch.where(finite, parameter, flat))
         moments.copy_(torch.where(finite, torch.stack([first, second]), moments))
-        return norm
+        return norms
 
     def _whole(
         self,
@@ -343,8 +349,8 @@ class CompiledUpdate:
         return self._step(flat, moments, gradient, hyper), terms
 
     def _next(self, flat: Tensor, moments: Tensor, gradient: Tensor, hyper: Tensor, *batch: Any) -> tuple[Tensor, ...]:
-        norm = self._step(flat, moments, gradient, hyper)
-        return norm, *self._gradient(flat, *batch)
+        norms = self._step(flat, moments, gradient, hyper)
+        return norms, *self._gradient(flat, *batch)
 
     # --- around them --------------------------------------------------------------------------------------------------
 
@@ -408,8 +414,8 @@ class CompiledUpdate:
                     counts = torch.arange(most, device=device) < len(rows)
                     rows = torch.cat([rows, rows[:1].expand(most - len(rows))])
                 if whole:
-                    norm, table = self._whole_of(samples, rows, counts, hyper)
-                    norms.append(norm)
+                    of_step, table = self._whole_of(samples, rows, counts, hyper)
+                    norms.append(of_step)
                     tables.append(table)
                 else:
                     if agreed is None:
@@ -418,8 +424,8 @@ class CompiledUpdate:
                         norms.append(self._step_by(*agreed))
                         gradient, table = self._gradient_in(chunks, samples, rows, counts, hyper, weight)
                     else:
-                        norm, gradient, table = self._next_of(*agreed, samples, rows, counts, hyper)
-                        norms.append(norm)
+                        of_step, gradient, table = self._next_of(*agreed, samples, rows, counts, hyper)
+                        norms.append(of_step)
                     tables.append(table)
                     kl = table[KL : KL + 1]
                     if world_size > 1:
@@ -438,10 +444,11 @@ class CompiledUpdate:
                 break
         if agreed is not None:
             norms.append(self._step_by(*agreed))
-        taken = torch.stack(norms) if norms else torch.zeros(0)
-        torch._foreach_add_(self.steps, int(taken.isfinite().sum()))  # pyright: ignore[reportPrivateImportUsage]
+        taken = torch.stack(norms) if norms else torch.zeros(0, 3)
+        count = int(taken[:, 0].isfinite().sum())
+        torch._foreach_add_(self.steps, count)  # pyright: ignore[reportPrivateImportUsage]
         begun = -(-len(tables) // num_minibatches)
-        finite = bool(taken.isfinite().all() & first_kl.isfinite().all())
+        finite = bool(taken[:, 0].isfinite().all() & first_kl.isfinite().all())
         return Passes(torch.stack(tables), taken, begun, len(tables) - (begun - 1) * num_minibatches, finite)
 
     def restore(self) -> None:
@@ -452,7 +459,7 @@ class CompiledUpdate:
     def _gradient_in(
         self, chunks: int, samples: Mapping[str, Any], rows: Tensor, valid: Tensor | None, hyper: Tensor, weight: float
     ) -> tuple[Tensor, Tensor]:
-        """Flat gradient [P] and loss terms [6] of a minibatch, added up over its parts."""
+        """Flat gradient [P] and loss terms [7] of a minibatch, added up over its parts."""
         if chunks == 1:
             return self._gradient_of(samples, rows, valid, hyper)
         if self.normalizes:  # by the moments of the whole minibatch
@@ -510,6 +517,10 @@ class CompiledUpdate:
         self.shapes = {name: parameter.shape for name, parameter in learnt.items()}
         self.flat = torch.cat([parameter.detach().flatten() for parameter in learnt.values()])
         self.moments = self.flat.new_zeros(2, len(self.flat))
+        places = [index for index, one in enumerate(self.policy.parameters()) if one.requires_grad]
+        sizes = torch.tensor([shape.numel() for shape in self.shapes.values()])
+        self.halves = self.policy.halves[:, places].repeat_interleave(sizes, 1).to(self.flat)
+        """[2, P] 1 where a number belongs to the action's half, to the value's half."""
         fused, self.steps, begin = self.optimizer.param_groups[0]["fused"], [], 0
         for parameter in learnt.values():
             part, own = slice(begin, begin + parameter.numel()), self.optimizer.state[parameter]
@@ -528,9 +539,9 @@ class Passes(NamedTuple):
     """What the passes of an update did."""
 
     terms: Tensor
-    """[M, 6] :class:`LossTerms` of every minibatch, in order."""
+    """[M, 7] :class:`LossTerms` of every minibatch, in order."""
     norms: Tensor
-    """[M] or less, gradients' norms before clipping; a step whose norm is not finite was not taken."""
+    """[K, 3] as of :class:`Update`; a step whose norm is not finite was not taken."""
     epochs: int
     """Passes that were begun."""
     minibatches: int

@@ -44,15 +44,15 @@ def evaluate_episodes(
         deterministic: take the most probable action instead of drawing one.
 
     Returns:
-        [num_episodes, 3] float64: undiscounted return (reward units), length (steps), success (1, 0, or NaN where the
-        environment does not say), by environment, then time.
+        [num_episodes, 4] float64: undiscounted return (reward units), length (steps), success and failure (1, 0, or NaN
+        where the environment does not say), by environment, then time.
     """
     num_envs = environments.num_envs
     device = next(policy.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     quota = (num_episodes + np.arange(num_envs)[::-1]) // num_envs
     totals, lengths = np.zeros(num_envs), np.zeros(num_envs)
-    results: list[list[tuple[float, float, float]]] = [[] for _ in range(num_envs)]
+    results: list[list[tuple[float, ...]]] = [[] for _ in range(num_envs)]
     observation = environments.reset(seed)
     state = torch.zeros(num_envs, policy.state_size, device=device) if policy.state_size else None
     start = np.ones(num_envs, dtype=bool)
@@ -81,14 +81,14 @@ def evaluate_episodes(
                 stacklevel=2,
             )
         for index in np.union1d(after.ended, cut).astype(int):
-            success = np.nan
-            if after.success is not None and index in after.ended:
-                success = after.success[np.searchsorted(after.ended, index)]
+            outcome = (np.nan, np.nan)
+            if after.outcome is not None and index in after.ended:
+                outcome = after.outcome[np.searchsorted(after.ended, index)]
             if len(results[index]) < quota[index] and not environments.crashed[index]:
-                results[index].append((totals[index], lengths[index], float(success)))
+                results[index].append((totals[index], lengths[index], *map(float, outcome)))
             totals[index] = lengths[index] = 0
         observation, start = after.observation, after.begun
-    return torch.tensor([episode for env in results for episode in env], dtype=torch.float64).view(-1, 3)
+    return torch.tensor([episode for env in results for episode in env], dtype=torch.float64).view(-1, 4)
 
 
 def _check_finite(after: Transition, step: int) -> None:
@@ -107,8 +107,8 @@ def _check_finite(after: Transition, step: int) -> None:
 
 
 def summarize(episodes: Tensor) -> dict[str, float]:
-    """Statistics of episodes [E, 3] under ``eval/``: returns in reward units, lengths in steps, success in [0, 1]."""
-    returns, lengths, successes = episodes.unbind(1)
+    """Statistics of episodes [E, 4] under ``eval/``: returns in reward units, lengths in steps, rates in [0, 1]."""
+    returns, lengths, successes, failures = episodes.unbind(1)
     statistics = {
         "eval/mean_reward": returns.mean().item(),
         "eval/std_reward": returns.std(correction=0).item(),
@@ -118,4 +118,6 @@ def summarize(episodes: Tensor) -> dict[str, float]:
     }
     if not successes.isnan().all():
         statistics["eval/success_rate"] = successes.nanmean().item()
+    if not failures.isnan().all():
+        statistics["eval/fail_rate"] = failures.nanmean().item()
     return statistics

@@ -26,6 +26,7 @@ class LossTerms(NamedTuple):
     entropy: Tensor
     approx_kl: Tensor
     clip_fraction: Tensor
+    old_approx_kl: Tensor
 
 
 KL = LossTerms._fields.index("approx_kl")
@@ -70,7 +71,8 @@ class PPOLoss:
         loss = policy_loss + self.vf_coef * value_loss - self.ent_coef * entropy
         with torch.no_grad():
             kl, clipped = approximate_kl(log_ratio, valid), clip_fraction(ratio, self.clip_range, valid)
-        return LossTerms(loss, policy_loss.detach(), value_loss.detach(), entropy.detach(), kl, clipped)
+            old_kl = -mean_of(log_ratio, valid)  # the estimator k₁
+        return LossTerms(loss, policy_loss.detach(), value_loss.detach(), entropy.detach(), kl, clipped, old_kl)
 
 
 def normalized(advantage: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from ppo_lightning.errors import InputError
+from ppo_lightning.metric_names import MetricNames
 
 T = TypeVar("T")
 
@@ -79,6 +80,10 @@ def check_numbers(given: Mapping[str, Any]) -> None:
         raise InputError(f"compile must be true or false, got {given['compile']!r}")
     if given["non_finite"] not in ("raise", "skip"):
         raise InputError(f"non_finite must be raise or skip, got {given['non_finite']!r}")
+    if given["metric_names"] not in get_args(MetricNames):
+        raise InputError(f"metric_names must be one of {get_args(MetricNames)}, got {given['metric_names']!r}")
+    if isinstance(given["log_info"], str) or not all(isinstance(key, str) for key in given["log_info"]):
+        raise InputError(f"log_info must be a list of keys, got {given['log_info']!r}")
     restarts = given["env_restarts"]
     if not (_is_number(restarts) and restarts >= 0 and restarts == int(restarts)):
         raise InputError(f"env_restarts must be a whole number of 0 or more, got {restarts!r}")

@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from functools import cached_property, partial
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import gymnasium as gym
 import numpy as np
@@ -37,6 +37,7 @@ from typing_extensions import override
 
 from ppo_lightning.advantage import discounted_return, generalized_advantage
 from ppo_lightning.callbacks import Interrupts
+from ppo_lightning.callbacks.events import tell
 from ppo_lightning.checkpoint import (
     KEY,
     RunSettings,
@@ -52,12 +53,15 @@ from ppo_lightning.checkpoint import (
 )
 from ppo_lightning.clock import Clock
 from ppo_lightning.compiled import CompiledUpdate, CompilerError, why_not
-from ppo_lightning.diagnostics import explained_variance, target_moments
 from ppo_lightning.envs import Environments, EnvMaker, Halves, Restarts, resolve
+from ppo_lightning.envs.info import Sums, added
+from ppo_lightning.envs.info import means as means_of
 from ppo_lightning.envs.state import as_tensors
 from ppo_lightning.errors import InputError, ProcessFault
 from ppo_lightning.evaluation import evaluate_episodes, summarize
-from ppo_lightning.loss import KL, LossTerms, PPOLoss, normalized
+from ppo_lightning.loss import LossTerms, PPOLoss, normalized
+from ppo_lightning.metric_names import MetricNames, renamed
+from ppo_lightning.metrics import Update, merged, norms_of, row_of
 from ppo_lightning.parameters import Linear, PopArt, check_numbers, plain_factory, schedule
 from ppo_lightning.parameters import popart as as_popart
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
@@ -138,6 +142,10 @@ class PPO(LightningModule):
         eval_deterministic: evaluate the most probable action instead of drawing one.
         env_restarts: how often environments that raise, or whose worker processes die or hang, may be made anew in one
             run of this process, their episodes cut there; 0 ends the run (count).
+        log_info: keys of the environments' info whose numbers are logged as env/…, beside reward_components, rewards, log
+            and metrics, which are logged where they are given.
+        metric_names: whose names loggers receive: sb3, cleanrl, leanrl, apexrl, pufferlib or embodichain, with that
+            system's signs and scales; monitors and reports keep Stable-Baselines3's.
         env_timeout_s: a step or reset of async environments that takes longer is an error (seconds).
         compile: run each gradient step, and the rollouts of environments that are tensors, as one compiled graph:
             several times as fast for small networks, after some ten seconds of compilation.
@@ -185,6 +193,8 @@ class PPO(LightningModule):
         num_eval_episodes: int = 10,
         eval_deterministic: bool = True,
         env_restarts: int = 0,
+        log_info: Sequence[str] = (),
+        metric_names: MetricNames = "sb3",
         env_timeout_s: float = 60.0,
         compile: bool = False,
     ) -> None:
@@ -231,6 +241,8 @@ class PPO(LightningModule):
         self.num_eval_episodes = num_eval_episodes
         self.eval_deterministic = eval_deterministic
         self.restarts = Restarts(int(env_restarts))
+        self.log_info = tuple(log_info)
+        self.metric_names = metric_names
         self.env_timeout_s = env_timeout_s
         self.compiles = compile
         self.compiled: CompiledUpdate | None = None
@@ -267,6 +279,9 @@ class PPO(LightningModule):
         self._eval_environments: Environments | None = None
         self._clock = Clock()
         self._grad_norms: list[Tensor] = []
+        """Of each step of the current update."""
+        self._part_norms: list[Tensor] = []
+        """[P] of each parameter, of each step of the current update that autograd took."""
         self._skipped = self._skipped_in_a_row = 0
         self._in_use: tuple[PPOLoss, Any] | None = None
         """Loss and samples of the gradient that is computed."""
@@ -343,6 +358,12 @@ class PPO(LightningModule):
             self.trainer.should_stop = True
 
     @override
+    def on_train_epoch_start(self) -> None:
+        """Tell that an iteration begins, and with it a rollout."""
+        self._tell("on_iteration_start")
+        self._tell("on_rollout_start")
+
+    @override
     def train_dataloader(self) -> RolloutDataset:
         """The rollouts themselves: sized (1), no DataLoader, so that each is collected after the last update."""
         return self.rollouts
@@ -393,6 +414,7 @@ class PPO(LightningModule):
                 f"the rollout was collected with policy {batch['policy_version']}, this is policy {self.policy_version}: "
                 "something fetched it ahead of the update; pass train_dataloader() on as it is, in no DataLoader"
             )
+        self._tell("on_rollout_end", batch)
         done = batch["terminated"] | batch["truncated"]
         advantage = generalized_advantage(
             self.scale_reward(batch["reward"], done, batch["valid"]),
@@ -415,8 +437,10 @@ class PPO(LightningModule):
         started = time.perf_counter()
         self.anneal(self._optimizer)
         self.learning_rate = self._optimizer.param_groups[0]["lr"]
+        self._tell("on_update_start", batch)
         update = self.update(batch, self.descend)
         self._in_use = None
+        self._tell("on_update_end", update)
         if self._by_graph:
             optimizer = cast(LightningOptimizer, self.optimizers())
             optimizer.zero_grad()
@@ -427,12 +451,8 @@ class PPO(LightningModule):
         if self.lr_scheduler is not None:
             cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers()).step()
         metrics = self.metrics(batch, update, seconds=time.perf_counter() - started)
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.num_env_steps)
-        # What callbacks may monitor. A self.log of each would cost more than a small update.
-        self.trainer.callback_metrics.update(
-            {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
-        )
+        self.log_metrics(metrics)
+        self._tell("on_iteration_end", metrics)
         if self.num_env_steps >= self.total_steps:
             self.trainer.should_stop = True
         if self.interrupted in Interrupts.SIGNALS:
@@ -485,8 +505,30 @@ class PPO(LightningModule):
         started = time.perf_counter()
         statistics = self._evaluate(self.num_eval_episodes, self.eval_deterministic, purpose)
         # All processes have gathered the same statistics; sync_dist tells Lightning so.
-        self.log_dict({**statistics, "step": self._step_to_log}, batch_size=1, sync_dist=self.trainer.world_size > 1)
+        self.log_dict(statistics, batch_size=1, sync_dist=self.trainer.world_size > 1, logger=False)
+        self._send(statistics)
         self._clock.evaluated(time.perf_counter() - started)
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Give loggers and monitors more numbers of this iteration; a ``self.log`` of each costs more than an update.
+
+        Args:
+            metrics: under our names, the same in all processes.
+        """
+        self._send(metrics)
+        self.trainer.callback_metrics.update(
+            {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+        )
+
+    def _send(self, metrics: dict[str, float]) -> None:
+        """Give loggers metrics under the names that are wanted."""
+        named = renamed(metrics, self.metric_names)
+        for logger in self.loggers:
+            logger.log_metrics(named, step=self.num_env_steps)
+
+    def _tell(self, event: str, *given: Any) -> None:
+        if self._trainer is not None:
+            tell(self.trainer, self, event, *given)
 
     @override
     def test_step(self, batch: int, batch_idx: int) -> None:
@@ -600,7 +642,7 @@ class PPO(LightningModule):
 
     # --- the parts of a training step ---------------------------------------------------------------------------------
 
-    def update(self, batch: TensorDict, descend: "Descend") -> "Update":
+    def update(self, batch: TensorDict, descend: "Descend") -> Update:
         """Epochs of shuffled minibatches of the clipped objective (Schulman et al. 2017, algorithm 1).
 
         Args:
@@ -610,6 +652,7 @@ class PPO(LightningModule):
         """
         loss = self.current_loss()
         self._grad_norms.clear()
+        self._part_norms.clear()
         self._accumulated = self._by_graph = False
         cuts = self._cut_up(batch)
         if self.compiled is not None:
@@ -636,8 +679,9 @@ class PPO(LightningModule):
             else:
                 if passes.finite:
                     self._by_graph, self._skipped_in_a_row = True, 0
-                    self._grad_norms.extend(passes.norms)
-                    return Update(loss, passes.terms, passes.epochs, passes.minibatches)
+                    self._grad_norms.extend(passes.norms[:, 0])
+                    stopped = len(passes.norms) < len(passes.terms)
+                    return Update(loss, passes.terms, passes.epochs, passes.minibatches, passes.norms, stopped)
                 self.compiled.restore()  # once more, step by step: what is not finite is found and left out
         samples = self.samples(batch)
         advantage = samples["advantage"]
@@ -664,9 +708,9 @@ class PPO(LightningModule):
                     else LossTerms(*(torch.stack(term).sum(0) for term in zip(*parts, strict=True)))
                 )
                 if self.diverged(terms[-1].approx_kl, first=len(terms) == 1):
-                    return Update(loss, _table(terms), epoch + 1, minibatch + 1)
+                    return Update(loss, _table(terms), epoch + 1, minibatch + 1, self._norms(), True)
                 descend(parts[-1].loss)
-        return Update(loss, _table(terms), self.update_epochs, self.num_minibatches)
+        return Update(loss, _table(terms), self.update_epochs, self.num_minibatches, self._norms(), False)
 
     def _cut_up(self, batch: TensorDict) -> Cuts:
         """Shuffle and cut the rollout's samples, in the order in which :meth:`samples` has them."""
@@ -807,13 +851,30 @@ class PPO(LightningModule):
         Raises:
             FloatingPointError: the norm is not finite, and that is not to be skipped; no step was taken.
         """
-        norm = nn.utils.clip_grad_norm_(self._learnt, self.max_grad_norm or torch.inf)
+        # As clip_grad_norm_ does it, whose norms of single parameters are kept for metrics.
+        gradients = [one.grad for one in self._learnt if one.grad is not None]
+        parts = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+        norm = parts.norm()
+        nn.utils.clip_grads_with_norm_(self._learnt, self.max_grad_norm or torch.inf, norm)
+        if len(parts) < len(self._learnt):
+            have = torch.tensor([one.grad is not None for one in self._learnt], device=parts.device)
+            parts = parts.new_zeros(len(have)).masked_scatter(have, parts)
+        self._part_norms.append(parts)
         value = norm.item()
         overflows = scaler is not None and not math.isfinite(value) and scaler.get_scale() >= 1.0
         if not overflows and not self._accepts(value):
             for parameter in self._learnt:
                 parameter.grad = None  # which optimisers leave out
         self._grad_norms.append(norm)
+
+    def _norms(self) -> Tensor:
+        """[K, 3] of :class:`Update`."""
+        if not self._part_norms:
+            return torch.zeros(0, 3)
+        halves = self.policy.halves.to(self._part_norms[0])
+        return torch.cat(
+            [torch.stack(self._grad_norms)[:, None], (torch.stack(self._part_norms).square() @ halves.T).sqrt()], 1
+        )
 
     def _accepts(self, norm: float) -> bool:
         """Whether a gradient has a norm that a step may be taken by; else the step is left out, or the run ends.
@@ -862,14 +923,21 @@ class PPO(LightningModule):
         The moments take in this rollout first: rewards do not enter the probability ratio, and in the first iteration
         there would be nothing to scale by.
         """
-        if self.clip_reward:
-            reward = reward.sign()
         if self.return_moments is None:
-            return reward
+            return self.scaled(reward)
+        reward = reward.sign() if self.clip_reward else reward
         carry = self.rollouts.discounted.to(reward.device)
         total, self.rollouts.discounted = discounted_return(reward, done, carry, gamma=self.gamma)
         self.rollouts.discounted = self.rollouts.discounted.nan_to_num(0.0, 0.0, 0.0)  # else for ever
         self.return_moments.merge(self.gather(RunningMoments.batch_moments(total[valid])))
+        return self.scaled(reward)
+
+    def scaled(self, reward: Tensor) -> Tensor:
+        """Rewards as they are learnt from, by the moments as they are."""
+        if self.clip_reward:
+            reward = reward.sign()
+        if self.return_moments is None:
+            return reward
         return (reward * (self.return_moments.variance.float() + 1e-8).rsqrt()).clamp(-CLIP, CLIP)
 
     @torch.no_grad()
@@ -886,18 +954,29 @@ class PPO(LightningModule):
         window = EpisodeStatistics.WINDOW
         finished = self.rollouts.episodes.finished[-window:]
         prints = fingerprint(self.policy.parameters()) if compares else (0, 0)
-        numbers = [int(valid.sum()), len(finished), self.signalled or 0, *prints]
-        packed = torch.zeros(len(numbers) + 3 * window, dtype=torch.float64)  # on the CPU: not every device has float64
+        says = bool(self.rollouts.logged)
+        numbers = [int(valid.sum()), len(finished), self.signalled or 0, *prints, says]
+        packed = torch.zeros(len(numbers) + 4 * window, dtype=torch.float64)  # on the CPU: not every device has float64
         packed[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
         packed[len(numbers) : len(numbers) + finished.numel()] = finished.flatten()
         rows = self.gather(packed).view(-1, len(packed))
         for row in rows:
             self.env_steps += int(row[0])
-            self.rollouts.episodes.record(row[len(numbers) :].view(window, 3)[: int(row[1])])
+            self.rollouts.episodes.record(row[len(numbers) :].view(window, 4)[: int(row[1])])
             if row[2]:
                 self.interrupted = signal.Signals(int(row[2]))
         if compares:
             self._refuse_difference(rows[:, 3:5])
+        if rows[:, 5].any():
+            self.rollouts.logged = self._of_all(self.rollouts.logged)
+
+    def _of_all(self, sums: Sums) -> Sums:
+        """What all processes added up; each may have heard of other names."""
+        if self._world_size == 1:
+            return sums
+        every = [sums] * self._world_size
+        torch.distributed.all_gather_object(every, sums)
+        return added(every)
 
     def _refuse_difference(self, fingerprints: Tensor) -> None:
         others = different(fingerprints)
@@ -921,58 +1000,46 @@ class PPO(LightningModule):
         return torch.stack(rows).to(row.device)
 
     @torch.no_grad()
-    def metrics(self, batch: TensorDict, update: "Update", seconds: float) -> dict[str, float]:
-        """What is logged of an iteration, under Stable-Baselines3's names and with its meanings.
-
-        ``approx_kl`` averages the last pass, ``loss`` is the last minibatch, the others average all minibatches; all of
-        them are of all processes' samples, and seconds are this one's.
+    def metrics(self, batch: TensorDict, update: Update, seconds: float) -> dict[str, float]:
+        """What is logged of an iteration: of all processes, but for seconds, which are this one's (docs/metrics.md).
 
         Args:
             batch: the rollout.
             update: what was done with it.
             seconds: how long that took.
         """
-        table, valid = update.terms, batch["valid"]
         std = self.policy.std(batch[-1]) if self.policy.distribution.has_std else None
-        own = [
-            table.mean(0),
-            table[-update.minibatches :, KL].mean()[None],
-            table[-1, :1],
-            table.new_zeros(1) if std is None else std.mean()[None],
-            target_moments(batch["state_value"][valid], batch["value_target"][valid]),
-        ]
-        rows = self.gather(torch.cat([part.double().cpu() for part in own])).view(self._world_size, -1)
-        terms, (kl, last_loss, mean_std), moments = rows[:, :6].mean(0), rows[:, 6:9].mean(0).tolist(), rows[:, 9:]
-        means = LossTerms(*terms.tolist())
+        row = row_of(batch, update, std, self.rollouts.episodes.finished, self.restarts.count)
+        episodes = self.rollouts.episodes.means()
         metrics = {
-            **self.rollouts.episodes.means(),
+            **episodes,
+            **means_of(self.rollouts.logged),
             **self._clock.iterated(self.num_env_steps),
+            **merged(self.gather(row).view(self._world_size, -1)),
+            **norms_of(update),
             "time/iterations": int(self.iterations),
             "time/total_timesteps": self.num_env_steps,
             "time/collect": self.rollouts.collect_seconds,
             "time/update": seconds,
-            "train/approx_kl": kl,
-            "train/clip_fraction": means.clip_fraction,
             "train/clip_range": update.loss.clip_range,
-            "train/entropy_loss": -means.entropy,
-            "train/explained_variance": explained_variance(moments).item(),
             "train/learning_rate": self.learning_rate,
-            "train/loss": last_loss,
-            "train/policy_gradient_loss": means.policy_loss,
-            "train/value_loss": means.value_loss,
             "train/n_updates": int(self.n_updates),
         }
-        if self._grad_norms:
-            norms = torch.stack(self._grad_norms)
-            metrics["train/grad_norm"] = norms[norms.isfinite()].mean().item()
+        absent = {
+            "rollout/successes": "rollout/success_rate" not in episodes,
+            "rollout/failures": "rollout/fail_rate" not in episodes,
+            "time/env_restarts": not metrics["time/env_restarts"],
+            "train/std": std is None,
+        }
+        for name in absent:
+            if absent[name]:
+                del metrics[name]
         if self._skipped:
             metrics["train/skipped_steps"] = self._skipped
-        if self.restarts.count:
-            metrics["time/env_restarts"] = self.restarts.count
         if update.loss.clip_range_vf is not None:
             metrics["train/clip_range_vf"] = update.loss.clip_range_vf
-        if std is not None:
-            metrics["train/std"] = mean_std
+        if self.target_kl is not None:
+            metrics["train/early_stopped"] = float(update.stopped)
         return metrics
 
     # --- what the outside asks ----------------------------------------------------------------------------------------
@@ -1066,10 +1133,11 @@ class PPO(LightningModule):
     def _evaluate(self, wanted: int, deterministic: bool, purpose: str) -> dict[str, float]:
         world = self._world_size
         shares = [(wanted + world - 1 - rank) // world for rank in range(world)]
+        logged: Sums = {}
         share = shares[self._rank]
         if self.seed is None:
             self.seed = self._known_seed()
-        episodes = torch.zeros(shares[0], 3, dtype=torch.float64)
+        episodes = torch.zeros(shares[0], 4, dtype=torch.float64)
         if share:
             environments = self._evaluation_environments(share)
             try:
@@ -1086,8 +1154,13 @@ class PPO(LightningModule):
                 environments.close()  # another evaluation makes new ones
                 self._eval_environments = None
                 raise
-        rows = self.gather(episodes.flatten()).view(world, -1, 3)
-        return summarize(torch.cat([row[:own] for row, own in zip(rows, shares, strict=True)]))
+            logged = environments.logged.take()
+        rows = self.gather(torch.cat([episodes.flatten(), episodes.new_tensor([bool(logged)])])).view(world, -1)
+        if rows[:, -1].any():
+            logged = self._of_all(logged)
+        each = [row[:-1].view(-1, 4)[:own] for row, own in zip(rows, shares, strict=True)]
+        said = {f"eval/{name}": value for name, value in means_of(logged).items()}
+        return {**summarize(torch.cat(each)), **said}
 
     @override
     @classmethod
@@ -1130,7 +1203,13 @@ class PPO(LightningModule):
         made, self._made = self._made, self._made if self.env_maker.is_instance else None
         if self._has_workers and self.num_envs > 1:
             sizes = cut(self.num_envs, 2)
-            make = partial(Environments, self.env_maker, timeout_s=self.env_timeout_s, restarts=self.restarts)
+            make = partial(
+                Environments,
+                self.env_maker,
+                timeout_s=self.env_timeout_s,
+                restarts=self.restarts,
+                log_info=self.log_info,
+            )
             first = make(sizes[0])
             try:
                 environments = Halves(first, make(sizes[1], first=sizes[0]))
@@ -1138,7 +1217,14 @@ class PPO(LightningModule):
                 first.close()
                 raise
         else:
-            environments = Environments(self.env_maker, self.num_envs, self.env_timeout_s, made, restarts=self.restarts)
+            environments = Environments(
+                self.env_maker,
+                self.num_envs,
+                self.env_timeout_s,
+                made,
+                restarts=self.restarts,
+                log_info=self.log_info,
+            )
         if environments.inserts_rows and self.sequence_length == 1:
             environments.close()
             raise InputError(
@@ -1246,7 +1332,9 @@ class PPO(LightningModule):
                     f"evaluation needs environments of its own, and {self.env_maker.name} was given as a VectorEnv: give a "
                     "callable that makes it instead"
                 )
-            self._eval_environments = Environments(maker, num_envs, self.env_timeout_s, restarts=self.restarts)
+            self._eval_environments = Environments(
+                maker, num_envs, self.env_timeout_s, restarts=self.restarts, log_info=self.log_info
+            )
             self._num_eval_envs = num_envs
         return self._eval_environments
 
@@ -1297,20 +1385,8 @@ _passed: ContextVar[frozenset[str]] = ContextVar("passed", default=frozenset())
 """Hyperparameters that load_from_checkpoint was given, be they equal to the defaults or not."""
 
 
-class Update(NamedTuple):
-    """What an update did."""
-
-    loss: PPOLoss
-    terms: Tensor
-    """[M, 6] :class:`LossTerms` of every minibatch, in order."""
-    epochs: int
-    """Passes that were begun."""
-    minibatches: int
-    """Minibatches of the last pass."""
-
-
 def _table(terms: list[LossTerms]) -> Tensor:
-    """Terms of M minibatches, [M, 6]."""
+    """Terms of M minibatches, [M, 7]."""
     return torch.stack([term.detach() for row in terms for term in row]).view(len(terms), -1)
 
 

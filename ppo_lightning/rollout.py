@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 
 from ppo_lightning.compiled import ROWS, CompilerError, compiled
 from ppo_lightning.envs import Environments, Halves
+from ppo_lightning.envs.info import Sums, added
 from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import Tree, cut, tree_map
 from ppo_lightning.stepping import ArrayStepper, Ends, Stepper, Steps, TensorStepper, warn_of_bounds
@@ -85,6 +86,8 @@ class RolloutDataset(IterableDataset[TensorDict]):
         self.episodes = EpisodeStatistics()
         self.discounted = torch.zeros(0)
         """[N] discounted return so far of the episodes that go on, where rewards are normalised."""
+        self.logged: Sums = {}
+        """What the environments said in ``info`` during the last rollout."""
         self.collect_seconds = 0.0
         """Wall-clock seconds that the last rollout took."""
         self.pending = False
@@ -179,6 +182,8 @@ class RolloutDataset(IterableDataset[TensorDict]):
                 f"no episode has ended in {ENDLESS:,} steps of each environment, so that there are no returns to report: "
                 "give the environment a time limit (env_kwargs: max_episode_steps)"
             )
+        if self.environments is not None:
+            self.logged = added([part.logged.take() for part, _ in self.environments.parts])
         self.collect_seconds = time.perf_counter() - started
         return rollout
 
@@ -278,7 +283,7 @@ def _log_prob(policy: Policy, parameters: Tensor, action: Tree, mask: Tensor | N
 
 
 class EpisodeStatistics:
-    """Returns, lengths and successes of finished episodes, computed once per rollout.
+    """Returns, lengths, successes and failures of finished episodes, computed once per rollout.
 
     The episodes of the current rollout are in :attr:`finished` until they are taken; :attr:`window` holds the last 100
     of all ranks, and the episodes that go on are carried from rollout to rollout.
@@ -287,8 +292,8 @@ class EpisodeStatistics:
     WINDOW = 100
 
     def __init__(self) -> None:
-        self.window: deque[tuple[float, float, float]] = deque(maxlen=self.WINDOW)
-        self.finished = torch.zeros(0, 3, dtype=torch.float64)
+        self.window: deque[tuple[float, ...]] = deque(maxlen=self.WINDOW)
+        self.finished = torch.zeros(0, 4, dtype=torch.float64)
         self.carry = torch.zeros(2, 0, dtype=torch.float64)
         """[2, N] return and length so far of the episodes that go on."""
 
@@ -312,9 +317,9 @@ class EpisodeStatistics:
         at_end = sums[:, step, env]  # [2, E], by environment, then step
         before = torch.where(env[1:] == env[:-1], at_end[:, :-1], 0.0)
         totals = at_end - torch.cat([torch.zeros(2, min(1, len(env)), dtype=torch.float64), before], 1)
-        self.finished = torch.empty(len(env), 3, dtype=torch.float64)
+        self.finished = torch.empty(len(env), 4, dtype=torch.float64)
         self.finished[order, :2] = totals.T
-        self.finished[:, 2] = ends.success
+        self.finished[:, 2:] = ends.outcome
         self.carry = sums[:, -1].clone()
         latest = torch.ones(len(env), dtype=torch.bool)
         latest[:-1] = env[1:] != env[:-1]
@@ -325,15 +330,17 @@ class EpisodeStatistics:
         return 0 if self.window or len(self.finished) else int(self.carry[1].min())
 
     def record(self, episodes: Tensor) -> None:
-        """Put finished episodes [E, 3] (return, length, success) into the window."""
-        self.window.extend((float(r), float(length), float(s)) for r, length, s in episodes.tolist())
+        """Put finished episodes [E, 4] (return, length, success, failure) into the window."""
+        self.window.extend(tuple(episode) for episode in episodes.tolist())
 
     def means(self) -> dict[str, float]:
-        """Mean return, length and success rate over the window, under Stable-Baselines3's names; none without episodes."""
+        """Mean return, length and rates over the window, under Stable-Baselines3's names; none without episodes."""
         if not self.window:
             return {}
-        returns, lengths, successes = (np.asarray(column) for column in zip(*self.window, strict=True))
+        returns, lengths, successes, failures = (np.asarray(column) for column in zip(*self.window, strict=True))
         means = {"rollout/ep_rew_mean": float(returns.mean()), "rollout/ep_len_mean": float(lengths.mean())}
         if not np.isnan(successes).all():
             means["rollout/success_rate"] = float(np.nanmean(successes))
+        if not np.isnan(failures).all():
+            means["rollout/fail_rate"] = float(np.nanmean(failures))
         return means

@@ -31,8 +31,8 @@ class Ends(NamedTuple):
     """[E, …] their last observations, as a rollout keeps them; empty where no episode ended."""
     state: Tensor | None
     """[E, S] what the policy's memory held then."""
-    success: Tensor
-    """[E] float64, 1 or 0 where the environment says whether it reached its goal, else NaN."""
+    outcome: Tensor
+    """[E, 2] float64, success and failure: 1 or 0 where the environment says whether it was one, else NaN."""
 
 
 class Steps(NamedTuple):
@@ -211,7 +211,9 @@ class ArrayStepper(Stepper):
             given = [torch.from_numpy(leaf).to(rows.dtype).view(-1, *rows.shape[2:]) for leaf in last]
             return torch.cat([rows[0, :0], *given])
 
-        nothing = [np.full(len(final.ended), np.nan) if final.success is None else final.success for final in finals]
+        nothing = [
+            np.full((len(final.ended), 2), np.nan) if final.outcome is None else final.outcome for final in finals
+        ]
         return Ends(
             torch.from_numpy(
                 np.repeat([final.step for final in finals], [len(final.ended) for final in finals])
@@ -221,7 +223,7 @@ class ArrayStepper(Stepper):
             torch.cat([final.state for final in finals if final.state is not None] or [self._no_state])
             if self.state_size
             else None,
-            torch.from_numpy(np.concatenate([np.zeros(0), *nothing])),
+            torch.from_numpy(np.concatenate([np.zeros((0, 2)), *nothing])),
         )
 
 
@@ -296,7 +298,7 @@ class Part:
         if after.final_observation is not None:
             state = None if self.state is None else self.state[torch.from_numpy(after.ended)]
             ended = after.ended + self.place.start
-            finals.append(Final(step, ended, after.final_observation, state, after.success))
+            finals.append(Final(step, ended, after.final_observation, state, after.outcome))
         self.observation, self.begun = after.observation, after.begun
 
     def end(self) -> tuple[Any, ...]:
@@ -322,8 +324,8 @@ class Final(NamedTuple):
     """[E, …] their last observations, numpy."""
     state: Tensor | None
     """[E, S] what the policy's memory held then."""
-    success: Array | None
-    """[E]"""
+    outcome: Array | None
+    """[E, 2]"""
 
 
 class TensorStepper(Stepper):
@@ -394,7 +396,7 @@ class TensorStepper(Stepper):
         observed, finals = _by_step(self.observations), _by_step(self.finals)
         drawn = [None] * self.num_steps if noise is None else noise.unbind()
         taken: list[Step] = []
-        successes: list[Tensor | None] = []
+        outcomes: list[Tensor | None] = []
         act = partial(policy.act, actor=policy.quick_actor())
         if self.captures and noise is not None:
             self._act = self._act or Captured(policy.act, policy)
@@ -411,12 +413,12 @@ class TensorStepper(Stepper):
                 _copy(finals[step], after.final_observation)
             else:
                 lacking |= (terminated[step] | truncated[step]).any()
-            successes.append(None if after.success is None else after.success.to(torch.float32, copy=True))
+            outcomes.append(after.outcome)
             self._observation = after.observation
         _copy(observed[self.num_steps], self._observation)
         if lacking:
             raise EnvironmentFault(environments.lacks_final_observation)
-        return self._steps(stack([one.action for one in taken]), *_joined(taken), successes)
+        return self._steps(stack([one.action for one in taken]), *_joined(taken), outcomes)
 
     def _compiled(self, policy: Policy, noise: Tensor | None) -> Steps:
         env: Any = self.environments.env
@@ -448,15 +450,15 @@ class TensorStepper(Stepper):
         )
 
     def _steps(
-        self, action: Tree, parameters: Tensor | None, value: Tensor | None, successes: list[Tensor | None]
+        self, action: Tree, parameters: Tensor | None, value: Tensor | None, outcomes: list[Tensor | None]
     ) -> Steps:
         step, env = (self.rows["terminated"] | self.rows["truncated"]).nonzero(as_tuple=True)
-        success = torch.full((len(step),), torch.nan, dtype=torch.float64)
-        if any(one is not None for one in successes):
-            unknown = torch.full_like(self.rows["reward"][0], torch.nan)
-            table = torch.stack([unknown if one is None else one for one in successes])
-            success = table[step, env].double().cpu()
-        ends = Ends(step, env, tree_map(lambda leaf: leaf[step, env], self.finals), None, success)
+        outcome = torch.full((len(step), 2), torch.nan, dtype=torch.float64)
+        if any(one is not None for one in outcomes):
+            unknown = torch.full((self.num_envs, 2), torch.nan, device=self.device)
+            table = torch.stack([unknown if one is None else one for one in outcomes])
+            outcome = table[step, env].double().cpu()
+        ends = Ends(step, env, tree_map(lambda leaf: leaf[step, env], self.finals), None, outcome)
         check_finite(self.observations, self.rows["reward"], ends, self.num_steps + 1, self.num_steps)
         return Steps(action, parameters, value, None, ends, None, None)
 

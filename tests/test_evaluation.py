@@ -51,7 +51,8 @@ def test_short_episodes_are_not_over_represented():
 
 
 def test_statistics():
-    episodes = torch.tensor([[1.0, 5, 1], [3.0, 7, 0], [8.0, 9, torch.nan]], dtype=torch.float64)
+    nan = torch.nan
+    episodes = torch.tensor([[1.0, 5, 1, 0], [3.0, 7, 0, nan], [8.0, 9, nan, nan]], dtype=torch.float64)
     assert summarize(episodes) == {
         "eval/mean_reward": 4.0,
         "eval/std_reward": pytest.approx(np.std([1, 3, 8])),
@@ -59,8 +60,9 @@ def test_statistics():
         "eval/max_reward": 8.0,
         "eval/mean_ep_length": 7.0,
         "eval/success_rate": 0.5,
+        "eval/fail_rate": 0.0,
     }
-    assert "eval/success_rate" not in summarize(episodes[2:])
+    assert {"eval/success_rate", "eval/fail_rate"}.isdisjoint(summarize(episodes[2:]))
 
 
 def test_success_is_counted_where_the_environment_reports_it():

@@ -13,13 +13,14 @@ LAYERS = [
     {"ppo", "plot"},
     {"trainer"},
     {"callbacks"},
-    {"rollout", "evaluation", "prediction", "checkpoint"},
+    {"rollout", "evaluation", "prediction", "checkpoint", "metrics"},
     {"stepping", "streams"},
     {"compiled"},
     {"envs", "policy", "advantage", "loss"},
     {"diagnostics", "clock", "snapshot", "shared_sums", "ranks"},
     {"spaces"},
     {"parameters"},
+    {"metric_names"},
     {"errors"},
 ]
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}

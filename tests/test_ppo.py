@@ -695,6 +695,8 @@ def test_all_options_are_tested_here_or_by_name():
         "env_timeout_s",
         "env_restarts",
         "non_finite",
+        "log_info",
+        "metric_names",
     }
     assert set(_PARAMETERS) == OPTIONS.keys() | elsewhere
 
@@ -755,7 +757,7 @@ def test_every_sample_is_used_exactly_once_per_epoch(num_minibatches):
             seen.append(piece["advantage"].tolist())
             from ppo_lightning.loss import LossTerms
 
-            return LossTerms(*torch.zeros(6))
+            return LossTerms(*torch.zeros(7))
 
     model.current_loss = lambda: Loss()
     model.update(batch, lambda loss: None)

@@ -95,7 +95,7 @@ def test_dummy_rows_reach_nothing(mode):
     assert int(model.policy.moments.count) == int(model.return_moments.count) == 60 - dummies
     assert_close(model.policy.moments.mean, batch["observation"][batch["valid"]].double().mean(0))
     assert model.num_env_steps == 60 - dummies
-    lengths = [length for _, length, _ in model.rollouts.episodes.window]
+    lengths = [length for _, length, *_ in model.rollouts.episodes.window]
     assert set(lengths) <= {3.0, 2.0, 5.0}
 
 
@@ -109,7 +109,7 @@ def test_episode_statistics_are_those_of_the_script(mode):
         model.count(batch, 1)
     window = list(model.rollouts.episodes.window)
     assert len(window) >= 20
-    for index, (total, length, _) in enumerate(window):
+    for index, (total, length, *_) in enumerate(window):
         episode = index // 2  # both environments run the same script in step
         expected = script[episode % 3][0]
         assert length == expected
@@ -131,12 +131,12 @@ def test_episode_statistics_equal_a_loop_over_environments():
             lengths += valid[t]
             ended = np.flatnonzero(done[t])
             if len(ended):
-                successes.append(ended.astype(float))
+                successes.append(np.stack([ended, -ended], 1).astype(float))
             for env in ended:
-                expected.append((returns[env], lengths[env], float(env)))
+                expected.append((returns[env], lengths[env], float(env), -float(env)))
                 returns[env] = lengths[env] = 0
         step, env = torch.from_numpy(done).nonzero(as_tuple=True)
-        ends = Ends(step, env, torch.zeros(0), None, torch.from_numpy(np.concatenate([*successes, np.zeros(0)])))
+        ends = Ends(step, env, torch.zeros(0), None, torch.from_numpy(np.concatenate([*successes, np.zeros((0, 2))])))
         statistics.add(torch.from_numpy(reward), torch.from_numpy(valid), ends)
         statistics.record(statistics.finished)
     assert_close(

@@ -13,6 +13,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from torch import Tensor
 
+from ppo_lightning.envs.info import InfoLog
 from ppo_lightning.envs.make import RESTARTED, EnvMaker
 from ppo_lightning.envs.masks import ActionMasks
 from ppo_lightning.envs.state import pack, restore_vector, same_environments, unpack, vector_state
@@ -22,6 +23,9 @@ from ppo_lightning.spaces import MASK, Array, Tree, flattener, leaves, tree_map,
 
 SUCCESS_KEYS = ("is_success", "success")
 """Where environments say in their info that an episode reached its goal (Gymnasium-Robotics and SB3; ManiSkill)."""
+
+FAILURE_KEYS = ("is_failure", "failure", "fail")
+"""Where they say that it failed: reached a state from which there is no success (ManiSkill; LeanRL-style runners)."""
 
 LIFE_LOST = "life_lost"
 """Where environments say in their info that a life was lost in a game that goes on."""
@@ -48,8 +52,8 @@ class Transition(NamedTuple):
     """[E, …] the last observations of those episodes."""
     life_lost: Array | None
     """[N] bool, terminal for what is learnt, though the episode goes on (Atari); None where no life was lost."""
-    success: Array | None
-    """[E] 1.0 or 0.0 where the environment says whether it reached its goal, else NaN."""
+    outcome: Array | None
+    """[E, 2] success and failure, each 1.0 or 0.0 where the environment says whether it was one, else NaN."""
 
 
 class TensorTransition(NamedTuple):
@@ -65,8 +69,8 @@ class TensorTransition(NamedTuple):
     """[N] bool"""
     final_observation: Tree | None
     """[N, …] what the step led to, right where an episode ended; None where the environments gave none."""
-    success: Tensor | None
-    """[N] whether the environment says that it reached its goal, right where an episode ended."""
+    outcome: Tensor | None
+    """[N, 2] success and failure, 1 or 0 where the environment says so, else NaN; right where an episode ended."""
 
 
 @dataclass
@@ -111,6 +115,7 @@ class Environments:
         made: the vector, where it exists already.
         first: number of the first environment, in messages.
         restarts: how often a crashed environment may be made anew.
+        log_info: keys of ``info`` whose numbers are added up, beside those that are known.
     """
 
     def __init__(
@@ -121,6 +126,7 @@ class Environments:
         made: VectorEnv | None = None,
         first: int = 0,
         restarts: Restarts | None = None,
+        log_info: tuple[str, ...] = (),
     ) -> None:
         self._maker, self._first = maker, first
         self._take_over(maker(num_envs, first) if made is None else made)
@@ -130,6 +136,8 @@ class Environments:
         self._lost: WorkerLost | None = None
         self.name = maker.name
         self.num_envs = self.env.num_envs
+        self.logged = InfoLog(log_info, self.num_envs)
+        """What the environments say in ``info`` beside the reward."""
         self.crashed = np.zeros(self.num_envs, dtype=bool)
         """[N] environments that were made anew in the last step: their episodes did not end by themselves."""
         self._timeout = timeout_s
@@ -183,6 +191,7 @@ class Environments:
             InputError: the environments give masks that do not fit the actions.
         """
         self._done[:] = False
+        self.logged.restart()
         self._seed = seed
         given, given_info = self._reset(seed=seed)
         self._device = next((leaf.device for leaf in _values(given) if isinstance(leaf, Tensor)), None)
@@ -243,6 +252,7 @@ class Environments:
         if self.mode is AutoresetMode.NEXT_STEP:
             begun, self._done = self._done, done
             valid = ~begun
+        self.logged.step(info, done, valid)
         # What follows an episode's end is a reset, whatever is allowed there; SAME_STEP is behind it already.
         if self._masks.now is not None or MASK in info:
             self._masks.step(observation, info, free=None if self.mode is AutoresetMode.SAME_STEP else done)
@@ -257,13 +267,13 @@ class Environments:
             final, info = self._rows(info, ended), info.get("final_info", {})
         else:
             final = tree_map(lambda leaf: leaf[ended], self._flatten(observation))  # a copy: fancy indexing
-        success = _success(info, ended)
+        outcome = _outcome(info, ended)
         if self.mode is AutoresetMode.DISABLED:
             observation, info = map(self._arrays, self._reset(options={"reset_mask": done}))
             self._masks.restart(observation, info, done)
         observation = self._flatten(observation)
         self._keep(observation)
-        return Transition(observation, reward, terminated, truncated, valid, ended, begun, final, lost, success)
+        return Transition(observation, reward, terminated, truncated, valid, ended, begun, final, lost, outcome)
 
     def _count(self, info: dict[str, Any]) -> None:
         """Count the environments that say they were made anew."""
@@ -311,18 +321,29 @@ class Environments:
         observation, reward, terminated, truncated, info = self._named("step", lambda: self.env.step(action))
         final = info.get("final_obs", info.get("final_observation"))  # Gymnasium's name, and ManiSkill's
         said = info.get("final_info", info)
-        success = next((said[key] for key in SUCCESS_KEYS if key in said), None)
         if not self._checked:
             self._check_step(reward=reward, terminated=terminated, truncated=truncated)
             self._checked = True
+        self.logged.step(info, terminated | truncated, None)
         return TensorTransition(
             self._flatten(observation),
             reward,
             terminated,
             truncated,
             None if final is None else self._flatten(final),
-            success if isinstance(success, Tensor) else None,
+            self._outcome(said, reward),
         )
+
+    def _outcome(self, said: dict[str, Any], like: Tensor) -> Tensor | None:
+        """[N, 2] of :class:`TensorTransition`."""
+        given = [
+            next((said[key] for key in keys if isinstance(said.get(key), Tensor)), None)
+            for keys in (SUCCESS_KEYS, FAILURE_KEYS)
+        ]
+        if given == [None, None]:
+            return None
+        unknown = torch.full_like(like, torch.nan)
+        return torch.stack([unknown if one is None else one.to(unknown) for one in given], -1)
 
     def _check_step(self, **given: Any) -> None:
         for name, tensor in given.items():
@@ -350,6 +371,7 @@ class Environments:
             "last": pack(self._last),
             "seed": self._seed,
             "restarts": self._restarts.count,
+            "logged": self.logged.state(),
         }
 
     def _asked(self, env: AsyncVectorEnv, name: str) -> Any:
@@ -365,6 +387,7 @@ class Environments:
         self._ask("set_state", lambda: restore_vector(self.env, state["env"]))
         self._done, self._masks.now = unpack(state["done"]), unpack(state["masks"])
         self._seed, self._restarts.count = state["seed"], state["restarts"]
+        self.logged.restore(state["logged"], self._device if self.tensors is not None else None)
         if state["last"] is not None:
             self._last = unpack(state["last"])
         return True
@@ -506,12 +529,16 @@ def _values(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def _success(info: dict[str, Any], ended: Array) -> Array | None:
-    for key in SUCCESS_KEYS:
-        if key in info:
+def _outcome(info: dict[str, Any], ended: Array) -> Array | None:
+    found = [next((key for key in keys if key in info), None) for keys in (SUCCESS_KEYS, FAILURE_KEYS)]
+    if found == [None, None]:
+        return None
+    outcome = np.full((len(ended), 2), np.nan)
+    for column, key in enumerate(found):
+        if key is not None:
             said = info.get(f"_{key}", np.ones(len(info[key]), dtype=bool))
-            return np.where(said, np.asarray(info[key], dtype=np.float64), np.nan)[ended]
-    return None
+            outcome[:, column] = np.where(said, np.asarray(info[key], dtype=np.float64), np.nan)[ended]
+    return outcome
 
 
 def _close(env: VectorEnv) -> None:

@@ -99,7 +99,7 @@ class Policy(nn.Module):
         spaces, name = leaves(observation_space), type(self.network).__name__
         observation = {key: two(leaf) for key, leaf in spaces.items()}
         try:
-            with torch.no_grad():
+            with torch.enable_grad():
                 features = self.features(observation[""] if list(spaces) == [""] else observation)
                 if self.state_size:
                     features = tree_map(lambda leaf: leaf.unsqueeze(0), features)
@@ -112,6 +112,7 @@ class Policy(nn.Module):
                         halves = self.network.actor(features), self.network.critic(features)  # pyright: ignore[reportCallIssue]
                         fits = all(map(torch.allclose, halves, (parameters, value)))
             got = tuple(parameters.shape), tuple(value.shape)
+            reached = [self._reached(output) for output in (parameters, self._value(value))]
         except Exception as error:
             raise InputError(
                 f"the network {name} raised {type(error).__name__} on 2 observations of {describe(observation_space)}: "
@@ -125,6 +126,17 @@ class Policy(nn.Module):
                 + ("" if fits or not self.state_size else f"; with memory also a state (2, {self.state_size})")
                 + ("" if fits or self.state_size else "; its methods actor and critic must return what forward does")
             )
+        self.halves = torch.tensor(reached, dtype=torch.float32)
+        """[2, P] 1 for each of the parameters that the action depends on, and for those that the value depends on."""
+
+    def _reached(self, output: Tensor) -> list[bool]:
+        parameters = list(self.parameters())
+        learnt = [one for one in parameters if one.requires_grad]
+        if not output.requires_grad:
+            return [False] * len(parameters)
+        gradients = torch.autograd.grad(output.sum(), learnt, retain_graph=True, allow_unused=True)
+        reached = {id(one) for one, gradient in zip(learnt, gradients, strict=True) if gradient is not None}
+        return [id(one) in reached for one in parameters]
 
     def encode(self, observation: Tree) -> Tree:
         """Features of stored observations [B, …] before they are normalised."""

@@ -1,0 +1,147 @@
+"""Statistics that are off by default: of observations, rewards as they are learnt from, advantages and values."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from lightning import LightningModule, Trainer
+from tensordict import TensorDict
+from torch import Tensor
+from typing_extensions import override
+
+from ppo_lightning.callbacks.events import PPOCallback
+from ppo_lightning.errors import InputError
+from ppo_lightning.metrics import Update
+from ppo_lightning.policy import Policy, RunningMoments
+from ppo_lightning.spaces import feature_shape, is_image, leaves
+
+
+class RolloutDetails(PPOCallback):
+    """Logs what a rollout looks like to the learner, of all processes together, once per iteration.
+
+    ``obs_raw/…`` and ``obs_normalized/…`` (``mean_avg``, ``std_avg``, ``min``, ``max``; the latter as the network sees
+    them), ``obs_raw_mean/<name>`` and ``obs_raw_std/<name>`` of each dimension, where observations are normalised
+    ``obs_rms_mean/<name>`` and ``obs_rms_std/<name>`` of the running moments, where rewards are
+    ``reward_norm/return_rms_mean``, ``…_var``, ``…_std``, ``…_count``, ``normalized_reward_mean`` and ``…_std``, with
+    PopArt ``popart/mu`` and ``popart/sigma``; ``advantage/mean``, ``…/std``, ``value/…``, ``returns/…``, and
+    ``train/clip_fraction_epoch_<k>`` of each pass.
+
+    Args:
+        observation_names: of the dimensions of observations, in order; null is obs_0, obs_1, …, of a Dict <part>_0, ….
+        max_dimensions: of observations with more, no dimension is logged alone (count).
+    """
+
+    def __init__(self, observation_names: Sequence[str] | None = None, max_dimensions: int = 64) -> None:
+        super().__init__()
+        self.observation_names, self.max_dimensions = observation_names, max_dimensions
+        self._names: list[str] = []
+        self._numbers: dict[str, float] = {}
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out what the dimensions are called.
+
+        Raises:
+            InputError: there are more names than dimensions, or less.
+        """
+        policy: Policy = cast(Any, pl_module).policy
+        spaces = leaves(cast(Any, pl_module).rollouts.observation_space)
+        known = [
+            f"{part or 'obs'}_{index}"
+            for part, space in spaces.items()
+            if not is_image(space)
+            for index in range(math.prod(feature_shape(space)))
+        ]
+        names = known if self.observation_names is None else list(self.observation_names)
+        if len(names) != len(known):
+            raise InputError(
+                f"RolloutDetails has {len(names)} observation_names, observations have {len(known)} numbers: give one each"
+            )
+        self._names = names
+        self._parts = [part for part, space in spaces.items() if not is_image(space)]
+        self._normalized = [name for part, name in self._by_part(spaces, names) if part in policy.normalized]
+
+    @staticmethod
+    def _by_part(spaces: Any, names: list[str]) -> list[tuple[str, str]]:
+        parts = [
+            part
+            for part, space in spaces.items()
+            if not is_image(space)
+            for _ in range(math.prod(feature_shape(space)))
+        ]
+        return list(zip(parts, names, strict=True))
+
+    @override
+    @torch.no_grad()
+    def on_update_start(self, trainer: Trainer, pl_module: LightningModule, rollout: TensorDict) -> None:
+        """Look at the rollout, as it is learnt from."""
+        module = cast(Any, pl_module)
+        policy, valid = module.policy, rollout["valid"]
+        self._numbers = {}
+        for kind, see in (("obs_raw", policy.encode), ("obs_normalized", policy.features)):
+            if self._names and (kind == "obs_raw" or policy.moments is not None):
+                self._describe(module, kind, self._flat(see(rollout["observation"][valid])))
+        if policy.moments is not None:
+            self._each("obs_rms_mean", self._normalized, policy.moments.mean)
+            self._each("obs_rms_std", self._normalized, policy.moments.variance.sqrt())
+        columns = {"advantage": "advantage", "value": "state_value", "returns": "value_target"}
+        samples = {name: rollout[key][valid] for name, key in columns.items()}
+        if module.return_moments is not None:
+            samples["normalized"] = module.scaled(rollout["reward"][valid])
+        mean, std = _moments(module, torch.stack(list(samples.values()), 1))
+        for name, own_mean, own_std in zip(samples, mean.tolist(), std.tolist(), strict=True):
+            prefix = "reward_norm/normalized_reward_" if name == "normalized" else f"{name}/"
+            self._numbers |= {f"{prefix}mean": own_mean, f"{prefix}std": own_std}
+        if module.return_moments is not None:
+            moments, prefix = module.return_moments, "reward_norm/return_rms_"
+            self._numbers |= {
+                f"{prefix}mean": moments.mean.item(),
+                f"{prefix}var": moments.variance.item(),
+                f"{prefix}std": moments.variance.sqrt().item(),
+                f"{prefix}count": moments.count.item(),
+            }
+        if policy.value_normalizer is not None:
+            normalizer = policy.value_normalizer
+            self._numbers |= {"popart/mu": normalizer.mean.item(), "popart/sigma": normalizer.std.item()}
+
+    @override
+    def on_update_end(self, trainer: Trainer, pl_module: LightningModule, update: Update) -> None:
+        """Take the clip fraction of each pass."""
+        module = cast(Any, pl_module)
+        clipped = module.gather(update.terms[:, 5].double().cpu()).view(-1, len(update.terms)).mean(0)
+        for epoch, part in enumerate(clipped.split(module.num_minibatches), start=1):
+            self._numbers[f"train/clip_fraction_epoch_{epoch}"] = part.mean().item()
+
+    @override
+    def on_iteration_end(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
+        """Log all of it."""
+        cast(Any, pl_module).log_metrics(self._numbers)
+
+    def _describe(self, module: Any, kind: str, seen: Tensor) -> None:
+        mean, std = _moments(module, seen)
+        ends = module.gather(torch.stack([seen.max(), -seen.min()]).double().cpu()).view(-1, 2).amax(0).tolist()
+        self._numbers |= {
+            f"{kind}/mean_avg": mean.mean().item(),
+            f"{kind}/std_avg": std.mean().item(),
+            f"{kind}/max": ends[0],
+            f"{kind}/min": -ends[1],
+        }
+        self._each(f"{kind}_mean", self._names, mean)
+        self._each(f"{kind}_std", self._names, std)
+
+    def _each(self, kind: str, names: list[str], values: Tensor) -> None:
+        if len(names) <= self.max_dimensions:
+            self._numbers |= {f"{kind}/{name}": value for name, value in zip(names, values.tolist(), strict=True)}
+
+    def _flat(self, features: Any) -> Tensor:
+        if isinstance(features, Tensor):
+            return features.flatten(1)
+        return torch.cat([features[part].flatten(1) for part in self._parts], 1)
+
+
+def _moments(module: Any, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [D] of samples [B, D] of all processes."""
+    moments = RunningMoments((samples.shape[1],))
+    moments.merge(module.gather(RunningMoments.batch_moments(samples).cpu()))
+    return moments.mean, moments.variance.sqrt()

@@ -1,0 +1,65 @@
+"""What happens within an iteration, for whoever wants to take part."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from lightning import Callback, LightningModule, Trainer
+from tensordict import TensorDict
+
+from ppo_lightning.metrics import Update
+
+
+class PPOCallback(Callback):
+    """A Lightning callback with the events of PPO, to subclass; or to make of plain functions, ``PPOCallback(event=f)``.
+
+    They come in this order: iteration start, rollout start, rollout end, update start, update end, iteration end. What
+    they raise ends the run.
+
+    Args:
+        functions: called for each event by name, with the same arguments as the method.
+
+    Raises:
+        TypeError: there is no such event.
+    """
+
+    def __init__(
+        self,
+        on_iteration_start: Callable[[Trainer, Any], Any] | None = None,
+        on_rollout_start: Callable[[Trainer, Any], Any] | None = None,
+        on_rollout_end: Callable[[Trainer, Any, TensorDict], Any] | None = None,
+        on_update_start: Callable[[Trainer, Any, TensorDict], Any] | None = None,
+        on_update_end: Callable[[Trainer, Any, Update], Any] | None = None,
+        on_iteration_end: Callable[[Trainer, Any, dict[str, float]], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, function in list(locals().items()):
+            if name in EVENTS and function is not None:
+                setattr(self, name, function)
+
+    def on_iteration_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An iteration begins: before its rollout."""
+
+    def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The rollout begins; in the first iteration there are no environments yet."""
+
+    def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: TensorDict) -> None:
+        """The rollout [T, N] is there, without advantages; it may be changed in place."""
+
+    def on_update_start(self, trainer: Trainer, pl_module: LightningModule, rollout: TensorDict) -> None:
+        """The rollout has advantages and value targets; they may be changed in place."""
+
+    def on_update_end(self, trainer: Trainer, pl_module: LightningModule, update: Update) -> None:
+        """The policy has learnt from the rollout."""
+
+    def on_iteration_end(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
+        """All is counted and logged; an evaluation may follow."""
+
+
+EVENTS = tuple(name for name in vars(PPOCallback) if name.startswith("on_"))
+
+
+def tell(trainer: Trainer, module: LightningModule, event: str, *given: Any) -> None:
+    """Call an event of all callbacks that have it, in their order."""
+    for callback in cast(list[Any], trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(callback, PPOCallback):
+            getattr(callback, event)(trainer, module, *given)

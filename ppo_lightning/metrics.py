@@ -1,0 +1,108 @@
+"""What is logged of an iteration: one row of numbers per process, merged over all of them by one gather."""
+
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from ppo_lightning.diagnostics import explained_variance, target_moments
+from ppo_lightning.loss import KL, LossTerms, PPOLoss
+
+
+class Update(NamedTuple):
+    """What an update did."""
+
+    loss: PPOLoss
+    terms: Tensor
+    """[M, 7] :class:`LossTerms` of every minibatch, in order."""
+    epochs: int
+    """Passes that were begun."""
+    minibatches: int
+    """Minibatches of the last pass."""
+    norms: Tensor
+    """[K, 3] norms of the gradient of each step that was taken, before clipping: of all parameters, of those that the
+    action depends on, and of those that the value depends on."""
+    stopped: bool
+    """It ended early, since the divergence was too large."""
+
+
+_AVERAGED = len(LossTerms._fields) + 3
+_SUMMED = 9
+
+
+def row_of(batch: TensorDict, update: Update, std: Tensor | None, finished: Tensor, restarts: int) -> Tensor:
+    """What this process knows of an iteration, one float64 row for a gather.
+
+    Args:
+        batch: the rollout [T, N].
+        update: what was done with it.
+        std: [N, d] standard deviations of the last step's actions; None where there are none.
+        finished: [E, 4] episodes that ended in it.
+        restarts: environments that were made anew so far.
+    """
+    table, valid = update.terms, batch["valid"]
+    reward = batch["reward"][valid].double()
+    done = torch.stack([batch["terminated"], batch["truncated"]]).flatten(1).sum(1)
+    outcome = finished[:, 2:]
+    counts = [reward.numel(), len(finished), *outcome.nansum(0).tolist(), restarts]
+    own = [
+        table.mean(0),
+        table[-update.minibatches :, KL].mean()[None],
+        table[-1, :1],
+        table.new_zeros(1) if std is None else std.mean()[None],
+        torch.tensor(counts),
+        done,
+        torch.stack([reward.sum(), reward.square().sum()]),
+        torch.stack([reward.max(), -reward.min()]),
+        target_moments(batch["state_value"][valid], batch["value_target"][valid]),
+    ]
+    return torch.cat([part.double().cpu() for part in own])
+
+
+def merged(rows: Tensor) -> dict[str, float]:
+    """The metrics of an iteration, under Stable-Baselines3's names where it has them and with its meanings.
+
+    ``approx_kl`` averages the last pass, ``loss`` is the last minibatch, the others average all minibatches.
+
+    Args:
+        rows: [ranks, P] of :func:`row_of`.
+    """
+    kinds = rows.split([_AVERAGED, _SUMMED, 2, 5], 1)
+    averaged = kinds[0].mean(0).tolist()
+    (_, policy_loss, value_loss, entropy, _, clipped, old_kl), (kl, last_loss, std) = averaged[:-3], averaged[-3:]
+    steps, episodes, successes, failures, restarts, terminated, truncated, total, squares = kinds[1].sum(0).tolist()
+    highest, lowest = kinds[2].amax(0).tolist()
+    count, target, missed = kinds[3][:, 0], kinds[3][:, 1], kinds[3][:, 2]
+    reward = total / steps
+    return {
+        "rollout/episodes": episodes,
+        "rollout/terminated": terminated,
+        "rollout/truncated": truncated,
+        "rollout/successes": successes,
+        "rollout/failures": failures,
+        "rollout/reward_mean": reward,
+        "rollout/reward_std": max(0.0, squares / steps - reward**2) ** 0.5,
+        "rollout/reward_max": highest,
+        "rollout/reward_min": -lowest,
+        "rollout/value_mean": float((count * (target - missed)).sum() / count.sum()),
+        "time/env_restarts": restarts,
+        "train/approx_kl": kl,
+        "train/old_approx_kl": old_kl,
+        "train/clip_fraction": clipped,
+        "train/entropy_loss": -entropy,
+        "train/explained_variance": explained_variance(kinds[3]).item(),
+        "train/loss": last_loss,
+        "train/policy_gradient_loss": policy_loss,
+        "train/value_loss": value_loss,
+        "train/std": std,
+    }
+
+
+def norms_of(update: Update) -> dict[str, float]:
+    """Mean norms of the gradients whose norm was finite, which are the same in all processes; none without steps."""
+    finite = update.norms[update.norms[:, 0].isfinite()]
+    if not len(update.norms):
+        return {}
+    names = ("train/grad_norm", "train/actor_grad_norm", "train/critic_grad_norm")
+    return dict(zip(names, finite.mean(0).tolist(), strict=True))

@@ -1,0 +1,367 @@
+"""What is logged: numbers against their definitions, other systems' names, what environments say, and events."""
+
+import csv
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from lightning.pytorch.loggers import CSVLogger
+from processes import fit as fit_in_process
+from processes import forked
+from torch.testing import assert_close
+
+from ppo_lightning import PPO
+from ppo_lightning.callbacks import PPOCallback, RolloutDetails
+from ppo_lightning.callbacks.events import EVENTS
+from ppo_lightning.cli import main
+from ppo_lightning.errors import InputError
+from ppo_lightning.metric_names import TABLES, renamed, restored
+
+SMALL = {"env": "CartPole-v1", "num_envs": 4, "num_steps": 16, "total_steps": 4 * 64}
+
+
+class Talks(gym.Env):
+    """Three steps per episode; says what its reward is made of, and how it went."""
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Discrete(2)
+    made = 0
+
+    def __init__(self):
+        Talks.made += 1
+        self.number, self.episode = Talks.made, 0
+
+    def get_state(self):
+        return {"steps": self.steps, "episode": self.episode}
+
+    def set_state(self, state):
+        self.steps, self.episode = state["steps"], state["episode"]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.episode = 0, self.episode + 1
+        return np.zeros(1, np.float32), {"log": {"/height": 1000.0}}
+
+    def step(self, action):
+        self.steps += 1
+        done = self.steps == 3
+        parts = {"forward": float(self.steps), "control": -0.5}
+        info = {"reward_components": parts, "log": {"/height": float(self.number)}, "power": 2.0, "note": "a text"}
+        if done:
+            info |= {"is_success": self.episode % 2 == 0, "fail": self.episode % 2 == 1}
+        return np.zeros(1, np.float32), sum(parts.values()), done, False, info
+
+
+def vector(mode):
+    return lambda num_envs: SyncVectorEnv([Talks] * num_envs, autoreset_mode=mode)
+
+
+def trained(fit, seen, **options):
+    model = PPO(**{**SMALL, **options})
+    fit(model, callbacks=[PPOCallback(on_iteration_end=lambda trainer, module, metrics: seen.append(metrics))])
+    return model
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_what_environments_say_is_averaged_over_steps_and_over_whole_episodes(fit, mode):
+    """Rollouts of 4 steps cut episodes of 3: sums go on from one rollout to the next, resets never count."""
+    Talks.made, seen = 0, []
+    trained(fit, seen, env=vector(mode), num_envs=2, num_steps=4, total_steps=48, log_info=["power"], num_minibatches=1)
+    for metrics in seen:
+        assert metrics["reward_components/forward"] == 6.0
+        assert metrics["reward_components/control"] == -1.5
+        assert metrics["reward/control"] == -0.5
+        assert metrics["env/height"] <= Talks.made  # a reset says 1000
+        assert metrics["env/power"] == 2.0
+        assert "env/note" not in metrics
+    total = sum(metrics["rollout/episodes"] for metrics in seen)
+    assert sum(metrics["rollout/successes"] + metrics["rollout/failures"] for metrics in seen) == total > 10
+    assert seen[-1]["rollout/success_rate"] + seen[-1]["rollout/fail_rate"] == 1.0
+
+
+def test_worker_processes_say_the_same(fit):
+    values = []
+    for vectorization in ("sync", "async"):
+        Talks.made, seen = 0, []
+        torch.manual_seed(0)
+        trained(fit, seen, env=Talks, num_envs=2, num_steps=4, total_steps=32, vectorization=vectorization)
+        names = [name for name in seen[0] if name.startswith("reward")]
+        values.append([[metrics[name] for name in names] for metrics in seen])
+    assert values[0] == values[1]
+
+
+def test_a_run_that_goes_on_goes_on_with_the_sums(fit, tmp_path):
+    """Nothing of an episode that is cut by the end of a run is lost to reward_components."""
+    whole, second = [], []
+    options = {"env": Talks, "num_envs": 2, "num_steps": 4, "num_minibatches": 1, "total_steps": 32}
+    trained(fit, whole, **options)
+    model = PPO(**options)
+    fit(model, max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
+    fit(
+        PPO(**options),
+        ckpt_path=tmp_path / "half.ckpt",
+        callbacks=[PPOCallback(on_iteration_end=lambda trainer, module, metrics: second.append(metrics))],
+    )
+    for one, other in zip(whole[2:], second, strict=True):
+        for part in ("forward", "control"):
+            assert one[f"reward_components/{part}"] == other[f"reward_components/{part}"]
+
+
+def test_evaluations_say_it_too():
+    statistics = PPO(Talks, num_envs=2, num_steps=4, num_minibatches=1, log_info=["power"]).evaluate(4)
+    assert statistics["eval/reward_components/forward"] == 6.0
+    assert statistics["eval/env/power"] == 2.0
+    assert statistics["eval/fail_rate"] == 0.5
+
+
+def test_two_processes_merge_what_either_has_heard():
+    def says(rank):
+        class Says(Talks):
+            def step(self, action):
+                *others, info = super().step(action)
+                return *others, {**info, "log": {f"only_{rank}": 1.0 + rank}}
+
+        seen = []
+        model = PPO(Says, num_envs=2, num_steps=6, num_minibatches=1, total_steps=48)
+        fit_in_process(
+            model,
+            strategy="ddp",
+            devices=2,
+            callbacks=[PPOCallback(on_iteration_end=lambda trainer, module, metrics: seen.append(metrics))],
+        )
+        return seen
+
+    first, second = forked(says)
+    for one, other in zip(first, second, strict=True):
+        assert one["env/only_0"] == other["env/only_0"] == 1.0
+        assert one["env/only_1"] == other["env/only_1"] == 2.0
+        assert one["rollout/episodes"] == other["rollout/episodes"] == 8
+        assert one["rollout/reward_max"] == other["rollout/reward_max"] == 2.5
+        assert one["rollout/value_mean"] == other["rollout/value_mean"]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_norms_are_those_of_the_halves_of_the_gradient(fit, compile):
+    torch.manual_seed(0)
+    seen, rollouts = [], []
+
+    class Watches(PPOCallback):
+        def on_update_start(self, trainer, pl_module, rollout):
+            rollouts.append(pl_module.samples(rollout))
+            losses.append(pl_module.current_loss())
+            policy = pl_module.policy
+            terms = losses[-1](rollouts[-1], policy.evaluate)
+            gradients = torch.autograd.grad(terms.loss, list(policy.parameters()))
+            network = policy.network
+            for name, own in {"actor": (network.actor_trunk, network.action_head), "critic": ()}.items():
+                ids = {id(p) for part in own for p in part.parameters()}
+                chosen = [
+                    g
+                    for p, g in zip(policy.parameters(), gradients, strict=True)
+                    if (id(p) in ids) == (name == "actor")
+                ]
+                expected.setdefault(name, []).append(torch.cat([g.flatten() for g in chosen]).norm().item())
+
+        def on_iteration_end(self, trainer, pl_module, metrics):
+            seen.append(metrics)
+
+    losses, expected = [], {}
+    model = PPO(**{**SMALL, "num_minibatches": 1, "update_epochs": 1, "total_steps": 64}, compile=compile)
+    fit(model, callbacks=[Watches()])
+    assert seen[0]["train/actor_grad_norm"] == pytest.approx(expected["actor"][0], rel=1e-4)
+    assert seen[0]["train/critic_grad_norm"] == pytest.approx(expected["critic"][0], rel=1e-4)
+    both = seen[0]["train/actor_grad_norm"] ** 2 + seen[0]["train/critic_grad_norm"] ** 2
+    assert seen[0]["train/grad_norm"] == pytest.approx(both**0.5, rel=1e-4)
+
+
+def test_a_shared_trunk_belongs_to_both_halves():
+    from functools import partial
+
+    from ppo_lightning.policy import ActorCritic
+
+    halves = PPO(**SMALL, policy=partial(ActorCritic, shared=True)).policy.halves
+    assert halves.sum(0).max() == 2
+    assert halves.sum(0).min() == 1
+    apart = PPO(**SMALL).policy.halves
+    assert (apart.sum(0) == 1).all()
+
+
+def test_rollout_statistics_are_those_of_the_rollout(fit):
+    rollouts, seen = [], []
+
+    class Watches(PPOCallback):
+        def on_update_end(self, trainer, pl_module, update):
+            updates.append(update)
+
+        def on_rollout_end(self, trainer, pl_module, rollout):
+            rollouts.append(rollout.clone())
+
+        def on_iteration_end(self, trainer, pl_module, metrics):
+            seen.append(metrics)
+
+    updates = []
+    fit(PPO("Pendulum-v1", num_envs=3, num_steps=250, total_steps=1500, target_kl=1e-5), callbacks=[Watches()])
+    for rollout, metrics, update in zip(rollouts, seen, updates, strict=True):
+        reward = rollout["reward"].double()
+        assert metrics["rollout/reward_mean"] == pytest.approx(reward.mean().item())
+        assert metrics["rollout/reward_std"] == pytest.approx(reward.std(correction=0).item())
+        assert metrics["rollout/reward_min"] == reward.min().item()
+        assert metrics["rollout/reward_max"] == reward.max().item()
+        assert metrics["rollout/value_mean"] == pytest.approx(rollout["state_value"].mean().item(), rel=1e-5, abs=1e-6)
+        assert metrics["rollout/truncated"] == rollout["truncated"].sum() == metrics["rollout/episodes"]
+        assert metrics["rollout/terminated"] == 0
+        assert metrics["train/early_stopped"] == update.stopped == (len(update.norms) < len(update.terms))
+        assert metrics["train/old_approx_kl"] == pytest.approx(update.terms[:, 6].mean().item())
+        assert metrics["time/iteration"] >= metrics["time/collect"] + metrics["time/update"]
+    assert updates[0].stopped
+
+
+def test_events_come_in_order_to_methods_and_functions(fit):
+    told = []
+    functions = {event: lambda *given, event=event: told.append((event, len(given))) for event in EVENTS}
+    fit(PPO(**{**SMALL, "total_steps": 128}), callbacks=[PPOCallback(**functions)])
+    once = [
+        ("on_iteration_start", 2),
+        ("on_rollout_start", 2),
+        ("on_rollout_end", 3),
+        ("on_update_start", 3),
+        ("on_update_end", 3),
+        ("on_iteration_end", 3),
+    ]
+    assert told == 2 * once
+    assert sorted(EVENTS) == sorted(name for name, _ in once)
+
+
+def test_what_a_callback_raises_ends_the_run(fit):
+    def fails(trainer, module, rollout):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match=r"^no$"):
+        fit(PPO(**SMALL), callbacks=[PPOCallback(on_update_start=fails)])
+    with pytest.raises(TypeError, match="on_rollout"):
+        PPOCallback(on_rollout=fails)
+
+
+def test_a_rollout_may_be_changed_before_it_is_learnt_from(fit):
+    def nothing_to_learn(trainer, module, rollout):
+        rollout["advantage"].zero_()
+        rollout["value_target"].copy_(rollout["state_value"])
+
+    torch.manual_seed(0)
+    model = PPO(**SMALL)
+    before = torch.cat([p.detach().flatten() for p in model.policy.parameters()])
+    fit(model, callbacks=[PPOCallback(on_update_start=nothing_to_learn)])
+    after = torch.cat([p.detach().flatten() for p in model.policy.parameters()])
+    critic = model.policy.halves[1].bool()
+    assert critic.any()
+    assert_close(after, before, atol=2e-3, rtol=0)
+
+
+SYSTEMS = {
+    "cleanrl": ["charts/SPS", "charts/episodic_return", "losses/clipfrac", "global_step", "losses/old_approx_kl"],
+    "leanrl": ["charts/terminated_count", "losses/grad_norm", "rollout/rewards_max", "rollout/ep_return_mean"],
+    "apexrl": ["episode/mean_length", "train/total_grad_norm", "rollout/mean_value", "train/policy_loss"],
+    "pufferlib": ["SPS", "agent_steps", "uptime", "epoch", "environment/episode_return", "losses/entropy"],
+    "embodichain": ["charts/episode_reward_avg_100", "train/actor_loss", "train/entropy", "charts/SPS"],
+    "sb3": ["rollout/ep_rew_mean", "train/value_loss", "train/entropy_loss", "time/fps"],
+}
+
+
+@pytest.mark.parametrize("system", TABLES)
+def test_loggers_receive_a_systems_names_and_monitors_keep_ours(fit, tmp_path, system):
+    seen = []
+    torch.manual_seed(0)
+    model = PPO(**{**SMALL, "total_steps": 64 * 10}, metric_names=system, eval_interval=5, num_eval_episodes=2)
+    logger = CSVLogger(tmp_path)
+    trainer = fit(
+        model,
+        logger=logger,
+        limit_val_batches=1,
+        callbacks=[PPOCallback(on_iteration_end=lambda trainer, module, metrics: seen.append(metrics))],
+    )
+    logger.save()
+    with (Path(logger.log_dir) / "metrics.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    last = {name: float(value) for name, value in rows[-2].items() if value}
+    assert set(SYSTEMS[system]) <= last.keys()
+    ours = seen[-1]
+    steps = last.pop("step")
+    assert steps == model.num_env_steps
+    for name, value in restored(last, system).items():
+        assert value == pytest.approx(ours[name], rel=1e-6, nan_ok=True), name
+    scale = {"sb3": 1.0, "embodichain": 1.0}.get(system, 0.5)
+    name = next(name for name in last if name.endswith("value_loss"))
+    assert last[name] == pytest.approx(scale * ours["train/value_loss"])
+    assert "rollout/ep_rew_mean" in trainer.callback_metrics
+    assert "eval/mean_reward" in trainer.callback_metrics
+    evaluated = {name: float(value) for name, value in rows[-1].items() if value}
+    expected = {"leanrl": "eval/return", "embodichain": "eval/avg_reward"}.get(system, "eval/mean_reward")
+    assert evaluated[expected] == pytest.approx(float(trainer.callback_metrics["eval/mean_reward"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("system", TABLES)
+def test_names_can_be_told_back(system):
+    ours = [name for table in TABLES.values() for name in table if not name.endswith("/")]
+    metrics = dict.fromkeys([*ours, "env/a", "reward/b", "eval/env/c", "eval/reward/d", "train/std"], 2.0)
+    named = renamed(metrics, system)
+    assert len(named) == len(metrics)
+    assert restored(named, system) == metrics
+
+
+def test_names_that_nobody_has_are_refused():
+    with pytest.raises(InputError, match=r"metric_names must be one of .*sb3.* got 'rllib'"):
+        PPO(**SMALL, metric_names="rllib")
+
+
+def test_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"--model.{name}={value}" for name, value in SMALL.items()]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    main(["fit", *words, *quiet, "--model.metric_names", "pufferlib", "--model.log_info", "[power]"])
+    header = next(tmp_path.glob("lightning_logs/version_0/metrics.csv")).read_text().partition("\n")[0]
+    assert {"agent_steps", "losses/clipfrac"} <= set(header.split(","))
+
+
+def test_details_are_those_of_the_rollout(fit):
+    rollouts, seen = [], []
+
+    class Watches(PPOCallback):
+        def on_update_start(self, trainer, pl_module, rollout):
+            rollouts.append(
+                (rollout.clone(), pl_module.policy.moments.mean.clone(), pl_module.scaled(rollout["reward"]))
+            )
+
+        def on_iteration_end(self, trainer, pl_module, metrics):
+            seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    options = {"normalize_observation": True, "normalize_reward": True, "popart": {"beta": 1e-3}}
+    model = PPO("Pendulum-v1", num_envs=3, num_steps=64, total_steps=384, **options)
+    fit(model, callbacks=[RolloutDetails(["cos", "sin", "speed"]), Watches()])
+    for (rollout, running, scaled), metrics in zip(rollouts, seen, strict=True):
+        observation = rollout["observation"].flatten(0, 1).double()
+        for index, name in enumerate(("cos", "sin", "speed")):
+            assert metrics[f"obs_raw_mean/{name}"] == pytest.approx(observation[:, index].mean().item())
+            assert metrics[f"obs_raw_std/{name}"] == pytest.approx(observation[:, index].std(correction=0).item())
+            assert metrics[f"obs_rms_mean/{name}"] == running[index].item()
+        assert metrics["obs_raw/mean_avg"] == pytest.approx(observation.mean().item())
+        assert metrics["obs_raw/max"] == observation.max().item()
+        assert metrics["obs_raw/min"] == observation.min().item()
+        for name, key in {"advantage": "advantage", "value": "state_value", "returns": "value_target"}.items():
+            assert metrics[f"{name}/mean"] == pytest.approx(rollout[key].double().mean().item())
+            assert metrics[f"{name}/std"] == pytest.approx(rollout[key].double().std(correction=0).item())
+        assert metrics["reward_norm/normalized_reward_mean"] == pytest.approx(scaled.double().mean().item())
+        epochs = [metrics[f"train/clip_fraction_epoch_{epoch}"] for epoch in range(1, 5)]
+        assert np.mean(epochs) == pytest.approx(metrics["train/clip_fraction"])
+        assert metrics["popart/sigma"] > 0
+    assert metrics["obs_normalized/std_avg"] < 10
+    assert metrics["reward_norm/return_rms_count"] == 384
+    assert metrics["reward_norm/return_rms_std"] == pytest.approx(metrics["reward_norm/return_rms_var"] ** 0.5)
+
+
+def test_details_want_a_name_for_each_number(fit):
+    with pytest.raises(InputError, match="1 observation_names, observations have 4 numbers"):
+        fit(PPO(**SMALL), callbacks=[RolloutDetails(["angle"])])
