@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 README, POLICIES = (ROOT / "README.md").read_text(), (ROOT / "docs/policies.md").read_text()
 SPEED = (ROOT / "docs/speed.md").read_text()
 RUNS, DISTRIBUTED = (ROOT / "docs/runs.md").read_text(), (ROOT / "docs/distributed.md").read_text()
-DOCUMENTS = {"README": README, "policies": POLICIES, "speed": SPEED, "runs": RUNS, "distributed": DISTRIBUTED}
+METRICS = (ROOT / "docs/metrics.md").read_text()
+DOCUMENTS = {path.stem: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
 def test_every_test_that_the_documents_name_exists():
@@ -66,3 +67,33 @@ def test_the_example_of_an_environment_that_is_tensors_learns(fit, compile):
     model = PPO(space["Walk"], num_envs=32, num_steps=32, total_steps=20_000, compile=compile, num_eval_episodes=4)
     fit(model)
     assert model.evaluate(4)["eval/mean_reward"] == 1.0
+
+
+def test_every_metric_is_in_the_documents(fit):
+    """And none is there that nobody logs."""
+    from lightning import Callback
+    from probes import ActionMustMatch
+
+    class Sees(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            logged.update(trainer.callback_metrics)
+
+        def on_validation_end(self, trainer, *_):
+            logged.update(trainer.callback_metrics)
+
+    logged: set = set()
+    options = {"num_envs": 2, "num_steps": 16, "total_steps": 256, "target_kl": 0.1, "clip_range_vf": 0.2}
+    for env in (ActionMustMatch, "MountainCarContinuous-v0"):
+        model = PPO(env, **options, num_eval_episodes=1, eval_interval=4)
+        fit(model, callbacks=[Sees()], limit_val_batches=1)
+    table = METRICS.split("## What environments say")[0]
+    named = set(re.findall(r"`((?:rollout|train|time|eval)/\w+)`", table))
+    rare = {"train/skipped_steps", "time/env_restarts", "rollout/fail_rate", "rollout/failures", "eval/fail_rate"}
+    assert logged - {"step"} == named - rare
+
+
+def test_the_example_of_events_runs(fit):
+    (code,) = re.findall(r"```python\n(.*?)```", METRICS, re.DOTALL)
+    space: dict = {}
+    exec(code, space)
+    fit(PPO("CartPole-v1", num_envs=2, num_steps=16, total_steps=64), callbacks=[space["watch"]])
