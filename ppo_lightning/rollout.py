@@ -334,11 +334,16 @@ class EpisodeStatistics:
         self.window.extend(tuple(episode) for episode in episodes.tolist())
 
     def means(self) -> dict[str, float]:
-        """Mean return, length and rates over the window, under Stable-Baselines3's names; none without episodes."""
+        """Returns, lengths and rates over the window, under Stable-Baselines3's names; none without episodes."""
         if not self.window:
             return {}
         returns, lengths, successes, failures = (np.asarray(column) for column in zip(*self.window, strict=True))
-        means = {"rollout/ep_rew_mean": float(returns.mean()), "rollout/ep_len_mean": float(lengths.mean())}
+        means = {
+            "rollout/ep_rew_mean": float(returns.mean()),
+            "rollout/ep_rew_min": float(returns.min()),
+            "rollout/ep_rew_max": float(returns.max()),
+            "rollout/ep_len_mean": float(lengths.mean()),
+        }
         if not np.isnan(successes).all():
             means["rollout/success_rate"] = float(np.nanmean(successes))
         if not np.isnan(failures).all():
