@@ -7,14 +7,16 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
 from lightning import Trainer
+from lightning.fabric.utilities.logger import _flatten_dict
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
@@ -22,6 +24,7 @@ from typing_extensions import override
 from ppo_lightning.checkpoint import KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
 from ppo_lightning.compiled import ROWS
 from ppo_lightning.errors import InputError, said_in_one_sentence
+from ppo_lightning.loggers import beside_the_folder, refuse_unusable, wandb_run_ends
 from ppo_lightning.plot import draw_learning_curve
 from ppo_lightning.ppo import PPO
 
@@ -64,7 +67,21 @@ class Lenient:
 
 
 class RunBoard(Lenient, TensorBoardLogger):
-    """TensorBoard's event file of a run."""
+    """TensorBoard's event file of a run, with its hyperparameters beside its returns."""
+
+    METRICS = ("eval/mean_reward", "rollout/ep_rew_mean")
+
+    @override
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None) -> None:
+        from torch.utils.tensorboard.summary import hparams  # loads TensorBoard
+
+        super().log_hyperparams(params, metrics, step)
+        # Lightning writes them to events with a value of each metric only, which would be a first point of its curve.
+        plain = self._sanitize_params(_flatten_dict(dict(params)))
+        writer = self.experiment._get_file_writer()
+        for summary in hparams(plain, dict.fromkeys(self.METRICS, 0.0)):
+            self._attempt(partial(writer.add_summary, summary))
 
 
 class RunCSVLogger(Lenient, CSVLogger):
@@ -129,6 +146,7 @@ class PPOCLI(LightningCLI):
             self._subcommand_parsers[subcommand].set_defaults({f"model.{k}": v for k, v in hyperparameters.items()})
         self.config = parser.parse_args(words)
         config = self.config[self.config.subcommand]
+        refuse_unusable(config.trainer.logger)
         if config.seed_everything is True:
             # Lightning would take 0. Processes started by this one find its seed in their environment.
             drawn = random.SystemRandom().randrange(2**31) if checkpoint_seed is None else checkpoint_seed
@@ -140,10 +158,13 @@ class PPOCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A Trainer with loggers in one folder per run."""
+        """A Trainer with loggers in one folder per run; those that the user gave log beside them."""
         config = self._get(self.config_init, "trainer")
-        if config["logger"] in (None, True):
-            kwargs["logger"] = self._loggers(config["default_root_dir"] or ".")
+        given, root = config["logger"], config["default_root_dir"] or "."
+        if given in (None, True):
+            kwargs["logger"] = self._loggers(root)
+        elif given is not False and self.subcommand == "fit":
+            kwargs["logger"] = beside_the_folder(given, lambda: cast(list[Logger], self._loggers(root)))
         if self.subcommand != "fit":
             self.save_config_callback = None
         return super().instantiate_trainer(**kwargs)
@@ -213,7 +234,7 @@ def main(args: list[str] | None = None) -> None:
         lambda record: "Tip:" not in record.getMessage()
     )
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
-    with said_in_one_sentence():
+    with said_in_one_sentence(), wandb_run_ends():
         PPOCLI(
             PPO,
             trainer_defaults={"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1},

@@ -347,6 +347,7 @@ class PPO(LightningModule):
     def on_fit_start(self) -> None:
         """Seed this process's own stream, and leave at once where nothing is left to train."""
         rank_zero_info(f"seed {self.seed}")
+        self._hparams_initial = self.hyperparameters()  # which Lightning gives to loggers next
         self.generator.manual_seed(self._stream("training", self.num_env_steps))
         self.restarts.count = self._skipped = self._skipped_in_a_row = 0
         self._clock = Clock()
@@ -522,7 +523,8 @@ class PPO(LightningModule):
 
     def _send(self, metrics: dict[str, float]) -> None:
         """Give loggers metrics under the names that are wanted."""
-        named = renamed(metrics, self.metric_names)
+        numbers = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        named = renamed(numbers, self.metric_names)
         for logger in self.loggers:
             logger.log_metrics(named, step=self.num_env_steps)
 
@@ -1049,6 +1051,22 @@ class PPO(LightningModule):
         """Environment steps trained on so far, over all environments and processes."""
         return int(self.env_steps)
 
+    def hyperparameters(self) -> dict[str, Any]:
+        """What loggers are told of a run: all hyperparameters, of what is no plain data the name; seed and processes."""
+        given = {name: value for name, value in self.hparams.items() if name not in ("_instantiator", "_class_path")}
+        optimizer = type(self._optimizer)
+        return {
+            **_lists(given),
+            **self._names,
+            "total_steps": self.total_steps,
+            "optimizer": {
+                "class_path": f"{optimizer.__module__}.{optimizer.__qualname__}",
+                "init_args": _lists(self._optimizer.defaults),
+            },
+            "seed": self.seed,
+            "processes": self._world_size,
+        }
+
     @property
     def policy_version(self) -> int:
         """Number of updates that made the policy what it is."""
@@ -1184,6 +1202,57 @@ class PPO(LightningModule):
             ) from error
         finally:
             _passed.reset(token)
+
+    # --- a loop without a Trainer -------------------------------------------------------------------------------------
+
+    def collect(self) -> TensorDict:
+        """One rollout [T, N] with its ``advantage`` and ``value_target``; the next call overwrites it.
+
+        For loops of your own: under a Trainer this is done already. The first call seeds what draws random numbers, as
+        ``fit`` does: by ``lightning.seed_everything``, else by a seed that is drawn and kept in ``seed``.
+        """
+        if self.rollouts.environments is None:
+            self.seed = self._known_seed()
+            self.generator.manual_seed(self._stream("training", self.num_env_steps))
+        rollout = self.rollouts.collect()
+        self.on_train_batch_start(rollout, 0)
+        return rollout
+
+    def learn(self, rollout: TensorDict, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Update the policy on what :meth:`collect` gave, count it, and say what happened.
+
+        The learning rate falls linearly to 0, unless ``lr_scheduler`` was given: then step one of your own.
+
+        Args:
+            rollout: of the policy as it is now.
+            optimizer: over the policy's parameters, the same one in every call.
+
+        Returns:
+            The numbers that loggers get, ``rollout/…``, ``time/…`` and ``train/…``, at ``num_env_steps``.
+
+        Raises:
+            FloatingPointError: a gradient is not finite, and that is not to be skipped.
+        """
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.anneal(optimizer)
+        self.learning_rate = optimizer.param_groups[0]["lr"]
+        update = self.update(rollout, partial(self._descend_alone, optimizer))
+        self._in_use = None
+        self.count(rollout, update.epochs)
+        self.rollouts.pending = False
+        self._before.forget()
+        return self.metrics(rollout, update, seconds=time.perf_counter() - started)
+
+    def _descend_alone(self, optimizer: torch.optim.Optimizer, loss: Tensor, last: bool = True) -> None:
+        if not self._accumulated:
+            optimizer.zero_grad()
+        self._accumulated = not last
+        loss.backward()
+        if last:
+            self.clip_gradients_by_norm()
+            optimizer.step()
 
     def keep_environments(self) -> None:
         """Keep the state of environments that are between two rollouts, before they are closed."""
@@ -1360,6 +1429,7 @@ class PPO(LightningModule):
         Under LightningCLI, Lightning keeps the parsed configuration instead, in which classes are paths.
         """
         self._missing: list[str] = []  # of a checkpoint that was loaded
+        self._names: dict[str, str] = {}  # of what is no plain data, for loggers
         if _given_hyperparameters.get() is not None:
             self.save_hyperparameters()
             self._not_saved: list[str] = []
@@ -1367,6 +1437,7 @@ class PPO(LightningModule):
             return
         plain = plain_data(given)
         self.save_hyperparameters(plain)
+        self._names = {name: _name_of(value) for name, value in given.items() if name not in plain}
         changed = {name for name, value in given.items() if value is not _PARAMETERS[name]}
         self._not_saved = sorted(changed - plain.keys())
         self._given = changed
@@ -1405,6 +1476,17 @@ def take(samples: TensorDict, order: Tensor) -> TensorDict:
 
 def _processes(ranks: list[int]) -> str:
     return f"process {ranks[0]}" if len(ranks) == 1 else f"processes {', '.join(map(str, ranks))}"
+
+
+def _name_of(value: Any) -> str:
+    """Of a class or function its own name; of an object its class's."""
+    named = value if inspect.isclass(value) or inspect.isfunction(value) else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _lists(values: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists: plain YAML has no other."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _nothing() -> None:

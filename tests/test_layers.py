@@ -11,7 +11,7 @@ LAYERS = [
     {"sweep"},
     {"cli", "report"},
     {"ppo", "plot"},
-    {"trainer"},
+    {"trainer", "loggers"},
     {"callbacks"},
     {"rollout", "evaluation", "prediction", "checkpoint", "metrics"},
     {"stepping", "streams"},

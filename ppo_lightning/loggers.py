@@ -1,0 +1,87 @@
+"""Loggers beside those of the run's folder: which packages they need, whose folder counts, and when W&B's run ends."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from ppo_lightning.errors import InputError
+
+PACKAGES = {
+    "WandbLogger": ("wandb", "wandb"),
+    "MLFlowLogger": ("mlflow", "mlflow"),
+    "CometLogger": ("comet_ml", "comet"),
+}
+"""Module that a logger of Lightning's imports, and the extra that installs it."""
+
+
+def refuse_unusable(parsed: Any) -> None:
+    """Say what a logger of the configuration lacks, before it is made.
+
+    Args:
+        parsed: ``trainer.logger`` as the command line has parsed it: nothing, a bool, one logger, or a list of them.
+
+    Raises:
+        InputError: its package is not installed, or MLflow would refuse its file store.
+    """
+    for entry in parsed if isinstance(parsed, list) else [parsed]:
+        if entry in (None, True, False):
+            continue
+        name = entry.class_path.rpartition(".")[2]
+        module, extra = PACKAGES.get(name, (None, None))
+        if module is not None and find_spec(module) is None:
+            raise InputError(f'trainer.logger {name} needs {module}: pip install "ppo-lightning[{extra}]"')
+        if name == "MLFlowLogger":
+            _refuse_file_store(entry.init_args.tracking_uri)
+
+
+def _refuse_file_store(uri: str | None) -> None:
+    allowed = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1")
+    if not allowed and (not uri or uri.startswith("file:")):
+        raise InputError(
+            "trainer.logger MLFlowLogger would write files below save_dir, which MLflow refuses by now: name a server or a "
+            "database by --trainer.logger.tracking_uri (sqlite:///mlflow.db needs pip install sqlalchemy alembic), or set "
+            "MLFLOW_ALLOW_FILE_STORE=true"
+        )
+
+
+def beside_the_folder(given: Logger | list[Logger], own: Callable[[], list[Logger]]) -> list[Logger]:
+    """The loggers that the user gave, with one that has a folder in front: Lightning keeps a run's files in the first's.
+
+    Args:
+        given: by the user.
+        own: makes the loggers of the run's folder, where none of the given ones has a folder for a run.
+    """
+    loggers = given if isinstance(given, list) else [given]
+    folders = [logger for logger in loggers if isinstance(logger, TensorBoardLogger | CSVLogger)]
+    return [*(folders or own()), *(logger for logger in loggers if logger not in folders)]
+
+
+@contextmanager
+def wandb_run_ends() -> Iterator[None]:
+    """End the W&B run that begins within, as failed where an exception leaves.
+
+    W&B itself ends it with the process, so that a second command of the same process would go on in it.
+    """
+    before = _wandb_run()
+    try:
+        yield
+    except BaseException:
+        _finish(before, exit_code=1)
+        raise
+    _finish(before, exit_code=0)
+
+
+def _wandb_run() -> Any:
+    wandb = sys.modules.get("wandb")  # whoever logs there has imported it
+    return None if wandb is None else wandb.run
+
+
+def _finish(before: Any, exit_code: int) -> None:
+    run = _wandb_run()
+    if run is not None and run is not before:
+        run.finish(exit_code=exit_code)
