@@ -1,12 +1,15 @@
 """What the documents say is there, and what they show runs."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ppo_lightning import PPO
+from ppo_lightning.cli import main
 
 ROOT = Path(__file__).parent.parent
 README, POLICIES = (ROOT / "README.md").read_text(), (ROOT / "docs/policies.md").read_text()
@@ -14,6 +17,62 @@ SPEED = (ROOT / "docs/speed.md").read_text()
 RUNS, DISTRIBUTED = (ROOT / "docs/runs.md").read_text(), (ROOT / "docs/distributed.md").read_text()
 METRICS = (ROOT / "docs/metrics.md").read_text()
 DOCUMENTS = {path.stem: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = ("loggers", "by_hand", "profiling", "checkpoints", "tuning", "pendulum")
+FEW = "--trainer.max_epochs 1 --trainer.accelerator cpu --trainer.enable_progress_bar false --model.num_eval_episodes 1 "
+FEW += "--model.num_steps 64 --model.num_minibatches 4"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", DOCUMENTS[page], re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> list[list[str]]:
+    lines = "".join(blocks(page, "bash")).replace("\\\n", "").splitlines()
+    return [words[3:] for line in lines if (words := shlex.split(line, comments=True))[:3] == FIT]
+
+
+FIT = ["python", "-m", "ppo_lightning"]
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.fixture
+def _at_home(monkeypatch):
+    """Nothing leaves this folder, and what a page leaves open is closed."""
+    Path("configs").symlink_to(ROOT / "configs")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_MODE", raising=False)  # which the logger sets
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+
+
+@pytest.mark.usefixtures("_at_home")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:Checkpoint directory")
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page):
+    budget = re.compile(r"total_steps=(\d+)_000\b")
+    code = budget.sub(lambda match: f"total_steps={int(match[1]) * 10}", "".join(blocks(page, "python")))
+    code = code.replace("num_minibatches=64", "num_minibatches=4")
+    exec(compile(code, f"docs/{page}.md", "exec"), {"__name__": page})
+
+
+@pytest.mark.usefixtures("_at_home")
+@pytest.mark.filterwarnings("ignore:The PyTorch Profiler default schedule will be overridden")
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[page for page, _ in COMMANDS])
+def test_the_commands_of_a_page_train(page, words):
+    main([*words, *FEW.split()])
+    assert len(list(Path().rglob("checkpoints/last.ckpt"))) == 1
+
+
+@pytest.mark.usefixtures("_at_home")
+@pytest.mark.parametrize("page", ["loggers", "checkpoints"])
+def test_the_yaml_of_a_page_trains(page, tmp_path):
+    (text,) = blocks(page, "yaml")
+    Path("page.yaml").write_text(text.replace("sqlite:///mlflow.db", f"file:{tmp_path}/mlruns"))
+    main(["fit", "--config", "configs/cartpole.yaml", "--config", "page.yaml", *FEW.split()])
+    assert len(list(Path().rglob("checkpoints/last.ckpt"))) == 1
 
 
 def test_every_test_that_the_documents_name_exists():
