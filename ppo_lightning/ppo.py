@@ -53,7 +53,7 @@ from ppo_lightning.checkpoint import (
 )
 from ppo_lightning.clock import Clock
 from ppo_lightning.compiled import CompiledUpdate, CompilerError, why_not
-from ppo_lightning.envs import Environments, EnvMaker, Halves, Restarts, resolve
+from ppo_lightning.envs import Environments, EnvMaker, Halves, Restarts, Setting, resolve
 from ppo_lightning.envs.info import Sums, added
 from ppo_lightning.envs.info import means as means_of
 from ppo_lightning.envs.state import as_tensors
@@ -235,6 +235,12 @@ class PPO(LightningModule):
         self.max_grad_norm = max_grad_norm
         self.non_finite = non_finite
         self.target_kl = target_kl
+        self.lr_schedule: Linear | None = None
+        """Learning rate by callbacks that steer, in the place of the line from the optimiser's own to 0."""
+        self.setting = self.eval_setting = Setting()
+        """How the environments of training and of evaluations differ from those given, by callbacks that steer."""
+        self.steered: dict[str, float] = {}
+        """What callbacks that steer log with each iteration."""
         self.optimizer = plain_factory(optimizer)
         self.lr_scheduler = plain_factory(lr_scheduler)
         self.eval_interval = eval_interval
@@ -247,15 +253,11 @@ class PPO(LightningModule):
         self.compiles = compile
         self.compiled: CompiledUpdate | None = None
         """The update in one graph, where ``compile`` is on and nothing prevents it; made when training starts."""
-        if num_minibatches > num_steps * self.num_envs:
-            raise InputError(
-                f"num_steps · num_envs = {num_steps} · {self.num_envs} = {num_steps * self.num_envs} samples cannot be cut "
-                f"into num_minibatches = {num_minibatches}: lower num_minibatches or raise num_steps"
-            )
+        self._check_samples(num_steps)
 
         self.policy = Policy(seen, self.action_space, policy, normalize_observation, as_popart(popart))
         self.clip_reward = clip_reward
-        self.sequence_length = self._check_sequences(sequence_length)
+        self.sequence_length = self._check_sequences(sequence_length, self.num_steps)
         self.return_moments = RunningMoments(()) if normalize_reward else None
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.int64))
@@ -757,8 +759,15 @@ class PPO(LightningModule):
         )
 
     def anneal(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set the learning rate of this iteration, where no scheduler does: from its initial value linearly to 0."""
-        if self.lr_scheduler is None:
+        """Set the learning rate of this iteration, where no scheduler does: from its initial value linearly to 0.
+
+        Where a callback steers it, it is the rate of the first parameter group; others keep their ratio to that one.
+        """
+        if self.lr_schedule is not None:
+            rate, first = self.lr_schedule.at(self.progress_share), optimizer.param_groups[0]["initial_lr"]
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (group["initial_lr"] / first)
+        elif self.lr_scheduler is None:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * (1 - self.progress_share)
 
@@ -1026,6 +1035,7 @@ class PPO(LightningModule):
             "train/clip_range": update.loss.clip_range,
             "train/learning_rate": self.learning_rate,
             "train/n_updates": int(self.n_updates),
+            **self.steered,
         }
         absent = {
             "rollout/successes": "rollout/success_rate" not in episodes,
@@ -1270,14 +1280,19 @@ class PPO(LightningModule):
     def make_environments(self) -> Environments | Halves:
         """The environments to train on; worker processes in two halves."""
         made, self._made = self._made, self._made if self.env_maker.is_instance else None
+        maker, attributes = self.setting.of(self.env_maker), self.setting.attributes
+        if made is not None and maker is not self.env_maker:  # it was made with other arguments
+            made.close()
+            made = None
         if self._has_workers and self.num_envs > 1:
             sizes = cut(self.num_envs, 2)
             make = partial(
                 Environments,
-                self.env_maker,
+                maker,
                 timeout_s=self.env_timeout_s,
                 restarts=self.restarts,
                 log_info=self.log_info,
+                attributes=attributes,
             )
             first = make(sizes[0])
             try:
@@ -1287,12 +1302,13 @@ class PPO(LightningModule):
                 raise
         else:
             environments = Environments(
-                self.env_maker,
+                maker,
                 self.num_envs,
                 self.env_timeout_s,
                 made,
                 restarts=self.restarts,
                 log_info=self.log_info,
+                attributes=attributes,
             )
         if environments.inserts_rows and self.sequence_length == 1:
             environments.close()
@@ -1300,15 +1316,92 @@ class PPO(LightningModule):
                 f"{self.env_maker.name} spends a step on every reset (NEXT_STEP), of which sequences of one step may "
                 "consist: raise sequence_length to 2 or more"
             )
-        rows = (self.num_steps // 2 if environments.inserts_rows else self.num_steps) * environments.num_envs
-        if not self.policy.state_size and self.num_minibatches > rows:
+        try:
+            self._check_rows(environments, self.num_steps)
+        except InputError:
             environments.close()
+            raise
+        return environments
+
+    def steer_environments(self, setting: Setting, *, anew: bool) -> None:
+        """Change the environments of training between two rollouts.
+
+        Attributes change where the environments are; with other arguments they are made anew and begin new episodes.
+
+        Args:
+            setting: how they differ from those that the run was given.
+            anew: this is a change. False puts a run that goes on back to where it was.
+
+        Raises:
+            InputError: the environments have not what is to be set, or other spaces when made with these arguments.
+        """
+        before, self.setting = self.setting, setting
+        if anew and setting.env_kwargs != before.env_kwargs:
+            self._check_spaces(setting)
+            self.rollouts.close()
+            self.rollouts.saved = None
+        elif setting.attributes != before.attributes:
+            self.rollouts.steer(setting.attributes)
+
+    def steer_evaluations(self, setting: Setting) -> None:
+        """Evaluate on environments that differ so from those that the run was given."""
+        if setting != self.eval_setting and self._eval_environments is not None:
+            self._eval_environments.close()
+            self._eval_environments = None
+        self.eval_setting = setting
+
+    def _check_spaces(self, setting: Setting) -> None:
+        observation_space, action_space, made = setting.of(self.env_maker).probe(self.num_envs)
+        if made is not None:
+            made.close()
+        if (observation_space, action_space) != (self.observation_space, self.action_space):
+            raise InputError(
+                f"{self.env_maker.name} made with {dict(setting.env_kwargs)} has the spaces {observation_space} and "
+                f"{action_space}, the policy was made for {self.observation_space} and {self.action_space}: change what "
+                "leaves them as they are"
+            )
+
+    def resize_rollouts(self, num_steps: int) -> None:
+        """Collect rollouts of another length from now on; the episodes go on.
+
+        Args:
+            num_steps: steps of each environment per rollout (steps).
+
+        Raises:
+            InputError: they cannot be cut into minibatches or sequences.
+        """
+        sequence_length = self.check_rollouts(num_steps)
+        if num_steps != self.num_steps:
+            self.num_steps, self.sequence_length = num_steps, sequence_length
+            self.rollouts.resize(num_steps)
+
+    def check_rollouts(self, num_steps: int) -> int | None:
+        """Refuse a length of rollouts that cannot be cut; else the steps of a sequence, None without memory.
+
+        Raises:
+            InputError: it cannot be cut into minibatches or sequences.
+        """
+        self._check_samples(num_steps)
+        if self.rollouts.environments is not None:
+            self._check_rows(self.rollouts.environments, num_steps)
+        return self._check_sequences(self.hparams["sequence_length"], num_steps)
+
+    def _check_samples(self, num_steps: int) -> None:
+        samples = num_steps * self.num_envs
+        if self.num_minibatches > samples:
+            raise InputError(
+                f"num_steps · num_envs = {num_steps} · {self.num_envs} = {samples} samples cannot be cut "
+                f"into num_minibatches = {self.num_minibatches}: lower num_minibatches or raise num_steps"
+            )
+
+    def _check_rows(self, environments: Environments | Halves, num_steps: int) -> None:
+        rows = (num_steps // 2 if environments.inserts_rows else num_steps) * environments.num_envs
+        if not self.policy.state_size and self.num_minibatches > rows:
             raise InputError(
                 f"{self.env_maker.name} spends a step on every reset (NEXT_STEP), which can leave {rows} of "
-                f"num_steps · num_envs = {self.num_steps} · {environments.num_envs} samples: num_minibatches = "
+                f"num_steps · num_envs = {num_steps} · {environments.num_envs} samples: num_minibatches = "
                 f"{self.num_minibatches} is too many, lower it or raise num_steps"
             )
-        return environments
 
     def environment_seed(self) -> int:
         """Seed of this process's first environment; a run that goes on gets other episodes than the one before."""
@@ -1327,7 +1420,7 @@ class PPO(LightningModule):
             torch.set_autocast_cache_enabled(True)
             yield
 
-    def _check_sequences(self, given: int | None) -> int | None:
+    def _check_sequences(self, given: int | None, num_steps: int) -> int | None:
         """Steps of a sequence; None without memory.
 
         Raises:
@@ -1340,15 +1433,15 @@ class PPO(LightningModule):
                     "the policy a memory (ActorCritic: memory: lstm)"
                 )
             return None
-        length = self.num_steps if given is None else given
-        if self.num_steps % length:
+        length = num_steps if given is None else given
+        if num_steps % length:
             raise InputError(
-                f"sequence_length = {length} does not cut num_steps = {self.num_steps} into whole sequences: take a divisor"
+                f"sequence_length = {length} does not cut num_steps = {num_steps} into whole sequences: take a divisor"
             )
-        sequences = self.num_steps // length * self.num_envs
+        sequences = num_steps // length * self.num_envs
         if sequences < self.num_minibatches:
             raise InputError(
-                f"num_envs · num_steps / sequence_length = {self.num_envs} · {self.num_steps} / {length} = {sequences} "
+                f"num_envs · num_steps / sequence_length = {self.num_envs} · {num_steps} / {length} = {sequences} "
                 f"sequences cannot be cut into num_minibatches = {self.num_minibatches}: lower sequence_length or "
                 "num_minibatches"
             )
@@ -1401,8 +1494,14 @@ class PPO(LightningModule):
                     f"evaluation needs environments of its own, and {self.env_maker.name} was given as a VectorEnv: give a "
                     "callable that makes it instead"
                 )
+            setting = self.eval_setting
             self._eval_environments = Environments(
-                maker, num_envs, self.env_timeout_s, restarts=self.restarts, log_info=self.log_info
+                setting.of(maker),
+                num_envs,
+                self.env_timeout_s,
+                restarts=self.restarts,
+                log_info=self.log_info,
+                attributes=setting.attributes,
             )
             self._num_eval_envs = num_envs
         return self._eval_environments

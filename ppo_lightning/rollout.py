@@ -121,13 +121,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         first = environments.reset(learner.environment_seed())
         self.discounted = torch.zeros(environments.num_envs)
         self.episodes.restart(environments.num_envs)
-        state_size, device = learner.policy.state_size, learner.device
-        if isinstance(environments, Environments) and environments.tensors is not None and not state_size:
-            stepper: Stepper = TensorStepper(
-                environments, self.num_steps, self.observation_space, device, compiles=learner.compiles
-            )
-        else:
-            stepper = ArrayStepper(environments, first, self.num_steps, self.observation_space, state_size, device)
+        stepper = self._make_stepper(environments, first)
         saved, self.saved = self.saved, None
         if saved is not None:
             if environments.restore(saved["environments"]):
@@ -137,6 +131,35 @@ class RolloutDataset(IterableDataset[TensorDict]):
                 rank_zero_info("environments begin anew: those that were saved were made otherwise")
             restore_random_state(saved["random"], learner.generator)  # resets may have drawn from the shared ones
         return stepper
+
+    def _make_stepper(self, environments: Environments | Halves, first: Tree) -> Stepper:
+        """What takes ``num_steps`` steps of environments that show ``first`` [N, …]."""
+        state_size, device = self.learner.policy.state_size, self.learner.device
+        if isinstance(environments, Environments) and environments.tensors is not None and not state_size:
+            return TensorStepper(
+                environments, self.num_steps, self.observation_space, device, compiles=self.learner.compiles
+            )
+        return ArrayStepper(environments, first, self.num_steps, self.observation_space, state_size, device)
+
+    def steer(self, attributes: Mapping[str, Any]) -> None:
+        """Set attributes of the environments that run; :meth:`Learner.make_environments` does so of new ones."""
+        if self.environments is not None and self._stepper is not None:
+            self.environments.steer(attributes)
+            if isinstance(self._stepper, TensorStepper):
+                self._stepper.forget_graph()
+
+    def resize(self, num_steps: int) -> None:
+        """Take rollouts of another length from now on, from where the environments are.
+
+        Args:
+            num_steps: T, steps of each environment per rollout.
+        """
+        self.num_steps = num_steps
+        if self.environments is not None and self._stepper is not None:
+            state = self._stepper.state()
+            first = tree_map(Tensor.numpy, state["observation"])
+            self._stepper = self._make_stepper(self.environments, first)
+            self._stepper.restore(state)
 
     def state(self) -> dict[str, Any] | None:
         """What the next rollout goes on from, as plain data; None where an environment's state cannot be told."""

@@ -366,6 +366,10 @@ class TensorStepper(Stepper):
     def restore(self, state: Mapping[str, Any]) -> None:
         self._observation = tree_map(lambda leaf: leaf.to(self.device), state["observation"])
 
+    def forget_graph(self) -> None:
+        """Compile the steps anew, since the environments have changed: a captured graph would not see it."""
+        self._graph = None
+
     @override
     def take(self, policy: Policy, noise: Tensor | None) -> Steps:
         if self.compiles:

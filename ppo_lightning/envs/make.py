@@ -8,8 +8,8 @@ import inspect
 import multiprocessing
 import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -20,6 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from ppo_lightning.envs.state import environment_state, restore_environment
 from ppo_lightning.envs.third_party import adapted
+from ppo_lightning.envs.values import set_values
 from ppo_lightning.envs.workers import Workers
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.spaces import MASK, children
@@ -89,9 +90,13 @@ class EnvMaker:
         return getattr(made_by, "__name__", type(made_by).__name__)
 
     def again(self) -> "EnvMaker | None":
-        """A recipe for more of the same, for evaluation; None where only the one instance is known."""
+        """A recipe for more of the same, for evaluation; None where only the one instance is known.
+
+        Wrappers whose class says ``training_only = True`` are left out.
+        """
         if not isinstance(self.env, VectorEnv):
-            return self
+            kept = tuple(wrapper for wrapper in self.wrappers if not _is_for_training(wrapper))
+            return self if len(kept) == len(self.wrappers) else replace(self, wrappers=kept)
         spec = self.env.unwrapped.spec
         if spec is None or self.env is not self.env.unwrapped:  # a wrapped vector cannot be made again from its spec
             return None
@@ -188,6 +193,10 @@ class EnvMaker:
         return Workers(makers, first)
 
 
+def _is_for_training(wrapper: Callable[[Env], Env]) -> bool:
+    return getattr(wrapper.func if isinstance(wrapper, partial) else wrapper, "training_only", False) is True
+
+
 def _itself(env: Env) -> Env:
     return env
 
@@ -222,6 +231,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         self._seed: int | None = None
         self._renewals, self._is_new = 0, False
         self._last: Any = None
+        self._steered: Callable[[Env], str | None] | None = None
         self._wear(env)
 
     def _wear(self, env: Env) -> None:
@@ -243,6 +253,11 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         restore_environment(self, state)
         if self._last is None:  # it was saved by a run that could not make environments anew
             self._last = last
+
+    def steer(self, values: Mapping[str, Any]) -> str | None:
+        """Set attributes of the environment, now and whenever it is made anew; the first name that it has not."""
+        self._steered = partial(set_values, values=values)
+        return self._steered(self.env)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset, with faults named."""
@@ -294,6 +309,8 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         with contextlib.suppress(Exception):  # it is broken already
             self.env.close()
         self._wear(self._make())
+        if self._steered is not None:
+            self._steered(self.env)
         self._renewals, self._is_new = self._renewals + 1, True
 
     def _masked(self, where: str, info: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -17,6 +17,7 @@ from ppo_lightning.envs.info import InfoLog
 from ppo_lightning.envs.make import RESTARTED, EnvMaker
 from ppo_lightning.envs.masks import ActionMasks
 from ppo_lightning.envs.state import pack, restore_vector, same_environments, unpack, vector_state
+from ppo_lightning.envs.steering import steer
 from ppo_lightning.envs.workers import Watch, WorkerLost, close
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.spaces import MASK, Array, Tree, flattener, leaves, tree_map, without_mask
@@ -116,6 +117,7 @@ class Environments:
         first: number of the first environment, in messages.
         restarts: how often a crashed environment may be made anew.
         log_info: keys of ``info`` whose numbers are added up, beside those that are known.
+        attributes: of the environments, to be set whenever they are made.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Environments:
         first: int = 0,
         restarts: Restarts | None = None,
         log_info: tuple[str, ...] = (),
+        attributes: Mapping[str, Any] | None = None,
     ) -> None:
         self._maker, self._first = maker, first
         self._take_over(maker(num_envs, first) if made is None else made)
@@ -159,11 +162,27 @@ class Environments:
         self._device: torch.device | None = None
         self.tensors: Tree | None = None
         """[N, …] first observations, of a vector that :meth:`step_tensors` can step; None of any other."""
+        self.steer(attributes or {})
 
     def _take_over(self, env: VectorEnv) -> None:
         self.env = env
         self._watch = Watch(env, self._first) if isinstance(env, AsyncVectorEnv) else None
         self._finalizer = None if self._maker.is_instance else weakref.finalize(self, _close, env)
+
+    def steer(self, attributes: Mapping[str, Any]) -> None:
+        """Set attributes of all environments, or call their methods: now, and whenever they are made anew.
+
+        Raises:
+            InputError: an environment has none of a name.
+            EnvironmentFault: it raised, or its worker process died.
+        """
+        self._attributes = dict(attributes)
+        if not attributes or self._lost is not None:
+            return
+        try:
+            self._named("a change of attributes", lambda: steer(self.env, self.name, self._attributes, self._asked))
+        except WorkerLost as lost:
+            self._lost = self._bearable(lost)
 
     @property
     def inserts_rows(self) -> bool:
@@ -300,6 +319,7 @@ class Environments:
         self._restarts.take(str(lost))
         self.close()
         self._take_over(self._maker(self.num_envs, self._first))
+        self.steer(self._attributes)
         self.crashed[:] = True
         final, seed = self._last, self._seed
         if seed is not None:  # other episodes than those that the seed began with
@@ -372,11 +392,12 @@ class Environments:
             "seed": self._seed,
             "restarts": self._restarts.count,
             "logged": self.logged.state(),
+            "attributes": repr(self._attributes),
         }
 
-    def _asked(self, env: AsyncVectorEnv, name: str) -> Any:
+    def _asked(self, env: AsyncVectorEnv, name: str, *args: Any) -> Any:
         assert self._watch is not None
-        env.call_async(name)
+        env.call_async(name, *args)
         return self._watch.call(name, env.call_wait, self._timeout)
 
     def restore(self, state: dict[str, Any]) -> bool:
@@ -390,6 +411,8 @@ class Environments:
         self.logged.restore(state["logged"], self._device if self.tensors is not None else None)
         if state["last"] is not None:
             self._last = unpack(state["last"])
+        if state["attributes"] != repr(self._attributes):  # environments have come back with those that were saved
+            self.steer(self._attributes)
         return True
 
     def close(self) -> None:
@@ -496,6 +519,11 @@ class Halves:
         first, second = self.halves
         each = first.reset(seed), second.reset(None if seed is None else seed + first.num_envs)
         return tree_map(lambda *leaf: np.concatenate(leaf), *each)
+
+    def steer(self, attributes: Mapping[str, Any]) -> None:
+        """As of :class:`Environments`."""
+        for half in self.halves:
+            half.steer(attributes)
 
     def state(self) -> dict[str, Any] | None:
         """As of :class:`Environments`."""

@@ -1,0 +1,96 @@
+"""A learning rate that follows how far each update moves the policy."""
+
+from typing import Any, Protocol, cast
+
+from lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from ppo_lightning.callbacks.stages import Stages
+from ppo_lightning.errors import InputError
+from ppo_lightning.parameters import Linear
+
+
+class Anneals(Protocol):
+    """A module whose learning rate can be set."""
+
+    lr_scheduler: Any
+    lr_schedule: Linear | None
+
+
+class AdaptiveLearningRate(Callback):
+    """Lowers the learning rate where the policy moves too far, raises it where it moves too little.
+
+    The rule of rsl_rl (Schwarke et al. 2025), once per iteration, by ``train/approx_kl`` (the divergence of the update's
+    last pass, over all processes): more than twice ``desired_kl`` divides the rate by ``factor``, less than half of it,
+    but more than 0, multiplies it. The first iteration has the optimiser's rate, a run that goes on the one it had last.
+
+    rsl_rl applies it before each gradient step, to the exact divergence between two Gaussians. Here any distribution will
+    do, by the estimate E[r − 1 − ln r] (Schulman 2020), and compiled updates know their rate beforehand.
+
+    Args:
+        desired_kl: divergence per update to aim at (nats).
+        factor: by which the rate changes (dimensionless, more than 1).
+        min_lr: lowest rate.
+        max_lr: highest rate.
+
+    Raises:
+        InputError: a number cannot be used, or the learning rate is given by something else, too.
+    """
+
+    def __init__(
+        self, desired_kl: float = 0.01, factor: float = 1.5, min_lr: float = 1e-5, max_lr: float = 1e-2
+    ) -> None:
+        if not (desired_kl > 0 and factor > 1 and 0 < min_lr <= max_lr):
+            raise InputError(
+                "AdaptiveLearningRate takes desired_kl above 0, factor above 1 and min_lr between 0 and max_lr, got "
+                f"desired_kl={desired_kl}, factor={factor}, min_lr={min_lr}, max_lr={max_lr}"
+            )
+        self.desired_kl, self.factor, self.min_lr, self.max_lr = desired_kl, factor, min_lr, max_lr
+        self.rate: float | None = None
+        """Of the next iteration; None before the first."""
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"rate": self.rate}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rate = state_dict["rate"]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if cast(Anneals, pl_module).lr_scheduler is not None:
+            raise InputError("AdaptiveLearningRate and lr_scheduler both set the learning rate: leave one of them out")
+        others: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        if any(isinstance(other, Stages) and other.sets_learning_rate for other in others):
+            raise InputError(
+                "AdaptiveLearningRate and Stages both set the learning rate: leave AdaptiveLearningRate out, or "
+                "learning_rate in all stages"
+            )
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.rate is None:
+            self.rate = float(trainer.optimizers[0].param_groups[0]["initial_lr"])
+        cast(Anneals, pl_module).lr_schedule = Linear(self.rate, self.rate)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.rate is not None
+        kl = float(trainer.callback_metrics["train/approx_kl"])
+        if kl > 2 * self.desired_kl:
+            self.rate = max(self.min_lr, self.rate / self.factor)
+        elif 0 < kl < self.desired_kl / 2:
+            self.rate = min(self.max_lr, self.rate * self.factor)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        cast(Anneals, pl_module).lr_schedule = None
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        cast(Anneals, pl_module).lr_schedule = None

@@ -1,0 +1,206 @@
+"""Environments that become harder, or otherwise different, while a policy learns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from ppo_lightning.envs import Setting
+from ppo_lightning.errors import InputError
+from ppo_lightning.rollout import RolloutDataset
+
+
+@dataclass(frozen=True)
+class Level:
+    """What environments are like from some moment on. It begins when all of its conditions hold; the first has none."""
+
+    attributes: dict[str, Any] = field(default_factory=dict)
+    """Values of attributes of the environment or its wrappers, or the argument of its methods, by name
+    (``cfg.terrain.level`` is an attribute of an attribute; a tensor or array is filled)."""
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments with which environments are made anew, beside those of the model."""
+    from_steps: int | None = None
+    """It begins after so many environment steps of the run (steps)."""
+    metric: str | None = None
+    """It begins when this metric, under its Stable-Baselines3 name, is within its bounds."""
+    at_least: float | None = None
+    """Lower bound of the metric, in its unit."""
+    at_most: float | None = None
+    """Upper bound of the metric, in its unit."""
+    times: int = 1
+    """How often in a row the metric must be so: iterations, or of a metric ``eval/…`` evaluations (count)."""
+
+    def __post_init__(self) -> None:
+        """Refuse bounds of nothing, and a metric without bounds."""
+        if (self.metric is None) != (self.at_least is None and self.at_most is None):
+            raise InputError(
+                f"a Level of a Curriculum has metric {self.metric}, at_least {self.at_least} and at_most {self.at_most}: "
+                "give a metric together with one bound or both"
+            )
+        if self.times < 1:
+            raise InputError(f"times of a Curriculum's Level must be 1 or more, got {self.times}")
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether it waits for something."""
+        return self.from_steps is not None or self.metric is not None
+
+    def accepts(self, value: float) -> bool:
+        """Whether its metric is within its bounds; what is not a number is not."""
+        low = self.at_least is None or value >= self.at_least
+        return low and (self.at_most is None or value <= self.at_most)
+
+
+class Learns(Protocol):
+    """A module whose environments can be changed."""
+
+    rollouts: RolloutDataset
+    steered: dict[str, float]
+
+    @property
+    def num_env_steps(self) -> int:
+        """Environment steps so far, of all processes."""
+        ...
+
+    def steer_environments(self, setting: Setting, *, anew: bool) -> None:
+        """Change those of training."""
+
+    def steer_evaluations(self, setting: Setting) -> None:
+        """Change those of evaluations."""
+
+
+class Curriculum(Callback):
+    """Changes attributes of environments, or the arguments they are made with, level by level.
+
+    A level begins between two rollouts. ``rollout/…`` averages begin anew with it, so that they speak of this level alone,
+    and so does the count of how often the next one's metric was reached. Levels come in their order, and none comes back.
+    ``curriculum/stage`` (1 for the first) is logged with each iteration, and kept in checkpoints.
+
+    Args:
+        levels: in their order.
+        evaluation: evaluate on the current level, too; else on the environments as the model was given them.
+
+    Raises:
+        InputError: there are no levels, the first waits for something, or another waits for nothing.
+    """
+
+    def __init__(self, levels: Sequence[Level], evaluation: bool = False) -> None:
+        if not levels or levels[0].is_conditional:
+            raise InputError(
+                "Curriculum takes one level or more, of which the first begins at once: give it no condition"
+            )
+        for number, level in enumerate(levels[1:], start=2):
+            if not level.is_conditional:
+                raise InputError(f"level {number} of the Curriculum waits for nothing: give it from_steps, or a metric")
+        self.levels, self.evaluation = list(levels), evaluation
+        self.stage = 0
+        """Number of the level that is on, from 1; 0 before the first."""
+        self.reached = 0
+        """How often in a row the next level's metric was within its bounds."""
+        self._is_on = False
+        self._unheard = ""
+        """Metric that the next level waits for and that was not there."""
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"stage": self.stage, "reached": self.reached}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["stage"] > len(self.levels):
+            raise InputError(
+                f"the checkpoint is at level {state_dict['stage']} of its Curriculum, this one has {len(self.levels)}: give "
+                "as many"
+            )
+        self.stage, self.reached = state_dict["stage"], state_dict["reached"]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._is_on = False
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the level that is due, before the rollout is collected."""
+        module, before = cast(Learns, pl_module), self.stage
+        while self.stage < len(self.levels) and self._is_due(self.levels[self.stage], module.num_env_steps):
+            self.stage, self.reached = self.stage + 1, 0
+        if self.stage == before and self._is_on:
+            return
+        changes = self.stage != before
+        if not self._is_on and before and changes:
+            self._put_on(module, self.levels[before - 1], anew=False)  # what the run that goes on had last
+        level = self.levels[self.stage - 1]
+        self._put_on(module, level, anew=changes)
+        if changes:
+            number = f"level {self.stage} of {len(self.levels)}"
+            rank_zero_info(
+                f"curriculum: {number} from {module.num_env_steps:,} environment steps on: "
+                f"{ {**level.attributes, **level.env_kwargs} }"
+            )
+        if changes and before:
+            module.rollouts.episodes.window.clear()
+            for name in [name for name in trainer.callback_metrics if name.startswith("rollout/")]:
+                del trainer.callback_metrics[name]
+
+    def _is_due(self, level: Level, num_env_steps: int) -> bool:
+        begun = level.from_steps is None or num_env_steps >= level.from_steps
+        return begun and (level.metric is None or self.reached >= level.times)
+
+    def _put_on(self, module: Learns, level: Level, *, anew: bool) -> None:
+        setting = Setting(level.attributes, level.env_kwargs)
+        module.steer_environments(setting, anew=anew)
+        if self.evaluation:
+            module.steer_evaluations(setting)
+        module.steered["curriculum/stage"] = float(self.stage)
+        self._is_on = True
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._look(trainer, evaluated=False)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._unheard:
+            rank_zero_warn(
+                f"level {self.stage + 1} of the Curriculum waits for {self._unheard}, which there never was: take one of "
+                f"{', '.join(sorted(trainer.callback_metrics))}"
+            )
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the level on that a checkpoint was at, where it is validated alone."""
+        self._evaluate_on_level(pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluate_on_level(pl_module)
+
+    def _evaluate_on_level(self, pl_module: LightningModule) -> None:
+        if self.evaluation and self.stage:
+            level = self.levels[self.stage - 1]
+            cast(Learns, pl_module).steer_evaluations(Setting(level.attributes, level.env_kwargs))
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._look(trainer, evaluated=True)
+
+    def _look(self, trainer: Trainer, *, evaluated: bool) -> None:
+        """Count how often the next level's metric was within its bounds."""
+        metric = self.levels[self.stage].metric if self.stage < len(self.levels) else None
+        if metric is None or metric.startswith("eval/") != evaluated:
+            return
+        metrics = trainer.callback_metrics
+        self._unheard = "" if metric in metrics else metric
+        if metric in metrics:
+            self.reached = self.reached + 1 if self.levels[self.stage].accepts(float(metrics[metric])) else 0
+        elif not metric.startswith("rollout/"):  # which are there once an episode has ended
+            raise InputError(
+                f"level {self.stage + 1} of the Curriculum waits for {metric}, which there is not: take one of "
+                f"{', '.join(sorted(metrics))}, or of an evaluation (eval/mean_reward)"
+            )

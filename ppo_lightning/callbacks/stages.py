@@ -1,0 +1,225 @@
+"""Training in stages: what a run learns with changes on the way."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Protocol, cast
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from typing_extensions import override
+
+from ppo_lightning.errors import InputError
+from ppo_lightning.parameters import Linear, schedule
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a run learns with from some moment on; what it leaves out is as the model has it."""
+
+    from_steps: int | None = None
+    """It begins after so many environment steps of the run (steps)."""
+    from_share: float | None = None
+    """It begins after this share of ``total_steps`` (dimensionless, 0 to 1)."""
+    learning_rate: float | Linear | None = None
+    """Rate of the optimiser; a number is constant, {start, end} is a line over the whole run. Of several parameter groups
+    it is the first one's, and the others keep their ratio to it."""
+    ent_coef: float | Linear | None = None
+    """Weight of the entropy bonus, as of the model."""
+    clip_range: float | Linear | None = None
+    """Change of an action's probability ratio beyond which the objective pays no more, as of the model."""
+    num_steps: int | None = None
+    """Steps of each environment per rollout (steps)."""
+    freeze: Sequence[str] = ()
+    """Parts of the policy that do not learn: pieces of parameters' names, in which * is anything (``critic``,
+    ``encoders.*.weight``)."""
+
+    def __post_init__(self) -> None:
+        """Refuse two beginnings, and numbers out of their limits."""
+        if self.from_steps is not None and self.from_share is not None:
+            raise InputError("a Stage begins at from_steps or at from_share, not at both: leave one of them out")
+        if self.from_share is not None and not 0 <= self.from_share <= 1:
+            raise InputError(f"from_share of a Stage must lie between 0 and 1, got {self.from_share}")
+        if self.num_steps is not None and self.num_steps < 1:
+            raise InputError(f"num_steps of a Stage must be 1 or more, got {self.num_steps}")
+        if isinstance(self.freeze, str):
+            raise InputError(f"freeze of a Stage is a list of patterns: write [{self.freeze}]")
+        for name in ("learning_rate", *COEFFICIENTS):
+            if (value := getattr(self, name)) is not None:
+                schedule(f"{name} of a Stage", value)
+
+    def begins(self, total_steps: int) -> float:
+        """Environment steps after which it begins."""
+        if self.from_share is not None:
+            return self.from_share * total_steps
+        return self.from_steps or 0
+
+
+COEFFICIENTS = ("ent_coef", "clip_range")
+"""Fields of a stage that are schedules of the model under the same name."""
+
+
+class Learns(Protocol):
+    """A module with what a stage changes."""
+
+    policy: nn.Module
+    num_steps: int
+    total_steps: int
+    lr_scheduler: Any
+    lr_schedule: Linear | None
+    ent_coef: Linear
+    clip_range: Linear
+    steered: dict[str, float]
+
+    @property
+    def num_env_steps(self) -> int:
+        """Environment steps so far, of all processes."""
+        ...
+
+    def check_rollouts(self, num_steps: int) -> int | None:
+        """Refuse a length that cannot be cut."""
+        ...
+
+    def resize_rollouts(self, num_steps: int) -> None:
+        """Change their length."""
+
+
+class Stages(Callback):
+    """Changes learning rate, coefficients, length of rollouts and what is learnt, stage by stage.
+
+    A stage begins before the first rollout of which all steps lie in it. Where one lets parts learn again that the one
+    before had frozen, the optimiser's moments begin anew. ``train/stage`` (1 for the first) is logged with each iteration.
+
+    Args:
+        stages: in their order; the first begins at once.
+
+    Raises:
+        InputError: the stages are out of order, set what something else sets, or name no part of the policy.
+    """
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        if not stages or stages[0].from_steps or stages[0].from_share:
+            raise InputError(
+                "Stages takes one stage or more, of which the first begins at once: leave out where it begins"
+            )
+        self.stages = list(stages)
+        self.stage = 0
+        """Number of the stage that is on, from 1; 0 before the first."""
+        self._own: dict[str, Any] | None = None
+        """What the model was given, while a stage is on."""
+
+    @property
+    def sets_learning_rate(self) -> bool:
+        """Whether any of its stages does."""
+        return any(stage.learning_rate is not None for stage in self.stages)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"stage": self.stage}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["stage"] > len(self.stages):
+            raise InputError(
+                f"the checkpoint is at stage {state_dict['stage']}, there are {len(self.stages)}: give Stages as many"
+            )
+        self.stage = state_dict["stage"]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        module = cast(Learns, pl_module)
+        if self.sets_learning_rate and module.lr_scheduler is not None:
+            raise InputError(
+                "Stages and lr_scheduler both set the learning rate: leave lr_scheduler out, or learning_rate in all stages"
+            )
+        begins = [one.begins(module.total_steps) for one in self.stages]
+        if sorted(set(begins)) != begins:
+            raise InputError(f"stages begin at {begins} environment steps: each must begin after the one before it")
+        for one in self.stages:
+            _frozen(module.policy, one.freeze)
+            if one.num_steps is not None:
+                module.check_rollouts(one.num_steps)
+        strategy: Any = trainer.strategy
+        finds_unused = getattr(strategy, "_ddp_kwargs", {}).get("find_unused_parameters", False)
+        if trainer.world_size > 1 and not finds_unused and any(one.freeze for one in self.stages):
+            raise InputError(
+                "a Stage freezes parameters, of which DDP waits for gradients: give --trainer.strategy "
+                "ddp_find_unused_parameters_true"
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on in the stage of the run that goes on, before its update is compiled."""
+        module = cast(Learns, pl_module)
+        self._own = {
+            "requires_grad": {name: one.requires_grad for name, one in module.policy.named_parameters()},
+            **{name: getattr(module, name) for name in ("num_steps", *COEFFICIENTS)},
+        }
+        if self.stage:
+            self._apply(module, self.stages[self.stage - 1])
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the stage that is due, before the rollout is collected."""
+        module = cast(Learns, pl_module)
+        due = sum(one.begins(module.total_steps) <= module.num_env_steps for one in self.stages)
+        if due <= self.stage:
+            module.steered["train/stage"] = float(self.stage)
+            return
+        before = {name for name, one in module.policy.named_parameters() if not one.requires_grad}
+        self.stage = due
+        self._apply(module, self.stages[due - 1])
+        if any(one.requires_grad for name, one in module.policy.named_parameters() if name in before):
+            trainer.optimizers[0].state.clear()  # a compiled update counts the steps of all parameters together
+        module.steered["train/stage"] = float(due)
+        rank_zero_info(f"stage {due} of {len(self.stages)} from {module.num_env_steps:,} environment steps on")
+
+    def _apply(self, module: Learns, stage: Stage) -> None:
+        assert self._own is not None
+        for name in COEFFICIENTS:
+            value = getattr(stage, name)
+            setattr(module, name, self._own[name] if value is None else schedule(name, value))
+        if self.sets_learning_rate:
+            rate = stage.learning_rate
+            module.lr_schedule = None if rate is None else schedule("learning_rate", rate)
+        module.resize_rollouts(self._own["num_steps"] if stage.num_steps is None else stage.num_steps)
+        frozen = _frozen(module.policy, stage.freeze)
+        for name, parameter in module.policy.named_parameters():
+            parameter.requires_grad_(self._own["requires_grad"][name] and name not in frozen)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._take_off(cast(Learns, pl_module))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._take_off(cast(Learns, pl_module))
+
+    def _take_off(self, module: Learns) -> None:
+        """Leave the model as it was given."""
+        if self._own is None:
+            return
+        if self.sets_learning_rate:
+            module.lr_schedule = None
+        self._apply(module, Stage())
+        self._own = None
+
+
+def _frozen(policy: nn.Module, patterns: Iterable[str]) -> set[str]:
+    """Names of the parameters that patterns mean.
+
+    Raises:
+        InputError: a pattern means none, or nothing is left to learn.
+    """
+    names, found = [name for name, _ in policy.named_parameters()], set()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatchcase(name, f"*{pattern}*")}
+        if not matches:
+            raise InputError(f"freeze {pattern!r} of a Stage is in no parameter's name: they are {', '.join(names)}")
+        found |= matches
+    if names and len(found) == len(names):
+        raise InputError(f"a Stage freezes all of the policy ({', '.join(patterns)}): leave something to learn")
+    return found

@@ -1,0 +1,55 @@
+"""Attributes of environments by name, through wrappers and adapters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from ppo_lightning.envs.third_party import Simulator
+
+
+def layers(env: Any) -> list[Any]:
+    """An environment or vector from the outermost wrapper inwards, with what an adapter holds of another package."""
+    found = [env]
+    while isinstance(found[-1], gym.Wrapper | gym.vector.VectorWrapper):
+        found.append(found[-1].env)
+    if isinstance(found[-1], Simulator):
+        found.append(found[-1].simulator)
+        if getattr(found[-1], "unwrapped", found[-1]) is not found[-1]:  # in wrappers of its own package
+            found.append(found[-1].unwrapped)
+    return found
+
+
+def set_values(env: Any, values: Mapping[str, Any]) -> str | None:
+    """Set attributes of an environment or vector, or call its methods with a value; a tensor or array is filled.
+
+    Args:
+        env: whose outermost layer that has the name is meant.
+        values: by name; ``cfg.terrain.level`` is an attribute of an attribute.
+
+    Returns:
+        The first name that nothing has; None where all were set.
+    """
+    for name, value in values.items():
+        *path, last = name.split(".")
+        owner = next((found for layer in layers(env) if hasattr(found := _follow(layer, path), last)), None)
+        if owner is None:
+            return name
+        now = getattr(owner, last)
+        if callable(now):
+            now(value)
+            continue
+        if isinstance(now, torch.Tensor):
+            value = torch.as_tensor(value).to(now).expand_as(now).clone()
+        elif isinstance(now, np.ndarray):
+            value = np.broadcast_to(np.asarray(value, now.dtype), now.shape).copy()
+        setattr(owner, last, value)
+    return None
+
+
+def _follow(owner: Any, path: list[str]) -> Any:
+    for name in path:
+        owner = getattr(owner, name, None)
+    return owner
