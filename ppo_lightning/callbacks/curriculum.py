@@ -15,7 +15,10 @@ from ppo_lightning.rollout import RolloutDataset
 
 @dataclass(frozen=True)
 class Level:
-    """What environments are like from some moment on. It begins when all of its conditions hold; the first has none."""
+    """What environments are like from some moment on; what it leaves out stays as the level before had it.
+
+    It begins when all of its conditions hold; the first has none.
+    """
 
     attributes: dict[str, Any] = field(default_factory=dict)
     """Values of attributes of the environment or its wrappers, or the argument of its methods, by name
@@ -131,14 +134,14 @@ class Curriculum(Callback):
             return
         changes = self.stage != before
         if not self._is_on and before and changes:
-            self._put_on(module, self.levels[before - 1], anew=False)  # what the run that goes on had last
-        level = self.levels[self.stage - 1]
-        self._put_on(module, level, anew=changes)
+            self._put_on(module, before, anew=False)  # what the run that goes on had last
+        self._put_on(module, self.stage, anew=changes)
         if changes:
-            number = f"level {self.stage} of {len(self.levels)}"
+            level = self.levels[self.stage - 1]
+            values = ", ".join(f"{name} {value}" for name, value in {**level.attributes, **level.env_kwargs}.items())
             rank_zero_info(
-                f"curriculum: {number} from {module.num_env_steps:,} environment steps on: "
-                f"{ {**level.attributes, **level.env_kwargs} }"
+                f"curriculum: level {self.stage} of {len(self.levels)} from {module.num_env_steps:,} environment steps on"
+                f"{values and ': ' + values}"
             )
         if changes and before:
             module.rollouts.episodes.window.clear()
@@ -149,8 +152,15 @@ class Curriculum(Callback):
         begun = level.from_steps is None or num_env_steps >= level.from_steps
         return begun and (level.metric is None or self.reached >= level.times)
 
-    def _put_on(self, module: Learns, level: Level, *, anew: bool) -> None:
-        setting = Setting(level.attributes, level.env_kwargs)
+    def _setting(self, stage: int) -> Setting:
+        """Of a level, with what those before it have set and it has not."""
+        setting = Setting()
+        for level in self.levels[:stage]:
+            setting = Setting({**setting.attributes, **level.attributes}, {**setting.env_kwargs, **level.env_kwargs})
+        return setting
+
+    def _put_on(self, module: Learns, stage: int, *, anew: bool) -> None:
+        setting = self._setting(stage)
         module.steer_environments(setting, anew=anew)
         if self.evaluation:
             module.steer_evaluations(setting)
@@ -182,8 +192,7 @@ class Curriculum(Callback):
 
     def _evaluate_on_level(self, pl_module: LightningModule) -> None:
         if self.evaluation and self.stage:
-            level = self.levels[self.stage - 1]
-            cast(Learns, pl_module).steer_evaluations(Setting(level.attributes, level.env_kwargs))
+            cast(Learns, pl_module).steer_evaluations(self._setting(self.stage))
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -231,7 +231,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         self._seed: int | None = None
         self._renewals, self._is_new = 0, False
         self._last: Any = None
-        self._steered: Callable[[Env], str | None] | None = None
+        self._steered = partial(set_values, values={})
         self._wear(env)
 
     def _wear(self, env: Env) -> None:
@@ -256,8 +256,8 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
 
     def steer(self, values: Mapping[str, Any]) -> str | None:
         """Set attributes of the environment, now and whenever it is made anew; the first name that it has not."""
-        self._steered = partial(set_values, values=values)
-        return self._steered(self.env)
+        self._steered = partial(set_values, values={**self._steered.keywords["values"], **values})
+        return set_values(self.env, values)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset, with faults named."""
@@ -309,8 +309,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         with contextlib.suppress(Exception):  # it is broken already
             self.env.close()
         self._wear(self._make())
-        if self._steered is not None:
-            self._steered(self.env)
+        self._steered(self.env)
         self._renewals, self._is_new = self._renewals + 1, True
 
     def _masked(self, where: str, info: dict[str, Any]) -> dict[str, Any]:

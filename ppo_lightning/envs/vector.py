@@ -162,6 +162,7 @@ class Environments:
         self._device: torch.device | None = None
         self.tensors: Tree | None = None
         """[N, …] first observations, of a vector that :meth:`step_tensors` can step; None of any other."""
+        self._attributes: dict[str, Any] = {}
         self.steer(attributes or {})
 
     def _take_over(self, env: VectorEnv) -> None:
@@ -170,17 +171,20 @@ class Environments:
         self._finalizer = None if self._maker.is_instance else weakref.finalize(self, _close, env)
 
     def steer(self, attributes: Mapping[str, Any]) -> None:
-        """Set attributes of all environments, or call their methods: now, and whenever they are made anew.
+        """Set attributes of all environments, or call their methods: those that differ now, all when they are made anew.
 
         Raises:
             InputError: an environment has none of a name.
             EnvironmentFault: it raised, or its worker process died.
         """
-        self._attributes = dict(attributes)
+        before, self._attributes = self._attributes, dict(attributes)
+        self._set({name: value for name, value in attributes.items() if not _has(before, name, value)})
+
+    def _set(self, attributes: Mapping[str, Any]) -> None:
         if not attributes or self._lost is not None:
             return
         try:
-            self._named("a change of attributes", lambda: steer(self.env, self.name, self._attributes, self._asked))
+            self._named("a change of attributes", lambda: steer(self.env, self.name, attributes, self._asked))
         except WorkerLost as lost:
             self._lost = self._bearable(lost)
 
@@ -319,7 +323,7 @@ class Environments:
         self._restarts.take(str(lost))
         self.close()
         self._take_over(self._maker(self.num_envs, self._first))
-        self.steer(self._attributes)
+        self._set(self._attributes)
         self.crashed[:] = True
         final, seed = self._last, self._seed
         if seed is not None:  # other episodes than those that the seed began with
@@ -412,7 +416,7 @@ class Environments:
         if state["last"] is not None:
             self._last = unpack(state["last"])
         if state["attributes"] != repr(self._attributes):  # environments have come back with those that were saved
-            self.steer(self._attributes)
+            self._set(self._attributes)
         return True
 
     def close(self) -> None:
@@ -567,6 +571,10 @@ def _outcome(info: dict[str, Any], ended: Array) -> Array | None:
             said = info.get(f"_{key}", np.ones(len(info[key]), dtype=bool))
             outcome[:, column] = np.where(said, np.asarray(info[key], dtype=np.float64), np.nan)[ended]
     return outcome
+
+
+def _has(attributes: Mapping[str, Any], name: str, value: Any) -> bool:
+    return name in attributes and repr(attributes[name]) == repr(value)  # arrays have no one truth
 
 
 def _close(env: VectorEnv) -> None:
