@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 README, POLICIES = (ROOT / "README.md").read_text(), (ROOT / "docs/policies.md").read_text()
 SPEED = (ROOT / "docs/speed.md").read_text()
 RUNS, DISTRIBUTED = (ROOT / "docs/runs.md").read_text(), (ROOT / "docs/distributed.md").read_text()
+STEERING = (ROOT / "docs/steering.md").read_text()
 METRICS = (ROOT / "docs/metrics.md").read_text()
 DOCUMENTS = {path.stem: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 PAGES = ("loggers", "by_hand", "profiling", "checkpoints", "tuning", "pendulum")

@@ -1,15 +1,17 @@
 """What changes while a run goes on: environments by a curriculum, what is learnt with by stages, the learning rate by KL."""
 
 import re
-from functools import partial
+import textwrap
+from functools import partial, partialmethod
 from pathlib import Path
 
 import gymnasium as gym
+import lightning
 import numpy as np
 import pytest
 import torch
 import yaml
-from hills import Fragile, Hill, Hills, Line, Simulation, nearness, tenfold, vector
+from hills import Fragile, Hill, Hills, Line, Simulation, nearness, vector
 from lightning import Callback
 from processes import fit as train
 from processes import forked
@@ -587,19 +589,34 @@ def test_shaping_and_gymnasiums_own_wrappers_come_by_yaml(vectorization):
 
 # --- the documents ----------------------------------------------------------------------------------------------------
 
-EXAMPLES = re.findall(r"```yaml\n(.*?)```", DOCS.read_text() if DOCS.exists() else "", re.DOTALL)
+TEXT = DOCS.read_text()
+EXAMPLES = [textwrap.dedent(block) for block in re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)]
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+QUICK = {
+    "max_epochs": 2,
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "limit_val_batches": 0,
+}
 
 
-@pytest.mark.parametrize("text", EXAMPLES)
-def test_the_examples_train(text, capsys):
-    Path("example.yaml").write_text(text)
+@pytest.mark.parametrize("text", EXAMPLES, ids=["curriculum", "arguments", "stages", "adaptive", "shaping"])
+def test_the_examples_train(text):
+    Path("mountain.py").write_text(PYTHON[0])
     config = yaml.safe_load(text)
-    assert {"model", "trainer"} <= config.keys()
-    main(
-        "fit --config example.yaml --trainer.max_epochs 2 --trainer.accelerator cpu --trainer.enable_progress_bar false "
-        "--trainer.enable_model_summary false --trainer.limit_val_batches 0 --model.num_envs 2".split()
-    )
-    assert Path("lightning_logs/version_0/checkpoints/last.ckpt").exists()
-    metrics = Path("lightning_logs/version_0/metrics.csv").read_text()
-    if "Curriculum" in text:
-        assert "curriculum/stage" in metrics
+    Path("example.yaml").write_text(text)
+    Path("quick.yaml").write_text(yaml.safe_dump({"trainer": QUICK, "model": {"num_envs": 2}}))
+    main(["fit", "--config", "example.yaml", "--config", "quick.yaml"])
+    logged = np.genfromtxt("lightning_logs/version_0/metrics.csv", delimiter=",", names=True, deletechars="")
+    assert logged["time/iterations"].tolist() == [1, 2]
+    for callback in config["trainer"].get("callbacks", []):
+        for name, column in (("Curriculum", "curriculum/stage"), ("Stages", "train/stage")):
+            assert not callback["class_path"].endswith(name) or logged[column].tolist() == [1, 1]
+
+
+def test_the_example_in_python_trains(monkeypatch):
+    monkeypatch.setattr(lightning.Trainer, "__init__", partialmethod(lightning.Trainer.__init__, logger=False, **QUICK))
+    space = {}
+    exec(PYTHON[1], space)
+    assert space["model"].policy_version == 2
