@@ -24,3 +24,13 @@ def said_in_one_sentence() -> Iterator[None]:
         yield
     except (InputError, EnvironmentFault, ProcessFault, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except ValueError as error:  # jsonargparse wraps what a class said that a config names
+        said = _cause(error)
+        if said is None:
+            raise
+        sys.exit(f"error: {said}")
+
+
+def _cause(error: BaseException) -> InputError | None:
+    cause = error.__cause__ or error.__context__
+    return cause if cause is None or isinstance(cause, InputError) else _cause(cause)

@@ -587,6 +587,29 @@ def test_shaping_and_gymnasiums_own_wrappers_come_by_yaml(vectorization):
     assert Path("lightning_logs/version_0/checkpoints/last.ckpt").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        (
+            "Curriculum",
+            {"levels": [{}, {"metric": "rollout/ep_rew_mean"}]},
+            "give a metric together with one bound or both",
+        ),
+        ("Curriculum", {"levels": [{"from_steps": 5}]}, "of which the first begins at once"),
+        ("Stages", {"stages": [{}, {"from_share": 2.0}]}, "from_share of a Stage must lie between 0 and 1, got 2.0"),
+        ("AdaptiveLearningRate", {"factor": 0.5}, "takes desired_kl above 0, factor above 1"),
+    ],
+)
+def test_the_command_line_says_so_in_one_sentence(name, arguments, says):
+    callback = {"class_path": f"ppo_lightning.callbacks.{name}", "init_args": arguments}
+    Path("bad.yaml").write_text(yaml.safe_dump({"model": {"env": "CartPole-v1"}, "trainer": {"callbacks": [callback]}}))
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", "bad.yaml"])
+    assert says in str(caught.value)
+    assert str(caught.value).startswith("error: ")
+    assert "\n" not in str(caught.value)
+
+
 # --- the documents ----------------------------------------------------------------------------------------------------
 
 TEXT = DOCS.read_text()
