@@ -1,0 +1,123 @@
+"""What a run takes of its machine."""
+
+import time
+from typing import Any, Protocol, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from ppo_lightning.errors import InputError
+
+
+class CountsSteps(Protocol):
+    """A module that counts environment steps."""
+
+    @property
+    def num_env_steps(self) -> int:
+        """Steps so far, of all processes."""
+        ...
+
+
+class Hardware:
+    """Use of processors and memory; nothing waits for a measurement.
+
+    Args:
+        device: that the policy is on.
+        interval_s: seconds for which a measurement is given again. The use of processors is their mean since the last
+            one, and means little over less than a tenth of a second.
+
+    Raises:
+        InputError: psutil is not installed.
+    """
+
+    def __init__(self, device: torch.device, interval_s: float = 0.5) -> None:
+        try:
+            import psutil  # the hardware extra
+        except ImportError as error:
+            raise InputError(
+                'the use of hardware is measured by psutil, which is not installed: pip install "ppo-lightning[hardware]"'
+            ) from error
+        self.device, self.interval_s = device, interval_s
+        self._psutil, self._process = psutil, psutil.Process()
+        psutil.cpu_percent()  # its first answer means nothing
+        self._measured, self._newest = time.monotonic(), {}
+        self._has_utilization = device.type == "cuda" and _tells_utilization(device)
+
+    def read(self) -> dict[str, float]:
+        """The newest measurement, the same object while it holds; empty before the first.
+
+        Returns:
+            ``hardware/cpu_percent``, of all processors, and ``ram_percent``, both of the whole machine;
+            ``process_ram_mb``, resident, of this process without its workers (10⁶ bytes). On a GPU ``gpu_memory_mb``, of
+            all processes there (10⁶ bytes), and ``gpu_percent``, the time in which it computed, where its driver says so.
+        """
+        now = time.monotonic()
+        if now - self._measured < self.interval_s:
+            return self._newest
+        self._measured = now
+        measured = {
+            "hardware/cpu_percent": self._psutil.cpu_percent(),
+            "hardware/ram_percent": self._psutil.virtual_memory().percent,
+            "hardware/process_ram_mb": self._process.memory_info().rss / 1e6,
+        }
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            measured["hardware/gpu_memory_mb"] = (total - free) / 1e6
+        if self._has_utilization:
+            measured["hardware/gpu_percent"] = float(torch.cuda.utilization(self.device))
+        self._newest = measured
+        return measured
+
+
+def _tells_utilization(device: torch.device) -> bool:
+    try:
+        torch.cuda.utilization(device)
+    except Exception:  # the driver's library may be absent, old, or forbidden (MIG), and its errors have no common type
+        return False
+    return True
+
+
+class HardwareMonitor(Callback):
+    """Logs the use of processors and memory at the end of each iteration, at its environment step.
+
+    (Lightning's DeviceStatsMonitor counts batches on its x-axis, measures twice per batch, logs all sixty of CUDA's
+    memory statistics instead of the GPU's use, and needs a logger.) What is logged is of the first process; each has its own
+    in ``callback_metrics``.
+
+    Args:
+        interval_s: iterations that are shorter share a measurement, which is logged once (seconds).
+
+    Raises:
+        InputError: ``interval_s`` is negative, or psutil is not installed when training starts.
+    """
+
+    def __init__(self, interval_s: float = 0.5) -> None:
+        if not interval_s >= 0:
+            raise InputError(f"HardwareMonitor: interval_s must be 0 or more seconds, got {interval_s}")
+        self.interval_s = interval_s
+        self.hardware: Hardware | None = None
+        """What measures, while training."""
+        self._logged: dict[str, float] = {}
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.hardware = Hardware(pl_module.device, self.interval_s)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.hardware is not None
+        measured = self.hardware.read()
+        if not measured or measured is self._logged:
+            return
+        self._logged = measured
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value, dtype=torch.float64) for name, value in measured.items()}
+        )
+        for logger in trainer.loggers:
+            logger.log_metrics(measured, step=cast(CountsSteps, pl_module).num_env_steps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "hardware": None}  # of this process
