@@ -124,7 +124,7 @@ class Frame:
     elapsed: float
     """Since this fit began (seconds)."""
     remaining: float | None = None
-    """Seconds; None before there is something to tell it from."""
+    """Seconds; None at the end, and before there is something to tell it from."""
     phases: Mapping[str, float] = field(default_factory=dict)
     """Seconds that each part of an iteration took in all, since the burn-in."""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -145,10 +145,11 @@ class Row(NamedTuple):
 
 
 def number(value: float) -> str:
-    """A value in at most nine characters."""
-    if abs(value) < 1e-3 or abs(value) >= 1e6:
-        return f"{value:.3g}"
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    """A value in at most nine characters, as many digits as tell it from its like."""
+    size = abs(value)
+    if size < 0.1 or size >= 1e6:
+        return f"{value:.2g}" if size < 1e-3 else f"{value:.3g}"
+    return f"{value:,.0f}" if size >= 1e4 else f"{value:.4g}"
 
 
 def rows(metrics: Mapping[str, float], labels: Mapping[str, str]) -> list[Row]:
@@ -455,9 +456,9 @@ class Dashboard(StepProgressBar):
     def _frame(self, status: str) -> Frame:
         module, now = cast(Described, self.trainer.lightning_module), time.perf_counter()
         steps, remaining = module.num_env_steps, None
-        if self._origin is not None and steps > self._origin[1]:
+        if self._origin is not None and self._origin[1] < steps < module.total_steps:
             since, first = self._origin
-            remaining = max(0, module.total_steps - steps) * (now - since) / (steps - first)
+            remaining = (module.total_steps - steps) * (now - since) / (steps - first)
         return Frame(
             name=module.env_maker.name,
             status=status,
