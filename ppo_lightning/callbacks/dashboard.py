@@ -246,8 +246,9 @@ def draw(frame: Frame, width: int) -> RenderableType:
     machine = hardware_facts(frame.hardware)
     if machine:
         lines += [Text(), *_packed(machine, inner)]
-    picture = Text("\n").join(lines)
-    return Panel(picture, title=Text(f"PPO {frame.name}", "bold"), title_align="left", width=width)
+    title = Text(f"PPO {frame.name}", "bold")
+    title.truncate(inner - 2, overflow="ellipsis")  # else the panel grows with it
+    return Panel(Text("\n").join(lines), title=title, title_align="left", width=width)
 
 
 def _clock(seconds: float) -> str:
