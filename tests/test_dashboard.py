@@ -300,7 +300,7 @@ def test_what_is_printed_stands_above_the_last_picture(terminal, monkeypatch):
     assert shown.count("╭") == shown.count("╰") == 1
     assert "finished · 1,024 of 1,024 steps · iteration 8" in picture
     assert " left" not in picture
-    assert picture.splitlines()[-2].startswith("╰")
+    assert picture.rstrip().splitlines()[-1].startswith("╰")
     assert written.count("╭") >= 8
     assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l"), "the cursor is shown again"
     assert "PPO:" not in shown, "nor is there a bar"
@@ -357,6 +357,15 @@ def test_numbers_of_a_run_are_those_that_are_logged(terminal):
     assert "process " in shown
     assert "! explained_variance 0.2114 since step 12,288" in shown
     assert all(re.search(rf"{phase} +\d+ %", shown) for phase in dashboard.PHASES)
+
+
+def test_without_psutil_only_the_hardware_is_missing(terminal, monkeypatch):
+    monkeypatch.setattr(dashboard, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    train(Dashboard())
+    shown = screen(terminal.readouterr().out)
+    assert "finished · 1,024 of 1,024 steps" in shown
+    assert "CPU" not in shown
 
 
 def test_training_is_the_same_to_the_bit_with_and_without(terminal):

@@ -7,6 +7,7 @@ import time
 import psutil
 import pytest
 import torch
+from lightning.pytorch.callbacks import DeviceStatsMonitor
 from test_ppo import Memory
 
 from ppo_lightning import PPO
@@ -83,6 +84,14 @@ def test_a_gpu_has_its_memory_and_where_the_driver_tells_its_use(monkeypatch):
     measured = Hardware(torch.device("cuda", 0), interval_s=0).read()
     assert "hardware/gpu_percent" not in measured
     assert measured["hardware/gpu_memory_mb"] == 50_000
+
+
+def test_lightnings_own_monitor_counts_batches(fit):
+    """Why there is one of ours: everything else is logged at environment steps."""
+    logger = Memory()
+    fit(PPO("CartPole-v1", **SMALL), logger=logger, callbacks=[DeviceStatsMonitor()])
+    steps = [step for step, row in logger.rows if "DeviceStatsMonitor.on_train_batch_end/cpu_percent" in row]
+    assert steps == [0, 1, 2, 3, 4]
 
 
 def test_without_psutil_a_sentence_says_what_to_install(fit, monkeypatch):

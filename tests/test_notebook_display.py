@@ -1,0 +1,169 @@
+"""What a notebook shows of a run."""
+
+import base64
+import importlib.util
+import re
+from itertools import pairwise
+from types import SimpleNamespace
+
+import IPython.display
+import lightning
+import pytest
+from rich.console import Console
+
+from ppo_lightning import PPO
+from ppo_lightning.callbacks import NotebookDisplay, notebook
+from ppo_lightning.callbacks.dashboard import UPDATE, number, rows
+from ppo_lightning.callbacks.notebook import draw_curve, page
+from ppo_lightning.errors import InputError
+
+SMALL = {"num_envs": 4, "num_steps": 32, "update_epochs": 1, "num_minibatches": 2, "num_eval_episodes": 2}
+PNG = b"\x89PNG"
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Pretend that this is a notebook; what it shows, one page after another."""
+    pages: list[str] = []
+
+    def display(first, display_id):
+        assert display_id is True
+        return SimpleNamespace(update=lambda html: pages.append(html.data))
+
+    monkeypatch.setattr(notebook, "Console", lambda: Console(force_jupyter=True))
+    monkeypatch.setattr(IPython.display, "display", display)
+    return pages
+
+
+def train(fit, shown, total_steps=8 * 128, **kwargs):
+    display = NotebookDisplay()
+    model = PPO("CartPole-v1", total_steps=total_steps, eval_interval=4, **SMALL)
+    return model, fit(model, callbacks=[display], limit_val_batches=1, **kwargs), display
+
+
+def test_the_last_page_has_the_last_numbers_and_a_picture(fit, shown):
+    _, trainer, display = train(fit, shown)
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    last = shown[-1]
+    assert "CartPole-v1: 1,024 of 1,024 steps" in last
+    for label, name in {
+        "return": "rollout/ep_rew_mean",
+        "eval return": "eval/mean_reward",
+        "loss": "train/loss",
+    }.items():
+        assert re.search(rf">{label}</td><td [^>]*>{re.escape(number(metrics[name]))}", last), label
+    assert base64.b64decode(re.search('base64,([^"]+)', last)[1]).startswith(PNG)
+    assert [steps for steps, _ in display.trained] == [128 * count for count in range(1, 9)]
+    assert [steps for steps, *_ in display.evaluated] == [512, 1024]
+    assert display.trained[-1][1] == metrics["rollout/ep_rew_mean"]
+    assert display.evaluated[-1][1:] == (metrics["eval/mean_reward"], metrics["eval/std_reward"])
+
+
+def test_pages_come_every_few_seconds_and_at_the_end(fit, shown, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(notebook.time, "perf_counter", lambda: clock[0])
+
+    class Clock(lightning.Callback):
+        def on_train_batch_start(self, *_):
+            clock[0] += 1.0
+
+    model = PPO("CartPole-v1", total_steps=8 * 128, **SMALL)
+    fit(model, callbacks=[Clock(), NotebookDisplay()])
+    counts = [int(re.search(r"([\d,]+) of 1,024 steps", page)[1].replace(",", "")) for page in shown]
+    assert counts == [128, 4 * 128, 7 * 128, 8 * 128]
+
+
+def test_a_picture_that_takes_long_is_drawn_less_often(fit, shown, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(notebook.time, "perf_counter", lambda: clock[0])
+
+    def slow(*_):
+        clock[0] += 1.0
+        return b""
+
+    monkeypatch.setattr(notebook, "draw_curve", slow)
+    display = NotebookDisplay()
+    fit(PPO("CartPole-v1", total_steps=128, **SMALL), callbacks=[display])
+    assert len(shown) == 2  # the first and the last
+    assert display._next_draw == clock[0] + 30.0
+
+
+def test_the_curve_goes_on_where_the_run_does_and_begins_anew_with_another(fit, shown):
+    model, _, display = train(fit, shown)
+    model.total_steps = 10 * 128
+    fit(model, callbacks=[display])
+    assert [steps for steps, _ in display.trained] == [128 * count for count in range(1, 11)]
+    fit(PPO("CartPole-v1", total_steps=128, **SMALL), callbacks=[display])
+    assert [steps for steps, _ in display.trained] == [128]
+    assert display.evaluated == []
+
+
+def test_a_long_curve_is_thinned(fit, shown, monkeypatch):
+    monkeypatch.setattr(NotebookDisplay, "MAX_POINTS", 8)
+    display = NotebookDisplay()
+    fit(PPO("CartPole-v1", total_steps=40 * 128, **SMALL), callbacks=[display])
+    steps = [steps for steps, _ in display.trained]
+    assert 4 <= len(steps) <= 8
+    assert steps[-1] > 30 * 128
+    assert {later - sooner for sooner, later in pairwise(steps)} == {8 * 128}
+
+
+def test_an_error_leaves_a_last_page(fit, shown):
+    class Fails(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if pl_module.policy_version == 3:
+                raise ZeroDivisionError("planted")
+
+    with pytest.raises(ZeroDivisionError):
+        fit(PPO("CartPole-v1", total_steps=1024, **SMALL), callbacks=[NotebookDisplay(), Fails()])
+    assert "384 of 1,024 steps" in shown[-1]
+
+
+def test_outside_of_notebooks_nothing_is_shown(fit, capsys):
+    display = NotebookDisplay()
+    fit(PPO("CartPole-v1", total_steps=256, **SMALL), callbacks=[display])
+    assert capsys.readouterr().out == ""
+    assert display.trained == []
+
+
+def test_without_matplotlib_a_sentence_says_what_to_install(fit, shown, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(notebook, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    with pytest.raises(InputError, match=r'pip install "ppo-lightning\[plot\]"'):
+        fit(PPO("CartPole-v1", total_steps=256, **SMALL), callbacks=[NotebookDisplay()])
+
+
+def test_names_are_text_and_values_have_the_colour_of_their_health():
+    made = page({"<b>": rows({"train/approx_kl": 0.2, "train/clip_fraction": 0.2}, UPDATE)}, b"")
+    assert "&lt;b&gt;" in made
+    assert re.search(r"approx_kl</td><td [^>]*#cf222e[^>]*>0.2 !▲</td>", made)
+    assert re.search(r"clip_fraction</td><td [^>]*#1a7f37[^>]*>0.2</td>", made)
+
+
+def test_a_curve_without_points_is_drawn_too():
+    assert draw_curve([], []).startswith(PNG)
+    assert draw_curve([(1, 2.0)], [(1, 2.0, 0.5)]) != draw_curve([(1, 2.0)], [])
+
+
+@pytest.mark.long
+def test_a_real_notebook_shows_one_page_and_the_plain_bar(tmp_path):
+    """In a kernel: the dashboard is the bar there, and updates replace the page instead of adding to it."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    code = f"""
+import lightning
+from ppo_lightning import PPO
+from ppo_lightning.callbacks import Dashboard, NotebookDisplay
+model = PPO("CartPole-v1", total_steps=1024, **{SMALL})
+callbacks = [Dashboard(), NotebookDisplay()]
+lightning.Trainer(accelerator="cpu", logger=False, enable_model_summary=False, callbacks=callbacks).fit(model)
+"""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(
+        book, timeout=200, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    outputs = book.cells[0].outputs
+    (made,) = [one["data"]["text/html"] for one in outputs if "text/html" in one.get("data", {})]
+    assert "1,024 of 1,024 steps" in made
+    text = "".join(one.get("text", "") for one in outputs)
+    assert "PPO: 100%" in text
+    assert "╭" not in text
