@@ -72,12 +72,12 @@ SHOWN = {
     "reward/control": "-0.031",
 }
 FINDING = {
-    "name": "explained_variance",
+    "name": "critic_not_learning",
     "value": 0.2114,
-    "healthy": "> 0.7",
+    "healthy": "above 0.7",
     "since_step": 12288,
-    "advice": "the critic predicts little of the returns: give it a larger network",
-    "key": "--model.policy.init_args.hidden",
+    "until_step": None,
+    "advice": "give the critic more room (--model.policy.init_args.hidden_sizes [256,256]) or weight (--model.vf_coef)",
 }
 FRAME = Frame(
     name="CartPole-v1",
@@ -128,7 +128,7 @@ def test_each_number_stands_beside_its_name(width):
         assert re.search(rf"{phase} +{share}", picture), phase
     for fact in ("CPU 52 %", "RAM 41 %", "process 1,812 MB", "GPU 37 %", "VRAM 20,480 MB"):
         assert fact in words, fact
-    assert "! explained_variance 0.2114 since step 12,288 (healthy: > 0.7): the critic predicts little" in words
+    assert "! critic_not_learning since step 12,288: give the critic more room (--model.policy" in words
 
 
 @pytest.mark.parametrize("width", [200, 80, 76, 75, 60, 40, 30])
@@ -159,16 +159,19 @@ def test_a_usual_picture_fits_80_columns_and_24_lines():
     usual = {name: value for name, value in METRICS.items() if not name.startswith("reward/")}
     picture = drawn(Frame("CartPole-v1", "training", 1, 2, 3, 4.0, 5.0, FRAME.phases, usual, FRAME.hardware, []), 80)
     assert len(picture.splitlines()) < 24  # one is the cursor's
-    assert "✔ health: nothing found" in picture
+    assert "✔ health: no alert" in picture
 
 
 def test_where_nobody_looks_nothing_is_said_about_health():
     assert "health:" not in drawn(Frame("CartPole-v1", "training", 1, 2, 3, 4.0), 80)
 
 
-def test_findings_beyond_three_are_counted():
-    picture = drawn(Frame("CartPole-v1", "training", 1, 2, 3, 4.0, findings=[FINDING] * 5), 80)
-    assert picture.count("! explained_variance") == 3
+def test_findings_that_are_over_are_left_out_and_those_beyond_three_counted():
+    over = {**FINDING, "until_step": 20_000}
+    picture = drawn(Frame("CartPole-v1", "training", 1, 2, 3, 4.0, findings=[over, over]), 80)
+    assert "✔ health: no alert" in picture
+    picture = drawn(Frame("CartPole-v1", "training", 1, 2, 3, 4.0, findings=[over, *[FINDING] * 5]), 80)
+    assert picture.count("! critic_not_learning") == 3
     assert "and 2 more" in picture
 
 
@@ -178,7 +181,10 @@ def test_metrics_that_users_log_are_shown_as_they_are_named_and_counted_beyond_t
     assert all(f"mine/[{index:02}] " in picture for index in range(MAX_USER_METRICS))
     assert f"mine/[{MAX_USER_METRICS}]" not in picture
     assert "and 4 more" in picture
-    assert user_rows({**METRICS, "step": 7.0}) == user_rows({"reward/control": -0.031, "reward/forward": 1.25})
+    details = {"obs_raw/min": 0.0, "obs_raw_mean/angle": 0.0, "health/alerts": 1.0, "popart/mu": 0.0}
+    assert user_rows({**METRICS, **details, "step": 7.0}) == user_rows(
+        {"reward/control": -0.031, "reward/forward": 1.25}
+    )
 
 
 @pytest.mark.parametrize(
@@ -266,6 +272,11 @@ class Talks(lightning.Callback):
                 rank_zero_info("logged by Lightning")
             case 6:
                 logging.getLogger("lightning.pytorch").warning("a warning of Lightning")
+            case 7:
+                pl_module.print("said by the model")
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.print("said at the end")
 
 
 def train(*callbacks, **kwargs) -> PPO:
@@ -289,18 +300,24 @@ def test_what_is_printed_stands_above_the_last_picture(terminal, monkeypatch):
     monkeypatch.setattr(Dashboard, "INTERVAL_S", 0.0)
     monkeypatch.setattr(Dashboard, "SHARE", 1e9)  # after every iteration
     streams = sys.stdout, sys.stderr
-    train(Talks(), Dashboard())
+    train(Dashboard(), Talks())
     assert (sys.stdout, sys.stderr) == streams
     assert handler.stream is sys.stderr
     written = terminal.readouterr().out
     shown = screen(written)
     before, _, picture = shown.partition("╭─ PPO CartPole-v1")
-    for line in ("printed by a callback", "an error", "logged by Lightning", "a warning of Lightning"):
+    for line in (
+        "printed by a callback",
+        "an error",
+        "logged by Lightning",
+        "a warning of Lightning",
+        "said by the model",
+    ):
         assert line in before.splitlines(), line
+    assert picture.rstrip().splitlines()[-2:] == ["╰" + 78 * "─" + "╯", "said at the end"]
     assert shown.count("╭") == shown.count("╰") == 1
     assert "finished · 1,024 of 1,024 steps · iteration 8" in picture
     assert " left" not in picture
-    assert picture.rstrip().splitlines()[-1].startswith("╰")
     assert written.count("╭") >= 8
     assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l"), "the cursor is shown again"
     assert "PPO:" not in shown, "nor is there a bar"
@@ -355,7 +372,7 @@ def test_numbers_of_a_run_are_those_that_are_logged(terminal):
     assert re.search(r"mine/version +8 ", shown)
     assert f"{metrics['time/fps']:,.0f} steps/s" in shown
     assert "process " in shown
-    assert "! explained_variance 0.2114 since step 12,288" in shown
+    assert "! critic_not_learning since step 12,288" in shown
     assert all(re.search(rf"{phase} +\d+ %", shown) for phase in dashboard.PHASES)
 
 

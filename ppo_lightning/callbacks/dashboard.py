@@ -41,7 +41,7 @@ class Diagnoses(Protocol):
     """A callback that says what is wrong with a run."""
 
     findings: Sequence[Mapping[str, Any]]
-    """Of each its ``name``, ``value``, ``healthy`` range, ``since_step``, ``advice`` and config ``key``."""
+    """Of each its ``name``, ``since_step``, ``until_step`` (None while it holds) and ``advice``."""
 
 
 class Range(NamedTuple):
@@ -74,10 +74,12 @@ EPISODES = {
     "rollout/ep_rew_mean": "return",
     "rollout/ep_len_mean": "length",
     "rollout/success_rate": "success rate",
+    "rollout/fail_rate": "fail rate",
     "eval/mean_reward": "eval return",
     "eval/std_reward": "eval std",
     "eval/mean_ep_length": "eval length",
     "eval/success_rate": "eval success",
+    "eval/fail_rate": "eval fail",
 }
 UPDATE = {
     f"train/{name}": name
@@ -100,8 +102,11 @@ UPDATE = {
 PHASES: tuple[str, ...] = ("collect", "update", "evaluate", "other")
 """Parts of an iteration's time."""
 
-OURS = ("rollout", "train", "time", "eval", "hardware")
-"""First parts of names that are not the user's own."""
+OURS = (
+    *("rollout/", "train/", "time/", "eval/", "hardware/", "health/"),
+    *("obs_", "reward_norm/", "popart/", "advantage/", "value/", "returns/"),
+)
+"""How names begin that are not the user's own: they have a place above, or are details for loggers."""
 
 MAX_USER_METRICS = 30
 MAX_FINDINGS = 3
@@ -131,7 +136,7 @@ class Frame:
     """The newest values, by canonical name."""
     hardware: Mapping[str, float] = field(default_factory=dict)
     findings: Sequence[Mapping[str, Any]] | None = None
-    """What is wrong; None where nobody looks."""
+    """What was found to be wrong; None where nobody looks."""
 
 
 class Row(NamedTuple):
@@ -168,7 +173,7 @@ def rows(metrics: Mapping[str, float], labels: Mapping[str, str]) -> list[Row]:
 
 def user_rows(metrics: Mapping[str, float]) -> list[Row]:
     """The user's own metrics, by name."""
-    own = sorted(name for name in metrics if name.partition("/")[0] not in OURS and name != "step")
+    own = sorted(name for name in metrics if not name.startswith(OURS) and name != "step")
     return [Row(name, number(metrics[name])) for name in own]
 
 
@@ -270,17 +275,15 @@ def _packed(words: Iterable[str], width: int) -> Iterator[Text]:
 def _health(findings: Sequence[Mapping[str, Any]] | None) -> Iterator[Text]:
     if findings is None:
         return
+    alerts = [finding for finding in findings if finding["until_step"] is None]
     yield Text()
-    if not findings:
-        yield Text("✔ health: nothing found", "green")
-    for finding in findings[:MAX_FINDINGS]:
-        yield Text.assemble(
-            (f"! {finding['name']} ", "bold red"),
-            f"{number(finding['value'])} since step {finding['since_step']:,} (healthy: {finding['healthy']}): ",
-            f"{finding['advice']} ({finding['key']})",
-        )
-    if len(findings) > MAX_FINDINGS:
-        yield Text(f"and {len(findings) - MAX_FINDINGS} more", "bold red")
+    if not alerts:
+        yield Text("✔ health: no alert", "green")
+    for finding in alerts[:MAX_FINDINGS]:
+        told = f" since step {finding['since_step']:,}: {finding['advice']}"
+        yield Text.assemble((f"! {finding['name']}", "bold red"), told)
+    if len(alerts) > MAX_FINDINGS:
+        yield Text(f"and {len(alerts) - MAX_FINDINGS} more", "bold red")
 
 
 def _section(title: str, body: list[Row], width: int, noted: str = "") -> list[Text]:
@@ -334,6 +337,7 @@ class Dashboard(StepProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
+        self._console: Console | None = None
         self._live: Live | None = None
         self._picture = Picture()
         self._hardware: Hardware | None = None
@@ -347,8 +351,9 @@ class Dashboard(StepProgressBar):
     @override
     def on_train_start(self, *args: Any) -> None:
         console = Console()
-        if self.is_enabled and _redraws(console):
-            self._start(console)
+        self._console = console if self.is_enabled and _redraws(console) else None
+        if self._console is not None:
+            self._start(self._console)
         super().on_train_start(*args)
         if self._live is not None:
             self._show("training")
@@ -432,6 +437,14 @@ class Dashboard(StepProgressBar):
         self._stop("stopped")
 
     @override
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the picture; without a bar, the inherited method would print nothing."""
+        if self._console is None:
+            super().print(*args, **kwargs)
+        else:
+            print(*args, **kwargs)
+
+    @override
     def _draw(self, pl_module: LightningModule) -> None:
         if self._live is None:
             super()._draw(pl_module)
@@ -476,7 +489,8 @@ class Dashboard(StepProgressBar):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_live": None, "_hardware": None, "_streams": [], "_diagnosis": None}
+        mine = {"_console": None, "_live": None, "_hardware": None, "_streams": [], "_diagnosis": None}
+        return {**super().__getstate__(), **mine}  # of this process
 
 
 def _redraws(console: Console) -> bool:
