@@ -210,6 +210,15 @@ class PPOCLI(LightningCLI):
             sys.exit(128 + model.interrupted)
 
 
+OPTIONS: dict[str, Any] = {
+    "trainer_defaults": {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
+    "save_config_kwargs": {"overwrite": True},
+    "auto_configure_optimizers": False,
+    "parser_kwargs": {"prog": "ppo-lightning", "description": "PPO on PyTorch Lightning's Trainer"},
+}
+"""Of :class:`PPOCLI`, for all who make one."""
+
+
 def threads(model: PPO, processes: int) -> int:
     """Threads that pay: all cores, shared among the processes of this machine, from 10⁷ products per minibatch on.
 
@@ -235,14 +244,7 @@ def main(args: list[str] | None = None) -> None:
     )
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
     with said_in_one_sentence(), wandb_run_ends():
-        PPOCLI(
-            PPO,
-            trainer_defaults={"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": "ppo-lightning", "description": "PPO on PyTorch Lightning's Trainer"},
-            args=args,
-        )
+        PPOCLI(PPO, **OPTIONS, args=args)
 
 
 def _given(words: list[str], name: str) -> str | None:

@@ -1,0 +1,74 @@
+"""What a trial's run tells the sweep while it trains."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+
+class Progress(Callback):
+    """Writes a metric to a file whenever there is a new one, and ends the run when it is good enough.
+
+    It also ends the run when the process that started it is gone, which shows in the end of standard input.
+
+    Args:
+        file: one JSON object per line is added: ``steps`` (environment steps), ``seconds`` (since training began) and
+            ``value``.
+        metric: its name, such as eval/mean_reward (at each evaluation) or rollout/ep_rew_mean (at each iteration).
+        threshold: value at which the run may end, in the metric's units; null never.
+        threads: of torch, at most (count); null leaves them.
+    """
+
+    def __init__(self, file: str, metric: str, threshold: float | None = None, threads: int | None = None) -> None:
+        self.file, self.metric, self.threshold, self.threads = Path(file), metric, threshold, threads
+        self._began = 0.0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+        if self.threads is not None:
+            torch.set_num_threads(min(torch.get_num_threads(), self.threads))
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.metric.startswith("eval/"):
+            self._write(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.metric.startswith("eval/"):
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.metric not in trainer.callback_metrics:  # no episode has ended yet
+            return
+        value = float(trainer.callback_metrics[self.metric])
+        if trainer.is_global_zero:
+            row = {
+                "steps": int(cast(Any, pl_module).num_env_steps),
+                "seconds": time.monotonic() - self._began,
+                "value": value,
+            }
+            with self.file.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+        if self.threshold is not None and value >= self.threshold:
+            trainer.should_stop = True
+
+
+def _end_with_the_sweep() -> None:
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

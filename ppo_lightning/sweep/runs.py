@@ -1,0 +1,120 @@
+"""A trial's runs: ``fit`` in processes of their own, one seed after the other."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+GRACE_S = 10.0
+"""For a run to end in good order; it takes five seconds where an iteration is long."""
+FIT = [sys.executable, "-m", "ppo_lightning", "fit"]
+
+
+class Row(NamedTuple):
+    """What a run has told."""
+
+    steps: int
+    """Environment steps."""
+    seconds: float
+    """Since its training began."""
+    value: float
+    """Of the metric."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is measured of each run."""
+
+    metric: str
+    threshold: float | None
+    """Value at which a run may end."""
+    threads: int | None
+
+
+class Run:
+    """One ``fit`` with one seed.
+
+    Args:
+        folder: of the trial, with its ``config.yaml``.
+        seed: of the run.
+        watched: what it is to tell.
+    """
+
+    def __init__(self, folder: Path, seed: int, watched: Watched) -> None:
+        self.folder = folder
+        self.file, self.log = folder / f"progress_{seed}.jsonl", folder / f"log_{seed}.txt"
+        self.file.unlink(missing_ok=True)
+        given = {
+            "file": self.file,
+            "metric": watched.metric,
+            "threshold": watched.threshold,
+            "threads": watched.threads,
+        }
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    *FIT,
+                    f"--config={folder / 'config.yaml'}",
+                    f"--seed_everything={seed}",
+                    f"--trainer.default_root_dir={folder}",
+                    "--trainer.callbacks+=ppo_lightning.sweep.progress.Progress",
+                    *[f"--trainer.callbacks.{name}={value}" for name, value in given.items() if value is not None],
+                ],
+                stdin=subprocess.PIPE,  # which ends with this process, however that ends
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the sweep, which ends its runs
+            )
+
+    def rows(self) -> list[Row]:
+        """What it has told so far."""
+        if not self.file.exists():
+            return []
+        return [Row(**json.loads(line)) for line in self.file.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+
+    def ask_to_end(self) -> None:
+        """Send SIGTERM."""
+        self.process.terminate()
+
+    def end(self) -> None:
+        """Wait until it has ended, and kill whatever is left of it."""
+        try:
+            self.process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of its standard input."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def failure(self) -> str | None:
+        """Why it has ended badly, in a line; None where it has not."""
+        if self.process.returncode == 0:
+            return None if self.rows() else "it told no value of the metric"
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")] or lines
+        return errors[-1].removeprefix("error: ") if errors else f"exit status {self.process.returncode}"
+
+
+def prepare(folder: Path, config: dict[str, Any]) -> None:
+    """Make a trial's folder and config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def end_all(runs: Sequence[Run]) -> None:
+    """End runs together."""
+    for run in runs:
+        run.ask_to_end()
+    for run in runs:
+        run.end()

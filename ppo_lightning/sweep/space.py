@@ -1,0 +1,235 @@
+"""What is searched: keys of a config, each with a list of values or a range on some scale."""
+
+import contextlib
+import copy
+import difflib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ppo_lightning.errors import InputError
+
+
+class Scale(NamedTuple):
+    """How values of a range lie on the line that is searched evenly."""
+
+    forth: Callable[[float], float]
+    back: Callable[[float], float]
+    whole: bool
+    """Points of the line are whole numbers."""
+    limit: str
+    """What its bounds have to be, in words."""
+    holds: Callable[[float], bool]
+    """Whether a bound is so."""
+
+
+def _sigmoid(x: float) -> float:
+    return float(f"{1 / (1 + math.exp(-x)):.12g}")  # there and back is the same number
+
+
+SCALES = {
+    "uniform": Scale(float, float, False, "numbers", lambda x: True),
+    "int_uniform": Scale(int, int, True, "whole numbers", lambda x: x == int(x)),
+    "uniform_pow2": Scale(
+        lambda x: int(x).bit_length() - 1,
+        lambda x: 2 ** int(x),
+        True,
+        "powers of two",
+        lambda x: x >= 1 and x == int(x) and int(x).bit_count() == 1,
+    ),
+    "log_uniform": Scale(math.log, lambda x: float(f"{math.exp(x):.12g}"), False, "more than 0", lambda x: x > 0),
+    "logit_uniform": Scale(
+        lambda x: math.log(x / (1 - x)), _sigmoid, False, "between 0 and 1, both left out", lambda x: 0 < x < 1
+    ),
+}
+OTHER_NAMES = {"log_normal": "log_uniform", "logit_normal": "logit_uniform"}
+"""PufferLib's, whose ranges are even on these scales as well."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, both included, even on a scale."""
+
+    scale: str
+    low: float
+    high: float
+
+    def distribution(self) -> Any:
+        """The line as Optuna has it."""
+        from optuna.distributions import FloatDistribution, IntDistribution
+
+        scale = SCALES[self.scale]
+        kind: Any = IntDistribution if scale.whole else FloatDistribution
+        return kind(scale.forth(self.low), scale.forth(self.high))
+
+    def value(self, point: Any) -> Any:
+        """The config's value at a point of the line."""
+        return min(max(SCALES[self.scale].back(point), self.low), self.high)
+
+    def point(self, value: Any) -> Any:
+        """The point of a config's value; None where the range does not hold it."""
+        scale = SCALES[self.scale]
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not self.low <= value <= self.high
+            or not scale.holds(value)
+        ):
+            return None
+        return scale.forth(value)
+
+    def examples(self) -> list[Any]:
+        """Its ends."""
+        return [self.low, self.high]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several values, of any kind that YAML has."""
+
+    values: tuple[Any, ...]
+
+    def distribution(self) -> Any:
+        """The values as Optuna has them: it stores plain ones only, so that they go by their text."""
+        from optuna.distributions import CategoricalDistribution
+
+        return CategoricalDistribution([json.dumps(value) for value in self.values])
+
+    def value(self, point: Any) -> Any:
+        """The value of a text."""
+        return json.loads(point)
+
+    def point(self, value: Any) -> Any:
+        """The text of a config's value; None where it is not among them."""
+        text = json.dumps(value)
+        return text if text in map(json.dumps, self.values) else None
+
+    def examples(self) -> list[Any]:
+        """All of them."""
+        return list(self.values)
+
+
+Space = Mapping[str, Range | Choice]
+"""Dotted keys of the config, and what each may be."""
+
+
+def read_space(space: str | Path | Mapping[str, Any]) -> dict[str, Range | Choice]:
+    """Understand a space, from a YAML file or as a mapping.
+
+    Args:
+        space: ``{key: [value, …]}`` or ``{key: {distribution, min, max}}``; keys as in a config, with dots.
+
+    Raises:
+        InputError: it is no such thing; the sentence says which key, and what to do.
+    """
+    where = "space" if isinstance(space, Mapping) else str(space)
+    if not isinstance(space, Mapping):
+        try:
+            space = yaml.safe_load(Path(space).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise InputError(f"{where} cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(space, Mapping) or not space:
+        raise InputError(
+            f"{where} must map keys of the config to what they may be, as in 'model.gamma: [0.98, 0.99]', got {space!r}"
+        )
+    return {str(key): _range(f"{where}: {key}", given) for key, given in space.items()}
+
+
+def _range(where: str, given: Any) -> Range | Choice:
+    if isinstance(given, list | tuple):
+        if not given or len({json.dumps(value) for value in given}) < len(given):
+            raise InputError(f"{where} must list values that differ, got {list(given)}")
+        return Choice(tuple(given))
+    wanted = {"distribution", "min", "max"}
+    if not isinstance(given, Mapping) or set(given) != wanted:
+        raise InputError(
+            f"{where} must be a list of values, or a mapping of distribution, min and max and nothing else, got {given!r}"
+        )
+    name = OTHER_NAMES.get(given["distribution"], given["distribution"])
+    if name not in SCALES:
+        known = ", ".join([*SCALES, *OTHER_NAMES])
+        raise InputError(f"{where} has no distribution {name!r}: take one of {known}, or a list of values")
+    scale, low, high = SCALES[name], _number(where, given["min"]), _number(where, given["max"])
+    if not (scale.holds(low) and scale.holds(high)):
+        raise InputError(f"{where}: min and max of {name} must be {scale.limit}, got {low} and {high}")
+    if not low < high:
+        raise InputError(f"{where}: min must be less than max, got {low} and {high}")
+    return Range(name, *((int(low), int(high)) if scale.whole else (low, high)))
+
+
+def _number(where: str, value: Any) -> float:
+    """A number, also where YAML takes it for text, as it does with 1e-4."""
+    number = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # what is no number is refused below
+            number = float(value)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise InputError(f"{where}: min and max must be numbers, got {value!r}")
+    return number
+
+
+def check_keys(space: Space, config: Mapping[str, Any]) -> None:
+    """Refuse keys that a config cannot hold.
+
+    Args:
+        space: what is searched.
+        config: in full, with all defaults.
+
+    Raises:
+        InputError: the first such key.
+    """
+    for key in space:
+        first, *path = key.split(".")
+        if first not in ("model", "trainer") or not path:
+            near = difflib.get_close_matches(key, config["model"], 1)
+            hint = f"model.{near[0]}" if near else "model.gamma"
+            raise InputError(f"space: {key} is not searched: keys begin with model. or trainer., as {hint} does")
+        node, seen = config[first], first
+        for depth, name in enumerate(path):
+            if not isinstance(node, Mapping):
+                raise InputError(
+                    f"space: {key} cannot be set, since {seen} is {json.dumps(node)} in the config: name there what has "
+                    f"{'.'.join(path[depth:])} first"
+                )
+            if name not in node:
+                near = difflib.get_close_matches(name, node, 1)
+                hint = f"did you mean {seen}.{near[0]}?" if near else f"there are {', '.join(node)}"
+                raise InputError(f"space: {seen} has no {name}: {hint}")
+            node, seen = node[name], f"{seen}.{name}"
+
+
+def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config in which dotted keys have other values."""
+    changed = copy.deepcopy(dict(config))
+    for key, value in values.items():
+        *path, last = key.split(".")
+        node: Any = changed
+        for name in path:
+            node = node[name]
+        node[last] = value
+    return changed
+
+
+def value_at(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key."""
+    node: Any = config
+    for name in key.split("."):
+        node = node[name]
+    return node
+
+
+def points_of(space: Space, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where a config lies in a space; None where it lies outside."""
+    points = {key: of.point(value_at(config, key)) for key, of in space.items()}
+    return None if None in points.values() else points
+
+
+def short_names(keys: list[str]) -> dict[str, str]:
+    """The last word of each key, or the whole key where that is not enough to tell them apart."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
