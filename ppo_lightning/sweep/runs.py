@@ -48,7 +48,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, seed: int, watched: Watched) -> None:
-        self.folder = folder
+        self.metric = watched.metric
         self.file, self.log = folder / f"progress_{seed}.jsonl", folder / f"log_{seed}.txt"
         self.file.unlink(missing_ok=True)
         given = {
@@ -99,11 +99,14 @@ class Run:
 
     def failure(self) -> str | None:
         """Why it has ended badly, in a line; None where it has not."""
-        if self.process.returncode == 0:
-            return None if self.rows() else "it told no value of the metric"
+        status = self.process.returncode
+        if status == 0:
+            return None if self.rows() else f"it told no value of {self.metric}"
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")] or lines
-        return errors[-1].removeprefix("error: ") if errors else f"exit status {self.process.returncode}"
+        if status < 0 or not errors:
+            return f"it was ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        return errors[-1].removeprefix("error: ")
 
 
 def prepare(folder: Path, config: dict[str, Any]) -> None:

@@ -1,0 +1,475 @@
+"""Sweeps: what is searched, what is counted, and what survives."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+from ppo_lightning import PPO, InputError
+from ppo_lightning.sweep import main, progress, runs, search, sweep, trials
+from ppo_lightning.sweep.runs import Row, Run, Watched
+from ppo_lightning.sweep.space import Choice, Range, read_space
+from ppo_lightning.sweep.trials import counted, is_left, measure
+
+ROOT = Path(__file__).parent.parent
+CONFIG = {"model": {"env": "CartPole-v1", "num_envs": 4, "num_steps": 32, "total_steps": 1000, "num_eval_episodes": 1}}
+SPACE = {
+    "model.gamma": {"distribution": "logit_uniform", "min": 0.9, "max": 0.999},
+    "model.num_steps": {"distribution": "uniform_pow2", "min": 16, "max": 64},
+}
+
+
+class Luckless(Exception):
+    """A run of :func:`fits` fails."""
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """Let a function of the model's parameters and the seed stand for ``fit``: it gives what is told, step by step."""
+    monkeypatch.setattr(trials, "POLL_S", 0.0)
+    # The command line is parsed once for all tests: that each key and value is tried there has a test of its own.
+    monkeypatch.setattr(
+        search, "_full_config", lambda config, flags=(), what="": {"model": {**DEFAULTS, **config["model"]}}
+    )
+
+    def use(told: Callable[[dict, int], list[tuple[int, float]]]) -> None:
+        class Fake:
+            def __init__(self, folder, seed, watched):
+                self.told, self.error, self.process = [], None, self
+                try:
+                    pairs = told(yaml.safe_load((folder / "config.yaml").read_text())["model"], seed)
+                    self.left = [Row(steps, steps / 1000, value) for steps, value in pairs]
+                except Luckless as error:
+                    self.left, self.error = [], str(error)
+
+            def rows(self):
+                self.told += self.left[:1]
+                self.left = self.left[1:]
+                return list(self.told)
+
+            def poll(self):
+                return None if len(self.left) > 1 else 0
+
+            def failure(self):
+                return self.error
+
+            def ask_to_end(self):
+                self.left = []
+
+            def end(self):
+                pass
+
+            close = end
+
+        monkeypatch.setattr(trials, "Run", Fake)
+
+    return use
+
+
+DEFAULTS = search._full_config(CONFIG)["model"]
+
+
+def numbers(study: optuna.Study) -> list:
+    return [trial.values[0] for trial in study.trials if trial.state.name == "COMPLETE"]
+
+
+def states(study: optuna.Study) -> list[str]:
+    return [trial.state.name for trial in study.trials]
+
+
+# --- what is searched -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scale", "low", "high", "middle"),
+    [
+        ("uniform", 0.0, 1.0, 0.5),
+        ("int_uniform", 2, 20, 11),
+        ("uniform_pow2", 16, 256, 64),
+        ("log_uniform", 1e-4, 1e-2, 1e-3),
+        ("logit_uniform", 0.1, 0.9, 0.5),
+    ],
+)
+def test_a_range_is_even_on_its_scale_and_holds_its_ends(scale, low, high, middle):
+    of = read_space({"model.x": {"distribution": scale, "min": low, "max": high}})["model.x"]
+    line = of.distribution()
+    assert of.value(line.low) == low
+    assert of.value(line.high) == high
+    assert of.value((line.low + line.high) / 2) == pytest.approx(middle, rel=1e-9)
+    assert of.value(of.point(middle)) == middle
+
+
+def test_there_and_back_is_the_same_number():
+    for scale, value in [
+        ("logit_uniform", 0.98),
+        ("log_uniform", 3e-4),
+        ("logit_uniform", 0.999),
+        ("log_uniform", 1e-5),
+    ]:
+        of = Range(scale, 1e-6, 0.9999)
+        assert of.value(of.point(value)) == value
+
+
+def test_a_list_holds_values_of_any_kind():
+    of = read_space({"model.hidden": [None, [64, 64], True, "relu"]})["model.hidden"]
+    assert [of.value(text) for text in of.distribution().choices] == [None, [64, 64], True, "relu"]
+    assert of.point([64, 64]) == "[64, 64]"
+    assert of.point([64]) is None
+
+
+def test_pufferlibs_names_are_understood_and_text_that_is_a_number_too(tmp_path):
+    (tmp_path / "space.yaml").write_text("model.gamma: {distribution: logit_normal, min: 0.9, max: 0.99}\n"
+                                         "model.ent_coef: {distribution: log_normal, min: 1e-4, max: 1e-2}\n"
+                                         "model.clip_range: [0.1, 0.2]\n")  # fmt: skip
+    assert read_space(tmp_path / "space.yaml") == {
+        "model.gamma": Range("logit_uniform", 0.9, 0.99),
+        "model.ent_coef": Range("log_uniform", 1e-4, 1e-2),
+        "model.clip_range": Choice((0.1, 0.2)),
+    }
+
+
+def of(distribution: str, low: object, high: object) -> dict:
+    return {"model.gamma": {"distribution": distribution, "min": low, "max": high}}
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ({}, "must map keys of the config to what they may be"),
+        ({"model.gamma": []}, "must list values that differ"),
+        ({"model.gamma": [0.9, 0.9]}, "must list values that differ"),
+        ({"model.gamma": 0.9}, "must be a list of values, or a mapping of distribution, min and max"),
+        ({"model.gamma": {"distribution": "uniform", "min": 0, "max": 1, "mean": 0.5}}, "and nothing else"),
+        (of("normal", 0, 1), "has no distribution 'normal': take one of uniform, int_uniform"),
+        (of("uniform", 0.9, 0.1), "min must be less than max, got 0.9 and 0.1"),
+        (of("uniform", "low", 1), "min and max must be numbers, got 'low'"),
+        (of("log_uniform", 0, 1), "min and max of log_uniform must be more than 0, got 0 and 1"),
+        (of("logit_uniform", 0.5, 1.0), "must be between 0 and 1, both left out"),
+        (of("uniform_pow2", 16, 100), "must be powers of two, got 16 and 100"),
+        (of("int_uniform", 0.5, 2), "must be whole numbers"),
+        (of("uniform", 0.5, 1.5), "space: gamma must lie between 0 and 1, got 1.5"),
+        ({"gamma": [0.9]}, "keys begin with model. or trainer., as model.gamma does"),
+        ({"model.gama": [0.9]}, "model has no gama: did you mean model.gamma?"),
+        ({"model.optimizer.init_args.lrr": [0.1]}, "did you mean model.optimizer.init_args.lr?"),
+        ({"model.lr_scheduler.init_args.factor": [0.1]}, "model.lr_scheduler is null in the config: name there"),
+        ({"seed_everything": [1, 2]}, "keys begin with model. or trainer."),
+        ({"model.vectorization": ["sync", "asink"]}, "space: Parser key"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused_in_one_sentence(space, said):
+    with pytest.raises(InputError, match=r"^space") as error:
+        sweep(CONFIG, space)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path("sweeps").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"objective": "speed"}, "objective speed is not known"),
+        ({"objective": ["seconds", "score"]}, "objective must begin with score or steps_to"),
+        ({"objective": "steps_to"}, "give one, such as --threshold 475"),
+        ({"objective": ["score", "steps"], "pruner": "median"}, "there are several objectives: leave it out"),
+        ({"objective": ["score", "steps"], "sampler": "cmaes"}, "take tpe or random"),
+        ({"sampler": "cmaes", "space": {"model.gamma": [0.9, 0.99]}}, "needs two ranges of numbers"),
+        ({"trials": 0}, "trials must be 1 or more"),
+        ({"config": {"model": {"envv": "CartPole-v1"}}}, "config: "),
+        ({"storage": "nonsense://x"}, "storage nonsense://x cannot be opened"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_in_one_sentence(asked, said):
+    with pytest.raises(InputError) as error:
+        sweep(**{"config": CONFIG, "space": SPACE, **asked})
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_reaches_the_threshold_beats_all_that_do_not_and_these_rank_by_how_near_they_came():
+    def steps(*values: float) -> float:
+        rows = [Row(100 * (index + 1), 1.0, value) for index, value in enumerate(values)]
+        return measure(rows, "steps_to", threshold=475, budget=1000)
+
+    assert steps(20, 480, 490) == 200
+    assert steps(20, 475) == 200
+    assert steps(75, 275) == 1000 * (1 + 0.5)
+    assert steps(75, 75) == 2000
+    assert 1000 < steps(20, 470) < steps(20, 300) < steps(20, 20)
+
+
+def test_a_score_is_the_last_value_and_costs_are_the_last_steps_and_seconds():
+    rows = [Row(100, 1.0, 9.0), Row(200, 2.5, 7.0)]
+    assert [measure(rows, name, None, 1000) for name in ("score", "steps", "seconds")] == [7.0, 200, 2.5]
+
+
+def test_the_config_itself_is_the_first_trial_so_that_the_best_is_never_worse(fits):
+    fits(lambda model, seed: [(1000, -abs(model["gamma"] - 0.99))])
+    found = sweep(CONFIG, SPACE, trials=4, sampler="random", quiet=True)
+    assert found.study.trials[0].values == [0.0]
+    assert found.best_config["model"]["gamma"] == 0.99
+    assert found.best_config == yaml.safe_load(found.best_file.read_text())
+    outside = {"model.num_steps": [64, 128]}
+    other = sweep(CONFIG, outside, trials=1, study="other", quiet=True)
+    assert "own" not in other.study.trials[0].user_attrs
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+def test_what_is_proposed_comes_near_to_the_best(fits, sampler):
+    fits(lambda model, seed: [(1000, -((model["ent_coef"] - 0.03) ** 2) - (model["vf_coef"] - 0.8) ** 2)])
+    space = {f"model.{name}": {"distribution": "uniform", "min": 0, "max": 1} for name in ("ent_coef", "vf_coef")}
+    study = sweep(CONFIG, space, trials=30, sampler=sampler, workers=2, quiet=True).study
+    assert max(numbers(study)[20:]) > max(numbers(study)[:5])
+
+
+def test_several_seeds_count_as_their_mean_and_each_run_has_its_own(fits):
+    fits(lambda model, seed: [(1000, seed)])
+    found = sweep(CONFIG, SPACE, trials=2, seeds=3, quiet=True)
+    assert numbers(found.study) == [1.0, 4.0]  # of 0 1 2 and of 3 4 5
+
+
+def test_several_objectives_give_a_front_and_the_first_chooses_the_best(fits):
+    fits(lambda model, seed: [(1000 * model["ent_coef"], model["ent_coef"] * (1 if model["vf_coef"] == 0.5 else 0.1))])
+    space = {"model.ent_coef": [0.1, 0.5, 0.9], "model.vf_coef": [0.5, 0.6]}
+    found = sweep(CONFIG, space, trials=25, objective=["score", "steps"], sampler="random", workers=2, quiet=True)
+    best = {tuple(trial.values) for trial in found.study.best_trials}
+    assert best == {(0.1, 100), (0.5, 500), (0.9, 900)}
+    assert found.best_config["model"]["ent_coef"] == 0.9
+    fronts = [yaml.safe_load(file.read_text())["model"]["vf_coef"] for file in (found.folder / "front").iterdir()]
+    assert set(fronts) == {0.5}
+    assert (found.folder / "front.png").stat().st_size > 10_000
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_fails_is_counted_with_its_message_and_the_sweep_goes_on(fits, capsys):
+    def told(model: dict, seed: int) -> list[tuple[int, float]]:
+        if model["num_steps"] == 64:
+            raise Luckless("no such luck")
+        return [(1000, 1.0)]
+
+    fits(told)
+    found = sweep(CONFIG, {"model.num_steps": [32, 64]}, trials=6, sampler="random")
+    assert set(states(found.study)) == {"COMPLETE", "FAIL"}
+    assert len(found.study.trials) == 6
+    said = capsys.readouterr().out
+    assert "failed: no such luck" in said
+    rows = list(csv.DictReader((found.folder / "trials.csv").read_text().splitlines()))
+    assert {row["error"] for row in rows} == {"", "no such luck"}
+    assert [row["state"] for row in rows] == [state.lower() for state in states(found.study)]
+
+
+def test_where_no_trial_ends_well_the_sentence_says_why(fits):
+    def told(model: dict, seed: int) -> list[tuple[int, float]]:
+        raise Luckless("no such luck")
+
+    fits(told)
+    with pytest.raises(InputError, match=r"no trial of study sweep ended well .*; the last failed: no such luck"):
+        sweep(CONFIG, SPACE, trials=2, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("print('error: no such luck'); print('more'); raise SystemExit(1)", "no such luck"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import os; os.kill(os.getpid(), 9)", "it was ended by SIGKILL"),
+        ("pass", "it told no value of eval/mean_reward"),
+    ],
+)
+def test_why_a_run_failed_is_found_in_what_it_said(monkeypatch, tmp_path, code, why):
+    monkeypatch.setattr(runs, "FIT", [sys.executable, "-c", code])
+    run = Run(tmp_path, 0, Watched("eval/mean_reward", None, None))
+    run.process.wait()
+    run.close()
+    assert run.failure() == why
+
+
+def test_a_trial_worse_than_the_median_is_ended_early(fits):
+    fits(lambda model, seed: [(steps, 100 * model["vf_coef"]) for steps in range(50, 1001, 50)])
+    space = {"model.vf_coef": [0.5, 0.01]}
+    found = sweep(CONFIG, space, trials=14, sampler="random", workers=2, quiet=True)
+    pruned = [trial for trial in found.study.trials if trial.state.name == "PRUNED"]
+    assert pruned
+    assert {trial.params["model.vf_coef"] for trial in pruned} == {"0.01"}
+    assert len(pruned[-1].intermediate_values) < trials.LOOKS
+    kept = sweep(CONFIG, space, trials=8, sampler="random", workers=4, study="kept", pruner="none", quiet=True)
+    assert set(states(kept.study)) == {"COMPLETE"}
+
+
+def test_fewer_steps_to_a_threshold_are_sought_downwards_and_pruned_upwards(fits):
+    fits(lambda model, seed: [(steps, steps * model["vf_coef"]) for steps in range(50, 1001, 50)])
+    found = sweep(
+        CONFIG, {"model.vf_coef": [0.5, 0.8, 0.05]}, trials=14, objective="steps_to", threshold=300, sampler="random",
+        workers=2, quiet=True,
+    )  # fmt: skip
+    assert found.best_config["model"]["vf_coef"] == 0.8
+    assert found.study.best_value == 400
+    pruned = {trial.params["model.vf_coef"] for trial in found.study.trials if trial.state.name == "PRUNED"}
+    assert pruned == {"0.05"}
+
+
+# --- what survives ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", [None, "shared.journal"])
+def test_a_sweep_goes_on_where_it_was_and_proposes_what_it_would_have(fits, storage):
+    fits(lambda model, seed: [(1000, -abs(model["gamma"] - 0.97))])
+    whole = sweep(CONFIG, SPACE, trials=8, study="whole", storage=storage, quiet=True).study
+    sweep(CONFIG, SPACE, trials=3, study="parts", storage=storage, quiet=True)
+    parts = sweep(CONFIG, SPACE, trials=8, study="parts", storage=storage, quiet=True).study
+    assert [trial.params for trial in parts.trials] == [trial.params for trial in whole.trials]
+    assert numbers(parts) == numbers(whole)
+
+
+def test_a_study_that_sought_something_else_does_not_go_on(fits):
+    fits(lambda model, seed: [(1000, 1.0)])
+    sweep(CONFIG, SPACE, trials=1, quiet=True)
+    with pytest.raises(InputError, match="study sweep was begun with another space: give this one a name"):
+        sweep(CONFIG, {"model.gamma": [0.9, 0.99]}, trials=2, quiet=True)
+    with pytest.raises(InputError, match="another metric"):
+        sweep(CONFIG, SPACE, trials=2, metric="rollout/ep_rew_mean", quiet=True)
+
+
+def test_trials_of_a_process_that_is_gone_are_made_again_and_of_one_that_lives_are_left(fits):
+    fits(lambda model, seed: [(1000, 1.0)])
+    study = sweep(CONFIG, SPACE, trials=2, quiet=True).study
+    lines = {key: of.distribution() for key, of in read_space(SPACE).items()}
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for owner, seen in [
+        (f"{socket.gethostname()} {gone.pid}", time.time()),
+        (f"{socket.gethostname()} {os.getpid()}", time.time()),
+        ("elsewhere 1", time.time()),
+        ("elsewhere 1", time.time() - 2 * trials.STALE_S),
+    ]:
+        trial = study.ask(lines)
+        trial.set_user_attr("owner", owner)
+        trial.set_user_attr("seen", seen)
+    assert [is_left(trial) for trial in study.trials[2:]] == [True, False, False, True]
+    study = sweep(CONFIG, SPACE, trials=6, quiet=True).study
+    assert states(study) == ["COMPLETE", "COMPLETE", "FAIL", "RUNNING", "RUNNING", "FAIL", "COMPLETE", "COMPLETE"]
+    assert [trial.params for trial in study.trials[6:]] == [study.trials[2].params, study.trials[5].params]
+    assert [trial.user_attrs["again"] for trial in study.trials[6:]] == [2, 5]
+    assert len(counted(study)) == 6
+
+
+def test_what_interrupts_a_sweep_ends_its_runs_and_puts_them_back(fits, monkeypatch):
+    begun = []
+
+    def interrupt(self) -> None:
+        begun.extend(each.run.process for each in self.running)
+        raise KeyboardInterrupt
+
+    fits(lambda model, seed: [(1000, 1.0)])
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "Run", Run)
+        patch.setattr(runs, "FIT", [sys.executable, "-c", "import time; time.sleep(60)"])
+        patch.setattr(trials.Search, "_stamp", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(CONFIG, SPACE, trials=4, workers=2, quiet=True)
+    assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2
+    study = sweep(CONFIG, SPACE, trials=4, quiet=True).study
+    assert states(study) == ["FAIL", "FAIL", *["COMPLETE"] * 4]
+    assert [trial.params for trial in study.trials[2:4]] == [trial.params for trial in study.trials[:2]]
+
+
+# --- with real runs ---------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "model.num_envs": 4, "model.num_steps": 32, "model.total_steps": 512, "model.num_eval_episodes": 1,
+    "trainer.accelerator": "cpu",
+}  # fmt: skip
+
+
+def command(tmp_path: Path, *words: str) -> list[str]:
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    config = str(ROOT / "configs/cartpole.yaml")
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    return ["--config", config, "--space", str(tmp_path / "space.yaml"), "--workers", "2", *flags, *words]
+
+
+def test_a_sweep_on_the_command_line_leaves_a_config_that_fit_takes_a_table_and_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    main(command(tmp_path, "--trials", "2", "--metric", "rollout/ep_rew_mean", "--seed", "5"))
+    place = tmp_path / "sweeps/cartpole"
+    assert {"best.yaml", "trials.csv", "history.png", "study.db", "trials"} <= {file.name for file in place.iterdir()}
+    said = capsys.readouterr().out
+    assert "cartpole: 2 complete" in said
+    assert "0 (config)" in said
+    assert f"fit --config {place / 'best.yaml'}" in said
+    seeds = [
+        yaml.safe_load(path.read_text())["seed_everything"] for path in sorted(place.rglob("version_0/config.yaml"))
+    ]
+    assert seeds == [5, 6]
+    best = search._full_config(place / "best.yaml")
+    assert best["model"]["total_steps"] == 512
+    assert best["trainer"]["callbacks"] is None
+    told = [json.loads(line) for line in (place / "trials/0000/progress_5.jsonl").read_text().splitlines()]
+    assert [row["steps"] for row in told] == [128, 256, 384, 512]
+
+
+def test_bad_input_ends_the_command_with_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    with pytest.raises(SystemExit) as end:
+        main(command(tmp_path, "--model.gama", "3"))
+    assert str(end.value.code) == "error: config: unrecognized arguments: --model.gama 3"
+
+
+@pytest.mark.parametrize("metric", ["eval/mean_reward", "rollout/ep_rew_mean"])
+def test_progress_is_told_where_the_metric_is_new_and_the_run_ends_at_the_threshold(fit, tmp_path, monkeypatch, metric):
+    monkeypatch.setattr(progress, "_end_with_the_sweep", lambda: None)
+    told = tmp_path / "told.jsonl"
+
+    def rows(**given) -> list[dict]:
+        told.unlink(missing_ok=True)
+        model = PPO("CartPole-v1", num_envs=2, num_steps=64, total_steps=1280, eval_interval=5, num_eval_episodes=1)
+        fit(model, callbacks=[progress.Progress(str(told), metric, **given)], limit_val_batches=1)
+        return [json.loads(line) for line in told.read_text().splitlines()]
+
+    every = 640 if metric.startswith("eval") else 128
+    whole = rows()
+    assert [row["steps"] for row in whole] == list(range(every, 1281, every))
+    assert [row["steps"] for row in rows(threshold=whole[0]["value"])] == [every]
+
+
+@pytest.mark.long
+def test_a_killed_sweep_leaves_no_process_and_goes_on(tmp_path):
+    given = command(tmp_path, "--trials", "4", "--model.total_steps", "20000")
+    words = [sys.executable, "-m", "ppo_lightning", "sweep", *given]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.Popen(words, env=environment, cwd=tmp_path)
+    place = tmp_path / "sweeps/cartpole"
+    deadline = time.monotonic() + 200
+    while len(list(place.glob("trials/*/progress_*.jsonl"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    time.sleep(10)
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(place).encode() in _read(path)]
+    assert left == []
+    subprocess.run(words, env=environment, cwd=tmp_path, check=True)
+    study = optuna.load_study(study_name="cartpole", storage=f"sqlite:///{place / 'study.db'}")
+    assert states(study).count("COMPLETE") + states(study).count("PRUNED") == 4
+    assert len(counted(study)) == 4
+    assert 1 <= states(study).count("FAIL") <= 2
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended meanwhile
+        return b""
