@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +225,9 @@ def _draw(study: "Study", sought: Sought) -> None:
     if len(complete) >= ENOUGH:
         from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-        importance = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+        with warnings.catch_warnings():  # where all trials are alike, equal bars say what there is to say
+            warnings.filterwarnings("ignore", message="Target and region quantiles select the same")
+            importance = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
         names = short_names(list(sought.space))
         ordered = sorted(importance.items(), key=lambda item: item[1])
         figure = Figure(figsize=(7, 1.2 + 0.35 * len(ordered)), layout="constrained")
