@@ -18,7 +18,7 @@ import yaml
 from ppo_lightning import PPO, InputError
 from ppo_lightning.sweep import main, progress, results, runs, search, sweep, trials
 from ppo_lightning.sweep.runs import Row, Run, Watched
-from ppo_lightning.sweep.space import Choice, Range, read_space
+from ppo_lightning.sweep.space import Choice, Range, points_of, read_space
 from ppo_lightning.sweep.trials import counted, is_left, measure
 
 ROOT = Path(__file__).parent.parent
@@ -291,13 +291,21 @@ def test_where_no_trial_ends_well_the_sentence_says_why(fits):
         sweep(CONFIG, SPACE, trials=2, quiet=True)
 
 
+NOT_A_NUMBER = """
+import sys
+(file,) = [word.partition("=")[2] for word in sys.argv if "callbacks.file" in word]
+open(file, "w").write('{"steps": 1, "seconds": 1, "value": NaN}\\n')
+"""
+
+
 @pytest.mark.parametrize(
     ("code", "why"),
     [
         ("print('error: no such luck'); print('more'); raise SystemExit(1)", "no such luck"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("import os; os.kill(os.getpid(), 9)", "it was ended by SIGKILL"),
-        ("pass", "it told no value of eval/mean_reward"),
+        ("pass", "it told no value of eval/mean_reward that is a number"),
+        (NOT_A_NUMBER, "it told no value of eval/mean_reward that is a number"),
     ],
 )
 def test_why_a_run_failed_is_found_in_what_it_said(monkeypatch, tmp_path, code, why):
@@ -455,6 +463,28 @@ def test_progress_is_told_where_the_metric_is_new_and_the_run_ends_at_the_thresh
     whole = rows()
     assert [row["steps"] for row in whole] == list(range(every, 1281, every))
     assert [row["steps"] for row in rows(threshold=whole[0]["value"])] == [every]
+
+
+def test_a_metric_that_there_is_not_ends_the_run_with_one_sentence(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_end_with_the_sweep", lambda: None)
+    model = PPO("CartPole-v1", num_envs=2, num_steps=64, total_steps=128)
+    with pytest.raises(InputError, match=r"metric train/los is not known: did you mean train/loss\?"):
+        fit(model, callbacks=[progress.Progress(str(tmp_path / "told.jsonl"), "train/los")])
+
+
+def test_the_example_space_and_the_documents_example_can_be_searched(fits, tmp_path):
+    space = read_space(ROOT / "configs/sweeps/cartpole.yaml")
+    config = yaml.safe_load((ROOT / "configs/cartpole.yaml").read_text())
+    assert (
+        points_of(space, {"model": {**DEFAULTS, **config["model"]}}) is not None
+    )  # the config itself is the first trial
+    text = (ROOT / "docs/sweeps.md").read_text()
+    (tmp_path / "space.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    assert len(read_space(tmp_path / "space.yaml")) == 6
+    fits(lambda model, seed: [(1000, model["gamma"])])
+    names: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0].replace("trials=50", "trials=3"), names)
+    assert names["found"].best_config["model"]["gamma"] >= 0.9
 
 
 @pytest.mark.long

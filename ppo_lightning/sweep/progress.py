@@ -1,5 +1,6 @@
 """What a trial's run tells the sweep while it trains."""
 
+import difflib
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from ppo_lightning.errors import InputError
+
 
 class Progress(Callback):
     """Writes a metric to a file whenever there is a new one, and ends the run when it is good enough.
@@ -21,9 +24,12 @@ class Progress(Callback):
     Args:
         file: one JSON object per line is added: ``steps`` (environment steps), ``seconds`` (since training began) and
             ``value``.
-        metric: its name, such as eval/mean_reward (at each evaluation) or rollout/ep_rew_mean (at each iteration).
+        metric: its name, such as eval/mean_reward (told at each evaluation) or rollout/ep_rew_mean (at each iteration).
         threshold: value at which the run may end, in the metric's units; null never.
         threads: of torch, at most (count); null leaves them.
+
+    Raises:
+        InputError: there is no such metric.
     """
 
     def __init__(self, file: str, metric: str, threshold: float | None = None, threads: int | None = None) -> None:
@@ -53,8 +59,12 @@ class Progress(Callback):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.metric not in trainer.callback_metrics:  # no episode has ended yet
-            return
+        if self.metric not in trainer.callback_metrics:
+            if self.metric.startswith("rollout/"):  # no episode has ended yet
+                return
+            near = difflib.get_close_matches(self.metric, trainer.callback_metrics, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(trainer.callback_metrics)}"
+            raise InputError(f"metric {self.metric} is not known: {hint}")
         value = float(trainer.callback_metrics[self.metric])
         if trainer.is_global_zero:
             row = {

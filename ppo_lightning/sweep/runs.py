@@ -1,6 +1,7 @@
 """A trial's runs: ``fit`` in processes of their own, one seed after the other."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -101,7 +102,12 @@ class Run:
         """Why it has ended badly, in a line; None where it has not."""
         status = self.process.returncode
         if status == 0:
-            return None if self.rows() else f"it told no value of {self.metric}"
+            rows = self.rows()
+            return (
+                None
+                if rows and math.isfinite(rows[-1].value)
+                else f"it told no value of {self.metric} that is a number"
+            )
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")] or lines
         if status < 0 or not errors:
