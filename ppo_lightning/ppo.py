@@ -1158,13 +1158,17 @@ class PPO(LightningModule):
             raise InputError(f"num_episodes must be 1 or more, got {wanted}")
         return self._evaluate(wanted, self.eval_deterministic if deterministic is None else deterministic, "evaluation")
 
+    def evaluation_seed(self, purpose: str = "evaluation") -> int:
+        """Seed of the episodes of an evaluation, which depends on the run's seed and the environment steps so far."""
+        if self.seed is None:
+            self.seed = self._known_seed()
+        return self._stream(purpose, self.num_env_steps)
+
     def _evaluate(self, wanted: int, deterministic: bool, purpose: str) -> dict[str, float]:
         world = self._world_size
         shares = [(wanted + world - 1 - rank) // world for rank in range(world)]
         logged: Sums = {}
-        share = shares[self._rank]
-        if self.seed is None:
-            self.seed = self._known_seed()
+        share, seed = shares[self._rank], self.evaluation_seed(purpose)
         episodes = torch.zeros(shares[0], 4, dtype=torch.float64)
         if share:
             environments = self._evaluation_environments(share)
@@ -1175,7 +1179,7 @@ class PPO(LightningModule):
                         environments,
                         without_mask(self.observation_space),
                         num_episodes=share,
-                        seed=self._stream(purpose, self.num_env_steps),
+                        seed=seed,
                         deterministic=deterministic,
                     )
             except BaseException:

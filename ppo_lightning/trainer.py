@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import (
 from torch.distributed.constants import default_pg_timeout
 
 from ppo_lightning.callbacks import (
+    AsyncEvaluation,
     BestCheckpoint,
     CloseEnvironments,
     Interrupts,
@@ -88,7 +89,8 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
     if any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults):
         needed.append(StepProgressBar())
     if any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):
-        if evaluates and trainer.limit_val_batches != 0:
+        beside = any(isinstance(callback, AsyncEvaluation) for callback in trainer.callbacks)
+        if evaluates and (beside or trainer.limit_val_batches != 0):
             needed.append(BestCheckpoint())
         needed.append(LastCheckpoint(save_interval))  # after the other, whose state it holds
     kept = [callback for callback in trainer.callbacks if callback not in defaults]

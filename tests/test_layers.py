@@ -13,6 +13,7 @@ LAYERS = [
     {"ppo", "plot"},
     {"trainer", "loggers"},
     {"callbacks"},
+    {"evaluator"},
     {"rollout", "evaluation", "prediction", "checkpoint", "metrics"},
     {"stepping", "streams"},
     {"compiled"},

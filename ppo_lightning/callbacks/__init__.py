@@ -1,6 +1,7 @@
 """What watches a run from outside."""
 
 from ppo_lightning.callbacks.adaptive_lr import AdaptiveLearningRate as AdaptiveLearningRate
+from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation as AsyncEvaluation
 from ppo_lightning.callbacks.checkpoints import BestCheckpoint as BestCheckpoint
 from ppo_lightning.callbacks.checkpoints import LastCheckpoint as LastCheckpoint
 from ppo_lightning.callbacks.cleanup import CloseEnvironments as CloseEnvironments

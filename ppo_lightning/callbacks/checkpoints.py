@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
@@ -102,6 +103,36 @@ class BestCheckpoint(RunCheckpoint):
             save_on_train_epoch_end=False,  # but at the end of each evaluation
             enable_version_counter=False,
         )
+        self._kept: dict[str, Any] | None = None
+        self._keeps = False
+
+    def keep(self, trainer: Trainer, checkpoint: dict[str, Any] | None, scores: dict[str, Tensor]) -> None:
+        """Save a state that the run was in before, if it is the best one so far; all processes together.
+
+        Args:
+            trainer: of the run.
+            checkpoint: what was dumped then, in the process that writes; None in others.
+            scores: of that state, ``eval/mean_reward`` among them.
+        """
+        counters = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
+        self._kept, self._keeps = checkpoint, True
+        try:
+            self._save_topk_checkpoint(trainer, {**scores, **counters})
+        finally:
+            self._kept, self._keeps = None, False
+
+    @override
+    def _write(self, trainer: Trainer, filepath: str) -> None:
+        if not self._keeps:
+            super()._write(trainer, filepath)
+            return
+        if self._kept is not None:
+            self._kept["callbacks"][self.state_key] = self.state_dict()  # its own score was not known then
+            trainer.strategy.save_checkpoint(self._kept, filepath)
+        trainer.strategy.barrier("Trainer.save_checkpoint")
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
 
 
 class LastCheckpoint(RunCheckpoint):

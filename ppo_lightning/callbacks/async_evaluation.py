@@ -1,0 +1,278 @@
+"""Evaluations beside training, in a process of their own."""
+
+import copy
+import io
+import signal
+import time
+from typing import Any, NamedTuple, Protocol, cast
+
+import gymnasium as gym
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from ppo_lightning.callbacks.checkpoints import BestCheckpoint
+from ppo_lightning.callbacks.interrupts import Interrupts
+from ppo_lightning.envs import EnvMaker, Restarts
+from ppo_lightning.errors import InputError
+from ppo_lightning.evaluator import Evaluation, Evaluator, EvaluatorLost
+from ppo_lightning.policy import Policy
+
+
+class Evaluates(Protocol):
+    """A module that can be evaluated elsewhere."""
+
+    policy: Policy
+    env_maker: EnvMaker
+    observation_space: gym.Space[Any]
+    num_envs: int
+    num_eval_episodes: int
+    eval_deterministic: bool
+    env_timeout_s: float
+    restarts: Restarts
+    interrupted: signal.Signals | None
+
+    @property
+    def iterations_between_evaluations(self) -> int:
+        """How many."""
+        ...
+
+    @property
+    def num_env_steps(self) -> int:
+        """Environment steps so far, of all processes."""
+        ...
+
+    @property
+    def policy_version(self) -> int:
+        """Iterations so far."""
+        ...
+
+    def evaluation_seed(self) -> int:
+        """Seed of the episodes of an evaluation now."""
+        ...
+
+
+class Taken(NamedTuple):
+    """A run as it was when an evaluation was due."""
+
+    step: int
+    """Environment steps."""
+    seed: int
+    """Of the episodes."""
+    weights: bytes
+    """The policy with its normalisers, as ``torch.save`` writes them."""
+    checkpoint: dict[str, Any] | None
+    """What ``best.ckpt`` holds if this is the best; None where no checkpoints are kept."""
+
+
+class AsyncEvaluation(Callback):
+    """Evaluates snapshots in another process while training goes on, in the place of evaluations that training waits for.
+
+    A snapshot is the policy with its normalisers, and a whole checkpoint. Its ``eval/…`` are those that ``model.evaluate()``
+    gives at that step. They are logged at that step, reach ``trainer.callback_metrics`` when they arrive, and the snapshot
+    itself becomes ``best.ckpt`` where it is the best. Training is the same, to the bit, with and without.
+
+    One evaluation runs at a time. What is due meanwhile waits; something newer takes its place. The last policy is always
+    evaluated, and the end of training waits for it. An evaluation that fails, or takes too long, costs a warning, and the
+    next one has a new process. The process has one thread, on the CPU; of several training processes the first starts it.
+
+    Args:
+        every: iterations between evaluations; None is the model's ``eval_interval``.
+        episodes: of an evaluation; None is the model's ``num_eval_episodes``.
+        deterministic: take the most probable actions; None is the model's ``eval_deterministic``.
+        timeout_s: an evaluation that takes longer is given up (seconds).
+
+    Raises:
+        InputError: one of them is not positive.
+    """
+
+    PATIENCE_S = 3.0
+    """Seconds that a run which was interrupted or failed waits for the evaluation that is under way."""
+    BREATH_S = 30.0
+    """Seconds after which the first process tells the others that it is still waiting: they would give it up."""
+
+    def __init__(
+        self,
+        every: int | None = None,
+        episodes: int | None = None,
+        deterministic: bool | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        for name, value in (("every", every), ("episodes", episodes), ("timeout_s", timeout_s)):
+            if value is not None and not value > 0:
+                raise InputError(f"AsyncEvaluation: {name} must be more than 0, got {value}")
+        self.every, self.episodes, self.deterministic, self.timeout_s = every, episodes, deterministic, timeout_s
+        self._packed = b""
+        self._evaluator: Evaluator | None = None
+        self._running: Taken | None = None
+        self._waiting: Taken | None = None
+        self._taken = -1
+        self._limit_val_batches: int | float | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Turn off the evaluations that training waits for."""
+        if stage != "fit":
+            return
+        module = cast(Evaluates, pl_module)
+        if module.env_maker.again() is None:
+            raise InputError(
+                f"AsyncEvaluation needs environments of its own, and {module.env_maker.name} was given as a VectorEnv: give "
+                "a callable that makes it instead"
+            )
+        self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._running = self._waiting = None
+        self._taken = -1
+        if trainer.is_global_zero:
+            self._packed = self._evaluation(trainer, cast(Evaluates, pl_module)).packed()
+            self._evaluator = Evaluator(self._packed, self.timeout_s)  # to import everything takes it seconds
+
+    def _evaluation(self, trainer: Trainer, module: Evaluates) -> Evaluation:
+        maker = module.env_maker.again()
+        assert maker is not None
+        episodes = module.num_eval_episodes if self.episodes is None else self.episodes
+        return Evaluation(
+            copy.deepcopy(module.policy).cpu(),
+            maker,
+            module.observation_space,
+            num_envs=min(module.num_envs, episodes),
+            num_episodes=episodes,
+            deterministic=module.eval_deterministic if self.deterministic is None else self.deterministic,
+            timeout_s=module.env_timeout_s,
+            restarts=module.restarts.limit,
+            mixed=str(trainer.precision) != "32-true",
+        )
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast(Evaluates, pl_module)
+        last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        every = module.iterations_between_evaluations if self.every is None else self.every
+        due = last or module.policy_version % every == 0
+        if due:
+            self._take(trainer, module)
+        if last:
+            self._finish(trainer, module)
+        elif due or trainer.world_size == 1:  # several processes have to agree on what has arrived
+            self._turn(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast(Evaluates, pl_module)
+        if self._taken != module.num_env_steps:  # another callback has ended the run since
+            self._take(trainer, module)
+        self._finish(trainer, module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        try:
+            if trainer.world_size == 1:  # else the others may not answer any more
+                self._waiting = None
+                self._turn(trainer, time.monotonic() + self.PATIENCE_S)
+        finally:
+            self._close("the run has ended by an error or by force")
+            self._restore(trainer)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore(trainer)
+
+    def _restore(self, trainer: Trainer) -> None:
+        if self._limit_val_batches is not None:
+            trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
+
+    def _take(self, trainer: Trainer, module: Evaluates) -> None:
+        """Keep the run as it is now: collective, since each process has a share of a checkpoint."""
+        if module.interrupted in Interrupts.SIGNALS:  # there is no time
+            return
+        self._taken = module.num_env_steps
+        best = _best(trainer)
+        checkpoint = None if best is None else trainer._checkpoint_connector.dump_checkpoint()
+        if trainer.is_global_zero:
+            weights = io.BytesIO()
+            torch.save({name: tensor.cpu() for name, tensor in module.policy.state_dict().items()}, weights)
+            # What is dumped are the tensors that training goes on with.
+            copied = copy.deepcopy(checkpoint)
+            self._waiting = Taken(self._taken, module.evaluation_seed(), weights.getvalue(), copied)
+
+    def _finish(self, trainer: Trainer, module: Evaluates) -> None:
+        interrupted = module.interrupted in Interrupts.SIGNALS
+        try:
+            until = time.monotonic() + (self.PATIENCE_S if interrupted else 2 * self.timeout_s)
+            if interrupted:
+                self._waiting = None
+            while self._turn(trainer, until):
+                pass
+        finally:
+            self._close("the run was interrupted")
+
+    def _turn(self, trainer: Trainer, until: float = 0.0) -> bool:
+        """Take in a result that has arrived, and begin what waits; all processes together.
+
+        Args:
+            trainer: of the run.
+            until: wait for a result, until that time of ``time.monotonic``.
+
+        Returns:
+            Whether more can be waited for.
+        """
+        taken = self._running
+        news = self._hear(min(self.BREATH_S, until - time.monotonic())) if taken is not None else None
+        if self._running is None and self._waiting is not None:
+            self._begin(self._waiting)
+            self._waiting = None
+        more = self._running is not None and time.monotonic() < until
+        news, more = trainer.strategy.broadcast((news, more))
+        if news is not None:
+            step, statistics = news
+            for logger in trainer.loggers:
+                logger.log_metrics(statistics, step=step)
+            scores = {name: torch.tensor(value, dtype=torch.float64) for name, value in statistics.items()}
+            trainer.callback_metrics.update(scores)
+            best = _best(trainer)
+            if best is not None:
+                best.keep(trainer, None if taken is None else taken.checkpoint, scores)
+        return more
+
+    def _hear(self, wait_s: float) -> tuple[int, dict[str, float]] | None:
+        assert self._evaluator is not None
+        assert self._running is not None
+        step = self._running.step
+        try:
+            statistics = self._evaluator.answer(max(0.0, wait_s))
+        except EvaluatorLost as error:
+            rank_zero_warn(
+                f"the evaluation at step {step:,} has no result ({error}): training goes on, and the next evaluation has a "
+                "new process"
+            )
+            self._evaluator.close()
+            self._evaluator = self._running = None
+            return None
+        if statistics is None:
+            return None
+        self._running = None
+        return step, statistics
+
+    def _begin(self, taken: Taken) -> None:
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self._packed, self.timeout_s)
+        self._evaluator.ask(taken.weights, taken.seed)
+        self._running = taken
+
+    def _close(self, reason: str) -> None:
+        if self._running is not None:
+            rank_zero_warn(f"the evaluation at step {self._running.step:,} was given up: {reason}")
+        evaluator, self._evaluator, self._running, self._waiting = self._evaluator, None, None, None
+        if evaluator is not None:
+            evaluator.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_evaluator": None, "_running": None, "_waiting": None}  # of this process
+
+
+def _best(trainer: Trainer) -> BestCheckpoint | None:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, BestCheckpoint)), None)

@@ -1,0 +1,200 @@
+"""Evaluations in a process of their own, of weights as they were when each was asked for."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle  # of Gymnasium's requirements
+import gymnasium as gym
+import torch
+from gymnasium.envs.registration import EnvSpec
+
+from ppo_lightning.envs import Environments, EnvMaker, Restarts
+from ppo_lightning.envs.make import find_spec
+from ppo_lightning.errors import InputError
+from ppo_lightning.evaluation import evaluate_episodes, summarize
+from ppo_lightning.policy import Policy
+from ppo_lightning.spaces import without_mask
+
+GONE = (EOFError, ConnectionError)
+"""What a pipe says when nobody is at its other end."""
+
+
+class EvaluatorLost(RuntimeError):  # noqa: N818 - what it is
+    """An evaluation that gives no result: its process died or hangs, or its environments failed."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation needs besides weights and a seed."""
+
+    policy: Policy
+    """On the CPU; its weights are replaced before each evaluation."""
+    maker: EnvMaker
+    observation_space: gym.Space[Any]
+    """Of one environment."""
+    num_envs: int
+    """Environments that are stepped together, as many as in an evaluation in the training process (count)."""
+    num_episodes: int
+    deterministic: bool
+    timeout_s: float
+    """For one step of the environments' own worker processes (seconds)."""
+    restarts: int
+    """How often environments that crash may be made anew."""
+    mixed: bool
+    """Training rounds to bfloat16."""
+
+    def packed(self) -> bytes:
+        """This, for another process, with what it registered in Gymnasium.
+
+        Raises:
+            InputError: something in it cannot be sent.
+        """
+        name = self.maker.env  # a module before the colon registers by itself
+        ids = [name] if isinstance(name, str) and ":" not in name else []
+        settings = [find_spec(env) for env in ids], torch.get_float32_matmul_precision(), self
+        try:
+            return cloudpickle.dumps(settings)
+        except Exception as error:  # whatever objects raise that cannot be pickled
+            raise InputError(
+                f"AsyncEvaluation cannot send the policy and {self.maker.name} to another process ({error}): give functions "
+                "and classes that can be pickled, or leave it out"
+            ) from error
+
+
+class Evaluator:
+    """A process that evaluates, one evaluation at a time.
+
+    It is no multiprocessing.Process, since such a one would import the user's script once more. It has a session of its
+    own, so that a Ctrl-C in the terminal is not for it, and all that it starts ends with it. It ends when its parent does.
+
+    Args:
+        evaluation: what :meth:`Evaluation.packed` gave.
+        timeout_s: seconds after which an evaluation is given up.
+    """
+
+    def __init__(self, evaluation: bytes, timeout_s: float) -> None:
+        self._timeout_s, self._asked = timeout_s, 0.0
+        self._connection, theirs = multiprocessing.Pipe()
+        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+        call = f"from ppo_lightning.evaluator import serve; serve({theirs.fileno()}, {os.getpid()})"
+        with theirs, tempfile.TemporaryFile() as file:
+            file.write(evaluation)
+            file.seek(0)
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", call],
+                stdin=file,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+
+    def ask(self, weights: bytes, seed: int) -> None:
+        """Begin an evaluation, without waiting for the process to listen.
+
+        Args:
+            weights: a ``state_dict`` of the policy, as ``torch.save`` writes it.
+            seed: of the episodes.
+        """
+        self._asked = time.monotonic()
+        threading.Thread(target=self._send, args=((weights, seed),), daemon=True).start()
+
+    def _send(self, message: Any) -> None:
+        with contextlib.suppress(OSError):  # a process that is gone is noticed where its answer is awaited
+            self._connection.send(message)
+
+    def answer(self, wait_s: float) -> dict[str, float] | None:
+        """The statistics of the evaluation that was asked for; None where they are not there within ``wait_s`` seconds.
+
+        Raises:
+            EvaluatorLost: they will never be.
+        """
+        if not self._connection.poll(wait_s):
+            if time.monotonic() - self._asked > self._timeout_s:
+                raise EvaluatorLost(f"it took longer than timeout_s = {self._timeout_s:g} s")
+            return None
+        try:
+            answer = self._connection.recv()
+        except GONE as error:
+            raise EvaluatorLost(f"its process ended {_how(self.process.wait())}") from error
+        if isinstance(answer, str):
+            raise EvaluatorLost(answer)
+        return answer
+
+    def close(self) -> None:
+        """End the process and all that it has started, whatever they do."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._connection.close()
+
+
+def _how(status: int) -> str:
+    return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}, after what it has printed"
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """Evaluate whatever comes, until nobody asks any more.
+
+    Args:
+        descriptor: of the connection to the process that asks.
+        parent: id of that process.
+    """
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+    specs: list[EnvSpec]
+    evaluation: Evaluation
+    specs, precision, evaluation = cloudpickle.load(sys.stdin.buffer)
+    torch.set_float32_matmul_precision(precision)
+    for spec in specs:
+        gym.registry.setdefault(spec.id, spec)
+    connection = Connection(descriptor)
+    environments: Environments | None = None
+    while True:
+        try:
+            weights, seed = connection.recv()
+        except GONE:
+            break
+        answer: dict[str, float] | str
+        try:
+            if environments is None:
+                restarts = Restarts(evaluation.restarts)
+                environments = Environments(
+                    evaluation.maker, evaluation.num_envs, evaluation.timeout_s, restarts=restarts
+                )
+            answer = _evaluate(evaluation, environments, weights, seed)
+        except Exception as error:  # the other side raises it
+            answer = f"{type(error).__name__}: {error}"
+        connection.send(answer)
+    if environments is not None:
+        environments.close()
+
+
+def _evaluate(evaluation: Evaluation, environments: Environments, weights: bytes, seed: int) -> dict[str, float]:
+    evaluation.policy.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
+    with torch.autocast("cpu", torch.bfloat16, enabled=evaluation.mixed):
+        episodes = evaluate_episodes(
+            evaluation.policy,
+            environments,
+            without_mask(evaluation.observation_space),
+            num_episodes=evaluation.num_episodes,
+            seed=seed,
+            deterministic=evaluation.deterministic,
+        )
+    return summarize(episodes)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,339 @@
+"""Evaluations in another process: of the snapshot that was taken, logged and kept as that, and never in training's way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import yaml
+from gymnasium.vector import SyncVectorEnv
+from lightning import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from probes import Probe, Uneven
+from torch.testing import assert_close
+
+from ppo_lightning import PPO, InputError
+from ppo_lightning.callbacks import AsyncEvaluation, BestCheckpoint
+from ppo_lightning.checkpoint import read_checkpoint
+
+
+class Kept(DummyLogger):
+    """What was logged of evaluations, by step."""
+
+    def __init__(self):
+        super().__init__()
+        self.evaluations = {}
+
+    def log_metrics(self, metrics, step=None):
+        if "eval/mean_reward" in metrics:
+            assert step not in self.evaluations
+            self.evaluations[step] = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+
+
+class Compare(Callback):
+    """Evaluates in the training process, too."""
+
+    def __init__(self, **kwargs):
+        self.evaluations, self.weights, self.kwargs = {}, {}, kwargs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.evaluations[pl_module.num_env_steps] = pl_module.evaluate(**self.kwargs)
+        self.weights[pl_module.num_env_steps] = {name: t.clone() for name, t in pl_module.state_dict().items()}
+
+
+class Wait(Callback):
+    """Lets every evaluation end before the next iteration."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        (beside,) = (callback for callback in trainer.callbacks if isinstance(callback, AsyncEvaluation))
+        while beside._turn(trainer, time.monotonic() + 60):
+            pass
+
+
+class Sleeper(Probe):
+    """Evaluations, which are reset with a seed of their own process, hang, or kill their process."""
+
+    def __init__(self, parent: int, deed: str) -> None:
+        super().__init__()
+        self.parent, self.deed = parent, deed
+
+    def step(self, action):
+        if os.getpid() != self.parent:
+            match self.deed:
+                case "sleep":
+                    time.sleep(600)
+                case "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "raise":
+                    raise ZeroDivisionError("the pole is at infinity")
+        return self.see(0.0), 1.0, True, False, {}
+
+
+def cartpole(**kwargs):
+    settings = {"num_envs": 2, "num_steps": 32, "total_steps": 256, "num_eval_episodes": 5}
+    model = PPO(**{"env": "CartPole-v1", **settings, **kwargs})
+    model.seed = 5
+    return model
+
+
+def processes():
+    """Evaluating processes that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if b"ppo_lightning.evaluator" in words and f", {os.getpid()})".encode() in words:
+            found.append(path.parent.name)
+    return found
+
+
+def test_a_snapshot_has_the_statistics_that_evaluate_gives_at_its_step(fit):
+    """Normalisers and PopArt included: all statistics, all steps, all digits; and drawn actions are the same draws."""
+    logger, compare = Kept(), Compare(deterministic=False)
+    model = cartpole(normalize_observation=True, normalize_reward=True, popart={"beta": 0.01})
+    trainer = fit(model, logger=logger, callbacks=[AsyncEvaluation(every=1, deterministic=False), Wait(), compare])
+    assert logger.evaluations == compare.evaluations
+    assert list(logger.evaluations) == [64, 128, 192, 256]
+    assert len({str(statistics) for statistics in logger.evaluations.values()}) > 1
+    assert {n: trainer.callback_metrics[n].item() for n in logger.evaluations[256]} == logger.evaluations[256]
+    assert processes() == []
+
+
+def test_training_is_the_same_with_and_without(fit):
+    runs = []
+    for callbacks in ([], [AsyncEvaluation(every=1)]):
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        model = cartpole(normalize_observation=True, popart={"beta": 0.01})
+        fit(model, callbacks=callbacks, enable_checkpointing=True)
+        random = torch.get_rng_state(), torch.from_numpy(np.random.get_state()[1].copy())  # noqa: NPY002
+        runs.append((model.state_dict(), random, model.generator.get_state()))
+    assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
+def test_best_ckpt_is_the_snapshot_that_was_evaluated_not_what_training_has_become(fit, tmp_path):
+    logger, compare = Kept(), Compare()
+    model = cartpole(normalize_observation=True, normalize_reward=True, popart={"beta": 0.01}, total_steps=512)
+    trainer = fit(
+        model,
+        logger=[logger, CSVLogger(tmp_path, "", "run")],
+        callbacks=[AsyncEvaluation(every=2), compare],
+        enable_checkpointing=True,
+    )
+    score = {step: statistics["eval/mean_reward"] for step, statistics in logger.evaluations.items()}
+    first_best = max(score, key=lambda step: score[step])
+    (best,) = (callback for callback in trainer.callbacks if isinstance(callback, BestCheckpoint))
+    loaded = PPO.load_from_checkpoint(best.best_model_path)
+    assert loaded.num_env_steps == first_best
+    assert_close(loaded.state_dict(), compare.weights[first_best], rtol=0, atol=0)
+    loaded.seed = 5
+    assert loaded.evaluate() == logger.evaluations[first_best]
+    assert best.best_model_score == max(score.values())
+    held = read_checkpoint(best.best_model_path)
+    assert held["callbacks"]["BestCheckpoint"]["best_model_score"] == max(score.values())
+    assert held["callbacks"].keys() == read_checkpoint(Path(best.best_model_path).with_name("last.ckpt"))["callbacks"].keys()
+
+
+def test_a_run_goes_on_from_the_best_snapshot_to_the_bit(fit, tmp_path):
+    """A snapshot is a whole checkpoint: optimiser, environments and random streams as they were."""
+    straight = cartpole(total_steps=256, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.0))
+    best = fit(straight, callbacks=[AsyncEvaluation(every=1), Wait()], enable_checkpointing=True).checkpoint_callback
+    assert best is not None
+    path = best.best_model_path  # type: ignore[attr-defined]
+    begun = read_checkpoint(path)["state_dict"]["env_steps"]
+    resumed = cartpole(total_steps=256, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.0))
+    fit(resumed, ckpt_path=path)
+    assert 0 < begun < 256
+    assert_close(resumed.state_dict(), straight.state_dict(), rtol=0, atol=0)
+    assert torch.equal(resumed.generator.get_state(), straight.generator.get_state())
+    assert resumed.rollouts.episodes.window == straight.rollouts.episodes.window
+
+
+def test_training_does_not_wait_and_the_newest_snapshot_is_the_next(fit):
+    """The process needs seconds to start, the whole run does not: the first is evaluated, and then the last."""
+    logger = Kept()
+    began = time.monotonic()
+
+    class Ends(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.at = time.monotonic() - began
+
+    ends = Ends()
+    fit(cartpole(total_steps=640), logger=logger, callbacks=[ends, AsyncEvaluation(every=1)])
+    assert list(logger.evaluations) == [64, 640]
+    assert ends.at < 2.0
+
+
+@pytest.mark.parametrize("deed", ["die", "raise", "sleep"])
+def test_an_evaluation_that_fails_costs_one_warning_and_the_next_has_a_new_process(fit, deed):
+    logger = Kept()
+    model = cartpole(env=Sleeper, env_kwargs={"parent": os.getpid(), "deed": deed}, total_steps=64)
+    reason = {"die": "ended by SIGKILL", "raise": "the pole is at infinity", "sleep": "timeout_s = 6"}[deed]
+    beside = AsyncEvaluation(every=1, timeout_s=6.0 if deed == "sleep" else 60.0)
+    with pytest.warns(UserWarning, match=rf"(?s)at step 64 has no result.*{reason}.*new process") as caught:
+        fit(model, logger=logger, callbacks=[beside])
+    assert len(caught) == 1
+    assert model.num_env_steps == 64
+    assert logger.evaluations == {}
+    assert processes() == []
+
+
+def test_a_process_that_was_killed_is_followed_by_another(fit):
+    logger = Kept()
+
+    class Kills(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if pl_module.num_env_steps == 64:
+                os.kill(trainer.callbacks[0]._evaluator.process.pid, signal.SIGKILL)
+
+    with pytest.warns(UserWarning, match="at step 64 has no result .its process ended by SIGKILL"):
+        fit(cartpole(total_steps=128), logger=logger, callbacks=[AsyncEvaluation(every=1), Kills(), Wait()])
+    assert list(logger.evaluations) == [128]
+
+
+def test_an_error_in_training_loses_no_result_and_leaves_no_process(fit):
+    class Fails(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if pl_module.num_env_steps == 128:
+                raise ZeroDivisionError("planned")
+
+    logger, model = Kept(), cartpole()
+    beside = AsyncEvaluation(every=1)
+    beside.PATIENCE_S = 60.0  # this machine may be busy
+    with pytest.raises(ZeroDivisionError, match="planned"):
+        fit(model, logger=logger, callbacks=[beside, Fails()])
+    assert list(logger.evaluations) == [64]
+    assert processes() == []
+
+
+def test_an_error_does_not_wait_for_an_evaluation_that_hangs(fit):
+    class Fails(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if pl_module.num_env_steps == 64:
+                raise ZeroDivisionError("planned")
+
+    model = cartpole(env=Sleeper, env_kwargs={"parent": os.getpid(), "deed": "sleep"})
+    beside = AsyncEvaluation(every=1)
+    beside.PATIENCE_S = 0.5
+    with (
+        pytest.warns(UserWarning, match="the evaluation at step 64 was given up"),
+        pytest.raises(ZeroDivisionError, match="planned"),
+    ):
+        fit(model, callbacks=[beside, Fails()])
+    assert processes() == []
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_outlives_a_run_that_is_ended(tmp_path, kind):
+    """Even where nothing can be done any more in the process that was killed."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, lightning, time\n"
+        "from test_async_evaluation import Sleeper\n"
+        "from ppo_lightning import PPO\n"
+        "from ppo_lightning.callbacks import AsyncEvaluation\n"
+        "model = PPO(Sleeper, {'parent': os.getpid(), 'deed': 'sleep'}, num_envs=2, num_steps=8, total_steps=10**9)\n"
+        "class Says(lightning.Callback):\n"
+        "    def on_train_epoch_end(self, trainer, pl_module):\n"
+        "        if pl_module.num_env_steps == 160: print(trainer.callbacks[0]._evaluator.process.pid, flush=True)\n"
+        "lightning.Trainer(callbacks=[AsyncEvaluation(every=5), Says()], accelerator='cpu', logger=False,\n"
+        "    enable_progress_bar=False, enable_checkpointing=False).fit(model)\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        text=True,
+    ) as run:
+        assert run.stdout is not None
+        evaluator = next(int(line) for line in run.stdout if line.strip().isdigit())
+        run.send_signal(kind)
+        run.wait(timeout=20)
+    until = time.monotonic() + 10
+    while _lives(evaluator) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not _lives(evaluator)
+
+
+def _lives(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_what_only_this_process_knows_is_sent(fit):
+    """A class made here, a lambda, and an environment that this process has registered."""
+
+    class Own(Uneven):
+        pass
+
+    gym.register("TestAsyncOwn-v0", entry_point=Own)
+    try:
+        for env in ("TestAsyncOwn-v0", lambda: Own()):
+            logger, compare = Kept(), Compare()
+            fit(cartpole(env=env, total_steps=64), logger=logger, callbacks=[AsyncEvaluation(), compare])
+            assert logger.evaluations == compare.evaluations
+    finally:
+        del gym.registry["TestAsyncOwn-v0"]
+
+
+def test_it_takes_the_place_of_evaluations_that_training_waits_for(fit):
+    logger, model = Kept(), cartpole(eval_interval=2)
+    trainer = fit(model, logger=logger, callbacks=[AsyncEvaluation(), Wait()], limit_val_batches=1.0)
+    assert list(logger.evaluations) == [128, 256]  # eval_interval, once each
+    assert trainer.limit_val_batches == 1.0
+    assert trainer.validate(model, verbose=False)[0]["eval/mean_reward"] > 0
+
+
+@pytest.mark.parametrize("setting", [{"every": 0}, {"episodes": -1}, {"timeout_s": 0.0}])
+def test_numbers_that_make_no_sense_are_refused(setting):
+    (name,) = setting
+    with pytest.raises(InputError, match=f"AsyncEvaluation: {name} must be more than 0"):
+        AsyncEvaluation(**setting)
+
+
+def test_a_vector_that_cannot_be_made_again_is_refused(fit):
+    with pytest.raises(InputError, match="AsyncEvaluation needs environments of its own.*give a callable"):
+        fit(PPO(SyncVectorEnv([Uneven] * 2)), callbacks=[AsyncEvaluation()])
+
+
+def test_what_cannot_be_sent_is_refused_before_training(fit):
+    import threading
+
+    lock = threading.Lock()
+
+    def make():
+        assert lock
+        return Uneven()
+
+    with pytest.raises(InputError, match="cannot send the policy and make to another process"):
+        fit(PPO(make), callbacks=[AsyncEvaluation()])
+
+
+def test_the_command_line_has_it(tmp_path):
+    from ppo_lightning.cli import main
+
+    words = "fit --model.env CartPole-v1 --model.total_steps 256 --model.num_envs 2 --model.num_steps 64"
+    beside = "--trainer.callbacks+=ppo_lightning.callbacks.AsyncEvaluation --trainer.callbacks.every=1"
+    main(f"{words} --seed_everything 3 --trainer.accelerator cpu --trainer.enable_progress_bar false {beside}".split())
+    run = tmp_path / "lightning_logs/version_0"
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["callbacks"][0]["init_args"]["every"] == 1
+    rows = (run / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("eval/mean_reward")
+    steps = [row.split(",")[rows[0].split(",").index("step")] for row in rows[1:] if row.split(",")[column]]
+    assert steps == ["128", "256"]
+    best = PPO.load_from_checkpoint(run / "checkpoints/best.ckpt")
+    assert best.num_env_steps in (128, 256)
