@@ -510,7 +510,7 @@ class PPO(LightningModule):
         # All processes have gathered the same statistics; sync_dist tells Lightning so.
         self.log_dict(statistics, batch_size=1, sync_dist=self.trainer.world_size > 1, logger=False)
         self._send(statistics)
-        self._clock.evaluated(time.perf_counter() - started)
+        self.leave_out(time.perf_counter() - started)
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Give loggers and monitors more numbers of this iteration; a ``self.log`` of each costs more than an update.
@@ -1163,6 +1163,10 @@ class PPO(LightningModule):
         if self.seed is None:
             self.seed = self._known_seed()
         return self._stream(purpose, self.num_env_steps)
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave time that was spent beside training out of ``time/fps``."""
+        self._clock.evaluated(seconds)
 
     def _evaluate(self, wanted: int, deterministic: bool, purpose: str) -> dict[str, float]:
         world = self._world_size

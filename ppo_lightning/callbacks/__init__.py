@@ -17,3 +17,5 @@ from ppo_lightning.callbacks.processes import WatchProcesses as WatchProcesses
 from ppo_lightning.callbacks.progress import StepProgressBar as StepProgressBar
 from ppo_lightning.callbacks.stages import Stage as Stage
 from ppo_lightning.callbacks.stages import Stages as Stages
+from ppo_lightning.callbacks.video import EvaluationVideo as EvaluationVideo
+from ppo_lightning.callbacks.video import record as record

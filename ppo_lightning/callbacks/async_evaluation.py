@@ -275,4 +275,5 @@ class AsyncEvaluation(Callback):
 
 
 def _best(trainer: Trainer) -> BestCheckpoint | None:
-    return next((callback for callback in trainer.callbacks if isinstance(callback, BestCheckpoint)), None)
+    callbacks = cast(Any, trainer).callbacks
+    return next((callback for callback in callbacks if isinstance(callback, BestCheckpoint)), None)
