@@ -1,6 +1,7 @@
 """Videos of evaluation episodes."""
 
 import ctypes.util
+import importlib.util
 import inspect
 import io
 import os
@@ -17,13 +18,14 @@ from typing import Any, Protocol, cast
 import gymnasium as gym
 from gymnasium.wrappers import RecordVideo
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from ppo_lightning.envs import Environments, EnvMaker
-from ppo_lightning.errors import InputError
+from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.evaluation import evaluate_episodes
 from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import without_mask
@@ -101,10 +103,8 @@ def record(
         EnvironmentFault: the environment raised, as MuJoCo does where it cannot draw.
         OSError: the file cannot be written.
     """
-    try:
-        import moviepy as _  # the video extra
-    except ImportError as error:
-        raise InputError('a video needs moviepy: pip install "ppo-lightning[video]"') from error
+    if importlib.util.find_spec("moviepy") is None:
+        raise InputError('a video needs moviepy: pip install "ppo-lightning[video]"')
     module = cast(Records, model)
     file = Path(folder).resolve() / f"step_{module.num_env_steps}.mp4"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,10 @@ def record(
             recorders.append(RecordVideo(env, place, first, video_length=MAX_FRAMES, fps=fps))
             return recorders[0]
 
-        environments = Environments(_drawing(module.env_maker, recorded), 1, module.env_timeout_s)
+        try:
+            environments = Environments(_drawing(module.env_maker, recorded), 1, module.env_timeout_s)
+        except EnvironmentFault as fault:
+            raise fault.__cause__ if isinstance(fault.__cause__, InputError) else fault from None
         try:
             with module.autocast():
                 evaluate_episodes(
@@ -233,7 +236,7 @@ class EvaluationVideo(Callback):
 
     def _evaluated(self, trainer: Trainer, module: Records) -> None:
         self._evaluations += 1
-        if trainer.training and self._evaluations % self.every and not _ends(trainer):
+        if trainer.state.fn == TrainerFn.FITTING and self._evaluations % self.every and not _ends(trainer):
             return
         folder = _run_folder(trainer) / "videos" if self.folder is None else self.folder
         if not trainer.is_global_zero or self._gave_up:
@@ -286,9 +289,10 @@ def show(logger: Logger, video: Path, step: int) -> None:
 @show.register
 def _(logger: TensorBoardLogger, video: Path, step: int) -> None:
     # torch's add_video asks for a module that moviepy 2 has no more; what it would write is this.
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto import summary_pb2
 
     data, width, height = animation(video)
+    Summary = cast(Any, summary_pb2).Summary  # noqa: N806 - it is a class, made when its module is imported
     image = Summary.Image(encoded_image_string=data, width=width, height=height, colorspace=3)
     writer = cast(Any, logger.experiment)
     writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=TAG, image=image)]), step)
