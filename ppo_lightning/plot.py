@@ -1,11 +1,14 @@
 """The learning curve of a run, as a picture."""
 
-import csv
 from pathlib import Path
+
+from ppo_lightning.errors import InputError
+from ppo_lightning.pictures import can_draw
+from ppo_lightning.runs import read_run
 
 
 def draw_learning_curve(run: Path | str) -> Path | None:
-    """Draw training and evaluation return over environment steps from a run's ``metrics.csv``.
+    """Draw training and evaluation return over environment steps from what a run has left.
 
     Args:
         run: folder of the run.
@@ -13,26 +16,20 @@ def draw_learning_curve(run: Path | str) -> Path | None:
     Returns:
         ``learning_curve.png`` in that folder; None where matplotlib is not installed or nothing was logged.
     """
+    if not can_draw():
+        return None
     try:
-        from matplotlib.figure import Figure  # the plot extra
-    except ImportError:
+        found = read_run(Path(run))
+    except InputError:
         return None
-    file = Path(run) / "metrics.csv"
-    if not file.exists():
-        return None
-    with file.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-
-    def column(key: str) -> tuple[list[float], list[float]]:
-        points = [(float(row["step"]), float(row[key])) for row in rows if row.get(key)]
-        return [step for step, _ in points], [value for _, value in points]
+    from matplotlib.figure import Figure  # the plot extra
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    steps, returns = column("rollout/ep_rew_mean")
+    steps, returns = found.column("rollout/ep_rew_mean")
     axes.plot(steps, returns, label="training, mean of 100 episodes")
-    steps, means = column("eval/mean_reward")
-    _, spreads = column("eval/std_reward")
+    steps, means = found.column("eval/mean_reward")
+    _, spreads = found.column("eval/std_reward")
     if steps:
         low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
         high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
@@ -41,6 +38,6 @@ def draw_learning_curve(run: Path | str) -> Path | None:
     axes.set(xlabel="environment steps", ylabel="return")
     axes.grid(alpha=0.3)
     axes.legend()
-    picture = file.with_name("learning_curve.png")
+    picture = Path(run) / "learning_curve.png"
     figure.savefig(picture, dpi=150)
     return picture

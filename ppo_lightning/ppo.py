@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ppo_lightning.advantage import discounted_return, generalized_advantage
-from ppo_lightning.callbacks import Interrupts
+from ppo_lightning.callbacks import Interrupts, checkpoint_paths
 from ppo_lightning.callbacks.events import tell
 from ppo_lightning.checkpoint import (
     KEY,
@@ -59,6 +59,7 @@ from ppo_lightning.envs.info import means as means_of
 from ppo_lightning.envs.state import as_tensors
 from ppo_lightning.errors import InputError, ProcessFault
 from ppo_lightning.evaluation import evaluate_episodes, summarize
+from ppo_lightning.history import Records, summarize_records
 from ppo_lightning.loss import LossTerms, PPOLoss, normalized
 from ppo_lightning.metric_names import MetricNames, renamed
 from ppo_lightning.metrics import Update, merged, norms_of, row_of
@@ -280,6 +281,8 @@ class PPO(LightningModule):
         """State of the optimiser and of this process after the last fit."""
         self._eval_environments: Environments | None = None
         self._clock = Clock()
+        self.records = Records()
+        """What the run was like so far; kept by :class:`~ppo_lightning.callbacks.RunSummary`."""
         self._grad_norms: list[Tensor] = []
         """Of each step of the current update."""
         self._part_norms: list[Tensor] = []
@@ -1103,6 +1106,20 @@ class PPO(LightningModule):
         if mean is not None:
             shown["return"] = f"{mean:.4g}"
         return shown
+
+    def summary(self) -> dict[str, Any]:
+        """The run so far, its parts before resuming included: steps, seconds, metrics and their histories, checkpoints.
+
+        Returns:
+            EmbodiChain's keys and ApexRL's, as :func:`~ppo_lightning.history.summarize_records` has them.
+        """
+        return summarize_records(
+            self.records,
+            env_steps=self.num_env_steps,
+            iterations=self.policy_version,
+            episodes=self.rollouts.episodes.window,
+            **checkpoint_paths(self._trainer),
+        )
 
     def predict(
         self,

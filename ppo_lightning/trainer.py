@@ -20,6 +20,7 @@ from ppo_lightning.callbacks import (
     CloseEnvironments,
     Interrupts,
     LastCheckpoint,
+    RunSummary,
     StepProgressBar,
     WatchProcesses,
 )
@@ -93,9 +94,12 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
         if evaluates and (beside or trainer.limit_val_batches != 0):
             needed.append(BestCheckpoint())
         needed.append(LastCheckpoint(save_interval))  # after the other, whose state it holds
+    needed.append(RunSummary())
     kept = [callback for callback in trainer.callbacks if callback not in defaults]
     present = {type(callback) for callback in kept}
-    trainer.callbacks = kept + [callback for callback in needed if type(callback) not in present]
+    callbacks = kept + [callback for callback in needed if type(callback) not in present]
+    # At the end of a run a summary says what the others have done.
+    trainer.callbacks = sorted(callbacks, key=lambda callback: isinstance(callback, RunSummary))
 
 
 def is_default(callback: Callback) -> bool:

@@ -1,0 +1,166 @@
+"""What a run leaves for people to read: ``summary.json``, and ``report.html`` drawn from it."""
+
+import json
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from ppo_lightning.history import Records
+from ppo_lightning.pictures import draw_report
+from ppo_lightning.runs import SUMMARY, write_text
+
+
+class Summarized(Protocol):
+    """A module whose runs are recorded."""
+
+    records: Records
+    seed: int | None
+    interrupted: signal.Signals | None
+    """By what the run ends."""
+    hparams: Mapping[str, Any]
+
+    @property
+    def num_env_steps(self) -> int:
+        """Steps so far, of all processes."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """The run so far."""
+        ...
+
+
+class RunSummary(Callback):
+    """Records metrics for ``model.summary()``, and leaves ``summary.json`` and ``report.html`` in the run's folder.
+
+    Both are written however the run ends, by the first process; the picture not where the run has to end at once, nor
+    without matplotlib. A run without a logger has no folder, and leaves neither. Checkpoints hold the records, so that
+    those of a run that goes on are whole.
+
+    Args:
+        report: draw ``report.html``.
+    """
+
+    def __init__(self, report: bool = True) -> None:
+        self.report = report
+        self._records = Records()
+        self._folder: Path | None = None
+        self._since = self._evaluating_since = 0.0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._records = cast(Summarized, pl_module).records
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir  # all processes ask: the answer is broadcast
+        self._folder = Path(folder) if trainer.loggers and folder is not None else None
+        if self._records.begun_at is None:
+            self._records.begun_at = cast(Summarized, pl_module).num_env_steps
+        self._since = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        records, found = self._records, trainer.callback_metrics
+        metrics = {name: found[name].item() for name in found if name[:5] != "eval/" and name != "step"}
+        records.train.add(cast(Summarized, pl_module).num_env_steps, metrics)
+        records.seconds["collect"] += metrics["time/collect"]
+        records.seconds["update"] += metrics["time/update"]
+        self._count_time()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluating_since = time.perf_counter()
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the evaluation; before any ``on_validation_end``, in which it is saved."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            found = trainer.callback_metrics
+            metrics = {name: found[name].item() for name in found if name[:5] == "eval/"}
+            self._records.evaluations.add(cast(Summarized, pl_module).num_env_steps, metrics)
+            self._records.seconds["evaluate"] += time.perf_counter() - self._evaluating_since
+            self._count_time()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._records.state()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._records.load_state(state_dict)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        interrupted = cast(Summarized, pl_module).interrupted
+        self._write(trainer, pl_module, "finished" if interrupted is None else f"stopped by {interrupted.name}")
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Draw, now that nobody waits for the run to end."""
+        if stage == "fit":
+            self._draw(trainer)
+            self._folder = None
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        interrupted = cast(Summarized, pl_module).interrupted
+        reason = f"{type(exception).__name__}: {exception}" if interrupted is None else interrupted.name
+        self._write(trainer, pl_module, f"stopped by {reason}")
+        if isinstance(exception, Exception):
+            self._draw(trainer)
+        self._folder = None
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self._records.seconds["elapsed"] += now - self._since
+        self._since = now
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, status: str) -> None:
+        if self._folder is None:  # it never began
+            return
+        self._count_time()
+        if not trainer.is_global_zero:
+            return
+        module = cast(Summarized, pl_module)
+        hyperparameters = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
+        text = json.dumps(hyperparameters, default=str, skipkeys=True)
+        contents = {
+            "status": status,
+            "seed": module.seed,
+            "num_processes": trainer.world_size,
+            "hyperparameters": json.loads(text, parse_constant=str),  # JSON has no infinity
+            **module.summary(),
+        }
+        try:
+            write_text(self._folder / SUMMARY, json.dumps(contents, allow_nan=False))
+        except OSError as error:
+            rank_zero_warn(f"{self._folder / SUMMARY} could not be written ({error})")
+
+    def _draw(self, trainer: Trainer) -> None:
+        if not self.report or self._folder is None or not trainer.is_global_zero:
+            return
+        try:
+            draw_report(self._folder)
+        except Exception as error:  # matplotlib and files of other makers: a picture is no reason for a run to fail
+            rank_zero_warn(f"no report was drawn of {self._folder} ({type(error).__name__}: {error})")
+
+
+def checkpoint_paths(trainer: Trainer | None) -> dict[str, str | None]:
+    """The newest and the best checkpoint of a run, as :class:`ModelCheckpoint` and its like have written them."""
+    latest = best = None
+    for callback in [] if trainer is None else trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            if callback.monitor is not None:
+                best = best or callback.best_model_path or None
+            latest = callback.last_model_path or callback.best_model_path or latest
+    return {"latest_checkpoint": latest, "best_checkpoint": best}

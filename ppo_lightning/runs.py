@@ -1,0 +1,148 @@
+"""What a run has left in its folder, read back for pictures."""
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ppo_lightning.errors import InputError
+
+SUMMARY, REPORT, HEALTH = "summary.json", "report.html", "health.json"
+
+Row = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, read."""
+
+    folder: Path
+    summary: dict[str, Any]
+    """As ``summary.json`` has it; of a run that was killed what ``metrics.csv`` has of it."""
+    config: dict[str, Any]
+    """The command line's, or the hyperparameters; empty where there is none that can be read."""
+    health: dict[str, Any]
+    """``health.json``; empty where nobody watched."""
+    videos: list[Path]
+
+    def column(self, name: str) -> tuple[list[float], list[float]]:
+        """Environment steps and values of a metric, where the run has it."""
+        rows = self.summary["eval_history" if name.startswith("eval/") else "train_history"]
+        points = [(row["global_step"], row[name]) for row in rows if row.get(name) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run.
+
+    Args:
+        folder: with ``summary.json``, or at least ``metrics.csv``; of both the one that goes further.
+
+    Raises:
+        InputError: there is neither, or a file that cannot be read.
+    """
+    summary, table = folder / SUMMARY, folder / "metrics.csv"
+    if not (summary.is_file() or table.is_file()):
+        raise InputError(f"{folder} has neither {SUMMARY} nor metrics.csv: give the folder of a run, such as version_0")
+    found = _json(summary) if summary.is_file() else None
+    if table.is_file():
+        rows = _rows(table)
+        if found is None or (rows and rows[-1]["global_step"] > found["global_step"]):  # killed after it had gone on
+            found = {**({} if found is None else found), **_summary(rows), **_checkpoints(folder)}
+    assert found is not None
+    configs = [folder / name for name in ("config.yaml", "hparams.yaml")]
+    config = next((_yaml(path) for path in configs if path.is_file()), {})
+    if "model" not in config and found.get("hyperparameters"):
+        config = {"model": found["hyperparameters"], "seed_everything": found["seed"]}
+    health = _json(folder / HEALTH) if (folder / HEALTH).is_file() else {}
+    videos = sorted((folder / "videos").rglob("*.mp4"), key=lambda path: path.stat().st_mtime)
+    return Run(folder, found, config, health, videos)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; the one before is kept.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _rows(table: Path) -> list[dict[str, float]]:
+    """Rows of ``metrics.csv`` without what is empty or not a number, the last of which may be cut off."""
+    with table.open(newline="", encoding="utf-8") as lines:
+        texts = list(csv.DictReader(lines))
+    read = []
+    for number, text in enumerate(texts, 1):
+        try:
+            read.append({name: float(cell) for name, cell in text.items() if cell})
+        except (TypeError, ValueError) as error:
+            if number < len(texts):
+                raise InputError(f"row {number} of {table} is not of numbers ({error}): give the folder of a run") from error
+    return [
+        {"global_step": row["step"]} | {name: value for name, value in row.items() if "/" in name and value == value}
+        for row in read
+        if "step" in row
+    ]
+
+
+def _summary(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """What rows tell of a run that did not live to write its summary."""
+    train = [row for row in rows if "time/iterations" in row]
+    evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    parts = {part: sum(row.get(f"time/{part}", 0.0) for row in train) for part in ("collect", "update", "evaluate")}
+    clock = [0.0, *(row["time/time_elapsed"] for row in train)]
+    # The clock of a run that goes on begins anew.
+    elapsed = sum(now - before if now > before else now for before, now in zip(clock, clock[1:], strict=False))
+    steps = int(rows[-1]["global_step"]) if rows else 0
+    return {
+        "status": "running, or killed",
+        "global_step": steps,
+        "elapsed_time_sec": elapsed,
+        "training_fps": steps / elapsed if elapsed else 0.0,
+        "time_split": {**parts, "other": max(0.0, elapsed - sum(parts.values()))},
+        "last_train_metrics": train[-1] if train else {},
+        "last_eval_metrics": evaluations[-1] if evaluations else {},
+        "best_train_metrics": _highest(train, "rollout/ep_rew_mean"),
+        "best_eval_metrics": _highest(evaluations, "eval/mean_reward"),
+        "train_history": train,
+        "eval_history": evaluations,
+        "episode_lengths": [],
+    }
+
+
+def _checkpoints(folder: Path) -> dict[str, str | None]:
+    """Where every run has its checkpoints, if they are there."""
+    files = {name: folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "best")}
+    last, best = (str(file) if file.is_file() else None for file in files.values())
+    return {"latest_checkpoint_path": last, "best_checkpoint_path": best}
+
+
+def _highest(rows: list[dict[str, float]], name: str) -> dict[str, float]:
+    return max((row for row in rows if name in row), key=lambda row: row[name], default={})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}): delete it, or let the run go on, which writes it anew") from error
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    """A configuration; empty where it names Python objects, which only Python can read."""
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        return {}
+    return read if isinstance(read, dict) else {}
