@@ -60,7 +60,10 @@ class Chart:
 CHARTS = (
     Chart(
         "Return",
-        {"rollout/ep_rew_mean": "training, mean of 100 episodes", "eval/mean_reward": "evaluation, ± standard deviation"},
+        {
+            "rollout/ep_rew_mean": "training, mean of 100 episodes",
+            "eval/mean_reward": "evaluation, ± standard deviation",
+        },
         "Sum of rewards per episode.",
     ),
     Chart(
@@ -82,17 +85,17 @@ CHARTS = (
     Chart(
         "Explained variance",
         {"train/explained_variance": "explained_variance"},
-        "How much of the returns the critic foresees: 1 is all. Below .3: give the critic more, or other rewards.",
+        "How much of the returns the critic foresees: 1 is all. Below .3: a larger critic. What is below -1 is cut off.",
         healthy=(0.7, 1.0),
         alert=0.3,
-        limits=(None, 1.05),
+        limits=(-1.0, 1.05),
     ),
     Chart("Value loss", {"train/value_loss": "value_loss"}, "Mean squared error of the critic.", limits=(0.0, None)),
     Chart("Policy loss", {"train/policy_gradient_loss": "policy_gradient_loss"}, "The clipped objective, negated."),
-    Chart("Entropy", {"train/entropy_loss": "entropy_loss"}, "Minus the policy's entropy (nats): 0 draws nothing."),
     Chart(
-        "Speed", {"time/fps": "fps"}, "Environment steps per second, evaluations left out.", limits=(0.0, None)
+        "Entropy loss", {"train/entropy_loss": "entropy_loss"}, "Minus the policy's entropy (nats): 0 draws nothing."
     ),
+    Chart("Speed", {"time/fps": "fps"}, "Environment steps per second, evaluations left out.", limits=(0.0, None)),
 )
 
 
@@ -125,11 +128,10 @@ def run_page(run: Run, place: Path) -> str:
         place: folder in which the page will lie, that its links start from.
     """
     sections = [_facts(run)]
-    sections.append(grid(chart_figure(chart, _curves(run, chart)) for chart in CHARTS if has(run, chart)))
-    more = [_time_split(run.summary["time_split"])]
+    figures = [chart_figure(chart, _curves(run, chart)) for chart in CHARTS if has(run, chart)]
     if run.summary["episode_lengths"]:
-        more.append(_lengths(run.summary["episode_lengths"]))
-    sections.append(grid(more))
+        figures.append(_lengths(run.summary["episode_lengths"]))
+    sections.append(grid([*figures, _time_split(run.summary["time_split"])]))
     sections.append(section("Health", health_log(run)))
     if run.videos:
         sections.append(section("Video", _videos(run.videos, place)))
@@ -141,7 +143,7 @@ def run_page(run: Run, place: Path) -> str:
 
 def environment(run: Run) -> str:
     """Name of what a run was trained on."""
-    env = run.config.get("model", run.config).get("env", "run")
+    env = run.config.get("model", {}).get("env", "run")
     return str(env.get("class_path", env) if isinstance(env, dict) else env)
 
 
@@ -208,7 +210,9 @@ def draw_curves(chart: Chart, curves: Sequence[Curve]) -> str:
             if curve.faint:
                 axes.plot(curve.steps, curve.values, color=color, linewidth=0.7, alpha=0.35)
             else:
-                axes.plot(curve.steps, curve.values, color=color, linewidth=1.6, marker="o" if lone else "", markersize=4)
+                axes.plot(
+                    curve.steps, curve.values, color=color, linewidth=1.6, marker="o" if lone else "", markersize=4
+                )
         low, high = axes.get_ylim()
         for curve in curves:
             if len(curve.low):
@@ -261,7 +265,8 @@ class _Sheet:
         self.axes = self._figure.add_subplot()
         self.axes.set_xlabel(self.xlabel)
         self.axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        self.axes.xaxis.set_major_locator(MaxNLocator(5))
+        self.axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        self.axes.set_axisbelow(True)
         self.axes.grid(visible=True, linewidth=0.6)
         return self
 
@@ -343,8 +348,10 @@ def _time_split(seconds: dict[str, float]) -> str:
 
 def _lengths(lengths: list[int]) -> str:
     with _Sheet("Episode lengths", "steps of an episode") as sheet:
-        sheet.axes.hist(lengths, bins=min(20, max(1, max(lengths) - min(lengths))), color=SERIES[0], alpha=0.8)
-        sheet.axes.set_ylabel("episodes")
+        width = (max(lengths) - min(lengths)) // 20 + 1  # whole steps
+        edges = range(min(lengths), max(lengths) + width + 1, width)
+        sheet.axes.hist(lengths, bins=[edge - 0.5 for edge in edges], color=SERIES[0])
+        sheet.axes.set(ylabel="episodes", xlim=(edges[0] - 4 * width, edges[-1] + 3 * width))
     return figure("Episode lengths", sheet.svg, f"The last {len(lengths)} episodes of training.")
 
 
@@ -379,7 +386,9 @@ def _videos(videos: list[Path], place: Path) -> str:
         source = "data:video/mp4;base64," + base64.b64encode(newest.read_bytes()).decode()
     else:
         source = html.escape(link(newest, place))
-    links = "".join(f'<li><a href="{html.escape(link(path, place))}">{html.escape(path.name)}</a></li>' for path in videos)
+    links = "".join(
+        f'<li><a href="{html.escape(link(path, place))}">{html.escape(path.name)}</a></li>' for path in videos
+    )
     return f'<video controls muted playsinline src="{source}"></video><ul class="paths">{links}</ul>'
 
 
@@ -409,7 +418,8 @@ svg{display:block;width:100%;height:auto}
 svg text{font-family:system-ui,sans-serif!important}
 ul{list-style:none;padding:0;margin:.4em 0;font-size:.85rem}
 figure li{display:inline-block;margin-right:1em}
-figure li::before{content:"";display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.4em;background:currentColor}
+figure li::before{content:"";display:inline-block;width:.8em;height:.8em;border-radius:2px;
+margin-right:.4em;background:currentColor}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:8px;margin:0}
 .facts div{background:var(--card);border-radius:8px;padding:8px 12px}
 dt{color:var(--soft);font-size:.85rem}dd{margin:0;font-size:1.15rem;font-weight:600;overflow-wrap:anywhere}

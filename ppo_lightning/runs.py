@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Run:
     summary: dict[str, Any]
     """As ``summary.json`` has it; of a run that was killed what ``metrics.csv`` has of it."""
     config: dict[str, Any]
-    """The command line's, or the hyperparameters; empty where there is none that can be read."""
+    """The command line's, or the hyperparameters as ``model``; empty where there is none that can be read."""
     health: dict[str, Any]
     """``health.json``; empty where nobody watched."""
     videos: list[Path]
@@ -54,10 +55,12 @@ def read_run(folder: Path) -> Run:
         if found is None or (rows and rows[-1]["global_step"] > found["global_step"]):  # killed after it had gone on
             found = {**({} if found is None else found), **_summary(rows), **_checkpoints(folder)}
     assert found is not None
-    configs = [folder / name for name in ("config.yaml", "hparams.yaml")]
-    config = next((_yaml(path) for path in configs if path.is_file()), {})
-    if "model" not in config and found.get("hyperparameters"):
+    if (folder / "config.yaml").is_file():
+        config = _yaml(folder / "config.yaml")
+    elif "hyperparameters" in found:
         config = {"model": found["hyperparameters"], "seed_everything": found["seed"]}
+    else:
+        config = {"model": _yaml(folder / "hparams.yaml")} if (folder / "hparams.yaml").is_file() else {}
     health = _json(folder / HEALTH) if (folder / HEALTH).is_file() else {}
     videos = sorted((folder / "videos").rglob("*.mp4"), key=lambda path: path.stat().st_mtime)
     return Run(folder, found, config, health, videos)
@@ -88,7 +91,9 @@ def _rows(table: Path) -> list[dict[str, float]]:
             read.append({name: float(cell) for name, cell in text.items() if cell})
         except (TypeError, ValueError) as error:
             if number < len(texts):
-                raise InputError(f"row {number} of {table} is not of numbers ({error}): give the folder of a run") from error
+                raise InputError(
+                    f"row {number} of {table} is not of numbers ({error}): give the folder of a run"
+                ) from error
     return [
         {"global_step": row["step"]} | {name: value for name, value in row.items() if "/" in name and value == value}
         for row in read
@@ -103,7 +108,7 @@ def _summary(rows: list[dict[str, float]]) -> dict[str, Any]:
     parts = {part: sum(row.get(f"time/{part}", 0.0) for row in train) for part in ("collect", "update", "evaluate")}
     clock = [0.0, *(row["time/time_elapsed"] for row in train)]
     # The clock of a run that goes on begins anew.
-    elapsed = sum(now - before if now > before else now for before, now in zip(clock, clock[1:], strict=False))
+    elapsed = sum(now - before if now > before else now for before, now in pairwise(clock))
     steps = int(rows[-1]["global_step"]) if rows else 0
     return {
         "status": "running, or killed",
@@ -136,7 +141,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}): delete it, or let the run go on, which writes it anew") from error
+        raise InputError(
+            f"{path} is no JSON ({error}): delete it, or let the run go on, which writes it anew"
+        ) from error
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,306 @@
+"""``ppo-lightning report``: one page about one run, or about several side by side."""
+
+import argparse
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppo_lightning.errors import InputError, said_in_one_sentence
+from ppo_lightning.pictures import (
+    CHARTS,
+    SERIES,
+    Chart,
+    Curve,
+    can_draw,
+    chart_figure,
+    document,
+    duration,
+    environment,
+    grid,
+    link,
+    number,
+    run_page,
+    section,
+    table,
+)
+from ppo_lightning.runs import REPORT, SUMMARY, Run, read_run, write_text
+
+PLACES = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "trainer.logger", "trainer.enable_")
+"""Beginnings of settings that make no other experiment."""
+
+POINTS = 200
+"""Of the common grid of environment steps."""
+
+T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""97.5 % quantile of Student's t with 1, 2, … degrees of freedom; beyond the last it hardly changes."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that are repetitions of one experiment."""
+
+    label: str
+    runs: list[Run]
+
+
+def main(words: list[str]) -> None:
+    """Run the command: read runs, draw a page, say where it is."""
+    parser = argparse.ArgumentParser(
+        prog="ppo-lightning report",
+        description="Draw a page about one run, or several side by side. Runs that differ in their seed alone are drawn as "
+        "one curve, the mean over seeds with its 95 % interval.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run, or a folder of such folders (lightning_logs)",
+    )
+    parser.add_argument(
+        "--out", type=Path, help=f"page to write; default {REPORT} in the run's folder, of several runs in this one"
+    )
+    parser.add_argument(
+        "--group",
+        nargs="+",
+        metavar="KEY",
+        help="settings that tell groups apart, such as clip_range or model.env; default all of them; 'run' takes each run "
+        "alone",
+    )
+    given = parser.parse_args(words)
+    with said_in_one_sentence():
+        if not can_draw():
+            raise InputError('a report is drawn by matplotlib: pip install "ppo-lightning[plot]"')
+        runs = [read_run(folder) for place in given.runs for folder in run_folders(place)]
+        alone = len(runs) == 1
+        page = given.out or (runs[0].folder / REPORT if alone else Path(REPORT))
+        text = run_page(runs[0], page.parent) if alone else comparison(grouped(runs, given.group), page.parent)
+        try:
+            write_text(page, text)
+        except OSError as error:
+            raise InputError(f"{page} cannot be written ({error}): give another file with --out") from error
+        print(f"report of {len(runs)} run{'s' * (not alone)}  {page}")
+
+
+def run_folders(place: Path) -> list[Path]:
+    """The folder itself if it is a run's, else those in it that are, in their order.
+
+    Raises:
+        InputError: there is none.
+    """
+    if _is_run(place):
+        return [place]
+    found = [folder for folder in place.iterdir() if _is_run(folder)] if place.is_dir() else []
+    if not found:
+        raise InputError(
+            f"{place} is not the folder of a run, nor holds any: give one with {SUMMARY} or metrics.csv, such as "
+            "lightning_logs/version_0"
+        )
+    return sorted(found, key=lambda folder: (len(folder.name), folder.name))  # version_2 before version_10
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / SUMMARY).is_file() or (folder / "metrics.csv").is_file()
+
+
+def grouped(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[Group]:
+    """Runs by experiment, in the order of their first runs, each named by what tells it from the others.
+
+    Args:
+        runs: in order.
+        keys: settings that count, by their last part or in full; None is all but the seed and places; ``run`` takes
+            each run alone.
+
+    Raises:
+        InputError: no run has such a setting.
+    """
+    if keys == ["run"]:
+        return [Group(str(run.folder), [run]) for run in runs]
+    all_settings = [settings(run) for run in runs]
+    if keys is not None:
+        for key in keys:
+            if not any(_is_named(name, key) for found in all_settings for name in found):
+                raise InputError(f"--group {key}: no run has such a setting; its names are those of config.yaml")
+        all_settings = [
+            {name: value for name, value in found.items() if any(_is_named(name, key) for key in keys)}
+            for found in all_settings
+        ]
+    groups: dict[str, list[int]] = {}
+    for index, found in enumerate(all_settings):
+        groups.setdefault(json.dumps(found, sort_keys=True), []).append(index)
+    firsts = [all_settings[members[0]] for members in groups.values()]
+    names = dict.fromkeys(name for found in firsts for name in found)
+    differing = [name for name in names if len({found.get(name) for found in firsts}) > 1]
+    return [
+        Group(_label(found, differing, runs[members[0]]), [runs[index] for index in members])
+        for found, members in zip(firsts, groups.values(), strict=True)
+    ]
+
+
+def settings(run: Run) -> dict[str, str]:
+    """What makes a run the experiment that it is, by full name, such as ``model.gamma``; of a run without any its folder."""
+    flat = {name: value for name, value in _flat("", run.config) if not name.startswith(PLACES)}
+    return flat or {"run": str(run.folder)}
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, str]]:
+    if not (isinstance(value, dict) and value):
+        return [(name, json.dumps(value, sort_keys=True, default=str).strip('"'))]
+    return [pair for key, child in value.items() for pair in _flat(f"{name}.{key}" if name else str(key), child)]
+
+
+def _is_named(name: str, key: str) -> bool:
+    return f".{name}".endswith(f".{key}") or name.startswith(f"{key}.")
+
+
+def _label(found: dict[str, str], differing: list[str], first: Run) -> str:
+    """What tells a group from the others, three settings at most."""
+    if not differing:
+        return environment(first)
+    parts = [f"{name.removeprefix('model.').removesuffix('.class_path')}={found.get(name, '–')}" for name in differing]
+    return ", ".join(parts[:3]) + (f", … ({first.folder.name})" if len(parts) > 3 else "")
+
+
+def interval(values: Any) -> tuple[Any, Any, Any]:
+    """Mean over runs and its 95 % interval by Student's t, of what is not NaN.
+
+    Args:
+        values: [runs, P].
+
+    Returns:
+        Three arrays [P]: mean, lower and upper end; NaN where there are no runs, the ends also where there is one.
+    """
+    there = ~np.isnan(values)
+    count = there.sum(0)
+    mean = np.where(count > 0, np.where(there, values, 0.0).sum(0) / count.clip(1), np.nan)
+    squares = np.where(there, values - mean, 0.0) ** 2
+    deviation = np.sqrt(squares.sum(0) / (count - 1).clip(1))
+    quantile = np.array([np.nan, np.nan, *T_975, 1.96])[count.clip(0, len(T_975) + 2)]
+    half = quantile * deviation / np.sqrt(count.clip(1))
+    return mean, mean - half, mean + half
+
+
+def curves_of(group: Group, metric: str, color: int) -> list[Curve]:
+    """The mean over a group's runs of a metric with its interval, on a common grid, and the runs faintly behind it.
+
+    Each grid point takes the runs that have got there; between two of its rows a run is a straight line.
+    """
+    columns = [run.column(metric) for run in group.runs]
+    columns = [column for column in columns if column[0]]
+    if not columns:
+        return []
+    if len(columns) == 1:
+        return [Curve(group.label, *columns[0], color=color)]
+    first, last = min(steps[0] for steps, _ in columns), max(steps[-1] for steps, _ in columns)
+    common = np.linspace(first, last, POINTS)
+    values = [np.interp(common, steps, column, left=np.nan, right=np.nan) for steps, column in columns]
+    mean, low, high = interval(np.stack(values))
+    runs = [Curve(group.label, steps, column, color=color, faint=True) for steps, column in columns]
+    return [*runs, Curve(group.label, common.tolist(), mean, low, high, color)]
+
+
+def comparison(groups: Sequence[Group], place: Path) -> str:
+    """A page about several runs.
+
+    Args:
+        groups: of them.
+        place: folder in which the page will lie, that its links start from.
+    """
+    legend = "".join(
+        f'<li class="c{index % len(SERIES)}">{html.escape(group.label)} ({_runs(group)})</li>'
+        for index, group in enumerate(groups)
+    )
+    figures = []
+    for chart in CHARTS:
+        for metric, meaning in chart.metrics.items():
+            curves = [curve for index, group in enumerate(groups) for curve in curves_of(group, metric, index)]
+            if curves:
+                title = chart.title if len(chart.metrics) == 1 else f"{chart.title}, {meaning.partition(',')[0]}"
+                figures.append(
+                    chart_figure(
+                        Chart(title, {metric: meaning}, chart.says, chart.healthy, chart.alert, chart.limits), curves
+                    )
+                )
+    several = any(len(group.runs) > 1 for group in groups)
+    says = (
+        "Thick: the mean over the runs of a group that got so far, in its 95 % interval (Student's t); thin: each run."
+        if several
+        else "Each run alone."
+    )
+    count = sum(len(group.runs) for group in groups)
+    environments = dict.fromkeys(environment(run) for group in groups for run in group.runs)
+    return document(
+        f"{', '.join(environments)} · {count} runs",
+        [
+            f'<figure><ul class="groups">{legend}</ul><figcaption>{says}</figcaption></figure>',
+            grid(figures),
+            section("Groups", _group_table(groups)),
+            section("Runs", _run_table(groups, place)),
+        ],
+    )
+
+
+def _runs(group: Group) -> str:
+    return f"{len(group.runs)} run{'s' * (len(group.runs) > 1)}"
+
+
+def _group_table(groups: Sequence[Group]) -> str:
+    header = ("group", "runs", "last evaluation", "best evaluation", "return, training")
+    found = [
+        [
+            _estimate(run.summary["last_eval_metrics"].get("eval/mean_reward") for run in group.runs),
+            _estimate(run.summary["best_eval_metrics"].get("eval/mean_reward") for run in group.runs),
+            _estimate(run.summary["last_train_metrics"].get("rollout/ep_rew_mean") for run in group.runs),
+        ]
+        for group in groups
+    ]
+    rows = [
+        [_named(group.label, index), str(len(group.runs)), *cells]
+        for index, (group, cells) in enumerate(zip(groups, found, strict=True))
+    ]
+    return table(header, rows)
+
+
+def _estimate(values: Any) -> str:
+    """Mean over runs, and its interval where there are several."""
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    if not len(known):
+        return number(None)
+    mean, low, high = interval(known[:, None])
+    return number(mean[0]) + (f" ({number(low[0])} to {number(high[0])})" if len(known) > 1 else "")
+
+
+def _run_table(groups: Sequence[Group], place: Path) -> str:
+    header = ("run", "group", "seed", "status", "steps", "time", "steps per second", "best evaluation", "findings")
+    rows = []
+    for index, group in enumerate(groups):
+        for run in group.runs:
+            own, name = run.folder / REPORT, html.escape(str(run.folder))
+            rows.append(
+                [
+                    f'<a href="{html.escape(link(own, place))}">{name}</a>' if own.is_file() else name,
+                    _named(group.label, index),
+                    html.escape(str(run.summary.get("seed", run.config.get("seed_everything", "–")))),
+                    html.escape(run.summary["status"]),
+                    f"{run.summary['global_step']:,}",
+                    duration(run.summary["elapsed_time_sec"]),
+                    f"{run.summary['training_fps']:,.0f}",
+                    number(run.summary["best_eval_metrics"].get("eval/mean_reward")),
+                    html.escape(", ".join(str(finding["name"]) for finding in run.health["findings"]) or "none")
+                    if run.health
+                    else "–",
+                ]
+            )
+    return table(header, rows)
+
+
+def _named(label: str, index: int) -> str:
+    return f'<span class="c{index % len(SERIES)}">{html.escape(label)}</span>'
