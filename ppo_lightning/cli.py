@@ -27,6 +27,7 @@ from ppo_lightning.errors import InputError, said_in_one_sentence
 from ppo_lightning.loggers import beside_the_folder, refuse_unusable, wandb_run_ends
 from ppo_lightning.plot import draw_learning_curve
 from ppo_lightning.ppo import PPO
+from ppo_lightning.runs import REPORT
 
 
 class RunWriter(ExperimentWriter):
@@ -193,7 +194,7 @@ class PPOCLI(LightningCLI):
         if not trainer.is_global_zero or folder is None:
             return
         run = Path(folder)
-        places = {"logs": run, "checkpoints": run / "checkpoints", "plot": draw_learning_curve(run)}
+        places = {"logs": run, "checkpoints": run / "checkpoints", "plot": draw_learning_curve(run), "report": run / REPORT}
         model = cast(PPO, self.model)
         episodes = model.rollouts.episodes
         mean = episodes.means().get("rollout/ep_rew_mean")

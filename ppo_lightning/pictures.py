@@ -6,14 +6,15 @@ import io
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ppo_lightning.runs import REPORT, Run, read_run, write_text
+from ppo_lightning.checkpoint import write_atomically
+from ppo_lightning.runs import REPORT, Run, read_run
 
 INK, GRID, GOOD, BAD = "#1f2328", "#d8dee4", "#2da44e", "#cf222e"
 SERIES = ("#0969da", "#bc4c00", "#8250df", "#1a7f37", "#bf3989", "#9a6700", "#57606a", "#0a7ea4")
@@ -55,6 +56,16 @@ class Chart:
     """Beyond this something is wrong."""
     limits: tuple[float | None, float | None] = (None, None)
     """Ends of the axis; None where the values say."""
+
+    def as_watched(self, run: Run) -> "Chart":
+        """With the thresholds by which the run was watched, where it was."""
+        thresholds = run.health.get("thresholds", {})
+        name = next(iter(self.metrics)).partition("/")[2]
+        if self.healthy is None or name not in thresholds:
+            return self
+        given = thresholds[name]
+        healthy = tuple(given) if isinstance(given, list) else (given, self.healthy[1])
+        return replace(self, healthy=healthy, alert=thresholds[f"{name}_alert"])
 
 
 CHARTS = (
@@ -116,7 +127,7 @@ def draw_report(folder: Path) -> Path | None:
     if not can_draw():
         return None
     page = folder / REPORT
-    write_text(page, run_page(read_run(folder), page.parent))
+    write_atomically(page, run_page(read_run(folder), page.parent).encode())
     return page
 
 
@@ -128,7 +139,7 @@ def run_page(run: Run, place: Path) -> str:
         place: folder in which the page will lie, that its links start from.
     """
     sections = [_facts(run)]
-    figures = [chart_figure(chart, _curves(run, chart)) for chart in CHARTS if has(run, chart)]
+    figures = [chart_figure(chart.as_watched(run), _curves(run, chart)) for chart in CHARTS if has(run, chart)]
     if run.summary["episode_lengths"]:
         figures.append(_lengths(run.summary["episode_lengths"]))
     sections.append(grid([*figures, _time_split(run.summary["time_split"])]))

@@ -4,17 +4,17 @@ import argparse
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.errors import InputError, said_in_one_sentence
 from ppo_lightning.pictures import (
     CHARTS,
     SERIES,
-    Chart,
     Curve,
     can_draw,
     chart_figure,
@@ -28,7 +28,7 @@ from ppo_lightning.pictures import (
     section,
     table,
 )
-from ppo_lightning.runs import REPORT, SUMMARY, Run, read_run, write_text
+from ppo_lightning.runs import REPORT, SUMMARY, Run, read_run
 
 PLACES = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "trainer.logger", "trainer.enable_")
 """Beginnings of settings that make no other experiment."""
@@ -84,7 +84,7 @@ def main(words: list[str]) -> None:
         page = given.out or (runs[0].folder / REPORT if alone else Path(REPORT))
         text = run_page(runs[0], page.parent) if alone else comparison(grouped(runs, given.group), page.parent)
         try:
-            write_text(page, text)
+            write_atomically(page, text.encode())
         except OSError as error:
             raise InputError(f"{page} cannot be written ({error}): give another file with --out") from error
         print(f"report of {len(runs)} run{'s' * (not alone)}  {page}")
@@ -224,11 +224,7 @@ def comparison(groups: Sequence[Group], place: Path) -> str:
             curves = [curve for index, group in enumerate(groups) for curve in curves_of(group, metric, index)]
             if curves:
                 title = chart.title if len(chart.metrics) == 1 else f"{chart.title}, {meaning.partition(',')[0]}"
-                figures.append(
-                    chart_figure(
-                        Chart(title, {metric: meaning}, chart.says, chart.healthy, chart.alert, chart.limits), curves
-                    )
-                )
+                figures.append(chart_figure(replace(chart, title=title, metrics={metric: meaning}), curves))
     several = any(len(group.runs) > 1 for group in groups)
     says = (
         "Thick: the mean over the runs of a group that got so far, in its 95 % interval (Student's t); thin: each run."

@@ -66,21 +66,6 @@ def read_run(folder: Path) -> Run:
     return Run(folder, found, config, health, videos)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: it cannot be written; the one before is kept.
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _rows(table: Path) -> list[dict[str, float]]:
     """Rows of ``metrics.csv`` without what is empty or not a number, the last of which may be cut off."""
     with table.open(newline="", encoding="utf-8") as lines:

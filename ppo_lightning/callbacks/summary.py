@@ -13,9 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.history import Records
 from ppo_lightning.pictures import draw_report
-from ppo_lightning.runs import SUMMARY, write_text
+from ppo_lightning.runs import SUMMARY
 
 
 class Summarized(Protocol):
@@ -142,7 +143,7 @@ class RunSummary(Callback):
             **module.summary(),
         }
         try:
-            write_text(self._folder / SUMMARY, json.dumps(contents, allow_nan=False))
+            write_atomically(self._folder / SUMMARY, json.dumps(contents, allow_nan=False).encode())
         except OSError as error:
             rank_zero_warn(f"{self._folder / SUMMARY} could not be written ({error})")
 
