@@ -194,7 +194,12 @@ class PPOCLI(LightningCLI):
         if not trainer.is_global_zero or folder is None:
             return
         run = Path(folder)
-        places = {"logs": run, "checkpoints": run / "checkpoints", "plot": draw_learning_curve(run), "report": run / REPORT}
+        places = {
+            "logs": run,
+            "checkpoints": run / "checkpoints",
+            "plot": draw_learning_curve(run),
+            "report": run / REPORT,
+        }
         model = cast(PPO, self.model)
         episodes = model.rollouts.episodes
         mean = episodes.means().get("rollout/ep_rew_mean")

@@ -303,14 +303,9 @@ def _variable(color: str) -> str:
 def _curves(run: Run, chart: Chart) -> list[Curve]:
     curves = []
     for index, (metric, label) in enumerate(chart.metrics.items()):
-        steps, values = run.column(metric)
-        low, high = [], []
-        if metric == "eval/mean_reward":
-            _, spread = run.column("eval/std_reward")
-            low = [value - deviation for value, deviation in zip(values, spread, strict=True)]
-            high = [value + deviation for value, deviation in zip(values, spread, strict=True)]
-        if steps:
-            curves.append(Curve(label, steps, values, low, high, index))
+        lines = run.evaluations() if metric == "eval/mean_reward" else run.column(metric)
+        if lines[0]:
+            curves.append(Curve(label, *lines, color=index))
     return curves
 
 

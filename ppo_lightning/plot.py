@@ -28,11 +28,8 @@ def draw_learning_curve(run: Path | str) -> Path | None:
     axes = figure.add_subplot()
     steps, returns = found.column("rollout/ep_rew_mean")
     axes.plot(steps, returns, label="training, mean of 100 episodes")
-    steps, means = found.column("eval/mean_reward")
-    _, spreads = found.column("eval/std_reward")
+    steps, means, low, high = found.evaluations()
     if steps:
-        low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
-        high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
         (line,) = axes.plot(steps, means, label="evaluation, mean ± standard deviation")
         axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
     axes.set(xlabel="environment steps", ylabel="return")

@@ -36,6 +36,15 @@ class Run:
         points = [(row["global_step"], row[name]) for row in rows if row.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
+    def evaluations(self) -> tuple[list[float], list[float], list[float], list[float]]:
+        """Environment steps and mean returns of evaluations, and the means less and plus a standard deviation."""
+        steps, means = self.column("eval/mean_reward")
+        spread = dict(zip(*self.column("eval/std_reward"), strict=True))
+        low, high = (
+            [mean + side * spread.get(step, 0.0) for step, mean in zip(steps, means, strict=True)] for side in (-1, 1)
+        )
+        return steps, means, low, high
+
 
 def read_run(folder: Path) -> Run:
     """Read a run.
@@ -67,9 +76,9 @@ def read_run(folder: Path) -> Run:
 
 
 def _rows(table: Path) -> list[dict[str, float]]:
-    """Rows of ``metrics.csv`` without what is empty or not a number, the last of which may be cut off."""
-    with table.open(newline="", encoding="utf-8") as lines:
-        texts = list(csv.DictReader(lines))
+    """Rows of ``metrics.csv`` without what is empty or not a number, nor a last line that is cut off."""
+    whole = table.read_text(encoding="utf-8").rpartition("\n")[0]
+    texts = list(csv.DictReader(whole.splitlines()))
     read = []
     for number, text in enumerate(texts, 1):
         try:

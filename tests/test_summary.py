@@ -191,7 +191,9 @@ def test_the_command_line_leaves_summary_and_report_and_names_it(capsys):
 
 def test_matplotlib_is_imported_where_something_is_drawn_alone():
     for path in (ROOT / "ppo_lightning").rglob("*.py"):
-        assert not [line for line in path.read_text().splitlines() if line.startswith(("import matplotlib", "from matplotlib"))]
+        assert not [
+            line for line in path.read_text().splitlines() if line.startswith(("import matplotlib", "from matplotlib"))
+        ]
 
 
 def test_an_iteration_is_recorded_within_a_tenth_of_a_millisecond(fit):
@@ -211,7 +213,14 @@ def test_two_processes_leave_one_summary_of_both():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         words = ["--model.env", "CartPole-v1", "--model.num_envs", "2", "--model.num_steps", "32"]
-        words += ["--model.total_steps", "256", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+        words += [
+            "--model.total_steps",
+            "256",
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.enable_progress_bar",
+            "false",
+        ]
         words += ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         subprocess.run(

@@ -1,0 +1,310 @@
+"""Pictures of runs: what they show is what the runs were."""
+
+import json
+import math
+import re
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ppo_lightning.report as report
+from ppo_lightning.__main__ import main as console
+from ppo_lightning.history import Records, summarize_records
+from ppo_lightning.pictures import CHARTS, INK, SERIES, Curve, draw_curves, draw_report, run_page
+from ppo_lightning.plot import draw_learning_curve
+from ppo_lightning.report import curves_of, grouped, interval, main, run_folders
+from ppo_lightning.runs import Run, read_run
+
+CONFIG = {"env": "CartPole-v1", "gamma": 0.99, "clip_range": 0.2}
+
+
+def leave(
+    folder: str, *, seed: int = 1, rows: int = 20, slope: float = 1.0, status: str = "finished", **config
+) -> Path:
+    """The folder of a run whose return rises by ``slope`` per 100 steps."""
+    records, run = Records(), Path(folder)
+    records.begun_at, records.seconds = 0, {"elapsed": 10.0, "collect": 4.0, "update": 3.0, "evaluate": 2.0}
+    for iteration in range(1, rows + 1):
+        values = {"rollout/ep_rew_mean": slope * iteration, "train/approx_kl": 0.02, "train/clip_fraction": 0.2}
+        more = {
+            "train/explained_variance": 0.5,
+            "train/value_loss": 3.0 / iteration,
+            "time/iterations": float(iteration),
+        }
+        records.train.add(100 * iteration, {**values, **more, "time/fps": 1000.0, "time/time_elapsed": iteration / 2})
+        if iteration % 5 == 0:
+            records.evaluations.add(100 * iteration, {"eval/mean_reward": slope * iteration, "eval/std_reward": 1.0})
+    summary = summarize_records(
+        records,
+        env_steps=100 * rows,
+        iterations=rows,
+        episodes=[(1.0, float(length), math.nan) for length in range(10, 110)],
+        latest_checkpoint=str(run / "checkpoints/last.ckpt"),
+        best_checkpoint=None,
+    )
+    run.mkdir(parents=True)
+    about = {"status": status, "seed": seed, "num_processes": 1, "hyperparameters": {**CONFIG, **config}}
+    (run / "summary.json").write_text(json.dumps({**about, **summary}))
+    return run
+
+
+def log(run: Path, rows: int, *, slope: float = 1.0, clock: float = 0.5) -> None:
+    """``metrics.csv`` as a run of so many iterations has it."""
+    names = "step,time/iterations,time/time_elapsed,time/collect,time/update,rollout/ep_rew_mean,eval/mean_reward"
+    lines = [f"{100 * i},{i},{clock * i},0.25,0.125,{slope * i}," for i in range(1, rows + 1)]
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.csv").write_text("\n".join([names, *lines, f"{100 * rows},,,,,,{slope * rows}"]) + "\n")
+
+
+class Page(HTMLParser):
+    """What a page consists of; every tag that is opened is closed in its turn."""
+
+    VOID = ("meta", "br", "path", "rect", "use")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text, self.tags, self.ids, self.links = "", [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        found = dict(attrs)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def page_of(run: Path) -> Page:
+    return Page(run_page(read_run(run), run))
+
+
+def fails(*words: object) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(list(map(str, words)))
+    return str(caught.value.code)
+
+
+def test_the_interval_over_three_runs_is_students():
+    mean, low, high = interval(np.array([[1.0], [2.0], [3.0]]))
+    assert (mean[0], high[0] - mean[0], mean[0] - low[0]) == pytest.approx((2.0, 4.303 / 3**0.5, 4.303 / 3**0.5))
+
+
+def test_one_run_has_a_mean_and_no_interval_and_none_has_neither():
+    mean, low, high = interval(np.array([[1.0, np.nan], [np.nan, np.nan]]))
+    np.testing.assert_equal([mean, low, high], [[1.0, np.nan], [np.nan, np.nan], [np.nan, np.nan]])
+
+
+def test_intervals_of_normal_numbers_hold_the_mean_in_95_of_100_cases():
+    values = np.random.default_rng(0).normal(size=(4, 20_000))
+    _, low, high = interval(values)
+    assert ((low < 0) & (high > 0)).mean() == pytest.approx(0.95, abs=0.005)
+
+
+def test_a_point_of_a_group_takes_the_runs_that_got_there():
+    """Two lines of slope 1 and 3: their mean has slope 2 up to where the shorter one ends, then 3."""
+    runs = [read_run(leave("a", slope=1.0, rows=10)), read_run(leave("b", seed=2, slope=3.0, rows=20))]
+    (group,) = grouped(runs)
+    *faint, curve = curves_of(group, "rollout/ep_rew_mean", 0)
+    assert [line.values for line in faint] == [run.column("rollout/ep_rew_mean")[1] for run in runs]
+    steps, mean = np.array(curve.steps), np.array(curve.values)
+    np.testing.assert_allclose(mean, np.where(steps <= 1000, 2.0, 3.0) * steps / 100)
+    np.testing.assert_array_equal(np.isnan(curve.low), steps > 1000)
+    np.testing.assert_array_less(curve.low[:10], mean[:10])
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_group_and_groups_are_named_by_what_differs():
+    runs = [read_run(leave(f"r{i}", seed=i, clip_range=clip)) for i, clip in enumerate([0.2, 0.2, 0.1])]
+    groups = grouped(runs)
+    assert [(group.label, len(group.runs)) for group in groups] == [("clip_range=0.2", 2), ("clip_range=0.1", 1)]
+    assert [(group.label, len(group.runs)) for group in grouped(runs, ["gamma"])] == [("CartPole-v1", 3)]
+    assert [group.label for group in grouped(runs, ["run"])] == ["r0", "r1", "r2"]
+
+
+def test_config_files_make_groups_though_their_folders_differ():
+    runs = []
+    for seed in (1, 2):
+        run = leave(f"r{seed}")
+        (run / "config.yaml").write_text(
+            f"seed_everything: {seed}\nmodel: {{env: CartPole-v1}}\ntrainer: {{default_root_dir: {run}, devices: 1}}\n"
+        )
+        runs.append(read_run(run))
+    assert len(grouped(runs)) == 1
+
+
+def test_a_page_is_well_formed_and_needs_nothing_beside_itself():
+    page = page_of(leave("run"))
+    assert not [link for link in page.links if not link.startswith("#")]
+    assert page.tags.count("svg") == 7  # return, KL, clip fraction, explained variance, value loss, speed, lengths
+    assert len(set(page.ids)) == len(page.ids)
+    for said in ("CartPole-v1 · run", "finished", "2,000", "evaluate 20 % (2.0 s)", "gamma: 0.99", "last.ckpt"):
+        assert said in page.text
+
+
+def test_a_page_has_colours_for_the_dark_and_lines_for_narrow_windows():
+    text = run_page(read_run(leave("run")), Path("run"))
+    svgs = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert not re.search("|".join([INK, *SERIES]), svgs)
+    assert set(re.findall(r"var\(--(\w+)\)", svgs)) <= set(re.findall(r"--(\w+):", text))
+    assert "prefers-color-scheme:dark" in text
+    assert 'name="viewport" content="width=device-width' in text
+    assert not re.search(r"<svg[^>]* width=", text)
+
+
+def test_the_same_run_is_the_same_page():
+    run = leave("run")
+    assert run_page(read_run(run), run) == run_page(read_run(run), run)
+
+
+def test_a_report_is_drawn_within_three_seconds():
+    run = leave("run", rows=2048)
+    started = time.process_time()
+    draw_report(run)
+    assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.title)
+def test_a_chart_shows_its_curve_within_its_axes(chart):
+    drawn = draw_curves(chart, [Curve("one", [0.0, 100.0], [0.02, 0.04]), Curve("two", [0.0], [0.03], color=1)])
+    height = float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', drawn)[1])
+    line = re.search(r'<path d="([^"]*)"[^>]*style="[^"]*stroke: var\(--c0\)', drawn)[1]
+    ends = [float(y) for _, y in re.findall(r"[ML] ([\d.-]+) ([\d.-]+)", line)]
+    assert 0 < ends[1] < ends[0] < height  # upwards is up
+
+
+def test_a_healthy_range_is_drawn_and_the_thresholds_of_the_run_win():
+    run = leave("run")
+    (run / "health.json").write_text(
+        json.dumps(
+            {
+                "findings": [
+                    {
+                        "name": "kl_high",
+                        "since_step": 1200,
+                        "value": 0.0812345,
+                        "healthy": "0.01 to 0.03",
+                        "advice": "lower it <now>",
+                        "key": "--model.optimizer.lr",
+                    }
+                ],
+                "acts": [{"step": 1300, "key": "--model.optimizer.lr", "factor": 0.5}],
+                "thresholds": {"approx_kl": [0.005, 0.025], "approx_kl_alert": 0.04},
+            }
+        )
+    )
+    text = page_of(run).text
+    for said in ("kl_high", "1,200", "0.08123", "lower it <now>", "--model.optimizer.lr", "factor 0.5"):
+        assert said in text
+    assert "healthy, 0.005 to 0.025" in text
+    assert "healthy, 0.1 to 0.3" in text
+    watched = CHARTS[1].as_watched(read_run(run))
+    assert (watched.healthy, watched.alert) == ((0.005, 0.025), 0.04)
+
+
+def test_without_a_health_log_the_page_says_how_to_get_one():
+    assert "HealthMonitor" in page_of(leave("run")).text
+
+
+def test_a_small_video_is_in_the_page_and_a_large_one_is_linked(monkeypatch):
+    run = leave("run")
+    (run / "videos").mkdir()
+    (run / "videos/eval-0.mp4").write_bytes(b"picture")
+    assert "data:video/mp4;base64,cGljdHVyZQ==" in page_of(run).links
+    monkeypatch.setattr("ppo_lightning.pictures.EMBED_BYTES", 3)
+    assert page_of(run).links.count("videos/eval-0.mp4") == 2
+
+
+def test_a_killed_run_is_drawn_from_its_table():
+    log(Path("run"), 10)
+    with Path("run/metrics.csv").open("a") as table:
+        table.write("1100,1")  # cut off
+    run = read_run(Path("run"))
+    assert run.summary["status"] == "running, or killed"
+    assert run.column("rollout/ep_rew_mean") == ([100 * i for i in range(1, 11)], list(range(1, 11)))
+    assert run.column("eval/mean_reward") == ([1000], [10])
+    assert run.summary["elapsed_time_sec"] == 5
+    assert run.summary["time_split"] == {"collect": 2.5, "update": 1.25, "evaluate": 0, "other": 1.25}
+    assert "running, or killed" in page_of(Path("run")).text
+
+
+def test_the_table_wins_where_it_goes_further_than_the_summary():
+    run = leave("run", rows=10)
+    log(run, 10)
+    assert read_run(run).summary["status"] == "finished"
+    log(run, 15)
+    found = read_run(run)
+    assert (found.summary["global_step"], found.summary["seed"]) == (1500, 1)
+    assert found.config["model"]["env"] == "CartPole-v1"
+
+
+def test_the_learning_curve_is_drawn_from_summary_or_table():
+    log(Path("killed"), 10)
+    for run in (leave("ended"), Path("killed")):
+        assert draw_learning_curve(run) == run / "learning_curve.png"
+        assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert draw_learning_curve("nowhere") is None
+
+
+def test_the_command_draws_one_page_of_a_folder_of_runs(monkeypatch, capsys):
+    for index in (0, 1, 10):
+        leave(f"logs/version_{index}", seed=index, clip_range=0.1 if index else 0.2)
+    (Path("logs/version_1/report.html")).write_text("")
+    monkeypatch.setattr(sys, "argv", ["ppo-lightning", "report", "logs", "--out", "pages/all.html"])
+    console()
+    assert "report of 3 runs  pages/all.html" in capsys.readouterr().out
+    page = Page(Path("pages/all.html").read_text())
+    assert page.links.count("../logs/version_1/report.html") == 1
+    for said in ("3 runs", "clip_range=0.1 (2 runs)", "clip_range=0.2 (1 run)", "95 % interval"):
+        assert said in page.text
+    assert [folder.name for folder in run_folders(Path("logs"))] == ["version_0", "version_1", "version_10"]
+
+
+def test_the_command_draws_the_page_of_one_run_in_its_folder():
+    run = leave("logs/version_0")
+    main([str(run)])
+    assert (run / "report.html").read_text() == run_page(read_run(run), run)
+
+
+def test_what_the_command_cannot_use_is_said_in_one_sentence(monkeypatch):
+    assert "nowhere is not the folder of a run" in fails("nowhere")
+    run = leave("run")
+    assert "--group gama: no run has such a setting" in fails(run, leave("other"), "--group", "gama")
+    assert "cannot be written" in fails(run, "--out", "run/summary.json/page.html")
+    (run / "health.json").write_text("{")
+    assert "health.json is no JSON" in fails(run)
+    (run / "health.json").unlink()
+    Path("text").mkdir()
+    Path("text/metrics.csv").write_text("step,loss\nhello,1\n1,2\n")
+    assert "row 1 of text/metrics.csv is not of numbers" in fails("text")
+    monkeypatch.setattr(report, "can_draw", lambda: False)
+    assert 'pip install "ppo-lightning[plot]"' in fails(run)
+
+
+def test_a_run_without_anything_is_a_page_nevertheless():
+    empty = {"status": "stopped by ValueError: no", "seed": 1, "num_processes": 1, "hyperparameters": {}}
+    summary = summarize_records(
+        Records(), env_steps=0, iterations=0, episodes=[], latest_checkpoint=None, best_checkpoint=None
+    )
+    run = Run(Path("run"), {**empty, **summary}, {}, {}, [])
+    page = Page(run_page(run, Path("run")))
+    assert "stopped by ValueError: no" in page.text
+    assert "svg" not in page.tags
