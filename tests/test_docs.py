@@ -19,7 +19,9 @@ STEERING = (ROOT / "docs/steering.md").read_text()
 METRICS = (ROOT / "docs/metrics.md").read_text()
 DOCUMENTS = {path.stem: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 PAGES = ("loggers", "by_hand", "profiling", "checkpoints", "tuning", "pendulum")
-FEW = "--trainer.max_epochs 1 --trainer.accelerator cpu --trainer.enable_progress_bar false --model.num_eval_episodes 1 "
+FEW = (
+    "--trainer.max_epochs 1 --trainer.accelerator cpu --trainer.enable_progress_bar false --model.num_eval_episodes 1 "
+)
 FEW += "--model.num_steps 64 --model.num_minibatches 4"
 
 

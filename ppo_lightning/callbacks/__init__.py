@@ -17,7 +17,7 @@ from ppo_lightning.callbacks.processes import WatchProcesses as WatchProcesses
 from ppo_lightning.callbacks.progress import StepProgressBar as StepProgressBar
 from ppo_lightning.callbacks.stages import Stage as Stage
 from ppo_lightning.callbacks.stages import Stages as Stages
-from ppo_lightning.callbacks.video import EvaluationVideo as EvaluationVideo
-from ppo_lightning.callbacks.video import record as record
 from ppo_lightning.callbacks.summary import RunSummary as RunSummary
 from ppo_lightning.callbacks.summary import checkpoint_paths as checkpoint_paths
+from ppo_lightning.callbacks.video import EvaluationVideo as EvaluationVideo
+from ppo_lightning.callbacks.video import record as record
