@@ -11,6 +11,8 @@ from ppo_lightning.callbacks.dashboard import Dashboard as Dashboard
 from ppo_lightning.callbacks.details import RolloutDetails as RolloutDetails
 from ppo_lightning.callbacks.events import PPOCallback as PPOCallback
 from ppo_lightning.callbacks.hardware import HardwareMonitor as HardwareMonitor
+from ppo_lightning.callbacks.health import HealthMonitor as HealthMonitor
+from ppo_lightning.callbacks.health import Thresholds as Thresholds
 from ppo_lightning.callbacks.interrupts import Interrupts as Interrupts
 from ppo_lightning.callbacks.notebook import NotebookDisplay as NotebookDisplay
 from ppo_lightning.callbacks.processes import WatchProcesses as WatchProcesses
