@@ -284,13 +284,15 @@ def diagnose(rows: Sequence[Row], run: Run, t: Thresholds) -> Symptom | None:
     if all(row.blind == 1 for row in rows):
         return Symptom("observation_constant", 0.0, f"all observations of {iterations} were the same")
 
-    for name, value, least, first in (
-        ("entropy_collapsed", entropy, t.entropy * run.most_entropy, -run.first.entropy_loss),
-        ("std_collapsed", std, t.std, run.first.std),
-    ):
+    collapsed = [
+        ("entropy_collapsed", entropy, t.entropy * run.most_entropy, False),
+        # From the start: then it is why the policy's probabilities leap.
+        ("std_collapsed", std, t.std, run.first.std < t.std),
+    ]
+    for name, value, least, born in collapsed:
         if value < least and not rises:
             seen = f"{name.partition('_')[0]} {value:.3g} (healthy above {least:.2g}), {span}"
-            if first > least and run.worst_kl > 2 * t.approx_kl_alert:
+            if run.worst_kl > 2 * t.approx_kl_alert and not born:
                 seen += f", after an approx_kl of {run.worst_kl:.3g}"
                 return Symptom("learning_rate_too_high", run.worst_kl, seen)
             return Symptom(name, value, seen)
