@@ -131,7 +131,7 @@ def summarize_records(
     *,
     env_steps: int,
     iterations: int,
-    episodes: Iterable[tuple[float, float, float]],
+    episodes: Iterable[tuple[float, ...]],
     latest_checkpoint: str | None,
     best_checkpoint: str | None,
 ) -> dict[str, Any]:

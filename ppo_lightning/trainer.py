@@ -98,8 +98,7 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
         needed.append(LastCheckpoint(save_interval))  # after the other, whose state it holds
     needed.append(RunSummary())
     kept = [callback for callback in trainer.callbacks if callback not in defaults]
-    present = {type(callback) for callback in kept}
-    callbacks = kept + [callback for callback in needed if type(callback) not in present]
+    callbacks = kept + [new for new in needed if not any(isinstance(own, type(new)) for own in kept)]
     # At the end of a run a summary says what the others have done.
     trainer.callbacks = sorted(callbacks, key=lambda callback: isinstance(callback, RunSummary))
 
