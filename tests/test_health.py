@@ -116,9 +116,9 @@ def test_the_critic_has_time_to_begin():
 
 
 EDGES = {
-    "window": (11, [HEALTHY] * 9 + [HEALTHY._replace(approx_kl=0.2)] * 5, "learning_rate_too_high", None),
+    "window": (40, [HEALTHY._replace(approx_kl=0.2)] * 5, "learning_rate_too_high", None),  # of ten, and of forty
     "clip_fraction": ((0.1, 0.15), always(approx_kl=0.06), None, "learning_rate_too_high"),
-    "approx_kl_alert": (0.01, [], None, "learning_rate_too_high"),
+    "approx_kl_alert": (0.005, [], None, "learning_rate_too_high"),
     "clip_fraction_alert": (0.1, [], None, "clip_fraction_too_high"),
     "explained_variance_alert": (0.05, CASES["critic_not_learning"], "critic_not_learning", None),
     "value_error": (0.6, CASES["critic_not_learning"], "critic_not_learning", None),
@@ -126,7 +126,7 @@ EDGES = {
     "value_loss_growth": (1e3, CASES["value_loss_exploding"], "value_loss_exploding", "critic_not_learning"),
     "entropy": (0.001, CASES["entropy_collapsed"], "entropy_collapsed", None),
     "std": (0.001, CASES["std_collapsed"], "std_collapsed", None),
-    "rise": (9.0, CASES["entropy_collapsed"][:0] + always(entropy_loss=-1e-6), None, "entropy_collapsed"),
+    "rise": (9.0, always(entropy_loss=-1e-6), None, "entropy_collapsed"),
     "stall": (0.3, always(ep_return=20.0), None, "return_stalled"),
 }
 """A threshold, a value of its own, and what is found before and after."""
@@ -135,11 +135,6 @@ EDGES = {
 @pytest.mark.parametrize("name", EDGES)
 def test_every_threshold_counts(name):
     value, rows, before, after = EDGES[name]
-    if name == "window":  # five of ten are out of range, and five of eleven
-        rows = [HEALTHY._replace(approx_kl=0.2)] * 5
-        assert verdict(*rows) is before or verdict(*rows) == before
-        assert verdict(*rows, window=40) is after
-        return
     assert verdict(*rows) == before
     assert verdict(*rows, **{name: value}) == after
 
@@ -171,15 +166,16 @@ def test_thresholds_that_cannot_be_are_refused():
 
 def cartpole(lr: float = 1e-3, iterations: int = 12, **kwargs) -> PPO:
     """The config of the same name, shorter."""
+    torch.manual_seed(0)
     settings = dict(num_steps=32, gamma=0.98, gae_lambda=0.8, update_epochs=20, num_minibatches=1)
     optimizer = partial(torch.optim.Adam, lr=lr, eps=1e-5, fused=True)
     return PPO("CartPole-v1", total_steps=256 * iterations, optimizer=optimizer, **{**settings, **kwargs})
 
 
 def pendulum(lr: float = 1e-3, iterations: int = 12, **kwargs) -> PPO:
-    settings = dict(num_envs=4, num_steps=256, gamma=0.9, update_epochs=4, num_minibatches=16)
+    settings = dict(num_envs=4, num_steps=64, gamma=0.9, update_epochs=4, num_minibatches=8)
     optimizer = partial(torch.optim.Adam, lr=lr, eps=1e-5, fused=True)
-    return PPO("Pendulum-v1", total_steps=1024 * iterations, optimizer=optimizer, **{**settings, **kwargs})
+    return PPO("Pendulum-v1", total_steps=256 * iterations, optimizer=optimizer, **{**settings, **kwargs})
 
 
 def frozen(model: PPO) -> PPO:
@@ -207,7 +203,7 @@ narrow = partial(ActorCritic, log_std_init=-8.0)
 FAULTS = {
     "learning rate of cartpole": ("learning_rate_too_high", partial(cartpole, lr=0.1)),
     "learning rate of pendulum": ("learning_rate_too_high", partial(pendulum, lr=0.1)),
-    "critic of cartpole": ("critic_not_learning", lambda: frozen(cartpole(iterations=24))),
+    "critic of cartpole": ("critic_not_learning", lambda: frozen(cartpole(iterations=16))),
     "critic of pendulum": ("critic_not_learning", lambda: frozen(pendulum(iterations=14))),
     "entropy of cartpole": ("entropy_collapsed", partial(cartpole, policy=deterministic)),
     "entropy of pendulum": ("std_collapsed", partial(pendulum, policy=narrow)),
@@ -230,7 +226,9 @@ def test_a_planted_fault_is_named_and_nothing_else(fit, tmp_path, capsys, fault)
     said = capsys.readouterr().out
     assert said.count(f"health: {name}, found at step {finding['since_step']:,}") == 1
     assert finding["key"] in said
-    assert ("frozen (requires_grad is false), policy.network.critic_trunk" in finding["evidence"]) == ("critic" in fault)
+    assert ("frozen (requires_grad is false), policy.network.critic_trunk" in finding["evidence"]) == (
+        "critic" in fault
+    )
 
 
 # --- healthy runs -----------------------------------------------------------------------------------------------------
@@ -239,24 +237,33 @@ def test_a_planted_fault_is_named_and_nothing_else(fit, tmp_path, capsys, fault)
 def findings_of(config: str, *flags: str) -> list[dict]:
     main(
         f"fit --config {ROOT}/configs/{config}.yaml --trainer.accelerator cpu --trainer.enable_progress_bar false "
-        "--trainer.enable_model_summary false --trainer.limit_val_batches 0".split() + list(flags)
+        "--trainer.enable_model_summary false --trainer.limit_val_batches 0".split()
+        + list(flags)
     )
     written = json.loads(Path("lightning_logs/version_0/health.json").read_text())
     assert written["iterations"] >= T.window
     return written["findings"]
 
 
-CONFIGS = {"cartpole": 40, "pendulum": 10, "mountain_car_continuous": 10, "masked": 14, "multi_discrete": 14}
+CONFIGS = (
+    "cartpole",
+    "pendulum",
+    "mountain_car_continuous",
+    "acrobot",
+    "masked",
+    "multi_discrete",
+    "cartpole_tensors",
+)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_a_healthy_run_begins_in_peace(config):
-    assert findings_of(config, f"--trainer.max_epochs={CONFIGS[config]}", "--seed_everything=1") == []
+@pytest.mark.parametrize(("config", "iterations"), [("cartpole", 20), ("masked", 10)])
+def test_a_healthy_run_begins_in_peace(config, iterations):
+    assert findings_of(config, f"--trainer.max_epochs={iterations}", "--seed_everything=1") == []
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("config", [*CONFIGS, "acrobot", "cartpole_tensors"])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_a_healthy_run_is_left_in_peace(config, seed):
     assert findings_of(config, f"--seed_everything={seed}", "--model.compile=false") == []
 
@@ -279,10 +286,11 @@ class Planted(HealthMonitor):
 
 
 def small(iterations: int = 8, **kwargs) -> PPO:
+    torch.manual_seed(0)
     return PPO(ActionMatters, num_envs=2, num_steps=8, total_steps=16 * iterations, update_epochs=1, **kwargs)
 
 
-SHORT = Thresholds(window=2)
+SHORT = Thresholds(window=2, stall=2.0)  # a return that is none is not judged
 
 
 def kl(value: float):
@@ -301,10 +309,10 @@ def test_every_run_has_one_and_ones_own_takes_its_place(fit):
 
 
 def test_training_is_the_same_with_and_without(fit, monkeypatch):
-    watched = cartpole(lr=0.1, iterations=12)
+    watched = cartpole(lr=0.1)
     fit(watched)
     monkeypatch.setattr("ppo_lightning.trainer.HealthMonitor", Callback)
-    alone = cartpole(lr=0.1, iterations=12)
+    alone = cartpole(lr=0.1)
     trainer = fit(alone)
     assert not any(isinstance(callback, HealthMonitor) for callback in trainer.callbacks)
     for ours, theirs in zip(watched.parameters(), alone.parameters(), strict=True):
@@ -340,7 +348,7 @@ def test_a_finding_ends_and_may_come_back_and_is_said_once(fit, capsys):
 
 
 def test_the_run_folder_tensorboard_and_loggers_are_told(fit, tmp_path):
-    board, rows = TensorBoardLogger(tmp_path), CSVLogger(tmp_path, version=0)
+    board, rows = TensorBoardLogger(tmp_path), CSVLogger(tmp_path / "rows")
     watch = Planted(lambda model: kl(1.0 if model.policy_version < 4 else 0.02)(model), thresholds=SHORT)
     trainer = fit(small(8), callbacks=[watch], logger=[board, rows])
     written = json.loads((Path(trainer.log_dir) / "health.json").read_text())
@@ -494,13 +502,13 @@ def test_a_run_that_was_stopped_acts_as_if_it_never_was(fit, tmp_path):
     def watch():
         return HealthWatch(numbers, act=True, thresholds=replace(SHORT, window=3))
 
-    settings = {"enable_checkpointing": True, "logger": CSVLogger(tmp_path)}
+    settings = {"enable_checkpointing": True, "logger": CSVLogger(tmp_path, version=0)}
     whole, stopped, resumed = (small(12, ent_coef=0.01) for _ in range(3))
     first = watch()
     fit(whole, callbacks=[first])
     trainer = fit(stopped, callbacks=[watch()], max_epochs=5, **settings)
     second = watch()
-    fit(resumed, callbacks=[second], ckpt_path=Path(trainer.log_dir) / "checkpoints/last.ckpt")
+    fit(resumed, callbacks=[second], ckpt_path=Path(trainer.log_dir) / "checkpoints/last.ckpt", **settings)
     assert second.report() == first.report()
     assert len(first.acts) > 2
     for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
@@ -530,7 +538,7 @@ def test_acting_beside_a_scheduler_is_refused(fit):
 def test_all_processes_act_alike(tmp_path):
     def train(rank: int):
         watch = Planted(kl(1.0), act=True, thresholds=SHORT)
-        model = small(6)
+        model = small(12)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fit_here(model, strategy="ddp", devices=2, callbacks=[watch])
