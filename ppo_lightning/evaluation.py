@@ -9,6 +9,7 @@ from gymnasium import Space
 from torch import Tensor
 
 from ppo_lightning.envs import Environments, Transition
+from ppo_lightning.envs.info import Sums, means
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import storing
@@ -104,6 +105,11 @@ def _check_finite(after: Transition, step: int) -> None:
                 f"environment {index} returned a {key} that is not finite at step {step} of an evaluation: {rows[index]}; "
                 "correct the environment"
             )
+
+
+def said(sums: Sums) -> dict[str, float]:
+    """What the environments said in ``info``, under ``eval/``: means over the steps that the evaluation took."""
+    return {f"eval/{name}": value for name, value in means(sums).items()}
 
 
 def summarize(episodes: Tensor) -> dict[str, float]:

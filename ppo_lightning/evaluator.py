@@ -22,7 +22,7 @@ from gymnasium.envs.registration import EnvSpec
 from ppo_lightning.envs import Environments, EnvMaker, Restarts
 from ppo_lightning.envs.make import find_spec
 from ppo_lightning.errors import InputError
-from ppo_lightning.evaluation import evaluate_episodes, summarize
+from ppo_lightning.evaluation import evaluate_episodes, said, summarize
 from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import without_mask
 
@@ -51,6 +51,8 @@ class Evaluation:
     """For one step of the environments' own worker processes (seconds)."""
     restarts: int
     """How often environments that crash may be made anew."""
+    log_info: tuple[str, ...]
+    """Keys of ``info`` whose numbers are averaged, beside those that are known."""
     mixed: bool
     """Training rounds to bfloat16."""
 
@@ -170,7 +172,11 @@ def serve(descriptor: int, parent: int) -> None:
             if environments is None:
                 restarts = Restarts(evaluation.restarts)
                 environments = Environments(
-                    evaluation.maker, evaluation.num_envs, evaluation.timeout_s, restarts=restarts
+                    evaluation.maker,
+                    evaluation.num_envs,
+                    evaluation.timeout_s,
+                    restarts=restarts,
+                    log_info=evaluation.log_info,
                 )
             answer = _evaluate(evaluation, environments, weights, seed)
         except Exception as error:  # the other side raises it
@@ -191,7 +197,7 @@ def _evaluate(evaluation: Evaluation, environments: Environments, weights: bytes
             seed=seed,
             deterministic=evaluation.deterministic,
         )
-    return summarize(episodes)
+    return {**summarize(episodes), **said(environments.logged.take())}
 
 
 def _end_with(parent: int) -> None:

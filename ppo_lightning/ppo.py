@@ -58,7 +58,7 @@ from ppo_lightning.envs.info import Sums, added
 from ppo_lightning.envs.info import means as means_of
 from ppo_lightning.envs.state import as_tensors
 from ppo_lightning.errors import InputError, ProcessFault
-from ppo_lightning.evaluation import evaluate_episodes, summarize
+from ppo_lightning.evaluation import evaluate_episodes, said, summarize
 from ppo_lightning.history import Records, summarize_records
 from ppo_lightning.loss import LossTerms, PPOLoss, normalized
 from ppo_lightning.metric_names import MetricNames, renamed
@@ -512,7 +512,7 @@ class PPO(LightningModule):
         statistics = self._evaluate(self.num_eval_episodes, self.eval_deterministic, purpose)
         # All processes have gathered the same statistics; sync_dist tells Lightning so.
         self.log_dict(statistics, batch_size=1, sync_dist=self.trainer.world_size > 1, logger=False)
-        self._send(statistics)
+        self.send(statistics)
         self.leave_out(time.perf_counter() - started)
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
@@ -521,17 +521,22 @@ class PPO(LightningModule):
         Args:
             metrics: under our names, the same in all processes.
         """
-        self._send(metrics)
+        self.send(metrics)
         self.trainer.callback_metrics.update(
             {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
         )
 
-    def _send(self, metrics: dict[str, float]) -> None:
-        """Give loggers metrics under the names that are wanted."""
+    def send(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Give loggers metrics under the names that are wanted.
+
+        Args:
+            metrics: under our names.
+            step: environment steps that they are of; None is now.
+        """
         numbers = {name: value for name, value in metrics.items() if not math.isnan(value)}
         named = renamed(numbers, self.metric_names)
         for logger in self.loggers:
-            logger.log_metrics(named, step=self.num_env_steps)
+            logger.log_metrics(named, step=self.num_env_steps if step is None else step)
 
     def _tell(self, event: str, *given: Any) -> None:
         if self._trainer is not None:
@@ -1212,8 +1217,7 @@ class PPO(LightningModule):
         if rows[:, -1].any():
             logged = self._of_all(logged)
         each = [row[:-1].view(-1, 4)[:own] for row, own in zip(rows, shares, strict=True)]
-        said = {f"eval/{name}": value for name, value in means_of(logged).items()}
-        return {**summarize(torch.cat(each)), **said}
+        return {**summarize(torch.cat(each)), **said(logged)}
 
     @override
     @classmethod

@@ -88,9 +88,7 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
     defaults = [callback for callback in trainer.callbacks if is_default(callback)]
     needed: list[Callback] = [WatchProcesses()] if trainer.world_size > 1 else []
     needed += [CloseEnvironments(), Interrupts()]  # after the other, since it may take seconds
-    needed.append(
-        HealthMonitor()
-    )  # before the bar, which ends in a line of its own, and checkpoints, which hold its state
+    needed.append(HealthMonitor())  # before the bar, which ends in a line of its own, and what saves its state
     if any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults):
         needed.append(StepProgressBar())
     if any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):

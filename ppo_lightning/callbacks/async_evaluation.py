@@ -31,6 +31,7 @@ class Evaluates(Protocol):
     eval_deterministic: bool
     env_timeout_s: float
     restarts: Restarts
+    log_info: tuple[str, ...]
     interrupted: signal.Signals | None
 
     @property
@@ -47,6 +48,9 @@ class Evaluates(Protocol):
     def policy_version(self) -> int:
         """Iterations so far."""
         ...
+
+    def send(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Give loggers metrics."""
 
     def evaluation_seed(self) -> int:
         """Seed of the episodes of an evaluation now."""
@@ -144,6 +148,7 @@ class AsyncEvaluation(Callback):
             deterministic=module.eval_deterministic if self.deterministic is None else self.deterministic,
             timeout_s=module.env_timeout_s,
             restarts=module.restarts.limit,
+            log_info=module.log_info,
             mixed=str(trainer.precision) != "32-true",
         )
 
@@ -229,8 +234,7 @@ class AsyncEvaluation(Callback):
         news, more = trainer.strategy.broadcast((news, more))
         if news is not None:
             step, statistics = news
-            for logger in trainer.loggers:
-                logger.log_metrics(statistics, step=step)
+            cast(Evaluates, trainer.lightning_module).send(statistics, step)
             scores = {name: torch.tensor(value, dtype=torch.float64) for name, value in statistics.items()}
             trainer.callback_metrics.update(scores)
             best = _best(trainer)
