@@ -413,6 +413,7 @@ def test_the_length_of_a_rollout_changes_no_step_that_is_taken():
 @pytest.mark.parametrize("kind", STAGES)
 def test_compiled_stages_equal_eager_ones_and_go_on(kind, fit):
     def run(compile, **kwargs):
+        torch.manual_seed(1)
         model = PPO("CartPole-v1", **LEARNT, compile=compile)
         fit(model, callbacks=[Stages(STAGES[kind]), Record(3 if kwargs == {} else None)], **kwargs)
         return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
