@@ -341,6 +341,7 @@ class Dashboard(StepProgressBar):
         self._live: Live | None = None
         self._picture = Picture()
         self._hardware: Hardware | None = None
+        self._diagnosis: Diagnoses | None = None
         self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._next_draw = 0.0
 
@@ -359,13 +360,12 @@ class Dashboard(StepProgressBar):
             self._show("training")
 
     def _start(self, console: Console) -> None:
-        trainer = self.trainer
-        module = trainer.lightning_module
-        monitors = (callback.hardware for callback in trainer.callbacks if isinstance(callback, HardwareMonitor))  # pyright: ignore[reportAttributeAccessIssue]
-        self._hardware = next(monitors, None)  # two that measure would shorten each other's time
+        others = cast(Any, self.trainer).callbacks
+        self._diagnosis = next((one for one in others if isinstance(one, Diagnoses)), None)
+        # Two that measure would shorten each other's time.
+        self._hardware = next((one.hardware for one in others if isinstance(one, HardwareMonitor)), None)
         if self._hardware is None and find_spec("psutil") is not None:
-            self._hardware = Hardware(module.device)
-        self._diagnosis = next((one for one in cast(Any, trainer).callbacks if isinstance(one, Diagnoses)), None)
+            self._hardware = Hardware(self.trainer.lightning_module.device)
         self._began = self._mark = time.perf_counter()
         self._origin: tuple[float, int] | None = None
         self._iterations = 0

@@ -10,13 +10,11 @@ from typing_extensions import override
 from ppo_lightning.errors import InputError
 
 
-class CountsSteps(Protocol):
-    """A module that counts environment steps."""
+class Logs(Protocol):
+    """A module that logs numbers at its environment step."""
 
-    @property
-    def num_env_steps(self) -> int:
-        """Steps so far, of all processes."""
-        ...
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Give them to loggers and monitors."""
 
 
 class Hardware:
@@ -113,11 +111,7 @@ class HardwareMonitor(Callback):
         if not measured or measured is self._logged:
             return
         self._logged = measured
-        trainer.callback_metrics.update(
-            {name: torch.tensor(value, dtype=torch.float64) for name, value in measured.items()}
-        )
-        for logger in trainer.loggers:
-            logger.log_metrics(measured, step=cast(CountsSteps, pl_module).num_env_steps)
+        cast(Logs, pl_module).log_metrics(measured)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "hardware": None}  # of this process
