@@ -80,9 +80,11 @@ class RunBoard(Lenient, TensorBoardLogger):
         super().log_hyperparams(params, metrics, step)
         # Lightning writes them to events with a value of each metric only, which would be a first point of its curve.
         plain = self._sanitize_params(_flatten_dict(dict(params)))
-        writer = self.experiment._get_file_writer()
         for summary in hparams(plain, dict.fromkeys(self.METRICS, 0.0)):
-            self._attempt(partial(writer.add_summary, summary))
+            self._attempt(partial(self._write, summary))
+
+    def _write(self, summary: Any) -> None:
+        self.experiment._get_file_writer().add_summary(summary)
 
 
 class RunCSVLogger(Lenient, CSVLogger):

@@ -352,7 +352,7 @@ class PPO(LightningModule):
     def on_fit_start(self) -> None:
         """Seed this process's own stream, and leave at once where nothing is left to train."""
         rank_zero_info(f"seed {self.seed}")
-        self._hparams_initial = self.hyperparameters()  # which Lightning gives to loggers next
+        self._hparams_initial = self._logged_hyperparameters()  # which Lightning gives to loggers next
         self.generator.manual_seed(self._stream("training", self.num_env_steps))
         self.restarts.count = self._skipped = self._skipped_in_a_row = 0
         self._clock = Clock()
@@ -1069,22 +1069,6 @@ class PPO(LightningModule):
         """Environment steps trained on so far, over all environments and processes."""
         return int(self.env_steps)
 
-    def hyperparameters(self) -> dict[str, Any]:
-        """What loggers are told of a run: all hyperparameters, of what is no plain data the name; seed and processes."""
-        given = {name: value for name, value in self.hparams.items() if name not in ("_instantiator", "_class_path")}
-        optimizer = type(self._optimizer)
-        return {
-            **_lists(given),
-            **self._names,
-            "total_steps": self.total_steps,
-            "optimizer": {
-                "class_path": f"{optimizer.__module__}.{optimizer.__qualname__}",
-                "init_args": _lists(self._optimizer.defaults),
-            },
-            "seed": self.seed,
-            "processes": self._world_size,
-        }
-
     @property
     def policy_version(self) -> int:
         """Number of updates that made the policy what it is."""
@@ -1550,6 +1534,22 @@ class PPO(LightningModule):
         super().__setstate__(state)
         saved, self.generator = bytearray(state["generator"]), torch.Generator()
         self.generator.set_state(torch.frombuffer(saved, dtype=torch.uint8))
+
+    def _logged_hyperparameters(self) -> dict[str, Any]:
+        """What loggers are told of a run: all hyperparameters, of what is no plain data the name; seed and processes."""
+        given = {name: value for name, value in self.hparams.items() if name not in ("_instantiator", "_class_path")}
+        optimizer = type(self._optimizer)
+        return {
+            **_lists(given),
+            **self._names,
+            "total_steps": self.total_steps,
+            "optimizer": {
+                "class_path": f"{optimizer.__module__}.{optimizer.__qualname__}",
+                "init_args": _lists(self._optimizer.defaults),
+            },
+            "seed": self.seed,
+            "processes": self._world_size,
+        }
 
     def _remember_hyperparameters(self, given: dict[str, Any]) -> None:
         """Keep what is plain data in the checkpoint, and the names of what is not.
