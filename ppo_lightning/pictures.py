@@ -260,7 +260,7 @@ class _Sheet:
             {
                 "svg.fonttype": "none",  # text stays text: small, and in the page's font
                 "svg.hashsalt": self.name,  # the same picture is the same file
-                "font.size": 9,
+                "font.size": 11,  # legible where a chart is 300 pixels wide
                 "text.color": INK,
                 "axes.labelcolor": INK,
                 "axes.edgecolor": INK,
@@ -417,6 +417,7 @@ STYLE = (
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.45 system-ui,sans-serif}
 main{max-width:1280px;margin:0 auto;padding:16px}
 h1{font-size:1.4rem;overflow-wrap:anywhere;margin:.2em 0 .6em}h2{font-size:1.1rem}h3{font-size:1rem;margin:0 0 .3em}
+section h3{margin-top:1em}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:12px;margin:12px 0}
 figure{margin:0;padding:12px;background:var(--card);border-radius:8px;min-width:0}
 figcaption{color:var(--soft);font-size:.85rem}

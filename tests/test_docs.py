@@ -16,6 +16,7 @@ README, POLICIES = (ROOT / "README.md").read_text(), (ROOT / "docs/policies.md")
 SPEED = (ROOT / "docs/speed.md").read_text()
 RUNS, DISTRIBUTED = (ROOT / "docs/runs.md").read_text(), (ROOT / "docs/distributed.md").read_text()
 STEERING = (ROOT / "docs/steering.md").read_text()
+REPORT = (ROOT / "docs/report.md").read_text()
 METRICS = (ROOT / "docs/metrics.md").read_text()
 DOCUMENTS = {path.stem: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 PAGES = ("loggers", "by_hand", "profiling", "checkpoints", "tuning", "pendulum")

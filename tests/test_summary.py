@@ -189,6 +189,15 @@ def test_the_command_line_leaves_summary_and_report_and_names_it(capsys):
     assert "total_steps: 512" in page
 
 
+def test_the_command_line_can_leave_out_the_page():
+    words = ["--model.env", "CartPole-v1", "--model.num_steps", "32", "--model.total_steps", "256"]
+    words += ["--trainer.callbacks+=ppo_lightning.callbacks.RunSummary", "--trainer.callbacks.report=false"]
+    main(["fit", *words, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"])
+    names = {path.name for path in Path("lightning_logs/version_0").iterdir()}
+    assert "summary.json" in names
+    assert "report.html" not in names
+
+
 def test_matplotlib_is_imported_where_something_is_drawn_alone():
     for path in (ROOT / "ppo_lightning").rglob("*.py"):
         assert not [
