@@ -161,8 +161,8 @@ class Row(NamedTuple):
     """Of the critic's targets (root mean square); as the two below only where it explains little."""
     value_error: float = math.nan
     """Of the critic (root mean square)."""
-    blind: float = math.nan
-    """1 where all observations were the same."""
+    blind: float = 0.0
+    """1 where all observations were the same; NaN where nobody has looked."""
 
 
 class Run(NamedTuple):
@@ -275,65 +275,83 @@ def diagnose(rows: Sequence[Row], run: Run, t: Thresholds) -> Symptom | None:
         run: what was before.
         t: where numbers stop being healthy.
     """
+    mean = Row(*map(_mean, zip(*rows, strict=True)))
     iterations = f"iterations {rows[0].iteration:.0f} to {rows[-1].iteration:.0f}"
-    span = f"means of {iterations}"
-    kl, clip = _mean([row.approx_kl for row in rows]), _mean([row.clip_fraction for row in rows])
-    entropy, std = -_mean([row.entropy_loss for row in rows]), _mean([row.std for row in rows])
-    now = _mean([row.ep_return for row in rows])
-    rises = run.start is not None and now > run.start[0] + t.rise * run.start[1]
-    if all(row.blind == 1 for row in rows):
+    rises = has_risen(mean.ep_return, run.start, t)
+    if mean.blind == 1:
         return Symptom("observation_constant", 0.0, f"all observations of {iterations} were the same")
 
     collapsed = [
-        ("entropy_collapsed", entropy, t.entropy * run.most_entropy, False),
+        ("entropy_collapsed", -mean.entropy_loss, t.entropy * run.most_entropy, False),
         # From the start: then it is why the policy's probabilities leap.
-        ("std_collapsed", std, t.std, run.first.std < t.std),
+        ("std_collapsed", mean.std, t.std, run.first.std < t.std),
     ]
     for name, value, least, born in collapsed:
         if value < least and not rises:
-            seen = f"{name.partition('_')[0]} {value:.3g} (healthy above {least:.2g}), {span}"
+            seen = f"{name.partition('_')[0]} {value:.3g} (healthy above {least:.2g}), means of {iterations}"
             if run.worst_kl > 2 * t.approx_kl_alert and not born:
                 seen += f", after an approx_kl of {run.worst_kl:.3g}"
                 return Symptom("learning_rate_too_high", run.worst_kl, seen)
             return Symptom(name, value, seen)
 
-    moves = (
-        f"approx_kl {kl:.3g} (healthy {t.approx_kl[0]:g} to {t.approx_kl[1]:g}), clip_fraction {clip:.3g} (healthy "
-        f"{t.clip_fraction[0]:g} to {t.clip_fraction[1]:g}), {span}"
-    )
     # A single iteration counts for four times the alert at most, so that it is none alone.
-    capped = _mean([min(row.approx_kl, 4 * t.approx_kl_alert) for row in rows])
-    if capped > (t.approx_kl_alert if clip > t.clip_fraction[1] or not rises else 2 * t.approx_kl_alert):
-        return Symptom("learning_rate_too_high", kl, moves)
-    if clip > t.clip_fraction_alert:
-        return Symptom("clip_fraction_too_high", clip, moves)
+    kl = _mean([min(row.approx_kl, 4 * t.approx_kl_alert) for row in rows])
+    crowded = mean.clip_fraction > t.clip_fraction[1] or not rises
+    if kl > (t.approx_kl_alert if crowded else 2 * t.approx_kl_alert):
+        return Symptom("learning_rate_too_high", mean.approx_kl, f"{_moves(mean, t)}, means of {iterations}")
+    if mean.clip_fraction > t.clip_fraction_alert:
+        return Symptom("clip_fraction_too_high", mean.clip_fraction, f"{_moves(mean, t)}, means of {iterations}")
 
     explained = _mean([max(row.explained_variance, -1.0) for row in rows])
-    size, error = _mean([row.value_size for row in rows]), _mean([row.value_error for row in rows])
-    judged = run.warm or run.progress >= t.stall or size > t.value_size
-    if judged and not explained >= t.explained_variance_alert and error > t.value_error * size:
-        value_loss = _mean([row.value_loss for row in rows])
+    judged = run.warm or run.progress >= t.stall or mean.value_size > t.value_size
+    missed = mean.value_error > t.value_error * mean.value_size
+    if judged and missed and not explained >= t.explained_variance_alert:
         seen = (
             f"explained_variance {explained:.2g} (healthy above {t.explained_variance:g}), the critic misses values of "
-            f"{size:.3g} by {error:.3g}, {span}"
+            f"{mean.value_size:.3g} by {mean.value_error:.3g}, means of {iterations}"
         )
-        if value_loss > t.value_loss_growth * run.lowest_value_loss:
-            seen += f"; value_loss {value_loss:.3g}, its lowest mean was {run.lowest_value_loss:.3g}"
-            return Symptom("value_loss_exploding", value_loss, seen)
-        if size > t.value_size:
-            return Symptom("reward_too_large", size, seen)
+        if mean.value_loss > t.value_loss_growth * run.lowest_value_loss:
+            seen += f"; value_loss {mean.value_loss:.3g}, its lowest mean was {run.lowest_value_loss:.3g}"
+            return Symptom("value_loss_exploding", mean.value_loss, seen)
+        if mean.value_size > t.value_size:
+            return Symptom("reward_too_large", mean.value_size, seen)
         return Symptom("critic_not_learning", explained, seen)
 
-    if run.start is not None and run.progress >= t.stall and not rises and not math.isnan(now):
-        mean, deviation = run.start
-        seen = f"mean return {now:.4g}, of the first episodes it was {mean:.4g} ± {deviation:.3g}; {moves}"
-        return Symptom("return_stalled", now, seen)
+    if run.start is not None and run.progress >= t.stall and not rises and not math.isnan(mean.ep_return):
+        seen = (
+            f"mean return {mean.ep_return:.4g}, of the first episodes it was {run.start[0]:.4g} ± {run.start[1]:.3g}; "
+            f"{_moves(mean, t)}, means of {iterations}"
+        )
+        return Symptom("return_stalled", mean.ep_return, seen)
     return None
+
+
+def is_well(row: Row, t: Thresholds, most_entropy: float) -> bool:
+    """Whether nothing in an iteration is beyond its alert; where that is so of a whole window, no mean can be."""
+    return (
+        row.explained_variance >= t.explained_variance_alert
+        and not row.approx_kl > t.approx_kl_alert
+        and not row.clip_fraction > t.clip_fraction_alert
+        and not -row.entropy_loss < t.entropy * most_entropy
+        and not row.std < t.std
+    )
+
+
+def has_risen(ep_return: float, start: tuple[float, float] | None, t: Thresholds) -> bool:
+    """Whether the return is above that of the first episodes (mean and standard deviation) by more than chance."""
+    return start is not None and ep_return > start[0] + t.rise * start[1]
+
+
+def _moves(mean: Row, t: Thresholds) -> str:
+    return (
+        f"approx_kl {mean.approx_kl:.3g} (healthy {t.approx_kl[0]:g} to {t.approx_kl[1]:g}), clip_fraction "
+        f"{mean.clip_fraction:.3g} (healthy {t.clip_fraction[0]:g} to {t.clip_fraction[1]:g})"
+    )
 
 
 def _mean(values: Iterable[float]) -> float:
     """Mean of those that are numbers; NaN of none."""
-    numbers = [value for value in values if not math.isnan(value)]
+    numbers = [value for value in values if value == value]
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
@@ -406,6 +424,8 @@ class HealthMonitor(Callback):
         self._start: tuple[float, float] | None = None
         self._worst_kl = -math.inf
         self._lowest_value_loss = math.inf
+        self._doubted = 0
+        """Last iteration in which not all was well."""
         self._seen: dict[str, int] = {}
         """Iteration in which each finding held last."""
 
@@ -471,19 +491,20 @@ class HealthMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         module, metrics, t = cast(Learns, pl_module), trainer.callback_metrics, self.thresholds
-        row = Row(module.policy_version, *(metrics[name].item() if name in metrics else math.nan for name in METRICS))
-        if not row.explained_variance >= t.explained_variance_alert:
-            row = row._replace(**look(batch))
         self.steps, self.iterations = module.num_env_steps, module.policy_version
+        row = Row(self.iterations, *[metrics[name].item() if name in metrics else math.nan for name in METRICS])
+        if not row.explained_variance >= t.explained_variance_alert:
+            looks = self.iterations % max(1, t.window // 3) == 0
+            row = row._replace(**look(batch)) if looks else row._replace(blind=math.nan)
         self._remember(row, module)
 
-        symptoms = []
+        symptoms: list[Symptom | None] = []
         skipped = metrics["train/skipped_steps"].item() if "train/skipped_steps" in metrics else 0.0
         if skipped > self._skipped:
             seen = f"the gradients of {skipped:.0f} steps of this run were not finite, and left out"
             symptoms.append(Symptom("non_finite", skipped, seen))
         self._skipped = skipped
-        if len(self._rows) == t.window:
+        if len(self._rows) == t.window and self._is_doubtful(module):
             symptoms.append(diagnose(self._rows, self._run(module), t))
         changed = [self._note(symptom, pl_module) for symptom in symptoms if symptom is not None]
         for finding in self.alerts:
@@ -522,6 +543,7 @@ class HealthMonitor(Callback):
             "start": None if self._start is None else list(self._start),
             "worst_kl": self._worst_kl,
             "lowest_value_loss": self._lowest_value_loss,
+            "doubted": self._doubted,
             "seen": dict(self._seen),
         }
 
@@ -535,7 +557,7 @@ class HealthMonitor(Callback):
         self._first = None if first is None else Row(*first)
         self._start = None if start is None else (start[0], start[1])
         self._worst_kl, self._lowest_value_loss = state_dict["worst_kl"], state_dict["lowest_value_loss"]
-        self._seen = dict(state_dict["seen"])
+        self._doubted, self._seen = state_dict["doubted"], dict(state_dict["seen"])
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -545,9 +567,19 @@ class HealthMonitor(Callback):
         self._worst_kl = max(self._worst_kl, row.approx_kl)
         if len(self._rows) == self.thresholds.window:
             self._lowest_value_loss = min(self._lowest_value_loss, _mean(each.value_loss for each in self._rows))
+        if not is_well(row, self.thresholds, self._most_entropy):
+            self._doubted = self.iterations
         if self._start is None and len(module.rollouts.episodes.window) >= FIRST_EPISODES:
             returns = [episode[0] for episode in module.rollouts.episodes.window]
             self._start = statistics.fmean(returns), statistics.pstdev(returns)
+
+    def _is_doubtful(self, module: Learns) -> bool:
+        """Whether there is anything to diagnose, which takes ten times as long to find out otherwise."""
+        t = self.thresholds
+        late = self.steps >= t.stall * module.total_steps
+        return self.iterations - self._doubted < t.window or (
+            late and not has_risen(_mean(row.ep_return for row in self._rows), self._start, t)
+        )
 
     def _run(self, module: Learns) -> Run:
         t, oldest = self.thresholds, self._rows[0].iteration
