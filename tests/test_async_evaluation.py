@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import cloudpickle
@@ -268,6 +269,39 @@ def test_an_error_in_training_loses_no_result(fit):
     with pytest.raises(ZeroDivisionError, match="planned"):
         fit(model, logger=logger, callbacks=[beside, Fails()])
     assert list(logger.evaluations) == [64]
+
+
+@pytest.mark.usefixtures("_here")
+def test_an_interrupt_waits_for_what_is_under_way_and_begins_nothing(fit):
+    class Interrupts(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if pl_module.num_env_steps == 128:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    logger, model = Kept(), cartpole()
+    fit(model, logger=logger, callbacks=[AsyncEvaluation(every=1), Interrupts()])
+    assert model.interrupted is signal.SIGINT
+    assert model.num_env_steps == 192
+    assert list(logger.evaluations) == [64]
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_resumed_run_keeps_the_better_policy_of_before(fit, tmp_path):
+    """It compares with the score that best.ckpt has, in its own folder."""
+
+    class Worse(Callback):
+        def on_train_start(self, trainer, pl_module):
+            for parameter in pl_module.policy.parameters():
+                parameter.data.zero_()  # always the same action: about 9 steps
+
+    fit(cartpole(), logger=Kept(), callbacks=[AsyncEvaluation(every=2)], enable_checkpointing=True)
+    (best,) = tmp_path.rglob("best.ckpt")
+    before = best.read_bytes()
+    again, logger = cartpole(total_steps=512, optimizer=partial(torch.optim.Adam, lr=0.0)), Kept()
+    beside = [AsyncEvaluation(every=2), Worse()]
+    fit(again, ckpt_path=best.with_name("last.ckpt"), logger=logger, callbacks=beside, enable_checkpointing=True)
+    assert list(logger.evaluations) == [384, 512]
+    assert best.read_bytes() == before
 
 
 def test_an_error_does_not_wait_for_an_evaluation_that_hangs(fit):

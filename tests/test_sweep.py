@@ -316,6 +316,26 @@ def test_why_a_run_failed_is_found_in_what_it_said(monkeypatch, tmp_path, code, 
     assert run.failure() == why
 
 
+def test_what_a_run_tells_is_read_once_and_no_line_before_it_is_whole(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "FIT", [sys.executable, "-c", ""])
+    run = Run(tmp_path, 0, Watched("eval/mean_reward", None, None))
+    run.process.wait()
+    run.close()
+    assert run.rows() == []
+    one, two, three = (json.dumps({"steps": 1, "seconds": 1, "value": value}) + "\n" for value in (7, 8, 9))
+    with run.file.open("w") as file:
+        for text, seen in [
+            (one[:9], []),
+            (one[9:], [7]),
+            (two + three[:5], [7, 8]),
+            ("", [7, 8]),
+            (three[5:], [7, 8, 9]),
+        ]:
+            file.write(text)
+            file.flush()
+            assert [row.value for row in run.rows()] == seen
+
+
 def test_a_trial_worse_than_the_median_is_ended_early(fits):
     fits(lambda model, seed: [(steps, 100 * model["vf_coef"]) for steps in range(50, 1001, 50)])
     space = {"model.vf_coef": [0.5, 0.01]}
@@ -428,7 +448,7 @@ def test_a_sweep_on_the_command_line_leaves_a_config_that_fit_takes_a_table_and_
     assert {"best.yaml", "trials.csv", "history.png", "study.db", "trials"} <= {file.name for file in place.iterdir()}
     said = capsys.readouterr().out
     assert "cartpole: 2 complete" in said
-    assert "0 (config)" in said
+    assert "trial config (" in said
     assert f"fit --config {place / 'best.yaml'}" in said
     seeds = [
         yaml.safe_load(path.read_text())["seed_everything"] for path in sorted(place.rglob("version_0/config.yaml"))

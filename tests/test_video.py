@@ -14,6 +14,8 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from probes import Probe, Recall, Uneven
+from processes import fit as fit_process
+from processes import forked
 from test_async_evaluation import Here
 from torch.testing import assert_close
 
@@ -92,14 +94,10 @@ def test_training_is_the_same_with_and_without(fit):
     assert_close(runs[0], runs[1], rtol=0, atol=0)
 
 
-def test_every_second_evaluation_and_the_last_are_recorded_and_a_resumed_run_counts_on(fit, tmp_path):
+def test_every_second_evaluation_and_the_last_are_recorded(fit, tmp_path):
     names = lambda: sorted(int(path.stem[5:]) for path in (tmp_path / "videos").iterdir())  # noqa: E731
-    callback = EvaluationVideo(every=2)
-    fit(drawn(total_steps=160), callbacks=[callback], limit_val_batches=1.0)
+    fit(drawn(total_steps=160), callbacks=[EvaluationVideo(every=2)], limit_val_batches=1.0)
     assert names() == [64, 128, 160]
-    resumed = EvaluationVideo(every=2)
-    resumed.load_state_dict(callback.state_dict())
-    assert resumed._evaluations == 5
 
 
 def test_beside_async_evaluations_the_interval_counts(fit, tmp_path, monkeypatch):
@@ -271,3 +269,27 @@ def test_comet_is_given_it():
     logger._comet_config = SimpleNamespace()
     video.show(logger, Path("step_3.mp4"), 3)
     assert given == [("step_3.mp4", {"name": "eval/video", "step": 3})]
+
+
+def test_of_two_processes_the_first_evaluates_and_records_and_both_know_the_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(async_evaluation, "Evaluator", Here)
+
+    def run(rank, callbacks=None):
+        torch.manual_seed(0)
+        model = drawn(total_steps=256)
+        beside = [AsyncEvaluation(every=2), EvaluationVideo(every=2)] if callbacks is None else callbacks
+        settings = {"strategy": "ddp", "devices": 2, "default_root_dir": tmp_path, "enable_checkpointing": True}
+        trainer = fit_process(model, callbacks=beside, **settings)
+        scores = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("eval/")}
+        best = [one.best_model_path for one in trainer.checkpoint_callbacks]
+        return model.policy.state_dict(), scores, best
+
+    first, second = forked(run)
+    assert first[1] == second[1]
+    assert first[1]["eval/mean_reward"] > 0
+    assert first[2] == second[2]
+    assert sorted(os.listdir(tmp_path / "videos")) == ["step_128.mp4", "step_256.mp4"]
+    best = PPO.load_from_checkpoint(first[2][0], env=Drawn)
+    assert best.num_env_steps in (128, 256)
+    without = forked(partial(run, callbacks=[]))
+    assert_close(without[0][0], first[0], rtol=0, atol=0)

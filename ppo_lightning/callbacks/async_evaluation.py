@@ -196,7 +196,7 @@ class AsyncEvaluation(Callback):
             return
         self._taken = module.num_env_steps
         best = _best(trainer)
-        checkpoint = None if best is None else trainer._checkpoint_connector.dump_checkpoint()
+        checkpoint = None if best is None else trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         if trainer.is_global_zero:
             weights = io.BytesIO()
             torch.save({name: tensor.cpu() for name, tensor in module.policy.state_dict().items()}, weights)

@@ -211,16 +211,8 @@ class EvaluationVideo(Callback):
         self._gave_up = False
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"evaluations": self._evaluations}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._evaluations = state_dict["evaluations"]
-
-    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._gave_up = False
+        self._evaluations, self._gave_up = 0, False
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -119,8 +119,12 @@ def show(study: "Study", sought: Sought) -> None:
     """Print the best trials, and where everything is."""
     names = short_names(list(sought.space))
     best = {trial.number for trial in front(study)}
-    table = Table(box=box.SIMPLE_HEAD, title=f"{study.study_name}: {_count(study)}", title_justify="left")
-    for name in ["trial", *sought.objectives, *names.values()]:
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{study.study_name}: {_count(study)}", title_justify="left"
+    )
+    for name in ("trial", *sought.objectives):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in names.values():
         table.add_column(name.replace("_", "_\n").replace(".", ".\n"), justify="right", overflow="fold")
     ranked = _ranked(study)
     for trial in ranked[:SHOWN]:
@@ -155,7 +159,7 @@ def _count(study: "Study") -> str:
 
 
 def _name(trial: "FrozenTrial") -> str:
-    return f"{trial.number} (config)" if OWN in trial.user_attrs else str(trial.number)
+    return "config" if OWN in trial.user_attrs else str(trial.number)
 
 
 def _ranked(study: "Study") -> "list[FrozenTrial]":
@@ -172,7 +176,7 @@ def _numbers(trial: "FrozenTrial", sought: Sought) -> list[str]:
     if trial.state.name != "COMPLETE":
         return [{"PRUNED": "pruned", "FAIL": "failed"}[trial.state.name]] + [""] * (len(sought.objectives) - 1)
     return [
-        f"> {sought.budget:,}" if name == "steps_to" and value > sought.budget else _number(value)
+        f">{sought.budget:,}" if name == "steps_to" and value > sought.budget else _number(value)
         for name, value in zip(sought.objectives, trial.values, strict=True)
     ]
 

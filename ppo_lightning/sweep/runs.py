@@ -52,6 +52,8 @@ class Run:
         self.metric = watched.metric
         self.file, self.log = folder / f"progress_{seed}.jsonl", folder / f"log_{seed}.txt"
         self.file.unlink(missing_ok=True)
+        self._rows: list[Row] = []
+        self._read = 0
         given = {
             "file": self.file,
             "metric": watched.metric,
@@ -75,10 +77,15 @@ class Run:
             )
 
     def rows(self) -> list[Row]:
-        """What it has told so far."""
-        if not self.file.exists():
-            return []
-        return [Row(**json.loads(line)) for line in self.file.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+        """What it has told so far; of the file only what is new is read."""
+        if self.file.exists():
+            with self.file.open("rb") as lines:
+                lines.seek(self._read)
+                whole = lines.read().rpartition(b"\n")[0]
+            if whole:
+                self._read += len(whole) + 1
+                self._rows += [Row(**json.loads(line)) for line in whole.splitlines()]
+        return self._rows
 
     def ask_to_end(self) -> None:
         """Send SIGTERM."""
