@@ -511,8 +511,11 @@ class PPO(LightningModule):
         started = time.perf_counter()
         statistics = self._evaluate(self.num_eval_episodes, self.eval_deterministic, purpose)
         # All processes have gathered the same statistics; sync_dist tells Lightning so.
-        self.log_dict(statistics, batch_size=1, sync_dist=self.trainer.world_size > 1, logger=False)
-        self.send(statistics)
+        renames = bool(self.loggers) and self.metric_names != "sb3"
+        logged = statistics if renames else {**statistics, "step": self._step_to_log}
+        self.log_dict(logged, batch_size=1, sync_dist=self.trainer.world_size > 1, logger=not renames)
+        if renames:
+            self.send(statistics)
         self.leave_out(time.perf_counter() - started)
 
     def log_metrics(self, metrics: dict[str, float]) -> None:

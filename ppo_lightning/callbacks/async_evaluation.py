@@ -16,6 +16,7 @@ from ppo_lightning.callbacks.checkpoints import BestCheckpoint
 from ppo_lightning.callbacks.interrupts import Interrupts
 from ppo_lightning.envs import EnvMaker, Restarts
 from ppo_lightning.errors import InputError
+from ppo_lightning.history import Records
 from ppo_lightning.evaluator import Evaluation, Evaluator, EvaluatorLost
 from ppo_lightning.policy import Policy
 
@@ -32,6 +33,7 @@ class Evaluates(Protocol):
     env_timeout_s: float
     restarts: Restarts
     log_info: tuple[str, ...]
+    records: Records
     interrupted: signal.Signals | None
 
     @property
@@ -234,7 +236,9 @@ class AsyncEvaluation(Callback):
         news, more = trainer.strategy.broadcast((news, more))
         if news is not None:
             step, statistics = news
-            cast(Evaluates, trainer.lightning_module).send(statistics, step)
+            module = cast(Evaluates, trainer.lightning_module)
+            module.send(statistics, step)
+            module.records.evaluations.add(step, statistics)
             scores = {name: torch.tensor(value, dtype=torch.float64) for name, value in statistics.items()}
             trainer.callback_metrics.update(scores)
             best = _best(trainer)
