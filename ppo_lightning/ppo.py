@@ -518,13 +518,14 @@ class PPO(LightningModule):
             self.send(statistics)
         self.leave_out(time.perf_counter() - started)
 
-    def log_metrics(self, metrics: dict[str, float]) -> None:
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Give loggers and monitors more numbers of this iteration; a ``self.log`` of each costs more than an update.
 
         Args:
             metrics: under our names, the same in all processes.
+            step: environment steps that they are of; None is now.
         """
-        self.send(metrics)
+        self.send(metrics, step)
         self.trainer.callback_metrics.update(
             {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
         )

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ppo_lightning.errors import InputError
+from ppo_lightning.metric_names import restored
 
 SUMMARY, REPORT, HEALTH = "summary.json", "report.html", "health.json"
 
@@ -59,24 +60,24 @@ def read_run(folder: Path) -> Run:
     if not (summary.is_file() or table.is_file()):
         raise InputError(f"{folder} has neither {SUMMARY} nor metrics.csv: give the folder of a run, such as version_0")
     found = _json(summary) if summary.is_file() else None
-    if table.is_file():
-        rows = _rows(table)
-        if found is None or (rows and rows[-1]["global_step"] > found["global_step"]):  # killed after it had gone on
-            found = {**({} if found is None else found), **_summary(rows), **_checkpoints(folder)}
-    assert found is not None
     if (folder / "config.yaml").is_file():
         config = _yaml(folder / "config.yaml")
-    elif "hyperparameters" in found:
+    elif found is not None and "hyperparameters" in found:
         config = {"model": found["hyperparameters"], "seed_everything": found["seed"]}
     else:
         config = {"model": _yaml(folder / "hparams.yaml")} if (folder / "hparams.yaml").is_file() else {}
+    if table.is_file():
+        rows = _rows(table, config.get("model", {}).get("metric_names", "sb3"))
+        if found is None or (rows and rows[-1]["global_step"] > found["global_step"]):  # killed after it had gone on
+            found = {**({} if found is None else found), **_summary(rows), **_checkpoints(folder)}
+    assert found is not None
     health = _json(folder / HEALTH) if (folder / HEALTH).is_file() else {}
     videos = sorted((folder / "videos").rglob("*.mp4"), key=lambda path: path.stat().st_mtime)
     return Run(folder, found, config, health, videos)
 
 
-def _rows(table: Path) -> list[dict[str, float]]:
-    """Rows of ``metrics.csv`` without what is empty or not a number, nor a last line that is cut off."""
+def _rows(table: Path, names: str) -> list[dict[str, float]]:
+    """Rows of ``metrics.csv`` under our names, without what is empty or not a number, nor a last line that is cut off."""
     whole = table.read_text(encoding="utf-8").rpartition("\n")[0]
     texts = list(csv.DictReader(whole.splitlines()))
     read = []
@@ -89,7 +90,8 @@ def _rows(table: Path) -> list[dict[str, float]]:
                     f"row {number} of {table} is not of numbers ({error}): give the folder of a run"
                 ) from error
     return [
-        {"global_step": row["step"]} | {name: value for name, value in row.items() if "/" in name and value == value}
+        {"global_step": row.pop("step")}
+        | {name: value for name, value in restored(row, names).items() if "/" in name and value == value}
         for row in read
         if "step" in row
     ]

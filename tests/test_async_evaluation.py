@@ -54,7 +54,9 @@ class Here:
     def answer(self, wait_s):
         if not wait_s:
             return None
-        environments = Environments(self.evaluation.maker, self.evaluation.num_envs, 60.0)
+        environments = Environments(
+            self.evaluation.maker, self.evaluation.num_envs, 60.0, log_info=self.evaluation.log_info
+        )
         return _evaluate(self.evaluation, environments, *self.job)
 
     def close(self):
@@ -199,7 +201,7 @@ def test_training_does_not_wait_and_the_newest_snapshot_is_the_next(fit):
 def packed(deed):
     model = PPO(Sleeper, {"parent": os.getpid(), "deed": deed})
     maker, space = model.env_maker, model.observation_space
-    return Evaluation(model.policy, maker, space, 1, 1, True, 60.0, 0, False).packed(), model.policy.state_dict()
+    return Evaluation(model.policy, maker, space, 1, 1, True, 60.0, 0, (), False).packed(), model.policy.state_dict()
 
 
 def weights_of(state):
@@ -387,7 +389,8 @@ def test_it_takes_the_place_of_evaluations_that_training_waits_for(fit):
     assert list(logger.evaluations) == [128, 256]  # eval_interval, once each
     assert trainer.limit_val_batches == 1.0
     logger.evaluations.clear()
-    assert trainer.validate(model, verbose=False)[0]["eval/mean_reward"] > 0
+    trainer.validate(model, verbose=False)
+    assert list(logger.evaluations) == [256]
 
 
 @pytest.mark.parametrize("setting", [{"every": 0}, {"episodes": -1}, {"timeout_s": 0.0}])

@@ -255,6 +255,7 @@ def test_weights_and_biases_shows_it(fit, tmp_path, monkeypatch):
     assert len(list(tmp_path.rglob("wandb/**/media/videos/eval/video_*.mp4"))) == 1
 
 
+@pytest.mark.long
 def test_mlflow_keeps_it(fit, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger(tracking_uri=f"file:{tmp_path}/mlruns")
@@ -271,6 +272,7 @@ def test_comet_is_given_it():
     assert given == [("step_3.mp4", {"name": "eval/video", "step": 3})]
 
 
+@pytest.mark.long
 def test_of_two_processes_the_first_evaluates_and_records_and_both_know_the_result(tmp_path, monkeypatch):
     monkeypatch.setattr(async_evaluation, "Evaluator", Here)
 

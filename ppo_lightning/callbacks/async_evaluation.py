@@ -16,8 +16,8 @@ from ppo_lightning.callbacks.checkpoints import BestCheckpoint
 from ppo_lightning.callbacks.interrupts import Interrupts
 from ppo_lightning.envs import EnvMaker, Restarts
 from ppo_lightning.errors import InputError
-from ppo_lightning.history import Records
 from ppo_lightning.evaluator import Evaluation, Evaluator, EvaluatorLost
+from ppo_lightning.history import Records
 from ppo_lightning.policy import Policy
 
 
@@ -51,8 +51,8 @@ class Evaluates(Protocol):
         """Iterations so far."""
         ...
 
-    def send(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Give loggers metrics."""
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Give loggers and monitors metrics."""
 
     def evaluation_seed(self) -> int:
         """Seed of the episodes of an evaluation now."""
@@ -237,12 +237,11 @@ class AsyncEvaluation(Callback):
         if news is not None:
             step, statistics = news
             module = cast(Evaluates, trainer.lightning_module)
-            module.send(statistics, step)
+            module.log_metrics(statistics, step)
             module.records.evaluations.add(step, statistics)
-            scores = {name: torch.tensor(value, dtype=torch.float64) for name, value in statistics.items()}
-            trainer.callback_metrics.update(scores)
             best = _best(trainer)
             if best is not None:
+                scores = {name: trainer.callback_metrics[name] for name in statistics}
                 best.keep(trainer, None if taken is None else taken.checkpoint, scores)
         return more
 

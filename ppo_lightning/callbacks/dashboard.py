@@ -21,6 +21,7 @@ from rich.text import Text
 from typing_extensions import override
 
 from ppo_lightning.callbacks.hardware import Hardware, HardwareMonitor
+from ppo_lightning.callbacks.health import Thresholds
 from ppo_lightning.callbacks.progress import Progresses, StepProgressBar
 from ppo_lightning.clock import BURN_IN
 
@@ -63,10 +64,11 @@ class Range(NamedTuple):
         return f"{self.low:g}–{self.high:g}"
 
 
+_thresholds = Thresholds()
 HEALTHY = {
-    "train/approx_kl": Range(0.01, 0.03, alert=0.05),
-    "train/clip_fraction": Range(0.1, 0.3, alert=0.5),
-    "train/explained_variance": Range(0.7, 1.0, alert=0.3),
+    "train/approx_kl": Range(*_thresholds.approx_kl, alert=_thresholds.approx_kl_alert),
+    "train/clip_fraction": Range(*_thresholds.clip_fraction, alert=_thresholds.clip_fraction_alert),
+    "train/explained_variance": Range(_thresholds.explained_variance, 1.0, alert=_thresholds.explained_variance_alert),
 }
 """Ranges that are usual while a policy learns; toward the end of a run a policy changes less."""
 
