@@ -513,7 +513,7 @@ class PPO(LightningModule):
         # All processes have gathered the same statistics; sync_dist tells Lightning so.
         renames = bool(self.loggers) and self.metric_names != "sb3"
         logged = statistics if renames else {**statistics, "step": self._step_to_log}
-        self.log_dict(logged, batch_size=1, sync_dist=self.trainer.world_size > 1, logger=not renames)
+        self.log_dict(logged, batch_size=1, sync_dist=self.trainer.world_size > 1, logger=False if renames else None)
         if renames:
             self.send(statistics)
         self.leave_out(time.perf_counter() - started)

@@ -33,7 +33,7 @@ class Kept(PPO):
         return row
 
 
-TIMES = {"time/time_elapsed", "time/evaluate", "time/fps", "time/collect", "time/update"}
+TIMES = {"time/time_elapsed", "time/iteration", "time/evaluate", "time/fps", "time/collect", "time/update"}
 
 
 def make(variant: str) -> Kept:

@@ -74,8 +74,9 @@ class RunSummary(Callback):
         records, found = self._records, trainer.callback_metrics
         metrics = {name: found[name].item() for name in found if name[:5] != "eval/" and name != "step"}
         records.train.add(cast(Summarized, pl_module).num_env_steps, metrics)
-        records.seconds["collect"] += metrics["time/collect"]
-        records.seconds["update"] += metrics["time/update"]
+        for part in ("collect", "update"):
+            if f"time/{part}" in metrics:  # a training_step of the user's own may log none
+                records.seconds[part] += metrics[f"time/{part}"]
         self._count_time()
 
     @override

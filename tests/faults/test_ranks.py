@@ -39,6 +39,11 @@ def rollout(rank: int, state_size: int) -> TensorDict:
     if state_size:
         batch["memory_state"] = torch.randn(*shape, state_size, generator=generator)
         batch["episode_start"] = torch.rand(shape, generator=generator) < 0.2
+    batch |= {
+        "reward": torch.zeros(shape),
+        "terminated": torch.zeros(shape).bool(),
+        "truncated": torch.zeros(shape).bool(),
+    }
     return TensorDict(batch, list(shape))
 
 

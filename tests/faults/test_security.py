@@ -296,7 +296,9 @@ def test_paths_in_a_checkpoint_write_and_delete_nothing_elsewhere(folder, tmp_pa
 
 def paths_of(path):
     states = read_checkpoint(path)["callbacks"].values()
-    return [state[key] for state in states for key in ("best_model_path", "kth_best_model_path", "last_model_path")]
+    savers = [state for state in states if "best_model_path" in state]
+    assert len(savers) == 2
+    return [state[key] for state in savers for key in ("best_model_path", "kth_best_model_path", "last_model_path")]
 
 
 # --- configs -----------------------------------------------------------------------------------------------------------
