@@ -262,6 +262,7 @@ def test_a_healthy_run_begins_in_peace(config, iterations):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_healthy_run_is_left_in_peace(config, seed):
