@@ -8,8 +8,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import singledispatch
 from pathlib import Path
@@ -305,12 +305,25 @@ def _(logger: CometLogger, video: Path, step: int) -> None:
     cast(Any, logger.experiment).log_video(str(video), name=TAG, step=step)
 
 
-def animation(video: Path) -> tuple[bytes, int, int]:
-    """A video as a small GIF: its bytes, width and height (pixels)."""
+@contextmanager
+def opened(video: Path) -> Iterator[Any]:
+    """A video as moviepy's clip, with nothing of it left open."""
     from moviepy import VideoFileClip
-    from PIL import Image
 
     with VideoFileClip(str(video), audio=False) as clip:
+        process = cast(Any, clip).reader.proc
+        try:
+            yield clip
+        finally:  # moviepy leaves the pipes of a process that has ended
+            process.stdout.close()
+            process.stderr.close()
+
+
+def animation(video: Path) -> tuple[bytes, int, int]:
+    """A video as a small GIF: its bytes, width and height (pixels)."""
+    from PIL import Image
+
+    with opened(video) as clip:
         width = min(GIF_WIDTH, clip.w)
         size = width, round(clip.h * width / clip.w)
         frames = [Image.fromarray(frame).resize(size) for frame in clip.iter_frames(fps=GIF_FPS)]
