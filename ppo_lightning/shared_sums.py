@@ -26,6 +26,10 @@ STRIDE = 8
 """Counters lie this many numbers apart, each in a cache line of its own."""
 
 
+class ProcessMissing(distributed.DistError):
+    """A process did not come where all meet: it ended, or hangs."""
+
+
 def sums_over_processes(trainer: Any, parameters: list[nn.Parameter]) -> Callable[[Tensor], Any]:
     """What adds up a tensor [P] of all processes in place; gradients under DDP are added up by it, too.
 
@@ -103,7 +107,7 @@ class SharedSums:
         """Replace a tensor [P] by its sum over all processes, which all call this in the same order.
 
         Raises:
-            DistError: a process died, or did not come within the process group's timeout.
+            ProcessMissing: a process died, or did not come within the process group's timeout.
         """
         values = self._meet(tensor)
         tensor.copy_(values[0])
@@ -156,7 +160,8 @@ class SharedSums:
         timeout = distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout  # pyright: ignore
         if dead or waited > timeout.total_seconds():
             what = "ended" if dead else f"did not come within {waited:.0f} s"
-            raise distributed.DistError(f"process {dead or late} {what} where the processes meet")
+            names = " and ".join(f"process {rank}" for rank in dead or late)
+            raise ProcessMissing(f"{names} {what} where the processes meet")
 
 
 def _allocate(size: int) -> str | None:

@@ -14,6 +14,8 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import distributed
 from typing_extensions import override
 
+from ppo_lightning.shared_sums import ProcessMissing
+
 
 class Counts(Protocol):
     """A module that counts its iterations."""
@@ -63,7 +65,7 @@ class WatchProcesses(Callback):
             return
         rank = trainer.global_rank
         if _is_of_others(exception):
-            message = self._blame(rank, trainer.world_size)
+            message = self._blame(rank, trainer.world_size, exception)
             exception.args = (f"{message} ({exception})",)
         else:
             message = f"process {rank}: {type(exception).__name__}: {exception}"
@@ -73,8 +75,8 @@ class WatchProcesses(Callback):
         if isinstance(launcher, _SubprocessScriptLauncher):
             launcher.kill(signal.SIGKILL)  # one that hangs would never end
 
-    def _blame(self, rank: int, world_size: int) -> str:
-        """One sentence for each process that is at fault, as far as the store can tell."""
+    def _blame(self, rank: int, world_size: int, exception: Exception) -> str:
+        """One sentence for each process that is at fault, as far as the store can tell; else what was heard of it."""
         store, others = self._store, [other for other in range(world_size) if other != rank]
         store.set_timeout(timedelta(seconds=self.PATIENCE_S))
         try:
@@ -88,7 +90,10 @@ class WatchProcesses(Callback):
                     break
                 time.sleep(0.05)  # the others hear of it, too
             said = [store.get(f"end {other}").decode() for other in others if other not in silent]
+            self._leave(rank, [other for other in others if other not in (dead or silent)])
         except distributed.DistError:
+            if isinstance(exception, ProcessMissing):
+                return str(exception)
             return "process 0, which the others meet at, does not answer: it is gone"
         if any(said):
             return "; ".join(filter(None, said))
@@ -99,6 +104,13 @@ class WatchProcesses(Callback):
             f"({time.time() - float(seen[other][1]):.0f} s ago): it {'died' if other in dead else 'died or hangs'}"
             for other in (set(dead) & set(silent) or silent)
         )
+
+    def _leave(self, rank: int, living: list[int]) -> None:
+        """Note that this process has read what it wants; the first one, with which the store ends, waits for the others."""
+        self._store.set(f"left {rank}", "")
+        until = time.time() + self.PATIENCE_S
+        while rank == 0 and time.time() < until and not all(self._store.check([f"left {other}"]) for other in living):
+            time.sleep(0.01)
 
 
 def _died(host: str, pid: str) -> bool:
