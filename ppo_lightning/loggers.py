@@ -1,12 +1,14 @@
-"""Loggers beside those of the run's folder: which packages they need, whose folder counts, and when W&B's run ends."""
+"""Loggers beside those of the run's folder: what they are told of a run, which packages they need, and whose folder counts."""
 
+import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from ppo_lightning.errors import InputError
@@ -17,6 +19,43 @@ PACKAGES = {
     "CometLogger": ("comet_ml", "comet"),
 }
 """Module that a logger of Lightning's imports, and the extra that installs it."""
+
+LIGHTNINGS_OWN = ("_instantiator", "_class_path")
+"""What Lightning keeps beside hyperparameters, for itself."""
+
+
+def described_run(
+    hyperparameters: Mapping[str, Any], optimizer: torch.optim.Optimizer, *, seed: int | None, processes: int
+) -> dict[str, Any]:
+    """What loggers are told of a run: all hyperparameters, the optimiser's too, its seed and processes.
+
+    Args:
+        hyperparameters: by name, of what is no plain data :func:`name_of` it.
+        optimizer: as it was made.
+        seed: of the run.
+        processes: that train.
+    """
+    kind = type(optimizer)
+    return {
+        **_plain_yaml({name: value for name, value in hyperparameters.items() if name not in LIGHTNINGS_OWN}),
+        "optimizer": {
+            "class_path": f"{kind.__module__}.{kind.__qualname__}",
+            "init_args": _plain_yaml(optimizer.defaults),
+        },
+        "seed": seed,
+        "processes": processes,
+    }
+
+
+def name_of(value: Any) -> str:
+    """Of a class or function its own name; of an object its class's."""
+    named = value if inspect.isclass(value) or inspect.isfunction(value) else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _plain_yaml(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Tuples as lists: plain YAML has no other."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def refuse_unusable(parsed: Any) -> None:

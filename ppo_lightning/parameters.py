@@ -91,6 +91,56 @@ def check_numbers(given: Mapping[str, Any]) -> None:
         raise InputError(f"vf_coef must be zero or more, got {given['vf_coef']!r}")
 
 
+def check_samples(num_steps: int, num_envs: int, num_minibatches: int) -> None:
+    """Refuse rollouts that have fewer samples than minibatches.
+
+    Raises:
+        InputError: so they have.
+    """
+    samples = num_steps * num_envs
+    if num_minibatches > samples:
+        raise InputError(
+            f"num_steps · num_envs = {num_steps} · {num_envs} = {samples} samples cannot be cut into num_minibatches = "
+            f"{num_minibatches}: lower num_minibatches or raise num_steps"
+        )
+
+
+def check_sequences(
+    given: int | None, num_steps: int, num_envs: int, num_minibatches: int, *, memory: bool
+) -> int | None:
+    """Steps of a sequence; None for a policy without memory.
+
+    Args:
+        given: ``sequence_length``; None is whole rollouts.
+        num_steps: steps of each environment per rollout.
+        num_envs: environments of this process.
+        num_minibatches: pieces that the sequences are cut into.
+        memory: the policy has one.
+
+    Raises:
+        InputError: they do not cut the rollout, or into too few.
+    """
+    if not memory:
+        if given is not None:
+            raise InputError(
+                f"sequence_length={given} cuts rollouts for memory, which this policy has not: leave it out, or give the "
+                "policy a memory (ActorCritic: memory: lstm)"
+            )
+        return None
+    length = num_steps if given is None else given
+    if num_steps % length:
+        raise InputError(
+            f"sequence_length = {length} does not cut num_steps = {num_steps} into whole sequences: take a divisor"
+        )
+    sequences = num_steps // length * num_envs
+    if sequences < num_minibatches:
+        raise InputError(
+            f"num_envs · num_steps / sequence_length = {num_envs} · {num_steps} / {length} = {sequences} sequences cannot "
+            f"be cut into num_minibatches = {num_minibatches}: lower sequence_length or num_minibatches"
+        )
+    return length
+
+
 def plain_factory(factory: T) -> T:
     """A callable that worker processes can be sent: the class and arguments inside those that a ``class_path`` makes.
 

@@ -6,7 +6,6 @@ import io
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -53,21 +52,32 @@ from ppo_lightning.checkpoint import (
 )
 from ppo_lightning.clock import Clock
 from ppo_lightning.compiled import CompiledUpdate, CompilerError, why_not
-from ppo_lightning.envs import Environments, EnvMaker, Halves, Restarts, Setting, resolve
+from ppo_lightning.envs import Environments, EnvMaker, Halves, Setting, Supply, resolve
 from ppo_lightning.envs.info import Sums, added
 from ppo_lightning.envs.info import means as means_of
 from ppo_lightning.envs.state import as_tensors
 from ppo_lightning.errors import InputError, ProcessFault
 from ppo_lightning.evaluation import evaluate_episodes, said, summarize
+from ppo_lightning.gradients import Guard, clip_by_norm
 from ppo_lightning.history import Records, summarize_records
+from ppo_lightning.loggers import described_run, name_of
 from ppo_lightning.loss import LossTerms, PPOLoss, normalized
 from ppo_lightning.metric_names import MetricNames, renamed
 from ppo_lightning.metrics import Update, merged, norms_of, row_of
-from ppo_lightning.parameters import Linear, PopArt, check_numbers, plain_factory, schedule
+from ppo_lightning.parameters import (
+    Linear,
+    PopArt,
+    check_numbers,
+    check_samples,
+    check_sequences,
+    plain_factory,
+    schedule,
+)
 from ppo_lightning.parameters import popart as as_popart
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.prediction import predict
 from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, cut_up, different, fingerprint
+from ppo_lightning.resume import described, own_state
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
 from ppo_lightning.shared_sums import SharedSums, sums_over_processes
 from ppo_lightning.snapshot import Snapshot
@@ -211,16 +221,17 @@ class PPO(LightningModule):
             vectorization,
             restarts=env_restarts > 0,
         )
-        self.observation_space, self.action_space, self._made = self.env_maker.probe(num_envs)
-        if self._made is not None and env_restarts:
-            raise InputError(
-                f"env_restarts={env_restarts} makes single environments anew, and {self.env_maker.name} is a vector: leave "
-                "it out, or give single environments (vectorization sync or async)"
-            )
-        self._has_workers = vectorization == "async" and self._made is None
+        self.supply = Supply(
+            self.env_maker,
+            num_envs,
+            timeout_s=env_timeout_s,
+            restarts=int(env_restarts),
+            log_info=tuple(log_info),
+        )
+        self.observation_space, self.action_space = self.supply.observation_space, self.supply.action_space
         check_mask(self.observation_space, self.action_space)
         seen = without_mask(self.observation_space)
-        self.num_envs = int(num_envs) if self._made is None else self._made.num_envs
+        self.num_envs = self.supply.num_envs
         self.num_steps = int(num_steps)
         self.total_steps = int(total_steps)
         self.gamma = gamma
@@ -234,12 +245,10 @@ class PPO(LightningModule):
         self.ent_coef = schedule("ent_coef", ent_coef)
         self.vf_coef = vf_coef
         self.max_grad_norm = max_grad_norm
-        self.non_finite = non_finite
+        self.guard = Guard(non_finite)
         self.target_kl = target_kl
         self.lr_schedule: Linear | None = None
         """Learning rate by callbacks that steer, in the place of the line from the optimiser's own to 0."""
-        self.setting = self.eval_setting = Setting()
-        """How the environments of training and of evaluations differ from those given, by callbacks that steer."""
         self.steered: dict[str, float] = {}
         """What callbacks that steer log with each iteration."""
         self.optimizer = plain_factory(optimizer)
@@ -247,18 +256,18 @@ class PPO(LightningModule):
         self.eval_interval = eval_interval
         self.num_eval_episodes = num_eval_episodes
         self.eval_deterministic = eval_deterministic
-        self.restarts = Restarts(int(env_restarts))
+        self.restarts = self.supply.restarts
         self.log_info = tuple(log_info)
         self.metric_names = metric_names
         self.env_timeout_s = env_timeout_s
         self.compiles = compile
         self.compiled: CompiledUpdate | None = None
         """The update in one graph, where ``compile`` is on and nothing prevents it; made when training starts."""
-        self._check_samples(num_steps)
+        check_samples(self.num_steps, self.num_envs, self.num_minibatches)
 
         self.policy = Policy(seen, self.action_space, policy, normalize_observation, as_popart(popart))
         self.clip_reward = clip_reward
-        self.sequence_length = self._check_sequences(sequence_length, self.num_steps)
+        self.sequence_length = self._sequences_of(sequence_length, self.num_steps)
         self.return_moments = RunningMoments(()) if normalize_reward else None
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.int64))
@@ -279,7 +288,6 @@ class PPO(LightningModule):
         """The signal by which the run ends, as all processes have agreed."""
         self._paused: dict[str, Any] | None = None
         """State of the optimiser and of this process after the last fit."""
-        self._eval_environments: Environments | None = None
         self._clock = Clock()
         self.records = Records()
         """What the run was like so far; kept by :class:`~ppo_lightning.callbacks.RunSummary`."""
@@ -287,7 +295,6 @@ class PPO(LightningModule):
         """Of each step of the current update."""
         self._part_norms: list[Tensor] = []
         """[P] of each parameter, of each step of the current update that autograd took."""
-        self._skipped = self._skipped_in_a_row = 0
         self._in_use: tuple[PPOLoss, Any] | None = None
         """Loss and samples of the gradient that is computed."""
         self._accumulated = False
@@ -352,9 +359,10 @@ class PPO(LightningModule):
     def on_fit_start(self) -> None:
         """Seed this process's own stream, and leave at once where nothing is left to train."""
         rank_zero_info(f"seed {self.seed}")
-        self._hparams_initial = self._logged_hyperparameters()  # which Lightning gives to loggers next
+        self._hparams_initial = self._described()  # which Lightning gives to loggers next
         self.generator.manual_seed(self._stream("training", self.num_env_steps))
-        self.restarts.count = self._skipped = self._skipped_in_a_row = 0
+        self.restarts.count = 0
+        self.guard.reset()
         self._clock = Clock()
         if self.num_env_steps >= self.total_steps:
             rank_zero_info(
@@ -616,17 +624,10 @@ class PPO(LightningModule):
     def _run_state(self) -> dict[str, Any]:
         """What this process's next rollout depends on, besides the module and its optimiser."""
         return {
-            "environment": self._environment_described(),
+            "environment": described(self.hparams, self.num_envs),
             "random": random_state(self.generator),
             "rollouts": self.rollouts.state(),
         }
-
-    def _environment_described(self) -> str:
-        """What decides whether saved environments fit, as far as a file can hold it."""
-        keys = ("env", "env_kwargs", "wrappers", "vectorization")
-        plain = {key: self.hparams[key] for key in keys if key in self.hparams}
-        described = {key: value for key, value in plain.items() if value not in (None, (), [], {})}
-        return re.sub(" at 0x[0-9a-f]+", "", str({**described, "num_envs": self.num_envs}))
 
     def _go_on(self) -> None:
         """Take up the random streams, environments and episodes of the run that goes on."""
@@ -640,14 +641,8 @@ class PPO(LightningModule):
         if states is None:
             return
         self.rollouts.saved = None
-        if len(states) != self._world_size:
-            rank_zero_info(
-                f"environments begin anew: {len(states)} processes were saved, and there are {self._world_size}"
-            )
-            return
-        own, described = states[self._rank], self._environment_described()
-        if own["environment"] != described:
-            rank_zero_info(f"environments begin anew: they were {own['environment']}, and are {described}")
+        own = own_state(states, self._rank, self._world_size, described(self.hparams, self.num_envs))
+        if own is None:
             return
         restore_random_state(own["random"], self.generator)
         self.rollouts.saved = own["rollouts"]
@@ -672,33 +667,9 @@ class PPO(LightningModule):
         self._accumulated = self._by_graph = False
         cuts = self._cut_up(batch)
         if self.compiled is not None:
-            rows = self._rows(batch)
-            try:
-                passes = self.compiled.run(
-                    rows,
-                    batch["valid"].flatten(),
-                    loss,
-                    cuts,
-                    chunks=self.minibatch_chunks,
-                    target_kl=self.target_kl,
-                    world_size=self._world_size,
-                    add_up=self._add_up,
-                )
-            except CompilerError as error:
-                if self._world_size > 1:
-                    raise InputError(
-                        f"compile: true fails in process {self._rank}, since {error}: turn it off"
-                    ) from error
-                rank_zero_warn(f"compile: true has no effect on the update, since {error}")
-                self.compiled.restore()
-                self.compiled = None
-            else:
-                if passes.finite:
-                    self._by_graph, self._skipped_in_a_row = True, 0
-                    self._grad_norms.extend(passes.norms[:, 0])
-                    stopped = len(passes.norms) < len(passes.terms)
-                    return Update(loss, passes.terms, passes.epochs, passes.minibatches, passes.norms, stopped)
-                self.compiled.restore()  # once more, step by step: what is not finite is found and left out
+            update = self._update_by_graph(self.compiled, batch, loss, cuts)
+            if update is not None:
+                return update
         samples = self.samples(batch)
         advantage = samples["advantage"]
         terms: list[LossTerms] = []
@@ -727,6 +698,33 @@ class PPO(LightningModule):
                     return Update(loss, _table(terms), epoch + 1, minibatch + 1, self._norms(), True)
                 descend(parts[-1].loss)
         return Update(loss, _table(terms), self.update_epochs, self.num_minibatches, self._norms(), False)
+
+    def _update_by_graph(self, compiled: CompiledUpdate, batch: TensorDict, loss: PPOLoss, cuts: Cuts) -> Update | None:
+        """The same in one graph; None where it has to be taken step by step, with everything as it was."""
+        try:
+            passes = compiled.run(
+                self._rows(batch),
+                batch["valid"].flatten(),
+                loss,
+                cuts,
+                chunks=self.minibatch_chunks,
+                target_kl=self.target_kl,
+                world_size=self._world_size,
+                add_up=self._add_up,
+            )
+        except CompilerError as error:
+            if self._world_size > 1:
+                raise InputError(f"compile: true fails in process {self._rank}, since {error}: turn it off") from error
+            rank_zero_warn(f"compile: true has no effect on the update, since {error}")
+            self.compiled = None
+        else:
+            if passes.finite:
+                self._by_graph, self.guard.in_a_row = True, 0
+                self._grad_norms.extend(passes.norms[:, 0])
+                stopped = len(passes.norms) < len(passes.terms)
+                return Update(loss, passes.terms, passes.epochs, passes.minibatches, passes.norms, stopped)
+        compiled.restore()  # step by step, what is not finite is found and left out
+        return None
 
     def _cut_up(self, batch: TensorDict) -> Cuts:
         """Shuffle and cut the rollout's samples, in the order in which :meth:`samples` has them."""
@@ -874,14 +872,7 @@ class PPO(LightningModule):
         Raises:
             FloatingPointError: the norm is not finite, and that is not to be skipped; no step was taken.
         """
-        # As clip_grad_norm_ does it, whose norms of single parameters are kept for metrics.
-        gradients = [one.grad for one in self._learnt if one.grad is not None]
-        parts = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
-        norm = parts.norm()
-        nn.utils.clip_grads_with_norm_(self._learnt, self.max_grad_norm or torch.inf, norm)
-        if len(parts) < len(self._learnt):
-            have = torch.tensor([one.grad is not None for one in self._learnt], device=parts.device)
-            parts = parts.new_zeros(len(have)).masked_scatter(have, parts)
+        norm, parts = clip_by_norm(self._learnt, self.max_grad_norm)
         self._part_norms.append(parts)
         value = norm.item()
         overflows = scaler is not None and not math.isfinite(value) and scaler.get_scale() >= 1.0
@@ -900,24 +891,7 @@ class PPO(LightningModule):
         )
 
     def _accepts(self, norm: float) -> bool:
-        """Whether a gradient has a norm that a step may be taken by; else the step is left out, or the run ends.
-
-        All processes decide alike: their gradients are the same by now.
-        """
-        if math.isfinite(norm):
-            self._skipped_in_a_row = 0
-            return True
-        self._skipped += 1
-        self._skipped_in_a_row += 1
-        if self.non_finite == "skip" and self._skipped_in_a_row <= MAX_SKIPPED:
-            return False
-        file = self._dump(norm)
-        times = f" {self._skipped_in_a_row} times in a row" if self.non_finite == "skip" else ""
-        raise FloatingPointError(
-            f"the gradient's norm is {norm}{times} in iteration {int(self.iterations) + 1}, the step was not taken: lower "
-            "the learning rate, or look for observations or rewards of extreme size (normalize_observation, "
-            f"normalize_reward); {file} holds what it was computed from"
-        )
+        return self.guard.accepts(norm, int(self.iterations) + 1, self._dump)
 
     def _dump(self, norm: float) -> Path:
         """Write what a gradient was computed from, as plain tensors, and say where."""
@@ -1058,8 +1032,8 @@ class PPO(LightningModule):
         for name in absent:
             if absent[name]:
                 del metrics[name]
-        if self._skipped:
-            metrics["train/skipped_steps"] = self._skipped
+        if self.guard.skipped:
+            metrics["train/skipped_steps"] = self.guard.skipped
         if update.loss.clip_range_vf is not None:
             metrics["train/clip_range_vf"] = update.loss.clip_range_vf
         if self.target_kl is not None:
@@ -1185,7 +1159,7 @@ class PPO(LightningModule):
         share, seed = shares[self._rank], self.evaluation_seed(purpose)
         episodes = torch.zeros(shares[0], 4, dtype=torch.float64)
         if share:
-            environments = self._evaluation_environments(share)
+            environments = self.supply.for_evaluation(min(self.num_envs, share))
             try:
                 with self.autocast():
                     episodes[:share] = evaluate_episodes(
@@ -1197,8 +1171,7 @@ class PPO(LightningModule):
                         deterministic=deterministic,
                     )
             except BaseException:
-                environments.close()  # another evaluation makes new ones
-                self._eval_environments = None
+                self.supply.close_evaluation()  # another evaluation makes new ones
                 raise
             logged = environments.logged.take()
         rows = self.gather(torch.cat([episodes.flatten(), episodes.new_tensor([bool(logged)])])).view(world, -1)
@@ -1288,45 +1261,13 @@ class PPO(LightningModule):
     def close_environments(self) -> None:
         """Stop all simulators and their worker processes; whatever needs them next starts new ones."""
         self.rollouts.close()
-        if self._eval_environments is not None:
-            self._eval_environments.close()
-            self._eval_environments = None
+        self.supply.close_evaluation()
 
     # --- what collecting asks -----------------------------------------------------------------------------------------
 
     def make_environments(self) -> Environments | Halves:
         """The environments to train on; worker processes in two halves."""
-        made, self._made = self._made, self._made if self.env_maker.is_instance else None
-        maker, attributes = self.setting.of(self.env_maker), self.setting.attributes
-        if made is not None and maker is not self.env_maker:  # it was made with other arguments
-            made.close()
-            made = None
-        if self._has_workers and self.num_envs > 1:
-            sizes = cut(self.num_envs, 2)
-            make = partial(
-                Environments,
-                maker,
-                timeout_s=self.env_timeout_s,
-                restarts=self.restarts,
-                log_info=self.log_info,
-                attributes=attributes,
-            )
-            first = make(sizes[0])
-            try:
-                environments = Halves(first, make(sizes[1], first=sizes[0]))
-            except BaseException:
-                first.close()
-                raise
-        else:
-            environments = Environments(
-                maker,
-                self.num_envs,
-                self.env_timeout_s,
-                made,
-                restarts=self.restarts,
-                log_info=self.log_info,
-                attributes=attributes,
-            )
+        environments = self.supply.for_training()
         if environments.inserts_rows and self.sequence_length == 1:
             environments.close()
             raise InputError(
@@ -1352,9 +1293,9 @@ class PPO(LightningModule):
         Raises:
             InputError: the environments have not what is to be set, or other spaces when made with these arguments.
         """
-        before, self.setting = self.setting, setting
+        before, self.supply.setting = self.supply.setting, setting
         if anew and setting.env_kwargs != before.env_kwargs:
-            self._check_spaces(setting)
+            self.supply.check_spaces(setting)
             self.rollouts.close()
             self.rollouts.saved = None
         elif setting.attributes != before.attributes:
@@ -1362,21 +1303,7 @@ class PPO(LightningModule):
 
     def steer_evaluations(self, setting: Setting) -> None:
         """Evaluate on environments that differ so from those that the run was given."""
-        if setting != self.eval_setting and self._eval_environments is not None:
-            self._eval_environments.close()
-            self._eval_environments = None
-        self.eval_setting = setting
-
-    def _check_spaces(self, setting: Setting) -> None:
-        observation_space, action_space, made = setting.of(self.env_maker).probe(self.num_envs)
-        if made is not None:
-            made.close()
-        if (observation_space, action_space) != (self.observation_space, self.action_space):
-            raise InputError(
-                f"{self.env_maker.name} made with {dict(setting.env_kwargs)} has the spaces {observation_space} and "
-                f"{action_space}, the policy was made for {self.observation_space} and {self.action_space}: change what "
-                "leaves them as they are"
-            )
+        self.supply.steer_evaluations(setting)
 
     def resize_rollouts(self, num_steps: int) -> None:
         """Collect rollouts of another length from now on; the episodes go on.
@@ -1398,18 +1325,14 @@ class PPO(LightningModule):
         Raises:
             InputError: it cannot be cut into minibatches or sequences.
         """
-        self._check_samples(num_steps)
+        check_samples(num_steps, self.num_envs, self.num_minibatches)
         if self.rollouts.environments is not None:
             self._check_rows(self.rollouts.environments, num_steps)
-        return self._check_sequences(self.hparams["sequence_length"], num_steps)
+        return self._sequences_of(self.hparams["sequence_length"], num_steps)
 
-    def _check_samples(self, num_steps: int) -> None:
-        samples = num_steps * self.num_envs
-        if self.num_minibatches > samples:
-            raise InputError(
-                f"num_steps · num_envs = {num_steps} · {self.num_envs} = {samples} samples cannot be cut "
-                f"into num_minibatches = {self.num_minibatches}: lower num_minibatches or raise num_steps"
-            )
+    def _sequences_of(self, given: int | None, num_steps: int) -> int | None:
+        memory = bool(self.policy.state_size)
+        return check_sequences(given, num_steps, self.num_envs, self.num_minibatches, memory=memory)
 
     def _check_rows(self, environments: Environments | Halves, num_steps: int) -> None:
         rows = (num_steps // 2 if environments.inserts_rows else num_steps) * environments.num_envs
@@ -1436,33 +1359,6 @@ class PPO(LightningModule):
             # Lightning casts weights in every call, since in training they change: here they do not.
             torch.set_autocast_cache_enabled(True)
             yield
-
-    def _check_sequences(self, given: int | None, num_steps: int) -> int | None:
-        """Steps of a sequence; None without memory.
-
-        Raises:
-            InputError: they do not cut the rollout, or into too few.
-        """
-        if not self.policy.state_size:
-            if given is not None:
-                raise InputError(
-                    f"sequence_length={given} cuts rollouts for memory, which this policy has not: leave it out, or give "
-                    "the policy a memory (ActorCritic: memory: lstm)"
-                )
-            return None
-        length = num_steps if given is None else given
-        if num_steps % length:
-            raise InputError(
-                f"sequence_length = {length} does not cut num_steps = {num_steps} into whole sequences: take a divisor"
-            )
-        sequences = num_steps // length * self.num_envs
-        if sequences < self.num_minibatches:
-            raise InputError(
-                f"num_envs · num_steps / sequence_length = {self.num_envs} · {num_steps} / {length} = {sequences} "
-                f"sequences cannot be cut into num_minibatches = {self.num_minibatches}: lower sequence_length or "
-                "num_minibatches"
-            )
-        return length
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -1499,38 +1395,11 @@ class PPO(LightningModule):
         words = [self.seed, sum(purpose.encode()), self._rank, step]
         return int(np.random.SeedSequence(words).generate_state(1)[0] >> 1)
 
-    def _evaluation_environments(self, num_episodes: int) -> Environments:
-        num_envs = min(self.num_envs, num_episodes)
-        if self._eval_environments is not None and self._num_eval_envs != num_envs:
-            self._eval_environments.close()
-            self._eval_environments = None
-        if self._eval_environments is None:
-            maker = self.env_maker.again()
-            if maker is None:
-                raise InputError(
-                    f"evaluation needs environments of its own, and {self.env_maker.name} was given as a VectorEnv: give a "
-                    "callable that makes it instead"
-                )
-            setting = self.eval_setting
-            self._eval_environments = Environments(
-                setting.of(maker),
-                num_envs,
-                self.env_timeout_s,
-                restarts=self.restarts,
-                log_info=self.log_info,
-                attributes=setting.attributes,
-            )
-            self._num_eval_envs = num_envs
-        return self._eval_environments
-
     @override
     def __getstate__(self) -> dict[str, Any]:
-        # Simulators stay where they are, and so do compiled graphs.
-        state = {**super().__getstate__(), "_eval_environments": None, "compiled": None}
+        state = {**super().__getstate__(), "compiled": None}  # graphs stay where they are
         # A generator does not survive the way into a spawned process, nor does the tensor that holds its state.
         state["generator"] = self.generator.get_state().numpy().tobytes()
-        if not self.env_maker.is_instance:
-            state["_made"] = None
         return state
 
     @override
@@ -1539,21 +1408,10 @@ class PPO(LightningModule):
         saved, self.generator = bytearray(state["generator"]), torch.Generator()
         self.generator.set_state(torch.frombuffer(saved, dtype=torch.uint8))
 
-    def _logged_hyperparameters(self) -> dict[str, Any]:
-        """What loggers are told of a run: all hyperparameters, of what is no plain data the name; seed and processes."""
-        given = {name: value for name, value in self.hparams.items() if name not in ("_instantiator", "_class_path")}
-        optimizer = type(self._optimizer)
-        return {
-            **_lists(given),
-            **self._names,
-            "total_steps": self.total_steps,
-            "optimizer": {
-                "class_path": f"{optimizer.__module__}.{optimizer.__qualname__}",
-                "init_args": _lists(self._optimizer.defaults),
-            },
-            "seed": self.seed,
-            "processes": self._world_size,
-        }
+    def _described(self) -> dict[str, Any]:
+        """What loggers are told of a run."""
+        named = {**self.hparams, **self._names, "total_steps": self.total_steps}
+        return described_run(named, self._optimizer, seed=self.seed, processes=self._world_size)
 
     def _remember_hyperparameters(self, given: dict[str, Any]) -> None:
         """Keep what is plain data in the checkpoint, and the names of what is not.
@@ -1569,14 +1427,11 @@ class PPO(LightningModule):
             return
         plain = plain_data(given)
         self.save_hyperparameters(plain)
-        self._names = {name: _name_of(value) for name, value in given.items() if name not in plain}
+        self._names = {name: name_of(value) for name, value in given.items() if name not in plain}
         changed = {name for name, value in given.items() if value is not _PARAMETERS[name]}
         self._not_saved = sorted(changed - plain.keys())
         self._given = changed
 
-
-MAX_SKIPPED = 10
-"""Gradient steps in a row that may be left out, because the gradient was not finite."""
 
 _STEP = ("descend", "diverged", "clip_gradients_by_norm")
 """Methods that a compiled update does not call."""
@@ -1608,17 +1463,6 @@ def take(samples: TensorDict, order: Tensor) -> TensorDict:
 
 def _processes(ranks: list[int]) -> str:
     return f"process {ranks[0]}" if len(ranks) == 1 else f"processes {', '.join(map(str, ranks))}"
-
-
-def _name_of(value: Any) -> str:
-    """Of a class or function its own name; of an object its class's."""
-    named = value if inspect.isclass(value) or inspect.isfunction(value) else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def _lists(values: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists: plain YAML has no other."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _nothing() -> None:

@@ -542,7 +542,7 @@ def test_a_policy_acts_without_the_optimiser_it_was_trained_with_but_does_not_tr
 def test_environments_are_closed_after_a_fit(fit):
     model = trained(fit)
     assert model.rollouts.environments is None
-    assert model._eval_environments is None
+    assert model.supply._evaluating is None
 
 
 def test_the_trainer_gets_its_evaluation_interval_back(fit):

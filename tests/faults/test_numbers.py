@@ -395,4 +395,4 @@ def test_before_any_step_it_means_a_policy_that_gives_no_numbers(divergence, fit
     before = state(model)
     fit(model)
     assert equal(before, state(model))
-    assert model._skipped == int(model.iterations)
+    assert model.guard.skipped == int(model.iterations)
