@@ -1,9 +1,10 @@
 """ppo_lightning on one workload, by the command that users type; called like the scripts in peers/.
 
-    python benchmarks/ours.py --workload w1 --steps 60000 --threads 1 --warm-up 4 [--eager] [--plain] [--parts]
+    python benchmarks/ours.py --workload w1 --steps 60000 --threads 1 --warm-up 4 [--eager] [--plain] [--bare] [--parts]
 
 --eager leaves the update uncompiled. --plain is the same loop without Lightning: the same rollouts, advantages, update
-function, metrics and logger. --parts adds up where the time goes.
+function, metrics and logger. --bare leaves HealthMonitor and RunSummary out of Trainer.fit. --parts adds up where the time
+goes.
 """
 
 import argparse
@@ -58,13 +59,19 @@ def watch_parts(seconds: dict[str, float]) -> None:
     watch(seconds, CSVLogger, "log_metrics", "logging")
 
 
-def fit(run: Run, words: list[str], seconds: dict[str, float]) -> None:
+def fit(run: Run, words: list[str], seconds: dict[str, float], *, bare: bool) -> None:
     """``ppo_lightning fit``, with a clock beside it."""
     from lightning import Callback
 
     from ppo_lightning import cli
+    from ppo_lightning.callbacks import HealthMonitor, RunSummary
 
     class Meter(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            if bare:
+                kept = [own for own in trainer.callbacks if not isinstance(own, HealthMonitor | RunSummary)]
+                trainer.callbacks = kept
+
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             run.tick()
             if run.ticks == run.warm_up + 1:
@@ -122,7 +129,7 @@ def plain(run: Run, given: dict[str, Any], folder: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag in ("eager", "plain", "parts"):
+    for flag in ("eager", "plain", "bare", "parts"):
         parser.add_argument(f"--{flag}", action="store_true")
     own, rest = parser.parse_known_args()
     run = run_from_arguments("ppo_lightning", rest)
@@ -153,7 +160,7 @@ def main() -> None:
                 "trainer.logger": "lightning.pytorch.loggers.CSVLogger",
                 "trainer.logger.save_dir": folder,
             }
-            fit(run, ["fit", *(f"--{name}={value}" for name, value in flags.items())], seconds)
+            fit(run, ["fit", *(f"--{name}={value}" for name, value in flags.items())], seconds, bare=own.bare)
     if own.parts:
         run.notes["parts_s"] = parts(seconds, run.ended - run.warmed)
     run.report(*PACKAGES)

@@ -10,6 +10,7 @@ What could not be run is named, with the reason.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -42,7 +43,7 @@ class Workload:
 
 
 WORKLOADS = {
-    "w1": Workload(60_000, variants=("", "--eager", "--plain", "--eager --plain")),
+    "w1": Workload(60_000, variants=("", "--eager", "--plain", "--eager --plain", "--bare", "--eager --bare")),
     "w1v": Workload(60_000, peers=False),
     "w1t": Workload(200_000),
     "w2": Workload(400_000),
@@ -132,7 +133,7 @@ def table(results: dict[str, Any]) -> str:
         lines += ["| | steps per second | slowest – fastest | ours over it | warm-up, s | peak memory, MB |"]
         lines += ["|---|---|---|---|---|---|"]
         ours = max(
-            (rate(runs) for name, runs in result["runs"].items() if name.split()[0] == OURS and "plain" not in name),
+            (rate(runs) for name, runs in result["runs"].items() if name in (OURS, f"{OURS} eager")),
             default=None,
         )
         for name, runs in sorted(result["runs"].items(), key=lambda item: -rate(item[1])):
@@ -149,11 +150,12 @@ def table(results: dict[str, Any]) -> str:
             lines += [f"\nOver the best of {', '.join(peers)} ({best}): **{ours / peers[best]:.2f}**."]
         if "rejax" in result["runs"] and ours:
             lines += [f"\nOver rejax: **{ours / rate(result['runs']['rejax']):.2f}**."]
-        for kind in ("", " eager"):
-            through, loop = result["runs"].get(f"{OURS}{kind}"), result["runs"].get(f"{OURS}{kind} plain")
-            if through and loop:
+        beside = {"plain": "Lightning's share", "bare": "The share of HealthMonitor and RunSummary"}
+        for kind, without in itertools.product(("", " eager"), beside):
+            through, rest = result["runs"].get(f"{OURS}{kind}"), result["runs"].get(f"{OURS}{kind} {without}")
+            if through and rest:
                 lines += [
-                    f"\nLightning's share of the time{kind or ' compiled'}: {rate(loop) / rate(through) - 1:.1%}."
+                    f"\n{beside[without]} of the time{kind or ' compiled'}: {rate(rest) / rate(through) - 1:.1%}."
                 ]
         if result["parts_s"]:
             total = sum(result["parts_s"].values())
@@ -187,7 +189,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(results), figsize=(2.6 * len(results) + 1, 3.4), squeeze=False)
     for axis, (workload, result) in zip(axes[0], results.items(), strict=True):
-        runs = {name: own for name, own in result["runs"].items() if "plain" not in name}
+        runs = {name: own for name, own in result["runs"].items() if name.split()[-1] not in ("plain", "bare")}
         names = sorted(runs, key=lambda name: rate(runs[name]))
         colours = ["#d9632b" if name.split()[0] == OURS else "#8aa3b8" for name in names]
         axis.barh([name.replace("_", " ") for name in names], [rate(runs[name]) for name in names], color=colours)
