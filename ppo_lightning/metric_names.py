@@ -1,7 +1,7 @@
 """The names under which other systems log the same numbers, with their signs and scales."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 MetricNames = Literal["sb3", "cleanrl", "leanrl", "apexrl", "pufferlib", "embodichain"]
 
@@ -23,7 +23,7 @@ _CLEANRL = {
     "time/total_timesteps": "global_step",
 }
 
-TABLES: dict[str, Mapping[str, Any]] = {
+TABLES: dict[str, Mapping[str, str | tuple[str, float]]] = {
     "sb3": {},
     "cleanrl": {
         **_CLEANRL,
@@ -90,43 +90,49 @@ does not log keeps our name."""
 
 assert set(TABLES) == set(get_args(MetricNames))
 
+Names = Mapping[str, tuple[str, float]]
+"""A name -> another and what the number is multiplied by."""
+
+_THEIRS: dict[str, Names] = {
+    system: {ours: entry if isinstance(entry, tuple) else (entry, 1.0) for ours, entry in table.items()}
+    for system, table in TABLES.items()
+}
+_OURS: dict[str, Names] = {
+    system: {theirs: (ours, 1 / factor) for ours, (theirs, factor) in names.items()}
+    for system, names in _THEIRS.items()
+}
+
 
 def renamed(metrics: Mapping[str, float], system: str) -> dict[str, float]:
     """Metrics under a system's names, with its signs and scales.
+
+    An environment's own number that would take the place of another (``env/episode_return`` among PufferLib's) keeps our
+    name.
 
     Args:
         metrics: under our names, which are Stable-Baselines3's.
         system: one of :data:`MetricNames`.
     """
-    table = TABLES[system]
-    if not table:
-        return dict(metrics)
-    names = {}
-    for name, value in metrics.items():
-        theirs, factor = _of(table, name)
-        names[theirs] = value * factor
-    return names
+    named = {}
+    for ours, value in metrics.items():
+        theirs, factor = _of(_THEIRS[system], ours)
+        if _of(_OURS[system], theirs)[0] != ours:
+            theirs, factor = ours, 1.0
+        named[theirs] = value * factor
+    return named
 
 
 def restored(metrics: Mapping[str, float], system: str) -> dict[str, float]:
     """The opposite of :func:`renamed`."""
-    table = {}
-    for ours, entry in TABLES[system].items():
-        theirs, factor = entry if isinstance(entry, tuple) else (entry, 1.0)
-        table[theirs] = (ours, 1 / factor)
-    names = {}
-    for name, value in metrics.items():
-        ours, factor = _of(table, name)
-        names[ours] = value * factor
-    return names
+    told = ((*_of(_OURS[system], theirs), value) for theirs, value in metrics.items())
+    return {ours: value * factor for ours, factor, value in told}
 
 
-def _of(table: Mapping[str, Any], name: str) -> tuple[str, float]:
-    entry = table.get(name)
-    if entry is None:
-        begin = max((key for key in table if key.endswith("/") and name.startswith(key)), key=len, default=None)
-        if begin is None:
-            return name, 1.0
-        theirs, factor = table[begin] if isinstance(table[begin], tuple) else (table[begin], 1.0)
-        return theirs + name.removeprefix(begin), factor
-    return entry if isinstance(entry, tuple) else (entry, 1.0)
+def _of(names: Names, name: str) -> tuple[str, float]:
+    if name in names:
+        return names[name]
+    begin = max((key for key in names if key.endswith("/") and name.startswith(key)), key=len, default="")
+    if not begin:
+        return name, 1.0
+    other, factor = names[begin]
+    return other + name.removeprefix(begin), factor

@@ -28,7 +28,7 @@ class Update(NamedTuple):
 
 
 _AVERAGED = len(LossTerms._fields) + 3
-_SUMMED = 9
+_SUMMED = 8
 
 
 def row_of(batch: TensorDict, update: Update, std: Tensor | None, finished: Tensor, restarts: int) -> Tensor:
@@ -43,16 +43,15 @@ def row_of(batch: TensorDict, update: Update, std: Tensor | None, finished: Tens
     """
     table, valid = update.terms, batch["valid"]
     reward = batch["reward"][valid].double()
-    done = torch.stack([batch["terminated"], batch["truncated"]]).flatten(1).sum(1)
-    outcome = finished[:, 2:]
-    counts = [reward.numel(), len(finished), *outcome.nansum(0).tolist(), restarts]
+    # Not all that is terminal for what is learnt ends an episode: a lost life does not.
+    truncated = int((batch["truncated"] & ~batch["terminated"]).sum())
+    ends = [len(finished) - truncated, truncated, *finished[:, 2:].nansum(0).tolist()]
     own = [
         table.mean(0),
         table[-update.minibatches :, KL].mean()[None],
         table[-1, :1],
         table.new_zeros(1) if std is None else std.mean()[None],
-        torch.tensor(counts),
-        done,
+        torch.tensor([reward.numel(), *ends, restarts]),
         torch.stack([reward.sum(), reward.square().sum()]),
         torch.stack([reward.max(), -reward.min()]),
         target_moments(batch["state_value"][valid], batch["value_target"][valid]),
@@ -71,12 +70,12 @@ def merged(rows: Tensor) -> dict[str, float]:
     kinds = rows.split([_AVERAGED, _SUMMED, 2, 5], 1)
     averaged = kinds[0].mean(0).tolist()
     (_, policy_loss, value_loss, entropy, _, clipped, old_kl), (kl, last_loss, std) = averaged[:-3], averaged[-3:]
-    steps, episodes, successes, failures, restarts, terminated, truncated, total, squares = kinds[1].sum(0).tolist()
+    steps, terminated, truncated, successes, failures, restarts, total, squares = kinds[1].sum(0).tolist()
     highest, lowest = kinds[2].amax(0).tolist()
     count, target, missed = kinds[3][:, 0], kinds[3][:, 1], kinds[3][:, 2]
     reward = total / steps
     return {
-        "rollout/episodes": episodes,
+        "rollout/episodes": terminated + truncated,
         "rollout/terminated": terminated,
         "rollout/truncated": truncated,
         "rollout/successes": successes,
@@ -100,9 +99,9 @@ def merged(rows: Tensor) -> dict[str, float]:
 
 
 def norms_of(update: Update) -> dict[str, float]:
-    """Mean norms of the gradients whose norm was finite, which are the same in all processes; none without steps."""
+    """Mean norms of the gradients whose norm was finite, which are the same in all processes; none without such."""
     finite = update.norms[update.norms[:, 0].isfinite()]
-    if not len(update.norms):
+    if not len(finite):
         return {}
     names = ("train/grad_norm", "train/actor_grad_norm", "train/critic_grad_norm")
     return dict(zip(names, finite.mean(0).tolist(), strict=True))

@@ -949,19 +949,21 @@ class PPO(LightningModule):
         compares = self._world_size > 1 and self.policy_version % CHECK_INTERVAL == 0
         # One gather for all that is counted: some numbers, then the newest episodes, padded to a full window.
         window = EpisodeStatistics.WINDOW
-        finished = self.rollouts.episodes.finished[-window:]
+        episodes = self.rollouts.episodes
+        finished = torch.cat([episodes.finished, episodes.steps[:, None]], 1)[-window:]
         prints = fingerprint(self.policy.parameters()) if compares else (0, 0)
         says = bool(self.rollouts.logged)
         numbers = [int(valid.sum()), len(finished), self.signalled or 0, *prints, says]
-        packed = torch.zeros(len(numbers) + 4 * window, dtype=torch.float64)  # on the CPU: not every device has float64
+        packed = torch.zeros(len(numbers) + 5 * window, dtype=torch.float64)  # on the CPU: not every device has float64
         packed[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
         packed[len(numbers) : len(numbers) + finished.numel()] = finished.flatten()
         rows = self.gather(packed).view(-1, len(packed))
         for row in rows:
             self.env_steps += int(row[0])
-            self.rollouts.episodes.record(row[len(numbers) :].view(window, 4)[: int(row[1])])
             if row[2]:
                 self.interrupted = signal.Signals(int(row[2]))
+        ended = torch.cat([row[len(numbers) :].view(window, 5)[: int(row[1])] for row in rows])
+        episodes.record(ended[ended[:, 4].argsort(stable=True), :4])  # as of one process: by step, then environment
         if compares:
             self._refuse_difference(rows[:, 3:5])
         if rows[:, 5].any():

@@ -317,6 +317,8 @@ class EpisodeStatistics:
     def __init__(self) -> None:
         self.window: deque[tuple[float, ...]] = deque(maxlen=self.WINDOW)
         self.finished = torch.zeros(0, 4, dtype=torch.float64)
+        self.steps = torch.zeros(0, dtype=torch.int64)
+        """[E] of the current rollout, at which its episodes ended."""
         self.carry = torch.zeros(2, 0, dtype=torch.float64)
         """[2, N] return and length so far of the episodes that go on."""
 
@@ -343,6 +345,7 @@ class EpisodeStatistics:
         self.finished = torch.empty(len(env), 4, dtype=torch.float64)
         self.finished[order, :2] = totals.T
         self.finished[:, 2:] = ends.outcome
+        self.steps = ends.step.cpu()
         self.carry = sums[:, -1].clone()
         latest = torch.ones(len(env), dtype=torch.bool)
         latest[:-1] = env[1:] != env[:-1]

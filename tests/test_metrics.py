@@ -262,41 +262,116 @@ def test_a_rollout_may_be_changed_before_it_is_learnt_from(fit):
 
 
 SYSTEMS = {
-    "cleanrl": ["charts/SPS", "charts/episodic_return", "losses/clipfrac", "global_step", "losses/old_approx_kl"],
-    "leanrl": ["charts/terminated_count", "losses/grad_norm", "rollout/rewards_max", "rollout/ep_return_mean"],
-    "apexrl": ["episode/mean_length", "train/total_grad_norm", "rollout/mean_value", "train/policy_loss"],
-    "pufferlib": ["SPS", "agent_steps", "uptime", "epoch", "environment/episode_return", "losses/entropy"],
-    "embodichain": ["charts/episode_reward_avg_100", "train/actor_loss", "train/entropy", "charts/SPS"],
-    "sb3": ["rollout/ep_rew_mean", "train/value_loss", "train/entropy_loss", "time/fps"],
+    "sb3": """rollout/ep_len_mean rollout/ep_rew_mean rollout/success_rate time/fps time/iterations time/total_timesteps
+        time/time_elapsed train/approx_kl train/clip_fraction train/clip_range train/clip_range_vf train/entropy_loss
+        train/explained_variance train/learning_rate train/loss train/n_updates train/policy_gradient_loss train/std
+        train/value_loss eval/mean_reward eval/mean_ep_length eval/success_rate""",
+    "cleanrl": """charts/episodic_return charts/episodic_length charts/SPS charts/learning_rate losses/value_loss
+        losses/policy_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac
+        losses/explained_variance""",
+    "leanrl": """charts/SPS charts/learning_rate charts/terminated_count charts/truncated_count charts/eval_time
+        losses/value_loss losses/policy_loss losses/entropy losses/approx_kl losses/old_approx_kl losses/clipfrac
+        losses/explained_variance losses/grad_norm rollout/ep_return_mean rollout/rewards_mean rollout/rewards_max
+        reward/forward reward/success_count reward/fail_count obs_raw/mean_avg obs_raw/std_avg obs_raw/min obs_raw/max
+        obs_rms_mean/height obs_rms_std/height reward_norm/return_rms_var reward_norm/return_rms_std
+        reward_norm/return_rms_mean reward_norm/return_rms_count reward_norm/normalized_reward_mean
+        reward_norm/normalized_reward_std popart/mu popart/sigma rollout/success_rate rollout/fail_rate
+        rollout/episode_len eval/return eval/success_rate eval/fail_rate eval/episode_len eval_reward/forward
+        global_step""",
+    "apexrl": """train/policy_loss train/value_loss train/entropy_loss train/approx_kl train/learning_rate
+        episode/mean_reward episode/mean_length rollout/mean_reward rollout/mean_value env/height eval/mean_reward
+        eval/std_reward eval/min_reward eval/max_reward time/fps train/clip_fraction train/actor_grad_norm
+        train/critic_grad_norm train/total_grad_norm train/early_stopped rollout/completed_episodes
+        reward_components/forward advantage/mean advantage/std value/mean value/std returns/mean returns/std""",
+    "pufferlib": """SPS agent_steps uptime epoch learning_rate environment/episode_return environment/episode_length
+        environment/success_rate environment/height losses/policy_loss losses/value_loss losses/entropy
+        losses/old_approx_kl losses/approx_kl losses/clipfrac losses/explained_variance performance/eval
+        performance/train""",
+    "embodichain": """train/actor_loss train/value_loss train/entropy train/learning_rate charts/SPS
+        charts/episode_reward_avg_100 charts/episode_length_avg_100 rewards/forward metrics/height eval/avg_reward
+        eval/avg_length eval/success_rate eval/metrics/height""",
 }
+"""What each system's users look for."""
+
+SAME = {
+    "rollout/ep_rew_mean": "charts/episodic_return rollout/ep_return_mean episode/mean_reward environment/episode_return "
+    "charts/episode_reward_avg_100",
+    "rollout/ep_len_mean": "charts/episodic_length rollout/episode_len episode/mean_length environment/episode_length "
+    "charts/episode_length_avg_100",
+    "rollout/success_rate": "environment/success_rate",
+    "rollout/reward_mean": "rollout/rewards_mean rollout/mean_reward",
+    "rollout/reward_max": "rollout/rewards_max",
+    "rollout/value_mean": "rollout/mean_value",
+    "rollout/episodes": "rollout/completed_episodes",
+    "rollout/terminated": "charts/terminated_count",
+    "rollout/truncated": "charts/truncated_count",
+    "rollout/successes": "reward/success_count",
+    "rollout/failures": "reward/fail_count",
+    "reward/forward": "rewards/forward",
+    "env/height": "environment/height metrics/height",
+    "time/fps": "charts/SPS SPS",
+    "time/total_timesteps": "global_step agent_steps",
+    "time/iterations": "epoch",
+    "time/time_elapsed": "uptime",
+    "time/evaluate": "charts/eval_time",
+    "time/collect": "performance/eval",
+    "time/update": "performance/train",
+    "train/policy_gradient_loss": "losses/policy_loss train/policy_loss train/actor_loss",
+    "train/approx_kl": "losses/approx_kl",
+    "train/old_approx_kl": "losses/old_approx_kl",
+    "train/clip_fraction": "losses/clipfrac",
+    "train/explained_variance": "losses/explained_variance",
+    "train/grad_norm": "losses/grad_norm train/total_grad_norm",
+    "train/learning_rate": "charts/learning_rate learning_rate",
+}
+"""Our name, and the names that other systems have for the same number."""
+
+THEIRS = {theirs: ours for ours, names in SAME.items() for theirs in names.split()}
+
+
+class Reaches(Talks):
+    """As Talks, by actions that have a spread."""
+
+    action_space = Box(-1, 1, (1,), np.float32)
 
 
 @pytest.mark.parametrize("system", TABLES)
 def test_loggers_receive_a_systems_names_and_monitors_keep_ours(fit, tmp_path, system):
     seen = []
     torch.manual_seed(0)
-    model = PPO(**{**SMALL, "total_steps": 64 * 10}, metric_names=system, eval_interval=5, num_eval_episodes=2)
+    model = PPO(
+        Reaches, num_envs=4, num_steps=16, total_steps=64 * 6, metric_names=system, eval_interval=2, num_eval_episodes=2,
+        target_kl=10.0, clip_range_vf=0.2, normalize_observation=True, normalize_reward=True, popart={"beta": 1e-3},
+    )  # fmt: skip
     logger = CSVLogger(tmp_path)
     trainer = fit(
         model,
         logger=logger,
         limit_val_batches=1,
-        callbacks=[PPOCallback(on_iteration_end=lambda trainer, module, metrics: seen.append(metrics))],
+        callbacks=[
+            RolloutDetails(["height"]),
+            PPOCallback(on_iteration_end=lambda trainer, module, metrics: seen.append(metrics)),
+        ],
     )
     logger.save()
     with (Path(logger.log_dir) / "metrics.csv").open() as lines:
         rows = list(csv.DictReader(lines))
+    assert set(SYSTEMS[system].split()) <= rows[0].keys()
     last = next(row for row in reversed(rows) if any(name.endswith("value_loss") and row[name] for name in row))
     last = {name: float(value) for name, value in last.items() if value}
-    assert set(SYSTEMS[system]) <= last.keys()
     ours = seen[-1]
     steps = last.pop("step")
     assert steps == model.num_env_steps
     for name, value in restored(last, system).items():
         assert value == pytest.approx(ours[name], rel=1e-6, nan_ok=True), name
+    for name in last.keys() & THEIRS.keys():
+        assert last[name] == pytest.approx(ours[THEIRS[name]], rel=1e-6), name
     scale = {"sb3": 1.0, "embodichain": 1.0}.get(system, 0.5)
     name = next(name for name in last if name.endswith("value_loss"))
     assert last[name] == pytest.approx(scale * ours["train/value_loss"])
+    name, sign = ("train/entropy_loss", -1) if system in ("sb3", "apexrl") else ("entropy", 1)
+    entropy = next(value for other, value in last.items() if other.endswith(name))
+    assert entropy == pytest.approx(sign * abs(ours["train/entropy_loss"]))
     assert "rollout/ep_rew_mean" in trainer.callback_metrics
     assert "eval/mean_reward" in trainer.callback_metrics
     expected = {"leanrl": "eval/return", "embodichain": "eval/avg_reward"}.get(system, "eval/mean_reward")
@@ -311,6 +386,19 @@ def test_names_can_be_told_back(system):
     named = renamed(metrics, system)
     assert len(named) == len(metrics)
     assert restored(named, system) == metrics
+
+
+def test_what_an_environment_says_takes_no_other_numbers_place():
+    metrics = {"rollout/ep_rew_mean": 1.0, "env/episode_return": 2.0, "reward/x": 3.0, "env/reward/x": 4.0, "env/y": 5.0}
+    named = renamed(metrics, "pufferlib")
+    assert named == {
+        "environment/episode_return": 1.0,
+        "env/episode_return": 2.0,
+        "environment/reward/x": 3.0,
+        "env/reward/x": 4.0,
+        "environment/y": 5.0,
+    }
+    assert restored(named, "pufferlib") == metrics
 
 
 def test_names_that_nobody_has_are_refused():

@@ -35,6 +35,8 @@ class InfoLog:
         self.num_envs = num_envs
         self.carry: dict[str, Any] = {}
         """[N] sums so far of the episodes that go on, arrays or tensors by name."""
+        self._saved: dict[str, Tensor] = {}
+        """The same of a run that goes on, until a step shows whether arrays or tensors are given."""
         self._sums: dict[str, list[Any]] = {}
 
     def step(self, info: dict[str, Any], done: Any, valid: Array | None) -> None:
@@ -45,8 +47,13 @@ class InfoLog:
             done: [N] bool array or tensor, the episode ended.
             valid: [N] bool, False where the call was a reset; None where every row is a step.
         """
-        if self.keys.isdisjoint(info) and "final_info" not in info and not self.carry:
+        if self.keys.isdisjoint(info) and "final_info" not in info and not self.carry and not self._saved:
             return
+        if self._saved:
+            on_device = isinstance(done, Tensor)
+            for name, sums in self._saved.items():
+                self.carry[name] = sums.to(done.device, copy=True) if on_device else sums.numpy().copy()
+            self._saved = {}
         last = info.get("final_info")
         if last is None or last is info:
             self._add(info, valid)
@@ -67,15 +74,17 @@ class InfoLog:
                     self._take(key, name.strip("/"), value, masks.get(f"_{name}"), counts)
 
     def _take(self, key: str, name: str, value: Any, given: Any, counts: Any) -> None:
-        numbers = value if isinstance(value, Tensor) else np.asarray(value)
-        if isinstance(numbers, np.ndarray) and numbers.dtype.kind not in "biuf":
-            return  # a text, or an object: nothing to add up
+        numbers = value.float() if isinstance(value, Tensor) else as_numbers(value)
+        known = numbers == numbers  # all but NaN
+        if isinstance(numbers, np.ndarray) and not known.any():
+            return  # texts, or objects: nothing to add up
         if numbers.shape != (self.num_envs,):
             if numbers.ndim == 0:  # the vector's own mean
-                self._account(f"{'reward' if key in REWARD_KEYS else 'env'}/{name}", numbers, None)
+                self._account(f"{'reward' if key in REWARD_KEYS else 'env'}/{name}", numbers, known)
             return
-        if given is not None:
-            counts = given if counts is None else counts & given
+        for mask in (given, counts):
+            known = known if mask is None else known & mask
+        counts = known
         if key not in REWARD_KEYS:
             self._account(f"env/{name}", numbers, counts)
             return
@@ -83,16 +92,12 @@ class InfoLog:
         if name not in self.carry:
             shape = (self.num_envs,)
             self.carry[name] = torch.zeros(shape).to(numbers.device) if isinstance(numbers, Tensor) else np.zeros(shape)
-        self.carry[name] += numbers if counts is None else _where(counts, numbers)
+        self.carry[name] += _where(counts, numbers)
 
     def _account(self, name: str, numbers: Any, counts: Any) -> None:
-        if counts is None:
-            total, number = numbers.sum(), int(np.prod(numbers.shape))
-        else:
-            total, number = _where(counts, numbers).sum(), counts.sum()
         entry = self._sums.setdefault(name, [0.0, 0])
-        entry[0] = entry[0] + total  # on a device nothing waits for it
-        entry[1] = entry[1] + number
+        entry[0] = entry[0] + _where(counts, numbers).sum()  # on a device nothing waits for it
+        entry[1] = entry[1] + counts.sum()
 
     def take(self) -> Sums:
         """What was added up since the last call."""
@@ -100,18 +105,26 @@ class InfoLog:
         return {name: (float(total), float(number)) for name, (total, number) in sums.items() if number}
 
     def restart(self) -> None:
-        """All episodes begin anew."""
-        self.carry, self._sums = {}, {}
+        """All episodes begin anew; what was added up of steps stays."""
+        self.carry, self._saved = {}, {}
 
     def state(self) -> dict[str, Tensor]:
         """Sums of the episodes that go on."""
-        return {name: torch.as_tensor(carry).cpu().clone() for name, carry in self.carry.items()}
+        return {**self._saved, **{name: torch.as_tensor(carry).cpu().clone() for name, carry in self.carry.items()}}
 
-    def restore(self, state: dict[str, Tensor], device: torch.device | None) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from what :meth:`state` gave."""
-        self.carry = {
-            name: carry.numpy().copy() if device is None else carry.to(device) for name, carry in state.items()
-        }
+        self.carry, self._saved = {}, dict(state)
+
+
+def as_numbers(given: Any) -> Array:
+    """What an environment gave as float64, NaN where it is no number."""
+    array = np.asarray(given)
+    if array.dtype.kind in "biuf":
+        return array.astype(np.float64)
+    # Gymnasium's vectors put NumPy's own bools, and None where an environment gave nothing, into arrays of objects.
+    each = [float(one) if isinstance(one, int | float | np.bool_ | np.number) else np.nan for one in array.flat]
+    return np.array(each).reshape(array.shape)
 
 
 def added(every: list[Sums]) -> Sums:

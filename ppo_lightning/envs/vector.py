@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from torch import Tensor
 
-from ppo_lightning.envs.info import InfoLog
+from ppo_lightning.envs.info import InfoLog, as_numbers
 from ppo_lightning.envs.make import RESTARTED, EnvMaker
 from ppo_lightning.envs.masks import ActionMasks
 from ppo_lightning.envs.state import pack, restore_vector, same_environments, unpack, vector_state
@@ -287,7 +287,7 @@ class Environments:
 
         ended, lost = np.flatnonzero(done), info.get(LIFE_LOST)
         if self.mode is AutoresetMode.SAME_STEP:
-            final, info = self._rows(info, ended), info.get("final_info", {})
+            final, info = self._rows(info, ended), info.get("final_info", info)
         else:
             final = tree_map(lambda leaf: leaf[ended], self._flatten(observation))  # a copy: fancy indexing
         outcome = _outcome(info, ended)
@@ -325,6 +325,7 @@ class Environments:
         self._take_over(self._maker(self.num_envs, self._first))
         self._set(self._attributes)
         self.crashed[:] = True
+        self.logged.step({}, np.ones(self.num_envs, dtype=bool), None)
         final, seed = self._last, self._seed
         if seed is not None:  # other episodes than those that the seed began with
             seed = int(np.random.SeedSequence([seed, self._restarts.count]).generate_state(1)[0])
@@ -412,7 +413,7 @@ class Environments:
         self._ask("set_state", lambda: restore_vector(self.env, state["env"]))
         self._done, self._masks.now = unpack(state["done"]), unpack(state["masks"])
         self._seed, self._restarts.count = state["seed"], state["restarts"]
-        self.logged.restore(state["logged"], self._device if self.tensors is not None else None)
+        self.logged.restore(state["logged"])
         if state["last"] is not None:
             self._last = unpack(state["last"])
         if state["attributes"] != repr(self._attributes):  # environments have come back with those that were saved
@@ -568,8 +569,7 @@ def _outcome(info: dict[str, Any], ended: Array) -> Array | None:
     outcome = np.full((len(ended), 2), np.nan)
     for column, key in enumerate(found):
         if key is not None:
-            said = info.get(f"_{key}", np.ones(len(info[key]), dtype=bool))
-            outcome[:, column] = np.where(said, np.asarray(info[key], dtype=np.float64), np.nan)[ended]
+            outcome[:, column] = np.where(info.get(f"_{key}", True), as_numbers(info[key]), np.nan)[ended]
     return outcome
 
 
