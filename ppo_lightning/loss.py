@@ -30,6 +30,7 @@ class LossTerms(NamedTuple):
 
 
 KL = LossTerms._fields.index("approx_kl")
+CLIPPED = LossTerms._fields.index("clip_fraction")
 
 
 @dataclass(frozen=True)

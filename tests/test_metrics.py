@@ -1,6 +1,8 @@
 """What is logged: numbers against their definitions, other systems' names, what environments say, and events."""
 
+import copy
 import csv
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import batch_space
 from lightning.pytorch.loggers import CSVLogger
 from processes import fit as fit_in_process
 from processes import forked
@@ -18,8 +21,11 @@ from ppo_lightning import PPO
 from ppo_lightning.callbacks import PPOCallback, RolloutDetails
 from ppo_lightning.callbacks.events import EVENTS
 from ppo_lightning.cli import main
+from ppo_lightning.envs.info import InfoLog
 from ppo_lightning.errors import InputError
 from ppo_lightning.metric_names import TABLES, renamed, restored
+from ppo_lightning.metrics import Update, merged, row_of
+from ppo_lightning.policy import ActorCritic
 
 SMALL = {"env": "CartPole-v1", "num_envs": 4, "num_steps": 16, "total_steps": 4 * 64}
 
@@ -144,6 +150,211 @@ def test_two_processes_merge_what_either_has_heard():
         assert one["rollout/value_mean"] == other["rollout/value_mean"]
 
 
+class Odd(Talks):
+    """Says things that are no numbers, and NumPy's own; a step is lost where ``lives`` says so."""
+
+    lives = ()
+    both = False
+
+    def step(self, action):
+        observation, reward, done, _, _ = super().step(action)
+        info = {
+            "reward_components": {"sometimes": np.nan if self.steps == 2 else 1.0, "words": "many"},
+            "log": {"upright": np.bool_(self.steps < 3), "small": np.float16(1.0), "nothing": None, "never": np.nan},
+            "failure": "fell" if done else None,
+            "success": np.bool_(done),
+        }
+        if self.lives:
+            info["life_lost"] = self.steps in self.lives
+        return observation, reward, done, done and self.both, info
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_what_is_no_number_is_left_out_and_numpys_bools_count(fit, mode):
+    seen = []
+    trained(fit, seen, env=lambda num_envs: SyncVectorEnv([Odd] * num_envs, autoreset_mode=mode), num_steps=12 * 4)
+    metrics = seen[-1]
+    assert metrics["reward/sometimes"] == 1.0
+    assert metrics["reward_components/sometimes"] == 2.0
+    assert metrics["env/upright"] == pytest.approx(2 / 3)
+    assert metrics["rollout/success_rate"] == 1.0
+    silent = {"reward/words", "reward_components/words", "env/nothing", "env/never", "rollout/fail_rate"}
+    assert silent.isdisjoint(metrics)
+
+
+def test_numbers_of_few_bits_are_added_up_exactly(fit):
+    seen = []
+    trained(fit, seen, env=Odd, num_steps=3000, num_envs=1, total_steps=3000)
+    assert seen[0]["env/small"] == 1.0  # added up as float16 they end at 2048
+
+
+@pytest.mark.parametrize(("lives", "both"), [((1, 2, 3), False), ((), True)])
+def test_an_episode_ends_once_whatever_else_is_terminal(fit, lives, both):
+    """A lost life ends no episode; one that is terminal in its last step is not cut."""
+    seen = []
+    env = type("Lives", (Odd,), {"lives": lives, "both": both})
+    trained(fit, seen, env=env, num_envs=2, num_steps=30, total_steps=60, num_minibatches=1)
+    counted = [seen[0][f"rollout/{name}"] for name in ("episodes", "terminated", "truncated")]
+    assert counted == [20, 20, 0]
+
+
+class Native(VectorEnv):
+    """A vector of its own, of arrays or of tensors, that resets in the same step and has no ``final_info``."""
+
+    def __init__(self, num_envs, tensors):
+        self.num_envs, self.metadata = num_envs, {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space, self.single_action_space = Paced.observation_space, Talks.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.given = (lambda tensor: tensor.clone()) if tensors else (lambda tensor: tensor.numpy().copy())
+        self.steps = torch.zeros(num_envs)
+
+    def get_state(self):
+        return {"steps": self.steps.clone()}
+
+    def set_state(self, state):
+        self.steps = state["steps"].clone()
+
+    def reset(self, *, seed=None, options=None):
+        self.steps.zero_()
+        return self.given(self.steps[:, None]), {}
+
+    def step(self, actions):
+        self.steps += 1
+        done = self.steps == 3
+        info = {
+            "final_obs": self.given(self.steps[:, None]),
+            "reward_components": {"forward": self.given(self.steps)},
+            "success": self.given(done & (torch.arange(self.num_envs) % 2 == 0)),
+            "log": {"mean": 0.5},
+        }
+        reward = self.given(self.steps)
+        self.steps[done] = 0
+        return self.given(self.steps[:, None]), reward, self.given(done), self.given(torch.zeros_like(done)), info
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_a_vector_of_ones_own_says_as_much_in_training_and_in_evaluations(fit, tensors):
+    seen = []
+    model = trained(fit, seen, env=partial(Native, tensors=tensors))
+    statistics = model.evaluate(4)
+    assert seen[-1]["rollout/success_rate"] == statistics["eval/success_rate"] == 0.5
+    assert seen[-1]["reward_components/forward"] == statistics["eval/reward_components/forward"] == 6.0
+    assert seen[-1]["env/mean"] == statistics["eval/env/mean"] == 0.5
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+@pytest.mark.parametrize("memory", [None, "gru"])
+def test_sums_go_on_in_every_kind_of_vector(fit, tmp_path, tensors, memory):
+    whole, second = [], []
+    options = {
+        "env": partial(Native, tensors=tensors), "num_envs": 2, "num_steps": 4, "num_minibatches": 1, "total_steps": 32,
+        "policy": partial(ActorCritic, memory=memory),
+    }  # fmt: skip
+    trained(fit, whole, **options)
+    fit(PPO(**options), max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
+    fit(
+        PPO(**options),
+        ckpt_path=tmp_path / "half.ckpt",
+        callbacks=[PPOCallback(on_iteration_end=lambda trainer, module, metrics: second.append(metrics))],
+    )
+    name = "reward_components/forward"
+    assert [metrics[name] for metrics in whole[2:]] == [metrics[name] for metrics in second] == [6.0, 6.0]
+
+
+def test_lost_workers_lose_no_sums():
+    log = InfoLog(("power",), 2)
+    given = {"power": np.array([1.0, 3.0]), "rewards": {"a": np.array([1.0, 3.0])}}
+    log.step(given, np.zeros(2, dtype=bool), None)
+    log.restart()
+    assert log.state() == {}
+    assert log.take() == {"env/power": (4.0, 2.0), "reward/a": (4.0, 2.0)}
+
+
+class Paced(gym.Env):
+    """Episodes of ``pace`` steps whose rewards tell them apart."""
+
+    observation_space = Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, pace):
+        self.pace, self.told = pace, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.full(1, self.pace, np.float32), {}
+
+    def step(self, action):
+        self.steps, self.told = self.steps + 1, self.told + 1
+        done, cut = self.steps == self.pace, self.steps == 4
+        return np.full(1, self.steps, np.float32), 0.1 * self.told * self.pace, done, cut and not done, {}
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_two_processes_log_what_one_would_of_both_rollouts(mode):
+    """Also where one has more steps than the other, since it resets less often; and of more episodes than are kept."""
+    options = {
+        "num_envs": 2, "num_steps": 300, "num_minibatches": 1, "update_epochs": 1, "normalize_advantage": "all_ranks",
+        "total_steps": 1, "ent_coef": 0.01,
+    }  # fmt: skip
+
+    def env(num_envs, rank):
+        return SyncVectorEnv([partial(Paced, 2 + 3 * rank)] * num_envs, autoreset_mode=mode)
+
+    def run(rank):
+        torch.manual_seed(0)
+        kept = {}
+
+        def keep(trainer, module, rollout):
+            kept["rollout"] = rollout.exclude("policy_version").clone()
+            kept["policy"] = copy.deepcopy(module.policy.state_dict())
+
+        watch = PPOCallback(
+            on_update_start=keep, on_iteration_end=lambda trainer, module, metrics: kept.update(metrics=metrics)
+        )
+        model = PPO(partial(env, rank=rank), **options)
+        trainer = fit_in_process(model, strategy="ddp", devices=2, callbacks=[RolloutDetails(["pace"]), watch])
+        kept["details"] = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        episodes = model.rollouts.episodes
+        kept["learnt"] = model.policy.state_dict()
+        return {**kept, "window": list(episodes.window), "finished": episodes.finished, "steps": episodes.steps}
+
+    first, second = forked(run)
+    both = torch.cat([first["rollout"], second["rollout"]], 1)
+    one = PPO(partial(env, rank=0), **options)
+    one.policy.load_state_dict(first["policy"])
+    # In one process advantages of both rollouts are normalised together, where samples are.
+    with torch.no_grad():
+        terms = torch.stack(one.current_loss()(one.samples(both), one.policy.evaluate))
+    update = Update(one.current_loss(), terms[None], 1, 1, torch.zeros(0, 3), False)
+    finished = torch.cat([first["finished"], second["finished"]])
+    one.policy.load_state_dict(first["learnt"])
+    with torch.no_grad():
+        row = row_of(both, update, one.policy.std(both[-1]), finished, 0)
+    for name, value in merged(row[None]).items():
+        if name in first["metrics"]:
+            assert first["metrics"][name] == second["metrics"][name], name
+            assert first["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    counted = both[both["valid"]].double()
+    expected = {
+        "obs_raw_mean/pace": counted["observation"].mean(),
+        "obs_raw_std/pace": counted["observation"].std(correction=0),
+        "obs_raw/max": counted["observation"].max(),
+        "obs_raw/min": counted["observation"].min(),
+        "advantage/std": counted["advantage"].std(correction=0),
+        "returns/mean": counted["value_target"].mean(),
+    }
+    for name, value in expected.items():
+        assert first["details"][name] == second["details"][name] == pytest.approx(value.item()), name
+    order = torch.cat([first["steps"], second["steps"]]).argsort(stable=True)
+    last = finished[order][-100:]
+    assert len(last) == 100 < min(len(first["finished"]), len(second["finished"]))
+    assert repr(first["window"]) == repr(second["window"])
+    assert_close(torch.tensor(first["window"], dtype=torch.float64), last, equal_nan=True)
+    assert first["metrics"]["rollout/ep_rew_mean"] == pytest.approx(last[:, 0].mean().item())
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_norms_are_those_of_the_halves_of_the_gradient(fit, compile):
     torch.manual_seed(0)
@@ -179,10 +390,6 @@ def test_norms_are_those_of_the_halves_of_the_gradient(fit, compile):
 
 
 def test_a_shared_trunk_belongs_to_both_halves():
-    from functools import partial
-
-    from ppo_lightning.policy import ActorCritic
-
     halves = PPO(**SMALL, policy=partial(ActorCritic, shared=True)).policy.halves
     assert halves.sum(0).max() == 2
     assert halves.sum(0).min() == 1
@@ -204,7 +411,8 @@ def test_rollout_statistics_are_those_of_the_rollout(fit):
             seen.append(metrics)
 
     updates = []
-    fit(PPO("Pendulum-v1", num_envs=3, num_steps=250, total_steps=1500, target_kl=1e-5), callbacks=[Watches()])
+    model = PPO("Pendulum-v1", num_envs=3, num_steps=250, total_steps=1500, target_kl=1e-5)
+    fit(model, callbacks=[Watches()])
     for rollout, metrics, update in zip(rollouts, seen, updates, strict=True):
         reward = rollout["reward"].double()
         assert metrics["rollout/reward_mean"] == pytest.approx(reward.mean().item())
@@ -218,6 +426,10 @@ def test_rollout_statistics_are_those_of_the_rollout(fit):
         assert metrics["train/old_approx_kl"] == pytest.approx(update.terms[:, 6].mean().item())
         assert metrics["time/iteration"] >= metrics["time/collect"] + metrics["time/update"]
     assert updates[0].stopped
+    returns = [episode[0] for episode in model.rollouts.episodes.window]
+    assert seen[-1]["rollout/ep_rew_min"] == min(returns) < np.mean(returns) < max(returns)
+    assert seen[-1]["rollout/ep_rew_max"] == max(returns)
+    assert seen[-1]["rollout/ep_rew_mean"] == pytest.approx(np.mean(returns))
 
 
 def test_events_come_in_order_to_methods_and_functions(fit):
@@ -389,7 +601,13 @@ def test_names_can_be_told_back(system):
 
 
 def test_what_an_environment_says_takes_no_other_numbers_place():
-    metrics = {"rollout/ep_rew_mean": 1.0, "env/episode_return": 2.0, "reward/x": 3.0, "env/reward/x": 4.0, "env/y": 5.0}
+    metrics = {
+        "rollout/ep_rew_mean": 1.0,
+        "env/episode_return": 2.0,
+        "reward/x": 3.0,
+        "env/reward/x": 4.0,
+        "env/y": 5.0,
+    }
     named = renamed(metrics, "pufferlib")
     assert named == {
         "environment/episode_return": 1.0,
@@ -452,5 +670,6 @@ def test_details_are_those_of_the_rollout(fit):
 
 
 def test_details_want_a_name_for_each_number(fit):
-    with pytest.raises(InputError, match="1 observation_names, observations have 4 numbers"):
-        fit(PPO(**SMALL), callbacks=[RolloutDetails(["angle"])])
+    for names, count in (["angle"], 1), (["angle", "speed", "angle", "place"], 3):
+        with pytest.raises(InputError, match=f"{count} different observation_names, observations have 4 numbers"):
+            fit(PPO(**SMALL), callbacks=[RolloutDetails(names)])

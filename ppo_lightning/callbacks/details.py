@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from ppo_lightning.callbacks.events import PPOCallback
 from ppo_lightning.errors import InputError
+from ppo_lightning.loss import CLIPPED
 from ppo_lightning.metrics import Update
 from ppo_lightning.policy import Policy, RunningMoments
 from ppo_lightning.spaces import feature_shape, is_image, leaves
@@ -43,34 +44,20 @@ class RolloutDetails(PPOCallback):
         """Find out what the dimensions are called.
 
         Raises:
-            InputError: there are more names than dimensions, or less.
+            InputError: there are more names than dimensions, or less, or one of them twice.
         """
         policy: Policy = cast(Any, pl_module).policy
         spaces = leaves(cast(Any, pl_module).rollouts.observation_space)
-        known = [
-            f"{part or 'obs'}_{index}"
-            for part, space in spaces.items()
-            if not is_image(space)
-            for index in range(math.prod(feature_shape(space)))
-        ]
-        names = known if self.observation_names is None else list(self.observation_names)
-        if len(names) != len(known):
+        sizes = {part: math.prod(feature_shape(space)) for part, space in spaces.items() if not is_image(space)}
+        known = [(part, f"{part or 'obs'}_{index}") for part, size in sizes.items() for index in range(size)]
+        names = [name for _, name in known] if self.observation_names is None else list(self.observation_names)
+        if len(names) != len(known) or len(set(names)) != len(names):
             raise InputError(
-                f"RolloutDetails has {len(names)} observation_names, observations have {len(known)} numbers: give one each"
+                f"RolloutDetails has {len(set(names))} different observation_names, observations have {len(known)} "
+                "numbers: give one each"
             )
-        self._names = names
-        self._parts = [part for part, space in spaces.items() if not is_image(space)]
-        self._normalized = [name for part, name in self._by_part(spaces, names) if part in policy.normalized]
-
-    @staticmethod
-    def _by_part(spaces: Any, names: list[str]) -> list[tuple[str, str]]:
-        parts = [
-            part
-            for part, space in spaces.items()
-            if not is_image(space)
-            for _ in range(math.prod(feature_shape(space)))
-        ]
-        return list(zip(parts, names, strict=True))
+        self._names, self._parts = names, list(sizes)
+        self._normalized = [name for (part, _), name in zip(known, names, strict=True) if part in policy.normalized]
 
     @override
     @torch.no_grad()
@@ -109,7 +96,7 @@ class RolloutDetails(PPOCallback):
     def on_update_end(self, trainer: Trainer, pl_module: LightningModule, update: Update) -> None:
         """Take the clip fraction of each pass."""
         module = cast(Any, pl_module)
-        clipped = module.gather(update.terms[:, 5].double().cpu()).view(-1, len(update.terms)).mean(0)
+        clipped = module.gather(update.terms[:, CLIPPED].double().cpu()).view(-1, len(update.terms)).mean(0)
         for epoch, part in enumerate(clipped.split(module.num_minibatches), start=1):
             self._numbers[f"train/clip_fraction_epoch_{epoch}"] = part.mean().item()
 

@@ -75,7 +75,7 @@ class InfoLog:
 
     def _take(self, key: str, name: str, value: Any, given: Any, counts: Any) -> None:
         numbers = value.float() if isinstance(value, Tensor) else as_numbers(value)
-        known = numbers == numbers  # all but NaN
+        known: Any = numbers == numbers  # all but NaN
         if isinstance(numbers, np.ndarray) and not known.any():
             return  # texts, or objects: nothing to add up
         if numbers.shape != (self.num_envs,):
