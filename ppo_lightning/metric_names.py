@@ -1,6 +1,7 @@
 """The names under which other systems log the same numbers, with their signs and scales."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Literal, get_args
 
 MetricNames = Literal["sb3", "cleanrl", "leanrl", "apexrl", "pufferlib", "embodichain"]
@@ -113,19 +114,20 @@ def renamed(metrics: Mapping[str, float], system: str) -> dict[str, float]:
         metrics: under our names, which are Stable-Baselines3's.
         system: one of :data:`MetricNames`.
     """
-    named = {}
-    for ours, value in metrics.items():
-        theirs, factor = _of(_THEIRS[system], ours)
-        if _of(_OURS[system], theirs)[0] != ours:
-            theirs, factor = ours, 1.0
-        named[theirs] = value * factor
-    return named
+    told = ((*_theirs(system, ours), value) for ours, value in metrics.items())
+    return {theirs: value * factor for theirs, factor, value in told}
 
 
 def restored(metrics: Mapping[str, float], system: str) -> dict[str, float]:
     """The opposite of :func:`renamed`."""
     told = ((*_of(_OURS[system], theirs), value) for theirs, value in metrics.items())
     return {ours: value * factor for ours, factor, value in told}
+
+
+@cache
+def _theirs(system: str, ours: str) -> tuple[str, float]:
+    theirs, factor = _of(_THEIRS[system], ours)
+    return (theirs, factor) if _of(_OURS[system], theirs)[0] == ours else (ours, 1.0)
 
 
 def _of(names: Names, name: str) -> tuple[str, float]:

@@ -468,9 +468,7 @@ def test_a_rollout_may_be_changed_before_it_is_learnt_from(fit):
     before = torch.cat([p.detach().flatten() for p in model.policy.parameters()])
     fit(model, callbacks=[PPOCallback(on_update_start=nothing_to_learn)])
     after = torch.cat([p.detach().flatten() for p in model.policy.parameters()])
-    critic = model.policy.halves[1].bool()
-    assert critic.any()
-    assert_close(after, before, atol=2e-3, rtol=0)
+    assert_close(after, before, atol=5e-4, rtol=0)  # what is learnt from the rollout as it was moves some by 1e-2
 
 
 SYSTEMS = {
