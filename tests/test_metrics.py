@@ -21,7 +21,7 @@ from ppo_lightning import PPO
 from ppo_lightning.callbacks import PPOCallback, RolloutDetails
 from ppo_lightning.callbacks.events import EVENTS
 from ppo_lightning.cli import main
-from ppo_lightning.envs.info import InfoLog
+from ppo_lightning.envs.workers import WorkerLost
 from ppo_lightning.errors import InputError
 from ppo_lightning.metric_names import TABLES, renamed, restored
 from ppo_lightning.metrics import Update, merged, row_of
@@ -262,13 +262,16 @@ def test_sums_go_on_in_every_kind_of_vector(fit, tmp_path, tensors, memory):
     assert [metrics[name] for metrics in whole[2:]] == [metrics[name] for metrics in second] == [6.0, 6.0]
 
 
+@pytest.mark.filterwarnings("ignore:a worker died. made anew")
 def test_lost_workers_lose_no_sums():
-    log = InfoLog(("power",), 2)
-    given = {"power": np.array([1.0, 3.0]), "rewards": {"a": np.array([1.0, 3.0])}}
-    log.step(given, np.zeros(2, dtype=bool), None)
-    log.restart()
-    assert log.state() == {}
-    assert log.take() == {"env/power": (4.0, 2.0), "reward/a": (4.0, 2.0)}
+    """Their episodes have ended: what they were made of counts, as do the steps before."""
+    environments = PPO(Talks, num_envs=2, env_restarts=1).make_environments()
+    environments.reset(0)
+    environments.step(np.zeros(2, np.int64))
+    environments._begin_anew(WorkerLost("a worker died"))
+    sums = environments.logged.take()
+    assert sums["reward/forward"] == sums["reward_components/forward"] == (2.0, 2.0)
+    assert environments.logged.state() == {}
 
 
 class Paced(gym.Env):
