@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ppo_lightning.checkpoint import write_atomically
+from ppo_lightning.health import Thresholds
 from ppo_lightning.runs import REPORT, Run, read_run
 
 INK, GRID, GOOD, BAD = "#1f2328", "#d8dee4", "#2da44e", "#cf222e"
@@ -68,6 +69,8 @@ class Chart:
         return replace(self, healthy=healthy, alert=thresholds[f"{name}_alert"])
 
 
+USUAL = Thresholds()
+
 CHARTS = (
     Chart(
         "Return",
@@ -80,25 +83,25 @@ CHARTS = (
     Chart(
         "KL divergence",
         {"train/approx_kl": "approx_kl"},
-        "How far an update moved the policy (nats). Above .05: lower the learning rate or clip_range.",
-        healthy=(0.01, 0.03),
-        alert=0.05,
+        "How far an update moved the policy (nats). Too far: lower the learning rate or clip_range.",
+        healthy=USUAL.approx_kl,
+        alert=USUAL.approx_kl_alert,
         limits=(0.0, None),
     ),
     Chart(
         "Clip fraction",
         {"train/clip_fraction": "clip_fraction"},
-        "Share of samples beyond clip_range. Above .5: lower the learning rate.",
-        healthy=(0.1, 0.3),
-        alert=0.5,
+        "Share of samples beyond clip_range. Too many: lower the learning rate.",
+        healthy=USUAL.clip_fraction,
+        alert=USUAL.clip_fraction_alert,
         limits=(0.0, None),
     ),
     Chart(
         "Explained variance",
         {"train/explained_variance": "explained_variance"},
-        "How much of the returns the critic foresees: 1 is all. Below .3: a larger critic. What is below -1 is cut off.",
-        healthy=(0.7, 1.0),
-        alert=0.3,
+        "How much of the returns the critic foresees: 1 is all. Too little: a larger critic. What is below -1 is cut off.",
+        healthy=(USUAL.explained_variance, 1.0),
+        alert=USUAL.explained_variance_alert,
         limits=(-1.0, 1.05),
     ),
     Chart("Value loss", {"train/value_loss": "value_loss"}, "Mean squared error of the critic.", limits=(0.0, None)),
@@ -207,7 +210,10 @@ def chart_figure(chart: Chart, curves: Sequence[Curve]) -> str:
     legend = f"<ul>{keys}</ul>" if len(shown) > 1 else ""
     says = chart.says
     if chart.healthy is not None:
-        says += f" Green: healthy, {chart.healthy[0]:g} to {chart.healthy[1]:g}."
+        low, high = chart.healthy
+        says += f" Green: healthy, {low:g} to {high:g}."
+        if chart.alert is not None:
+            says += f" Dashed: alert {'above' if chart.alert > high else 'below'} {chart.alert:g}."
     return figure(chart.title, draw_curves(chart, curves) + legend, says)
 
 

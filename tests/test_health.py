@@ -23,9 +23,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ppo_lightning import PPO, ActorCritic
 from ppo_lightning.callbacks import HealthMonitor, Thresholds
 from ppo_lightning.callbacks import health as module
-from ppo_lightning.callbacks.health import HALVES, METRICS, REMEDIES, Row, Run, diagnose
+from ppo_lightning.callbacks.health import HALVES
 from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
+from ppo_lightning.health import METRICS, REMEDIES, Row, Run, diagnose
 from ppo_lightning.parameters import Linear
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ LAYERS = [
     {"stepping", "streams"},
     {"compiled"},
     {"envs", "policy", "advantage", "loss"},
-    {"diagnostics", "clock", "snapshot", "gradients", "resume", "shared_sums", "ranks", "history", "runs"},
+    {"diagnostics", "clock", "snapshot", "gradients", "resume", "shared_sums", "ranks", "history", "runs", "health"},
     {"spaces"},
     {"parameters"},
     {"metric_names"},

@@ -12,7 +12,6 @@ from ppo_lightning.callbacks.details import RolloutDetails as RolloutDetails
 from ppo_lightning.callbacks.events import PPOCallback as PPOCallback
 from ppo_lightning.callbacks.hardware import HardwareMonitor as HardwareMonitor
 from ppo_lightning.callbacks.health import HealthMonitor as HealthMonitor
-from ppo_lightning.callbacks.health import Thresholds as Thresholds
 from ppo_lightning.callbacks.interrupts import Interrupts as Interrupts
 from ppo_lightning.callbacks.notebook import NotebookDisplay as NotebookDisplay
 from ppo_lightning.callbacks.processes import WatchProcesses as WatchProcesses
@@ -23,3 +22,4 @@ from ppo_lightning.callbacks.summary import RunSummary as RunSummary
 from ppo_lightning.callbacks.summary import checkpoint_paths as checkpoint_paths
 from ppo_lightning.callbacks.video import EvaluationVideo as EvaluationVideo
 from ppo_lightning.callbacks.video import record as record
+from ppo_lightning.health import Thresholds as Thresholds

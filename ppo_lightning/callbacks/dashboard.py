@@ -21,9 +21,9 @@ from rich.text import Text
 from typing_extensions import override
 
 from ppo_lightning.callbacks.hardware import Hardware, HardwareMonitor
-from ppo_lightning.callbacks.health import Thresholds
 from ppo_lightning.callbacks.progress import Progresses, StepProgressBar
 from ppo_lightning.clock import BURN_IN
+from ppo_lightning.health import Thresholds
 
 
 class Described(Progresses, Protocol):
