@@ -18,10 +18,8 @@ class Thresholds:
 
     window: int = 10
     """Iterations over which means are taken: what begins and ends within them is no finding (count)."""
-    warmup: float = 0.25
-    """Share of total_steps in which the critic is not judged (0 to 1)."""
     warmup_iterations: int = 50
-    """Iterations after which it is judged in any case (count)."""
+    """Iterations with rewards before critic and return are judged: they begin with nothing, also in short runs (count)."""
     approx_kl: tuple[float, float] = (0.01, 0.03)
     """Healthy change of the policy per iteration (nats)."""
     approx_kl_alert: float = 0.05
@@ -34,8 +32,8 @@ class Thresholds:
     """Healthy above."""
     explained_variance_alert: float = 0.3
     """Alert below, where the critic also misses by ``value_error``: returns that hardly vary leave nothing to explain."""
-    value_error: float = 0.25
-    """The critic's error that is an alert, as a share of the size of its targets (both root mean square)."""
+    value_error: float = 0.9
+    """The critic's error that is an alert, as a share of the size of its targets (both root mean square): 1 is no critic's."""
     value_size: float = 1000.0
     """Size of the critic's targets that is too much for it, where it explains nothing (root mean square, reward units)."""
     value_loss_growth: float = 100.0
@@ -44,8 +42,8 @@ class Thresholds:
     """Lowest entropy of discrete actions, as a share of the most there can be."""
     std: float = 0.01
     """Lowest standard deviation of continuous actions (action units)."""
-    rise: float = 0.5
-    """The return has risen where it is so many standard deviations of the first episodes' returns above their mean."""
+    rise: float = 1.5
+    """The return has risen where it is so many standard errors above the mean of the first episodes."""
     stall: float = 0.5
     """Share of total_steps after which a return that has not risen is an alert (0 to 1)."""
     lr_factor: float = 0.5
@@ -104,10 +102,12 @@ class Run(NamedTuple):
     """Share of total_steps."""
     warm: bool
     """The critic may be judged."""
+    settled: bool
+    """The return may be judged: none of the first episodes is in it any more."""
     first: Row
     """The run's first iteration."""
     start: tuple[float, float] | None
-    """Mean and standard deviation of the returns of the first episodes."""
+    """Mean return of the first episodes, and standard error of how far that of 100 later ones is from it."""
     worst_kl: float
     """The largest approx_kl so far."""
     lowest_value_loss: float
@@ -232,9 +232,10 @@ def diagnose(rows: Sequence[Row], run: Run, t: Thresholds) -> Symptom | None:
         return Symptom("clip_fraction_too_high", now.clip_fraction, f"{_moves(now, t)}, means of {iterations}")
 
     explained = mean([max(row.explained_variance, -1.0) for row in rows])
-    judged = run.warm or run.progress >= t.stall or now.value_size > t.value_size
+    explained = 0.0 if math.isnan(explained) else explained  # targets that do not vary, and are missed
+    judged = run.warm or now.value_size > t.value_size
     missed = now.value_error > t.value_error * now.value_size
-    if judged and missed and not explained >= t.explained_variance_alert:
+    if judged and missed and explained < t.explained_variance_alert:
         seen = (
             f"explained_variance {explained:.2g} (healthy above {t.explained_variance:g}), the critic misses values of "
             f"{now.value_size:.3g} by {now.value_error:.3g}, means of {iterations}"
@@ -246,7 +247,7 @@ def diagnose(rows: Sequence[Row], run: Run, t: Thresholds) -> Symptom | None:
             return Symptom("reward_too_large", now.value_size, seen)
         return Symptom("critic_not_learning", explained, seen)
 
-    if run.start is not None and run.progress >= t.stall and not rises and not math.isnan(now.ep_return):
+    if run.start is not None and run.settled and run.progress >= t.stall and not rises:
         seen = (
             f"mean return {now.ep_return:.4g}, of the first episodes it was {run.start[0]:.4g} ± {run.start[1]:.3g}; "
             f"{_moves(now, t)}, means of {iterations}"
@@ -267,7 +268,7 @@ def is_well(row: Row, t: Thresholds, most_entropy: float) -> bool:
 
 
 def has_risen(ep_return: float, start: tuple[float, float] | None, t: Thresholds) -> bool:
-    """Whether the return is above that of the first episodes (mean and standard deviation) by more than chance."""
+    """Whether the return is above that of the first episodes (mean and standard error) by more than chance."""
     return start is not None and ep_return > start[0] + t.rise * start[1]
 
 

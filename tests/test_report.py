@@ -214,8 +214,9 @@ def test_a_healthy_range_is_drawn_and_the_thresholds_of_the_run_win():
     text = page_of(run).text
     for said in ("kl_high", "1,200", "0.08123", "lower it <now>", "--model.optimizer.lr", "factor 0.5"):
         assert said in text
-    assert "healthy, 0.005 to 0.025" in text
-    assert "healthy, 0.1 to 0.3" in text
+    assert "healthy, 0.005 to 0.025. Dashed: alert above 0.04." in text
+    assert "healthy, 0.1 to 0.3. Dashed: alert above 0.5." in text
+    assert "alert below 0.3" in text
     watched = CHARTS[1].as_watched(read_run(run))
     assert (watched.healthy, watched.alert) == ((0.005, 0.025), 0.04)
 

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import fill
@@ -14,8 +14,11 @@ from gymnasium.spaces import Box
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
+from ppo_lightning.callbacks.adaptive_lr import AdaptiveLearningRate
+from ppo_lightning.callbacks.stages import Stages
 from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.errors import InputError
 from ppo_lightning.health import (
@@ -32,7 +35,7 @@ from ppo_lightning.health import (
     mean,
 )
 from ppo_lightning.parameters import Linear
-from ppo_lightning.rollout import RolloutDataset
+from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
 from ppo_lightning.spaces import choices, leaves
 
 
@@ -93,6 +96,9 @@ class Act(TypedDict):
 FIRST_EPISODES = 20
 """Episodes that tell where the return began."""
 
+REWARDS = ("rollout/reward_min", "rollout/reward_max")
+"""Metrics one of which is not zero where there were rewards."""
+
 
 def _finite(value: float) -> float:
     """What JSON can hold of a number, to four digits."""
@@ -119,7 +125,7 @@ class HealthMonitor(Callback):
         thresholds: where a number stops being healthy.
 
     Raises:
-        InputError: ``act`` is on beside an lr_scheduler, or a threshold cannot be used.
+        InputError: ``act`` is on beside an lr_scheduler, AdaptiveLearningRate or Stages, or a threshold cannot be used.
     """
 
     def __init__(self, act: bool = False, thresholds: Thresholds | None = None) -> None:
@@ -142,6 +148,10 @@ class HealthMonitor(Callback):
         self._start: tuple[float, float] | None = None
         self._worst_kl = -math.inf
         self._lowest_value_loss = math.inf
+        self._rewarded = 0
+        """Iterations with rewards."""
+        self._later_episodes = 0
+        """Episodes that ended after those that ``_start`` is of."""
         self._doubted = 0
         """Last iteration in which not all was well."""
         self._seen: dict[str, int] = {}
@@ -180,9 +190,16 @@ class HealthMonitor(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.act and cast(Learns, pl_module).lr_scheduler is not None:
+        if stage != "fit" or not self.act:
+            return
+        others: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        setters = [type(other).__name__ for other in others if isinstance(other, AdaptiveLearningRate | Stages)]
+        if cast(Learns, pl_module).lr_scheduler is not None:
+            setters.append("lr_scheduler")
+        if setters:
             raise InputError(
-                "HealthMonitor: act would lower the learning rate, which lr_scheduler sets: leave one of the two out"
+                f"HealthMonitor: act would change the learning rate or ent_coef, which {' and '.join(setters)} sets: leave "
+                "out act, or that"
             )
 
     @override
@@ -214,7 +231,7 @@ class HealthMonitor(Callback):
         if not row.explained_variance >= t.explained_variance_alert:
             looks = self.iterations % max(1, t.window // 3) == 0
             row = row._replace(**look(batch)) if looks else row._replace(blind=math.nan)
-        self._remember(row, module)
+        self._remember(row, metrics, module)
 
         symptoms: list[Symptom | None] = []
         skipped = metrics["train/skipped_steps"].item() if "train/skipped_steps" in metrics else 0.0
@@ -247,8 +264,9 @@ class HealthMonitor(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._give_back(pl_module)
-        if isinstance(exception, FloatingPointError):
-            self._note(Symptom("non_finite", self._skipped + 1, str(exception)), None)
+        ended_by = Symptom("non_finite", self._skipped + 1, str(exception))
+        if isinstance(exception, FloatingPointError) and self._note(ended_by, None):
+            self._mark(trainer)
         self._write(trainer)
 
     @override
@@ -261,6 +279,8 @@ class HealthMonitor(Callback):
             "start": None if self._start is None else list(self._start),
             "worst_kl": self._worst_kl,
             "lowest_value_loss": self._lowest_value_loss,
+            "rewarded": self._rewarded,
+            "later_episodes": self._later_episodes,
             "doubted": self._doubted,
             "seen": dict(self._seen),
         }
@@ -275,21 +295,26 @@ class HealthMonitor(Callback):
         self._first = None if first is None else Row(*first)
         self._start = None if start is None else (start[0], start[1])
         self._worst_kl, self._lowest_value_loss = state_dict["worst_kl"], state_dict["lowest_value_loss"]
+        self._rewarded, self._later_episodes = state_dict["rewarded"], state_dict["later_episodes"]
         self._doubted, self._seen = state_dict["doubted"], dict(state_dict["seen"])
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _remember(self, row: Row, module: Learns) -> None:
+    def _remember(self, row: Row, metrics: Mapping[str, Tensor], module: Learns) -> None:
         self._rows.append(row)
+        self._rewarded += any(metrics[name] != 0 for name in REWARDS if name in metrics)
         self._first = self._first or row
         self._worst_kl = max(self._worst_kl, row.approx_kl)
-        if len(self._rows) == self.thresholds.window:
+        if self._rewarded >= self.thresholds.window:  # before there are rewards, a critic loses nothing
             self._lowest_value_loss = min(self._lowest_value_loss, mean(each.value_loss for each in self._rows))
         if not is_well(row, self.thresholds, self._most_entropy):
             self._doubted = self.iterations
         if self._start is None and len(module.rollouts.episodes.window) >= FIRST_EPISODES:
             returns = [episode[0] for episode in module.rollouts.episodes.window]
-            self._start = statistics.fmean(returns), statistics.pstdev(returns)
+            error = statistics.pstdev(returns) * math.sqrt(1 / len(returns) + 1 / EpisodeStatistics.WINDOW)
+            self._start = statistics.fmean(returns), error
+        elif self._start is not None and "rollout/episodes" in metrics:
+            self._later_episodes += int(metrics["rollout/episodes"])
 
     def _is_doubtful(self, module: Learns) -> bool:
         """Whether there is anything to diagnose, which takes ten times as long to find out otherwise."""
@@ -300,13 +325,12 @@ class HealthMonitor(Callback):
         )
 
     def _run(self, module: Learns) -> Run:
-        t, oldest = self.thresholds, self._rows[0].iteration
-        progress = min(1.0, self.steps / module.total_steps)
-        warmup = min(t.warmup * self.iterations / max(progress, 1e-9), t.warmup_iterations)
+        t = self.thresholds
         assert self._first is not None
         return Run(
-            progress,
-            oldest > warmup,
+            min(1.0, self.steps / module.total_steps),
+            self._rewarded >= t.warmup_iterations + t.window,
+            self.iterations >= t.warmup_iterations + t.window and self._later_episodes >= 2 * EpisodeStatistics.WINDOW,
             self._first,
             self._start,
             self._worst_kl,
