@@ -50,7 +50,7 @@ class History:
         self.count += 1
         self.last = {"step": step, **metrics}
         highest = -math.inf if self.best is None else self.best[self.best_by]
-        if self.best_by in metrics and metrics[self.best_by] > highest:  # NaN is not
+        if highest < metrics.get(self.best_by, math.nan) < math.inf:  # NaN is not
             self.best = self.last
         if self.count % self.every:
             return
@@ -172,7 +172,7 @@ def summarize_records(
         "history": {name: [row.get(metric) for row in rows] for name, metric in APEXRL.items()},
         "final_iteration": iterations,
         "total_timesteps": env_steps,
-        "episode_returns": [episode[0] for episode in window],
+        "episode_returns": [_finite(episode[0]) for episode in window],
         "episode_lengths": [int(episode[1]) for episode in window],
     }
 
@@ -194,7 +194,9 @@ def _row(row: Mapping[str, float] | None) -> dict[str, float | int | None]:
     """A row with its step under EmbodiChain's name, counts as whole numbers; empty where there is none."""
     if row is None:
         return {}
-    numbers = {
-        name: int(value) if name in COUNTS else value if math.isfinite(value) else None for name, value in row.items()
-    }
+    numbers = {name: int(value) if name in COUNTS else _finite(value) for name, value in row.items()}
     return {"global_step": numbers.pop("step"), **numbers}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -222,19 +223,16 @@ def draw_curves(chart: Chart, curves: Sequence[Curve]) -> str:
     with _Sheet(chart.title) as sheet:
         axes = sheet.axes
         for curve in curves:
+            width, alpha = (0.7, 0.35) if curve.faint else (1.6, 1.0)
+            marker = "o" if len(curve.steps) == 1 else ""
             color = SERIES[curve.color % len(SERIES)]
-            lone = len(curve.steps) == 1
-            if curve.faint:
-                axes.plot(curve.steps, curve.values, color=color, linewidth=0.7, alpha=0.35)
-            else:
-                axes.plot(
-                    curve.steps, curve.values, color=color, linewidth=1.6, marker="o" if lone else "", markersize=4
-                )
+            axes.plot(curve.steps, curve.values, color=color, linewidth=width, alpha=alpha, marker=marker, markersize=4)
         low, high = axes.get_ylim()
         for curve in curves:
             if len(curve.low):
                 color = SERIES[curve.color % len(SERIES)]
-                axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
+                width = 3 if len(curve.steps) == 1 else 0  # of a lone point the band is a line
+                axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.18, linewidth=width)
         if not any(curve.faint for curve in curves):  # else the runs themselves say how far the axis goes
             axes.autoscale_view()
             low, high = axes.get_ylim()
@@ -328,15 +326,23 @@ def _facts(run: Run) -> str:
     }
     if "seed" in summary:
         facts["seed"] = str(summary["seed"])
-    tiles = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
+    wide = ' class="wide"'  # such as the message of an error
+    tiles = "".join(
+        f"<div{wide * (len(value) > 20)}><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items()
+    )
     paths = {"newest": summary["latest_checkpoint_path"], "best": summary["best_checkpoint_path"], "folder": run.folder}
     lines = "".join(f"<li>{name} <code>{html.escape(str(path))}</code></li>" for name, path in paths.items() if path)
     return f'<dl class="facts">{tiles}</dl><ul class="paths">{lines}</ul>'
 
 
 def number(value: float | None) -> str:
-    """A number in few digits; a dash where there is none."""
-    return "–" if value is None else f"{value:.4g}"
+    """A value in at most nine characters, as many digits as tell it from its like; a dash where there is none."""
+    if value is None:
+        return "–"
+    size = abs(value)
+    if size < 0.1 or size >= 1e6:
+        return f"{value:.2g}" if size < 1e-3 else f"{value:.3g}"
+    return f"{value:,.0f}" if size >= 1e4 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:
@@ -405,8 +411,8 @@ def _videos(videos: list[Path], place: Path) -> str:
 
 
 def link(path: Path, place: Path) -> str:
-    """A path as a page in the folder ``place`` names it."""
-    return Path(os.path.relpath(path, place)).as_posix()
+    """A path as the address by which a page in the folder ``place`` reaches it."""
+    return quote(Path(os.path.relpath(path, place)).as_posix())
 
 
 _DARK = (
@@ -423,7 +429,7 @@ STYLE = (
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.45 system-ui,sans-serif}
 main{max-width:1280px;margin:0 auto;padding:16px}
 h1{font-size:1.4rem;overflow-wrap:anywhere;margin:.2em 0 .6em}h2{font-size:1.1rem}h3{font-size:1rem;margin:0 0 .3em}
-section h3{margin-top:1em}
+section>h3{margin-top:1em}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:12px;margin:12px 0}
 figure{margin:0;padding:12px;background:var(--card);border-radius:8px;min-width:0}
 figcaption{color:var(--soft);font-size:.85rem}
@@ -435,17 +441,18 @@ figure li::before{content:"";display:inline-block;width:.8em;height:.8em;border-
 margin-right:.4em;background:currentColor}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:8px;margin:0}
 .facts div{background:var(--card);border-radius:8px;padding:8px 12px}
+.facts .wide{grid-column:1/-1}.wide dd{font-size:1rem;font-weight:400;white-space:pre-line}
 dt{color:var(--soft);font-size:.85rem}dd{margin:0;font-size:1.15rem;font-weight:600;overflow-wrap:anywhere}
 .paths li{margin:.2em 0;overflow-wrap:anywhere}
 .bar{display:flex;height:28px;border-radius:6px;overflow:hidden;margin:.4em 0}.bar i{background:currentColor}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
 th{text-align:left;color:var(--soft);font-weight:500}
-th,td{padding:6px 8px;border-bottom:1px solid var(--grid);vertical-align:top;overflow-wrap:anywhere}
+th,td{padding:6px 8px;border-bottom:1px solid var(--grid);vertical-align:top}td{overflow-wrap:anywhere;min-width:5em}
 pre{background:var(--card);padding:12px;border-radius:8px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem}
 summary{cursor:pointer;font-size:1.1rem;font-weight:600}
 video{max-width:100%;border-radius:8px}
 a{color:var(--c0)}
-@media(max-width:640px){thead{display:none}tr{display:block;padding:8px 0;border-bottom:1px solid var(--grid)}
+@media(max-width:800px){thead{display:none}tr{display:block;padding:8px 0;border-bottom:1px solid var(--grid)}
 td{display:block;border:0;padding:2px 0}td::before{content:attr(data-name) ": ";color:var(--soft)}}
 """
     + "".join(f".c{i}{{color:var(--c{i})}}" for i in range(len(SERIES)))

@@ -79,7 +79,8 @@ def main(words: list[str]) -> None:
     with said_in_one_sentence():
         if not can_draw():
             raise InputError('a report is drawn by matplotlib: pip install "ppo-lightning[plot]"')
-        runs = [read_run(folder) for place in given.runs for folder in run_folders(place)]
+        folders = [folder for place in given.runs for folder in run_folders(place)]
+        runs = [read_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]  # each once
         alone = len(runs) == 1
         page = given.out or (runs[0].folder / REPORT if alone else Path(REPORT))
         text = run_page(runs[0], page.parent) if alone else comparison(grouped(runs, given.group), page.parent)
@@ -137,7 +138,7 @@ def grouped(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[Grou
     for index, found in enumerate(all_settings):
         groups.setdefault(json.dumps(found, sort_keys=True), []).append(index)
     firsts = [all_settings[members[0]] for members in groups.values()]
-    names = dict.fromkeys(name for found in firsts for name in found)
+    names = sorted({name: None for found in firsts for name in found}, key=lambda name: not name.startswith("model."))
     differing = [name for name in names if len({found.get(name) for found in firsts}) > 1]
     return [
         Group(_label(found, differing, runs[members[0]]), [runs[index] for index in members])
@@ -162,11 +163,11 @@ def _is_named(name: str, key: str) -> bool:
 
 
 def _label(found: dict[str, str], differing: list[str], first: Run) -> str:
-    """What tells a group from the others, three settings at most."""
+    """What tells a group from the others: three settings at most, and a folder where there are more."""
     if not differing:
         return environment(first)
     parts = [f"{name.removeprefix('model.').removesuffix('.class_path')}={found.get(name, '–')}" for name in differing]
-    return ", ".join(parts[:3]) + (f", … ({first.folder.name})" if len(parts) > 3 else "")
+    return ", ".join(parts[:3]) + (f", … ({first.folder})" if len(parts) > 3 else "")
 
 
 def interval(values: Any) -> tuple[Any, Any, Any]:
@@ -200,7 +201,7 @@ def curves_of(group: Group, metric: str, color: int) -> list[Curve]:
     if len(columns) == 1:
         return [Curve(group.label, *columns[0], color=color)]
     first, last = min(steps[0] for steps, _ in columns), max(steps[-1] for steps, _ in columns)
-    common = np.linspace(first, last, POINTS)
+    common = np.linspace(first, last, POINTS if last > first else 1)
     values = [np.interp(common, steps, column, left=np.nan, right=np.nan) for steps, column in columns]
     mean, low, high = interval(np.stack(values))
     runs = [Curve(group.label, steps, column, color=color, faint=True) for steps, column in columns]
@@ -218,13 +219,10 @@ def comparison(groups: Sequence[Group], place: Path) -> str:
         f'<li class="c{index % len(SERIES)}">{html.escape(group.label)} ({_runs(group)})</li>'
         for index, group in enumerate(groups)
     )
-    figures = []
-    for chart in CHARTS:
-        for metric, meaning in chart.metrics.items():
-            curves = [curve for index, group in enumerate(groups) for curve in curves_of(group, metric, index)]
-            if curves:
-                title = chart.title if len(chart.metrics) == 1 else f"{chart.title}, {meaning.partition(',')[0]}"
-                figures.append(chart_figure(replace(chart, title=title, metrics={metric: meaning}), curves))
+    worlds: dict[str, list[tuple[int, Group]]] = {}
+    for index, group in enumerate(groups):
+        worlds.setdefault(", ".join(dict.fromkeys(map(environment, group.runs))), []).append((index, group))
+    charts = {world: grid(_figures(members)) for world, members in worlds.items()}
     several = any(len(group.runs) > 1 for group in groups)
     says = (
         "Thick: the mean over the runs of a group that got so far, in its 95 % interval (Student's t); thin: each run."
@@ -232,16 +230,27 @@ def comparison(groups: Sequence[Group], place: Path) -> str:
         else "Each run alone."
     )
     count = sum(len(group.runs) for group in groups)
-    environments = dict.fromkeys(environment(run) for group in groups for run in group.runs)
     return document(
-        f"{', '.join(environments)} · {count} runs",
+        f"{', '.join(worlds)} · {count} runs",
         [
             f'<figure><ul class="groups">{legend}</ul><figcaption>{says}</figcaption></figure>',
-            grid(figures),
+            *(charts.values() if len(charts) == 1 else map(section, charts, charts.values())),
             section("Groups", _group_table(groups)),
             section("Runs", _run_table(groups, place)),
         ],
     )
+
+
+def _figures(groups: Sequence[tuple[int, Group]]) -> list[str]:
+    """Charts of groups, which come with their indices, and whose returns can be compared."""
+    figures = []
+    for chart in CHARTS:
+        for metric, meaning in chart.metrics.items():
+            curves = [curve for index, group in groups for curve in curves_of(group, metric, index)]
+            if curves:
+                title = chart.title if len(chart.metrics) == 1 else f"{chart.title}, {meaning.partition(',')[0]}"
+                figures.append(chart_figure(replace(chart, title=title, metrics={metric: meaning}), curves))
+    return figures
 
 
 def _runs(group: Group) -> str:
@@ -285,7 +294,7 @@ def _run_table(groups: Sequence[Group], place: Path) -> str:
                     f'<a href="{html.escape(link(own, place))}">{name}</a>' if own.is_file() else name,
                     _named(group.label, index),
                     html.escape(str(run.summary.get("seed", run.config.get("seed_everything", "–")))),
-                    html.escape(run.summary["status"]),
+                    html.escape(run.summary["status"].partition(":")[0]),  # its own page has the whole message
                     f"{run.summary['global_step']:,}",
                     duration(run.summary["elapsed_time_sec"]),
                     f"{run.summary['training_fps']:,.0f}",

@@ -1,21 +1,24 @@
 """What a run has left in its folder, read back for pictures."""
 
 import csv
+import io
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ppo_lightning.errors import InputError
+from ppo_lightning.history import PARTS, Records, summarize_records
 from ppo_lightning.metric_names import restored
 
 SUMMARY, REPORT, HEALTH = "summary.json", "report.html", "health.json"
 
-Row = Mapping[str, float | None]
+CLOCK = "time/time_elapsed"
+"""What each iteration logs, and nothing else, under every system's names."""
 
 
 @dataclass(frozen=True)
@@ -67,70 +70,60 @@ def read_run(folder: Path) -> Run:
     else:
         config = {"model": _yaml(folder / "hparams.yaml")} if (folder / "hparams.yaml").is_file() else {}
     if table.is_file():
-        rows = _rows(table, config.get("model", {}).get("metric_names", "sb3"))
-        if found is None or (rows and rows[-1]["global_step"] > found["global_step"]):  # killed after it had gone on
-            found = {**({} if found is None else found), **_summary(rows), **_checkpoints(folder)}
+        logged = _logged(table, config.get("model", {}).get("metric_names", "sb3"), folder)
+        if found is None or logged["global_step"] > found["global_step"]:  # killed after it had gone on
+            found = {**({} if found is None else found), **logged}
     assert found is not None
     health = _json(folder / HEALTH) if (folder / HEALTH).is_file() else {}
     videos = sorted((folder / "videos").rglob("*.mp4"), key=lambda path: path.stat().st_mtime)
     return Run(folder, found, config, health, videos)
 
 
-def _rows(table: Path, names: str) -> list[dict[str, float]]:
-    """Rows of ``metrics.csv`` under our names, without what is empty or not a number, nor a last line that is cut off."""
-    whole = table.read_text(encoding="utf-8").rpartition("\n")[0]
-    texts = list(csv.DictReader(whole.splitlines()))
-    read = []
-    for number, text in enumerate(texts, 1):
-        try:
-            read.append({name: float(cell) for name, cell in text.items() if cell})
-        except (TypeError, ValueError) as error:
-            if number < len(texts):
-                raise InputError(
-                    f"row {number} of {table} is not of numbers ({error}): give the folder of a run"
-                ) from error
-    return [
-        {"global_step": row.pop("step")}
-        | {name: value for name, value in restored(row, names).items() if "/" in name and value == value}
-        for row in read
-        if "step" in row
-    ]
-
-
-def _summary(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """What rows tell of a run that did not live to write its summary."""
-    train = [row for row in rows if "time/iterations" in row]
-    evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
-    parts = {part: sum(row.get(f"time/{part}", 0.0) for row in train) for part in ("collect", "update", "evaluate")}
-    clock = [0.0, *(row["time/time_elapsed"] for row in train)]
-    # The clock of a run that goes on begins anew.
-    elapsed = sum(now - before if now > before else now for before, now in pairwise(clock))
-    steps = int(rows[-1]["global_step"]) if rows else 0
-    return {
-        "status": "running, or killed",
-        "global_step": steps,
-        "elapsed_time_sec": elapsed,
-        "training_fps": steps / elapsed if elapsed else 0.0,
-        "time_split": {**parts, "other": max(0.0, elapsed - sum(parts.values()))},
-        "last_train_metrics": train[-1] if train else {},
-        "last_eval_metrics": evaluations[-1] if evaluations else {},
-        "best_train_metrics": _highest(train, "rollout/ep_rew_mean"),
-        "best_eval_metrics": _highest(evaluations, "eval/mean_reward"),
-        "train_history": train,
-        "eval_history": evaluations,
-        "episode_lengths": [],
-    }
-
-
-def _checkpoints(folder: Path) -> dict[str, str | None]:
-    """Where every run has its checkpoints, if they are there."""
+def _logged(table: Path, names: str, folder: Path) -> dict[str, Any]:
+    """What ``metrics.csv`` tells of a run that did not live to write its summary."""
+    text = table.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line may be cut off
+    kinds = [(row["step"], CLOCK in row) for row in _rows(table, text, names)]
+    kept, ahead = [], math.inf
+    for step, trained in reversed(kinds):  # a run that was killed goes on from a checkpoint, and takes steps once more
+        kept.append(step < ahead)
+        ahead = min(ahead, step) if trained else ahead
+    records, steps, iterations, clock = Records(begun_at=0), 0, 0, 0.0
+    for row, keep, (_, trained) in zip(_rows(table, text, names), reversed(kept), kinds, strict=True):
+        if not keep:
+            continue
+        step = int(row.pop("step"))
+        steps = max(steps, step)
+        if not trained:
+            records.evaluations.add(step, row)
+            continue
+        if not iterations:
+            records.begun_at = round(step - step / row["time/iterations"])
+        iterations, before, clock = int(row["time/iterations"]), clock, row[CLOCK]
+        records.train.add(step, row)
+        records.seconds["elapsed"] += clock - before if clock > before else clock  # it begins anew where a run goes on
+        for part in PARTS:
+            records.seconds[part] += row.get(f"time/{part}", 0.0)
     files = {name: folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "best")}
-    last, best = (str(file) if file.is_file() else None for file in files.values())
-    return {"latest_checkpoint_path": last, "best_checkpoint_path": best}
+    latest, best = (str(file) if file.is_file() else None for file in files.values())
+    summary = summarize_records(
+        records, env_steps=steps, iterations=iterations, episodes=[], latest_checkpoint=latest, best_checkpoint=best
+    )
+    return {"status": "running, or killed", **summary}
 
 
-def _highest(rows: list[dict[str, float]], name: str) -> dict[str, float]:
-    return max((row for row in rows if name in row), key=lambda row: row[name], default={})
+def _rows(table: Path, text: str, names: str) -> Iterator[dict[str, float]]:
+    """Rows of iterations and evaluations under our names, without what is empty or not a number."""
+    for number, cells in enumerate(csv.DictReader(io.StringIO(text)), 1):
+        try:
+            row = {name: float(cell) for name, cell in cells.items() if cell}
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"row {number} of {table} is not of numbers ({error}): give the folder of a run"
+            ) from error
+        if "step" in row:
+            found = {name: value for name, value in restored(row, names).items() if "/" in name and value == value}
+            if CLOCK in found or any(name.startswith("eval/") for name in found):
+                yield {"step": row["step"], **found}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_what_is_not_a_number_is_never_best_and_is_left_out_of_rows():
     history = History("reward")
     history.add(1, {"reward": math.nan, "loss": 1.0})
     history.add(2, {"reward": 0.5, "loss": 1.0})
-    history.add(3, {"reward": math.nan, "loss": 1.0})
+    history.add(3, {"reward": math.inf, "loss": 1.0})
     assert history.best == {"step": 2, "reward": 0.5, "loss": 1.0}
     assert history.rows()[0] == {"step": 1, "loss": 1.0}
 
@@ -100,7 +100,7 @@ def test_a_summary_has_the_keys_of_both_systems_and_is_strict_json():
         records,
         env_steps=64,
         iterations=1,
-        episodes=[(3.0, 10.0, math.nan)],
+        episodes=[(3.0, 10.0, math.nan), (math.inf, 11.0, math.nan)],
         latest_checkpoint="last.ckpt",
         best_checkpoint=None,
     )
@@ -118,4 +118,5 @@ def test_a_summary_has_the_keys_of_both_systems_and_is_strict_json():
         "policy_losses": [None],
         "value_losses": [None],
     }
+    assert summary["episode_returns"] == [3.0, None]
     assert summary["time_split"] == {"collect": 0, "update": 0, "evaluate": 0, "other": 4}

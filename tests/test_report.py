@@ -7,6 +7,7 @@ import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import pytest
 import ppo_lightning.report as report
 from ppo_lightning.__main__ import main as console
 from ppo_lightning.history import Records, summarize_records
-from ppo_lightning.pictures import CHARTS, INK, SERIES, Curve, draw_curves, draw_report, run_page
+from ppo_lightning.pictures import CHARTS, INK, SERIES, Curve, draw_curves, draw_report, number, run_page
 from ppo_lightning.plot import draw_learning_curve
 from ppo_lightning.report import curves_of, grouped, interval, main, run_folders
 from ppo_lightning.runs import Run, read_run
@@ -52,10 +53,10 @@ def leave(
     return run
 
 
-def log(run: Path, rows: int, *, slope: float = 1.0, clock: float = 0.5) -> None:
-    """``metrics.csv`` as a run of so many iterations has it."""
+def log(run: Path, rows: int, *, slope: float = 1.0, clock: float = 0.5, since: int = 0) -> None:
+    """``metrics.csv`` as a run of so many iterations has it, or one that went on after some."""
     names = "step,time/iterations,time/time_elapsed,time/collect,time/update,rollout/ep_rew_mean,eval/mean_reward"
-    lines = [f"{100 * i},{i},{clock * i},0.25,0.125,{slope * i}," for i in range(1, rows + 1)]
+    lines = [f"{100 * i},{i},{clock * (i - since)},0.25,0.125,{slope * i}," for i in range(since + 1, rows + 1)]
     run.mkdir(parents=True, exist_ok=True)
     (run / "metrics.csv").write_text("\n".join([names, *lines, f"{100 * rows},,,,,,{slope * rows}"]) + "\n")
 
@@ -212,7 +213,7 @@ def test_a_healthy_range_is_drawn_and_the_thresholds_of_the_run_win():
         )
     )
     text = page_of(run).text
-    for said in ("kl_high", "1,200", "0.08123", "lower it <now>", "--model.optimizer.lr", "factor 0.5"):
+    for said in ("kl_high", "1,200", "0.0812", "lower it <now>", "--model.optimizer.lr", "factor 0.5"):
         assert said in text
     assert "healthy, 0.005 to 0.025. Dashed: alert above 0.04." in text
     assert "healthy, 0.1 to 0.3. Dashed: alert above 0.5." in text
@@ -247,6 +248,63 @@ def test_a_killed_run_is_drawn_from_its_table():
     assert "running, or killed" in page_of(Path("run")).text
 
 
+def test_the_table_of_a_run_that_was_killed_twice_has_each_step_once():
+    """It went on from step 400, and the rows of the steps that were lost are still there."""
+    run = Path("run")
+    log(run, 10)
+    first = (run / "metrics.csv").read_text()
+    log(run, 8, slope=2.0, since=4)
+    (run / "metrics.csv").write_text(first + (run / "metrics.csv").read_text().partition("\n")[2])
+    found = read_run(run)
+    steps, returns = found.column("rollout/ep_rew_mean")
+    assert steps == [100, 200, 300, 400, 500, 600, 700, 800]
+    assert returns == [1, 2, 3, 4, 10, 12, 14, 16]
+    assert found.column("eval/mean_reward") == ([800], [16])
+    assert (found.summary["global_step"], found.summary["elapsed_time_sec"]) == (800, 4)
+
+
+def test_an_evaluation_that_arrives_late_keeps_its_step():
+    log(Path("run"), 10)
+    table = Path("run/metrics.csv")
+    table.write_text(table.read_text().rpartition("1000,")[0] + "400,,,,,,4.5\n")
+    run = read_run(Path("run"))
+    assert run.column("eval/mean_reward") == ([400], [4.5])
+    assert run.summary["global_step"] == 1000
+
+
+def test_what_a_table_has_before_this_run_counts_for_no_speed():
+    log(Path("run"), 20, since=10)  # in a folder of its own, from the checkpoint of another
+    assert read_run(Path("run")).summary["training_fps"] == 1000 / 5
+
+
+def test_infinity_in_a_table_is_neither_drawn_nor_best():
+    log(Path("run"), 10)
+    table = Path("run/metrics.csv")
+    table.write_text(table.read_text().replace("0.125,3.0,", "0.125,inf,"))
+    run = read_run(Path("run"))
+    assert 300 not in run.column("rollout/ep_rew_mean")[0]
+    assert run.summary["best_train_metrics"]["rollout/ep_rew_mean"] == 10
+
+
+def test_a_long_table_is_read_into_bounded_space():
+    log(Path("run"), 5000)
+    steps, returns = read_run(Path("run")).column("rollout/ep_rew_mean")
+    assert len(steps) <= 2048
+    assert returns == [step / 100 for step in steps]
+    assert steps[-1] == 500_000
+
+
+def test_tables_under_other_names_are_read_whatever_else_is_logged():
+    """Lightning adds its ``epoch``, PufferLib's word for iterations, to what a user logs."""
+    run = leave("run", rows=1, metric_names="pufferlib")
+    (run / "metrics.csv").write_text(
+        "step,epoch,uptime,environment/episode_return,mine\n100,1,0.5,7,\n100,0,,,3\n200,2,1.0,8,\n200,1,,,3\n"
+    )
+    found = read_run(run)
+    assert found.column("rollout/ep_rew_mean") == ([100, 200], [7, 8])
+    assert found.summary["final_iteration"] == 2
+
+
 def test_the_table_wins_where_it_goes_further_than_the_summary():
     run = leave("run", rows=10)
     log(run, 10)
@@ -277,6 +335,63 @@ def test_the_command_draws_one_page_of_a_folder_of_runs(monkeypatch, capsys):
     for said in ("3 runs", "clip_range=0.1 (2 runs)", "clip_range=0.2 (1 run)", "95 % interval"):
         assert said in page.text
     assert [folder.name for folder in run_folders(Path("logs"))] == ["version_0", "version_1", "version_10"]
+
+
+def test_a_run_that_is_named_twice_counts_once():
+    run = leave("logs/version_0")
+    leave("logs/version_1", seed=2)
+    main([str(run), "logs", "--out", "page.html"])
+    assert "CartPole-v1 (2 runs)" in Path("page.html").read_text()
+
+
+def test_names_are_text_and_links_lead_where_they_say():
+    run = leave("logs/x:y #1%41?<b>", env="<script>&", status="stopped by ValueError: <i>\nno")
+    (run / "videos").mkdir()
+    (run / "videos/a #1.mp4").write_bytes(b"")
+    assert draw_report(run) == run / "report.html"
+    page = page_of(run)
+    assert "videos/a%20%231.mp4" in page.links
+    assert not {"script", "b", "i"} & set(page.tags) - {"i"}
+    assert "stopped by ValueError: <i>\nno" in page.text
+    leave("logs/other")
+    main(["logs", "--out", "page.html"])
+    page = Page(Path("page.html").read_text())
+    (link,) = [link for link in page.links if not link.startswith("#")]
+    assert Path(unquote(link)) == run / "report.html"
+    assert ":" not in link
+    assert not {"script", "b"} & set(page.tags)
+    assert "<script>&" in page.text
+
+
+def test_returns_of_different_environments_share_no_axes_and_each_group_has_a_name():
+    """With more than three differences, the folder tells groups apart."""
+    many = [{"env": "A-v0"}, {"env": "B-v0", "gamma": 0.9}, {"env": "B-v0", "gamma": 0.9, "x": 1, "y": 2, "z": 3}]
+    runs = [leave(f"{'abc'[index]}/version_0", **config) for index, config in enumerate(many)]
+    for run in runs[:2]:
+        (run / "config.yaml").write_text(f"trainer: {{devices: {run}}}\nmodel: {json.dumps(many[runs.index(run)])}")
+    groups = grouped([read_run(run) for run in runs])
+    assert len({group.label for group in groups}) == 3
+    assert groups[0].label.startswith("env=A-v0, ")
+    page = report.comparison(groups, Path("."))
+    alone, both = (part.partition("</section>")[0] for part in page.split("<section>")[1:3])
+    assert alone.startswith("<h2>A-v0</h2>")
+    assert both.startswith("<h2>B-v0</h2>")
+    assert (alone.count("Return, evaluation</h3>"), both.count("Return, evaluation</h3>")) == (1, 1)
+    assert "env=A-v0" not in both
+
+
+def test_one_evaluation_of_each_run_is_a_point_with_a_band():
+    runs = [read_run(leave(f"r{seed}", seed=seed, slope=seed, rows=1)) for seed in (1, 2, 3)]
+    curves = curves_of(grouped(runs)[0], "rollout/ep_rew_mean", 0)
+    assert (curves[-1].steps, list(curves[-1].values)) == ([100], [2])
+    drawn = draw_curves(CHARTS[0], curves)
+    assert len(re.findall(r"<use [^>]*var\(--c0\)", drawn)) == 4
+    assert re.search(r'fill-opacity: 0.18; stroke: var\(--c0\); [^"]*stroke-width: 3', drawn)
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "–"), (12345.6, "12,346"), (-37.738, "-37.74"), (2e7, "2e+07")])
+def test_numbers_are_legible(value, text):
+    assert number(value) == text
 
 
 def test_the_command_draws_the_page_of_one_run_in_its_folder():

@@ -24,6 +24,7 @@ from ppo_lightning.callbacks.hardware import Hardware, HardwareMonitor
 from ppo_lightning.callbacks.progress import Progresses, StepProgressBar
 from ppo_lightning.clock import BURN_IN
 from ppo_lightning.health import Thresholds
+from ppo_lightning.pictures import number
 
 
 class Described(Progresses, Protocol):
@@ -149,14 +150,6 @@ class Row(NamedTuple):
     style: str = ""
     mark: str = ""
     note: str = ""
-
-
-def number(value: float) -> str:
-    """A value in at most nine characters, as many digits as tell it from its like."""
-    size = abs(value)
-    if size < 0.1 or size >= 1e6:
-        return f"{value:.2g}" if size < 1e-3 else f"{value:.3g}"
-    return f"{value:,.0f}" if size >= 1e4 else f"{value:.4g}"
 
 
 def rows(metrics: Mapping[str, float], labels: Mapping[str, str]) -> list[Row]:
@@ -300,8 +293,8 @@ def _section(title: str, body: list[Row], width: int, noted: str = "") -> list[T
     lines = [Text(), Text.assemble((f"{title:<{width - len(head)}}", "bold"), (head, "dim"))]
     for row in body:
         name = row.label if cell_len(row.label) <= label else f"{set_cell_size(row.label, label - 1)}…"
-        number = f"{row.value:>{VALUE}}{row.mark:>{MARK}}"
-        line = Text.assemble(set_cell_size(name, label), (number, row.style))
+        value = f"{row.value:>{VALUE}}{row.mark:>{MARK}}"
+        line = Text.assemble(set_cell_size(name, label), (value, row.style))
         if note:
             line.append(f" {row.note:>{note}}" if noted else f" {row.note:<{note}}", "dim")
         lines.append(line)
