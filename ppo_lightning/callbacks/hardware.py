@@ -5,6 +5,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
@@ -40,7 +41,7 @@ class Hardware:
         self._psutil, self._process = psutil, psutil.Process()
         psutil.cpu_percent()  # its first answer means nothing
         self._measured, self._newest = time.monotonic(), {}
-        self._has_utilization = device.type == "cuda" and _tells_utilization(device)
+        self._asks_driver = device.type == "cuda"
 
     def read(self) -> dict[str, float]:
         """The newest measurement, the same object while it holds; empty before the first.
@@ -62,18 +63,20 @@ class Hardware:
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             measured["hardware/gpu_memory_mb"] = (total - free) / 1e6
-        if self._has_utilization:
-            measured["hardware/gpu_percent"] = float(torch.cuda.utilization(self.device))
+        if self._asks_driver:
+            measured |= self._utilization()
         self._newest = measured
         return measured
 
-
-def _tells_utilization(device: torch.device) -> bool:
-    try:
-        torch.cuda.utilization(device)
-    except Exception:  # the driver's library may be absent, old, or forbidden (MIG), and its errors have no common type
-        return False
-    return True
+    def _utilization(self) -> dict[str, float]:
+        """What the driver says; nothing from then on, where it does not: a number is no reason for a run to fail."""
+        try:
+            return {"hardware/gpu_percent": float(torch.cuda.utilization(self.device))}
+        # The driver's library may be absent, forbidden (MIG), or replaced meanwhile; its errors have no common type.
+        except Exception as error:
+            self._asks_driver = False
+            rank_zero_warn(f"hardware/gpu_percent is not measured: {type(error).__name__}: {error}")
+            return {}
 
 
 class HardwareMonitor(Callback):
