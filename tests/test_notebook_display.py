@@ -3,7 +3,6 @@
 import base64
 import importlib.util
 import re
-from itertools import pairwise
 from types import SimpleNamespace
 
 import IPython.display
@@ -12,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from ppo_lightning import PPO
-from ppo_lightning.callbacks import NotebookDisplay, notebook
-from ppo_lightning.callbacks.dashboard import UPDATE, number, rows
+from ppo_lightning.callbacks import AsyncEvaluation, NotebookDisplay, notebook
+from ppo_lightning.callbacks.dashboard import UPDATE, rows
 from ppo_lightning.callbacks.notebook import draw_curve, page
 from ppo_lightning.errors import InputError
+from ppo_lightning.pictures import number
 
 SMALL = {"num_envs": 4, "num_steps": 32, "update_epochs": 1, "num_minibatches": 2, "num_eval_episodes": 2}
 PNG = b"\x89PNG"
@@ -35,14 +35,27 @@ def shown(monkeypatch):
     return pages
 
 
+@pytest.fixture
+def curves(monkeypatch):
+    """What was drawn, one picture after another."""
+    drawn: list[tuple] = []
+
+    def draw(trained, evaluated):
+        drawn.append((trained, evaluated))
+        return draw_curve(trained, evaluated)
+
+    monkeypatch.setattr(notebook, "draw_curve", draw)
+    return drawn
+
+
 def train(fit, shown, total_steps=8 * 128, **kwargs):
     display = NotebookDisplay()
     model = PPO("CartPole-v1", total_steps=total_steps, eval_interval=4, **SMALL)
     return model, fit(model, callbacks=[display], limit_val_batches=1, **kwargs), display
 
 
-def test_the_last_page_has_the_last_numbers_and_a_picture(fit, shown):
-    _, trainer, display = train(fit, shown)
+def test_the_last_page_has_the_last_numbers_and_a_picture(fit, shown, curves):
+    _, trainer, _ = train(fit, shown)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     last = shown[-1]
     assert "CartPole-v1: 1,024 of 1,024 steps" in last
@@ -53,10 +66,11 @@ def test_the_last_page_has_the_last_numbers_and_a_picture(fit, shown):
     }.items():
         assert re.search(rf">{label}</td><td [^>]*>{re.escape(number(metrics[name]))}", last), label
     assert base64.b64decode(re.search('base64,([^"]+)', last)[1]).startswith(PNG)
-    assert [steps for steps, _ in display.trained] == [128 * count for count in range(1, 9)]
-    assert [steps for steps, *_ in display.evaluated] == [512, 1024]
-    assert display.trained[-1][1] == metrics["rollout/ep_rew_mean"]
-    assert display.evaluated[-1][1:] == (metrics["eval/mean_reward"], metrics["eval/std_reward"])
+    trained, evaluated = curves[-1]
+    assert [steps for steps, _ in trained] == [128 * count for count in range(1, 9)]
+    assert [steps for steps, *_ in evaluated] == [512, 1024]
+    assert trained[-1][1] == metrics["rollout/ep_rew_mean"]
+    assert evaluated[-1][1:] == (metrics["eval/mean_reward"], metrics["eval/std_reward"])
 
 
 def test_pages_come_every_few_seconds_and_at_the_end(fit, shown, monkeypatch):
@@ -88,24 +102,22 @@ def test_a_picture_that_takes_long_is_drawn_less_often(fit, shown, monkeypatch):
     assert display._next_draw == clock[0] + 30.0
 
 
-def test_the_curve_goes_on_where_the_run_does_and_begins_anew_with_another(fit, shown):
+def test_the_curve_goes_on_where_the_run_does_and_begins_anew_with_another(fit, shown, curves):
     model, _, display = train(fit, shown)
     model.total_steps = 10 * 128
     fit(model, callbacks=[display])
-    assert [steps for steps, _ in display.trained] == [128 * count for count in range(1, 11)]
+    assert [steps for steps, _ in curves[-1][0]] == [128 * count for count in range(1, 11)]
     fit(PPO("CartPole-v1", total_steps=128, **SMALL), callbacks=[display])
-    assert [steps for steps, _ in display.trained] == [128]
-    assert display.evaluated == []
+    assert [steps for steps, _ in curves[-1][0]] == [128]
+    assert curves[-1][1] == []
 
 
-def test_a_long_curve_is_thinned(fit, shown, monkeypatch):
-    monkeypatch.setattr(NotebookDisplay, "MAX_POINTS", 8)
-    display = NotebookDisplay()
-    fit(PPO("CartPole-v1", total_steps=40 * 128, **SMALL), callbacks=[display])
-    steps = [steps for steps, _ in display.trained]
-    assert 4 <= len(steps) <= 8
-    assert steps[-1] > 30 * 128
-    assert {later - sooner for sooner, later in pairwise(steps)} == {8 * 128}
+def test_evaluations_in_another_process_are_in_the_curve(fit, shown, curves):
+    model = PPO("CartPole-v1", total_steps=256, **SMALL)
+    fit(model, callbacks=[NotebookDisplay(), AsyncEvaluation(every=2)])
+    model.total_steps = 384
+    fit(model, callbacks=[NotebookDisplay()])
+    assert [steps for steps, *_ in curves[-1][1]] == [256]
 
 
 def test_an_error_leaves_a_last_page(fit, shown):
@@ -123,7 +135,6 @@ def test_outside_of_notebooks_nothing_is_shown(fit, capsys):
     display = NotebookDisplay()
     fit(PPO("CartPole-v1", total_steps=256, **SMALL), callbacks=[display])
     assert capsys.readouterr().out == ""
-    assert display.trained == []
 
 
 def test_without_matplotlib_a_sentence_says_what_to_install(fit, shown, monkeypatch):

@@ -6,7 +6,7 @@ import io
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
@@ -14,11 +14,17 @@ from typing_extensions import override
 
 from ppo_lightning.callbacks.dashboard import EPISODES, UPDATE, Described, Row, rows, user_rows
 from ppo_lightning.errors import InputError
+from ppo_lightning.history import History, Records
 
-Trained = Sequence[tuple[int, float]]
-"""Environment steps and mean return."""
-Evaluated = Sequence[tuple[int, float, float]]
-"""Environment steps, mean return, and its standard deviation over episodes."""
+Points = Sequence[tuple[float, ...]]
+"""Environment steps and mean return; of evaluations also its standard deviation over episodes."""
+
+
+class Recorded(Described, Protocol):
+    """A module whose runs are recorded."""
+
+    records: Records
+
 
 COLOURS = {"green": "#1a7f37", "yellow": "#9a6700", "bold red": "#cf222e", "": "inherit"}
 
@@ -36,14 +42,10 @@ class NotebookDisplay(Callback):
     INTERVAL_S = 3.0
     SHARE = 1 / 30
     """Of the time, that drawing may take."""
-    MAX_POINTS = 1000
-    """Of the curve; beyond, every second one is left out."""
 
     def __init__(self) -> None:
-        self.trained: list[tuple[int, float]] = []
-        self.evaluated: list[tuple[int, float, float]] = []
         self._handle: Any = None
-        self._stride, self._count, self._next_draw = 1, 0, 0.0
+        self._next_draw = 0.0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,34 +58,14 @@ class NotebookDisplay(Callback):
             )
         from IPython.display import HTML, display  # which every notebook has
 
-        steps = cast(Described, pl_module).num_env_steps
-        self.trained = [point for point in self.trained if point[0] <= steps]  # of another model there are none left
-        self.evaluated = [point for point in self.evaluated if point[0] <= steps]
         self._handle = display(HTML(""), display_id=True)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._handle is None:
-            return
-        self._count += 1
-        if self._count % self._stride == 0 and "rollout/ep_rew_mean" in trainer.callback_metrics:
-            mean = trainer.callback_metrics["rollout/ep_rew_mean"].item()
-            self.trained.append((cast(Described, pl_module).num_env_steps, mean))
-            if len(self.trained) > self.MAX_POINTS:
-                del self.trained[::2]
-                self._stride *= 2
-        if time.perf_counter() >= self._next_draw:
+        if self._handle is not None and time.perf_counter() >= self._next_draw:
             self._show(trainer)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._handle is None:
-            return
-        metrics = trainer.callback_metrics
-        steps = cast(Described, pl_module).num_env_steps
-        self.evaluated.append((steps, metrics["eval/mean_reward"].item(), metrics["eval/std_reward"].item()))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,7 +84,7 @@ class NotebookDisplay(Callback):
         from IPython.display import HTML
 
         began = time.perf_counter()
-        module = cast(Described, trainer.lightning_module)
+        module = cast(Recorded, trainer.lightning_module)
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         sections = {
             f"{module.env_maker.name}: {module.num_env_steps:,} of {module.total_steps:,} steps": [],
@@ -110,7 +92,8 @@ class NotebookDisplay(Callback):
             "Update": rows(metrics, UPDATE),
             "Metrics": user_rows(metrics),
         }
-        picture = draw_curve(self.trained, self.evaluated)
+        trained = points(module.records.train, "rollout/ep_rew_mean")
+        picture = draw_curve(trained, points(module.records.evaluations, "eval/mean_reward", "eval/std_reward"))
         self._handle.update(HTML(page(sections, picture)))
         ended = time.perf_counter()
         self._next_draw = ended + max(self.INTERVAL_S, (ended - began) / self.SHARE)
@@ -119,7 +102,12 @@ class NotebookDisplay(Callback):
         return {**vars(self), "_handle": None}  # of this process
 
 
-def draw_curve(trained: Trained, evaluated: Evaluated) -> bytes:
+def points(history: History, *names: str) -> Points:
+    """Environment steps and values of metrics, of the rows that have them all."""
+    return [(row["step"], *(row[name] for name in names)) for row in history.rows() if row.keys() >= set(names)]
+
+
+def draw_curve(trained: Points, evaluated: Points) -> bytes:
     """Training and evaluation return over environment steps, as PNG."""
     from matplotlib.figure import Figure  # the plot extra
 
