@@ -197,7 +197,7 @@ class PPOCLI(LightningCLI):
             return
         run = Path(folder)
         places = {
-            "logs": run,
+            "logs": run if trainer.loggers else None,
             "checkpoints": run / "checkpoints",
             "plot": draw_learning_curve(run),
             "report": run / REPORT,
@@ -213,7 +213,8 @@ class PPOCLI(LightningCLI):
         for name, place in places.items():
             if place is not None and place.exists():
                 print(f"  {name:<12} {place}")
-        print(f"  watch        tensorboard --logdir {run.parent}")
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            print(f"  watch        tensorboard --logdir {run.parent}")
         if model.interrupted is not None:
             sys.exit(128 + model.interrupted)
 

@@ -376,7 +376,7 @@ def _lengths(lengths: list[int]) -> str:
 def health_log(run: Run) -> str:
     """What was found to be wrong with a run, and what was done about it."""
     if not run.health:
-        return "<p>Nobody watched: <code>--trainer.callbacks+=ppo_lightning.callbacks.HealthMonitor</code> does.</p>"
+        return "<p>There is no <code>health.json</code>.</p>"
     findings, acts = run.health["findings"], run.health["acts"]
     if not findings:
         return "<p>Nothing was found.</p>"

@@ -40,7 +40,7 @@ T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-"""97.5 % quantile of Student's t with 1, 2, … degrees of freedom; beyond the last it hardly changes."""
+"""97.5 % quantile of Student's t with 1, 2, … degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,8 @@ def interval(values: Any) -> tuple[Any, Any, Any]:
     mean = np.where(count > 0, np.where(there, values, 0.0).sum(0) / count.clip(1), np.nan)
     squares = np.where(there, values - mean, 0.0) ** 2
     deviation = np.sqrt(squares.sum(0) / (count - 1).clip(1))
-    quantile = np.array([np.nan, np.nan, *T_975, 1.96])[count.clip(0, len(T_975) + 2)]
+    known = np.array([np.nan, np.nan, *T_975])[count.clip(0, len(T_975) + 1)]
+    quantile = np.where(count <= len(T_975) + 1, known, 1.96 + 2.372 / (count - 1).clip(1))  # its expansion in 1/n
     half = quantile * deviation / np.sqrt(count.clip(1))
     return mean, mean - half, mean + half
 

@@ -110,6 +110,12 @@ def test_the_interval_over_three_runs_is_students():
     assert (mean[0], high[0] - mean[0], mean[0] - low[0]) == pytest.approx((2.0, 4.303 / 3**0.5, 4.303 / 3**0.5))
 
 
+def test_the_interval_over_many_runs_is_students_too():
+    values = np.array([[-1.0], [1.0]] * 30)
+    _, _, high = interval(values)
+    assert high[0] == pytest.approx(2.0010 * values.std(ddof=1) / 60**0.5, rel=1e-3)  # with 59 degrees of freedom
+
+
 def test_one_run_has_a_mean_and_no_interval_and_none_has_neither():
     mean, low, high = interval(np.array([[1.0, np.nan], [np.nan, np.nan]]))
     np.testing.assert_equal([mean, low, high], [[1.0, np.nan], [np.nan, np.nan], [np.nan, np.nan]])
@@ -222,8 +228,8 @@ def test_a_healthy_range_is_drawn_and_the_thresholds_of_the_run_win():
     assert (watched.healthy, watched.alert) == ((0.005, 0.025), 0.04)
 
 
-def test_without_a_health_log_the_page_says_how_to_get_one():
-    assert "HealthMonitor" in page_of(leave("run")).text
+def test_without_a_health_log_the_page_says_so():
+    assert "There is no health.json." in page_of(leave("run")).text
 
 
 def test_a_small_video_is_in_the_page_and_a_large_one_is_linked(monkeypatch):

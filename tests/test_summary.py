@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -187,6 +188,25 @@ def test_the_command_line_leaves_summary_and_report_and_names_it(capsys):
     page = (run / "report.html").read_text()
     assert "CartPole-v1 · version_0" in page
     assert "total_steps: 512" in page
+
+
+def test_the_command_line_names_what_is_there_alone(capsys):
+    words = ["--model.env", "CartPole-v1", "--model.num_steps", "32", "--model.total_steps", "256"]
+    main(
+        [
+            "fit",
+            *words,
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.logger",
+            "false",
+        ]
+    )
+    shown = capsys.readouterr().out
+    assert "  checkpoints " in shown
+    assert not re.search("  (logs|plot|report|watch) ", shown)
 
 
 def test_the_command_line_can_leave_out_the_page():
