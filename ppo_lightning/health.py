@@ -32,8 +32,9 @@ class Thresholds:
     """Healthy above."""
     explained_variance_alert: float = 0.3
     """Alert below, where the critic also misses by ``value_error``: returns that hardly vary leave nothing to explain."""
-    value_error: float = 0.9
-    """The critic's error that is an alert, as a share of the size of its targets (both root mean square): 1 is no critic's."""
+    value_error: tuple[float, float] = (0.25, 0.9)
+    """The critic's error that is an alert, as a share of the size of its targets (both root mean square; 1 is no critic's):
+    where the critic is frozen or the return has not risen, and where it has."""
     value_size: float = 1000.0
     """Size of the critic's targets that is too much for it, where it explains nothing (root mean square, reward units)."""
     value_loss_growth: float = 100.0
@@ -93,6 +94,8 @@ class Row(NamedTuple):
     """Of the critic (root mean square)."""
     blind: float = 0.0
     """1 where all observations were the same; NaN where nobody has looked."""
+    frozen: float = 0.0
+    """1 where the critic's parameters were those of the last look; NaN where nobody has looked twice."""
 
 
 class Run(NamedTuple):
@@ -233,8 +236,9 @@ def diagnose(rows: Sequence[Row], run: Run, t: Thresholds) -> Symptom | None:
 
     explained = mean([max(row.explained_variance, -1.0) for row in rows])
     explained = 0.0 if math.isnan(explained) else explained  # targets that do not vary, and are missed
-    judged = run.warm or now.value_size > t.value_size
-    missed = now.value_error > t.value_error * now.value_size
+    frozen = now.frozen == 1
+    judged = run.warm or frozen or now.value_size > t.value_size
+    missed = now.value_error > t.value_error[rises and not frozen] * now.value_size
     if judged and missed and explained < t.explained_variance_alert:
         seen = (
             f"explained_variance {explained:.2g} (healthy above {t.explained_variance:g}), the critic misses values of "
@@ -245,7 +249,7 @@ def diagnose(rows: Sequence[Row], run: Run, t: Thresholds) -> Symptom | None:
             return Symptom("value_loss_exploding", now.value_loss, seen)
         if now.value_size > t.value_size:
             return Symptom("reward_too_large", now.value_size, seen)
-        return Symptom("critic_not_learning", explained, seen)
+        return Symptom("critic_not_learning", explained, f"{seen}; its parameters do not change" if frozen else seen)
 
     if run.start is not None and run.settled and run.progress >= t.stall and not rises:
         seen = (

@@ -98,6 +98,10 @@ def test_a_critic_with_nothing_to_explain_is_no_finding():
     assert (
         verdict(*always(explained_variance=0.0, value_size=30.0, value_error=11.0)) is None
     )  # it knows the mean by now
+    stuck = always(explained_variance=0.0, value_size=30.0, value_error=11.0, ep_return=20.0)
+    assert verdict(*stuck) == "critic_not_learning"  # but nobody learns from it
+    frozen = always(explained_variance=0.0, value_size=30.0, value_error=11.0, frozen=1.0)
+    assert verdict(*frozen, run=RUN._replace(warm=False)) == "critic_not_learning"
     assert verdict(*always(explained_variance=math.nan)) is None  # no rewards at all
 
 
@@ -135,7 +139,7 @@ EDGES = {
     "approx_kl_alert": (0.005, [], None, "learning_rate_too_high"),
     "clip_fraction_alert": (0.1, [], None, "clip_fraction_too_high"),
     "explained_variance_alert": (0.05, CASES["critic_not_learning"], "critic_not_learning", None),
-    "value_error": (0.97, CASES["critic_not_learning"], "critic_not_learning", None),
+    "value_error": ((0.25, 0.97), CASES["critic_not_learning"], "critic_not_learning", None),
     "value_size": (5.0, CASES["critic_not_learning"], "critic_not_learning", "reward_too_large"),
     "value_loss_growth": (1e3, CASES["value_loss_exploding"], "value_loss_exploding", "critic_not_learning"),
     "entropy": (0.001, CASES["entropy_collapsed"], "entropy_collapsed", None),
@@ -187,9 +191,9 @@ def cartpole(lr: float = 1e-3, iterations: int = 12, **kwargs) -> PPO:
 
 
 def pendulum(lr: float = 1e-3, iterations: int = 12, **kwargs) -> PPO:
-    settings = dict(num_envs=4, num_steps=64, gamma=0.9, update_epochs=4, num_minibatches=8)
-    optimizer = partial(torch.optim.Adam, lr=lr, eps=1e-5, fused=True)
-    return PPO("Pendulum-v1", total_steps=256 * iterations, optimizer=optimizer, **{**settings, **kwargs})
+    settings: dict = dict(num_envs=4, num_steps=64, gamma=0.9, update_epochs=4, num_minibatches=8)
+    settings["optimizer"] = partial(torch.optim.Adam, lr=lr, eps=1e-5, fused=True)
+    return PPO("Pendulum-v1", total_steps=256 * iterations, **{**settings, **kwargs})
 
 
 def frozen(model: PPO) -> PPO:
@@ -217,8 +221,8 @@ narrow = partial(ActorCritic, log_std_init=-8.0)
 FAULTS = {
     "learning rate of cartpole": ("learning_rate_too_high", partial(cartpole, lr=0.1)),
     "learning rate of pendulum": ("learning_rate_too_high", partial(pendulum, lr=0.1)),
-    "critic of cartpole": ("critic_not_learning", lambda: frozen(cartpole(iterations=62, update_epochs=4))),
-    "critic of pendulum": ("critic_not_learning", lambda: frozen(pendulum(iterations=62, update_epochs=1))),
+    "critic of cartpole": ("critic_not_learning", lambda: frozen(cartpole(iterations=16, update_epochs=4))),
+    "critic of pendulum": ("critic_not_learning", lambda: frozen(pendulum(iterations=16))),
     "entropy of cartpole": ("entropy_collapsed", partial(cartpole, policy=deterministic)),
     "entropy of pendulum": ("std_collapsed", partial(pendulum, policy=narrow)),
     "reward of cartpole": ("reward_too_large", partial(cartpole, wrappers=[large])),
@@ -243,6 +247,35 @@ def test_a_planted_fault_is_named_and_nothing_else(fit, tmp_path, capsys, fault)
     assert ("frozen (requires_grad is false), policy.network.critic_trunk" in finding["evidence"]) == (
         "critic" in fault
     )
+
+
+def without_critic(parameters):
+    parameters = list(parameters)
+    return torch.optim.Adam(parameters[: len(parameters) // 2], lr=1e-3)
+
+
+def fixed_critic(observation_space, action_space):
+    network = ActorCritic(observation_space, action_space)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_("critic" not in name and "value" not in name)
+    return network
+
+
+STILL = {
+    "no weight": partial(cartpole, vf_coef=0.0, update_epochs=4, iterations=14),
+    "not optimised": partial(pendulum, optimizer=without_critic, iterations=14),
+    "frozen from the start": partial(pendulum, policy=fixed_critic, iterations=14),
+}
+
+
+@pytest.mark.parametrize("why", STILL)
+def test_a_critic_that_does_not_change_is_named_at_once(fit, why):
+    """One that learns badly is given time."""
+    watch = monitor(fit(STILL[why]()))
+    (finding,) = watch.findings
+    assert finding["name"] == "critic_not_learning"
+    assert "its parameters do not change" in finding["evidence"]
+    assert finding["since_iteration"] <= 12
 
 
 # --- healthy runs -----------------------------------------------------------------------------------------------------

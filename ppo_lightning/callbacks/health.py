@@ -35,6 +35,8 @@ from ppo_lightning.health import (
     mean,
 )
 from ppo_lightning.parameters import Linear
+from ppo_lightning.policy import Policy
+from ppo_lightning.ranks import fingerprint
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
 from ppo_lightning.spaces import choices, leaves
 
@@ -154,6 +156,8 @@ class HealthMonitor(Callback):
         """Episodes that ended after those that ``_start`` is of."""
         self._doubted = 0
         """Last iteration in which not all was well."""
+        self._critic: tuple[int, int] | None = None
+        """Fingerprint of the critic's parameters at the last look."""
         self._seen: dict[str, int] = {}
         """Iteration in which each finding held last."""
 
@@ -230,7 +234,8 @@ class HealthMonitor(Callback):
         row = Row(self.iterations, *[metrics[name].item() if name in metrics else math.nan for name in METRICS])
         if not row.explained_variance >= t.explained_variance_alert:
             looks = self.iterations % max(1, t.window // 3) == 0
-            row = row._replace(**look(batch)) if looks else row._replace(blind=math.nan)
+            looked = {**look(batch), "frozen": self._is_frozen(pl_module)} if looks else {"blind": math.nan}
+            row = row._replace(**{"frozen": math.nan, **looked})
         self._remember(row, metrics, module)
 
         symptoms: list[Symptom | None] = []
@@ -282,6 +287,7 @@ class HealthMonitor(Callback):
             "rewarded": self._rewarded,
             "later_episodes": self._later_episodes,
             "doubted": self._doubted,
+            "critic": None if self._critic is None else list(self._critic),
             "seen": dict(self._seen),
         }
 
@@ -296,6 +302,8 @@ class HealthMonitor(Callback):
         self._start = None if start is None else (start[0], start[1])
         self._worst_kl, self._lowest_value_loss = state_dict["worst_kl"], state_dict["lowest_value_loss"]
         self._rewarded, self._later_episodes = state_dict["rewarded"], state_dict["later_episodes"]
+        critic = state_dict["critic"]
+        self._critic = None if critic is None else (critic[0], critic[1])
         self._doubted, self._seen = state_dict["doubted"], dict(state_dict["seen"])
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -315,6 +323,15 @@ class HealthMonitor(Callback):
             self._start = statistics.fmean(returns), error
         elif self._start is not None and "rollout/episodes" in metrics:
             self._later_episodes += int(metrics["rollout/episodes"])
+
+    def _is_frozen(self, pl_module: LightningModule) -> float:
+        """Whether the critic is as it was at the last look; NaN where that cannot be told."""
+        policy = cast(Policy, pl_module.policy)
+        critic = policy.critic_parameters
+        if not critic:  # it shares all of them, or none of them learns
+            return math.nan if policy.halves[1].any() else 1.0
+        before, self._critic = self._critic, fingerprint(critic)
+        return math.nan if before is None else float(before == self._critic)
 
     def _is_doubtful(self, module: Learns) -> bool:
         """Whether there is anything to diagnose, which takes ten times as long to find out otherwise."""

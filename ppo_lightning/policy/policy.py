@@ -129,6 +129,12 @@ class Policy(nn.Module):
         self.halves = torch.tensor(reached, dtype=torch.float32)
         """[2, P] 1 for each of the parameters that the action depends on, and for those that the value depends on."""
 
+    @property
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Those that the value depends on and the action does not."""
+        acts, values = self.halves.bool().tolist()
+        return [one for one, act, value in zip(self.parameters(), acts, values, strict=True) if value and not act]
+
     def _reached(self, output: Tensor) -> list[bool]:
         parameters = list(self.parameters())
         learnt = [one for one in parameters if one.requires_grad]
