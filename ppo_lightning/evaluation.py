@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from gymnasium import Space
 from torch import Tensor
 
-from ppo_lightning.envs import Environments, Transition
+from ppo_lightning.envs import Environments, EnvMaker, Setting, Transition
 from ppo_lightning.envs.info import Sums, means
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy
@@ -19,6 +20,37 @@ MAX_EPISODE_STEPS = 100_000
 
 NOISE_STEPS = 64
 """Steps for which the noise of actions is drawn at once."""
+
+
+class Evaluates(Protocol):
+    """A module with what it takes to evaluate its policy elsewhere."""
+
+    policy: Policy
+    env_maker: EnvMaker
+    eval_setting: Setting
+    """How environments of evaluations differ from those that the run was given."""
+    observation_space: Space[Any]
+    eval_deterministic: bool
+    env_timeout_s: float
+
+    @property
+    def iterations_between_evaluations(self) -> int:
+        """How many."""
+        ...
+
+    @property
+    def num_env_steps(self) -> int:
+        """Environment steps so far, of all processes."""
+        ...
+
+    @property
+    def policy_version(self) -> int:
+        """Iterations so far."""
+        ...
+
+    def evaluation_seed(self) -> int:
+        """Seed of the episodes of an evaluation now."""
+        ...
 
 
 @torch.no_grad()

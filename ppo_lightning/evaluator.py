@@ -19,7 +19,7 @@ import gymnasium as gym
 import torch
 from gymnasium.envs.registration import EnvSpec
 
-from ppo_lightning.envs import Environments, EnvMaker, Restarts
+from ppo_lightning.envs import Environments, EnvMaker, Restarts, Setting
 from ppo_lightning.envs.make import find_spec
 from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation import evaluate_episodes, said, summarize
@@ -56,6 +56,17 @@ class Evaluation:
     mixed: bool
     """Training rounds to bfloat16."""
 
+    def environments(self, setting: Setting, restarts: Restarts) -> Environments:
+        """The environments, differing so from those that the run was given."""
+        return Environments(
+            setting.of(self.maker),
+            self.num_envs,
+            self.timeout_s,
+            restarts=restarts,
+            log_info=self.log_info,
+            attributes=setting.attributes,
+        )
+
     def packed(self) -> bytes:
         """This, for another process, with what it registered in Gymnasium.
 
@@ -65,13 +76,17 @@ class Evaluation:
         name = self.maker.env  # a module before the colon registers by itself
         ids = [name] if isinstance(name, str) and ":" not in name else []
         settings = [find_spec(env) for env in ids], torch.get_float32_matmul_precision(), self
-        try:
-            return cloudpickle.dumps(settings)
-        except Exception as error:  # whatever objects raise that cannot be pickled
-            raise InputError(
-                f"AsyncEvaluation cannot send the policy and {self.maker.name} to another process ({error}): give functions "
-                "and classes that can be pickled, or leave it out"
-            ) from error
+        return _packed(settings, f"the policy and {self.maker.name}")
+
+
+def _packed(what: Any, name: str) -> bytes:
+    try:
+        return cloudpickle.dumps(what)
+    except Exception as error:  # whatever objects raise that cannot be pickled
+        raise InputError(
+            f"AsyncEvaluation cannot send {name} to another process ({error}): give functions and classes that can be "
+            "pickled, or leave it out"
+        ) from error
 
 
 class Evaluator:
@@ -101,15 +116,20 @@ class Evaluator:
                 start_new_session=True,
             )
 
-    def ask(self, weights: bytes, seed: int) -> None:
+    def ask(self, weights: bytes, seed: int, setting: Setting) -> None:
         """Begin an evaluation, without waiting for the process to listen.
 
         Args:
             weights: a ``state_dict`` of the policy, as ``torch.save`` writes it.
             seed: of the episodes.
+            setting: how the environments differ from those that the run was given.
+
+        Raises:
+            InputError: the setting cannot be sent.
         """
         self._asked = time.monotonic()
-        threading.Thread(target=self._send, args=((weights, seed),), daemon=True).start()
+        packed = _packed(setting, f"{dict(setting.attributes)} and {dict(setting.env_kwargs)} of a level")
+        threading.Thread(target=self._send, args=((weights, seed, packed),), daemon=True).start()
 
     def _send(self, message: Any) -> None:
         with contextlib.suppress(OSError):  # a process that is gone is noticed where its answer is awaited
@@ -161,23 +181,20 @@ def serve(descriptor: int, parent: int) -> None:
     for spec in specs:
         gym.registry.setdefault(spec.id, spec)
     connection = Connection(descriptor)
+    restarts, before = Restarts(evaluation.restarts), b""
     environments: Environments | None = None
     while True:
         try:
-            weights, seed = connection.recv()
+            weights, seed, setting = connection.recv()
         except GONE:
             break
         answer: dict[str, float] | str
         try:
+            if environments is not None and setting != before:
+                environments.close()
+                environments = None
             if environments is None:
-                restarts = Restarts(evaluation.restarts)
-                environments = Environments(
-                    evaluation.maker,
-                    evaluation.num_envs,
-                    evaluation.timeout_s,
-                    restarts=restarts,
-                    log_info=evaluation.log_info,
-                )
+                environments, before = evaluation.environments(cloudpickle.loads(setting), restarts), setting
             answer = _evaluate(evaluation, environments, weights, seed)
         except Exception as error:  # the other side raises it
             answer = f"{type(error).__name__}: {error}"

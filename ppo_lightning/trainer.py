@@ -4,7 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 from lightning import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -91,9 +91,15 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
     needed.append(HealthMonitor())  # before the bar, which ends in a line of its own, and what saves its state
     if any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults):
         needed.append(StepProgressBar())
+    beside = any(isinstance(callback, AsyncEvaluation) for callback in trainer.callbacks)
+    evaluates = evaluates and (beside or trainer.limit_val_batches != 0)
+    for callback in trainer.callbacks:
+        watches = isinstance(callback, EarlyStopping) and (callback.monitor or "").startswith("eval/")
+        if evaluates and watches and callback._check_on_train_epoch_end is None:
+            # By itself it would decide before evaluations have their interval, and look after each iteration.
+            callback._check_on_train_epoch_end = False
     if any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):
-        beside = any(isinstance(callback, AsyncEvaluation) for callback in trainer.callbacks)
-        if evaluates and (beside or trainer.limit_val_batches != 0):
+        if evaluates:
             needed.append(BestCheckpoint())
         needed.append(LastCheckpoint(save_interval))  # after the other, whose state it holds
     needed.append(RunSummary())

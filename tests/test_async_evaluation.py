@@ -1,6 +1,7 @@
 """Evaluations in another process: of the snapshot that was taken, logged and kept as that, and never in training's way."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -16,17 +17,20 @@ import pytest
 import torch
 import yaml
 from gymnasium.vector import SyncVectorEnv
+from hills import Hill
 from lightning import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from probes import Probe, Uneven
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, InputError
-from ppo_lightning.callbacks import AsyncEvaluation, BestCheckpoint, async_evaluation
+from ppo_lightning.callbacks import AsyncEvaluation, BestCheckpoint, Curriculum, Level, async_evaluation
 from ppo_lightning.checkpoint import read_checkpoint
-from ppo_lightning.envs import Environments
+from ppo_lightning.envs import Restarts, Setting
 from ppo_lightning.evaluator import Evaluation, Evaluator, EvaluatorLost, _evaluate
+from ppo_lightning.sweep import progress
 
 
 class Kept(DummyLogger):
@@ -47,16 +51,15 @@ class Here:
 
     def __init__(self, evaluation, timeout_s):
         _, _, self.evaluation = cloudpickle.loads(evaluation)
+        assert not self.evaluation.policy.training
 
-    def ask(self, weights, seed):
-        self.job = weights, seed
+    def ask(self, weights, seed, setting):
+        self.job, self.setting = (weights, seed), setting
 
     def answer(self, wait_s):
         if not wait_s:
             return None
-        environments = Environments(
-            self.evaluation.maker, self.evaluation.num_envs, 60.0, log_info=self.evaluation.log_info
-        )
+        environments = self.evaluation.environments(self.setting, Restarts())
         return _evaluate(self.evaluation, environments, *self.job)
 
     def close(self):
@@ -91,9 +94,13 @@ class Wait(Callback):
 class Sleeper(Probe):
     """Evaluations, which are reset with a seed of their own process, hang, or kill their process."""
 
-    def __init__(self, parent: int, deed: str) -> None:
+    def __init__(self, parent: int, deed: str, length: int = 1) -> None:
         super().__init__()
-        self.parent, self.deed = parent, deed
+        self.parent, self.deed, self.length, self.pay = parent, deed, length, 1.0
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return super().reset(seed=seed)
 
     def step(self, action):
         if os.getpid() != self.parent:
@@ -104,7 +111,8 @@ class Sleeper(Probe):
                     os.kill(os.getpid(), signal.SIGKILL)
                 case "raise":
                     raise ZeroDivisionError("the pole is at infinity")
-        return self.see(0.0), 1.0, True, False, {}
+        self.steps += 1
+        return self.see(0.0), self.pay, self.steps == self.length, False, {}
 
 
 def cartpole(**kwargs):
@@ -166,6 +174,11 @@ def test_best_ckpt_is_the_snapshot_that_was_evaluated_not_what_training_has_beco
     assert loaded.evaluate() == logger.evaluations[first_best]
     assert best.best_model_score == max(score.values())
     held = read_checkpoint(best.best_model_path)
+    assert held["callbacks"]["RunSummary"]["evaluations"]["last"] == {
+        "step": first_best,
+        **logger.evaluations[first_best],
+    }
+    assert held["callbacks"]["RunSummary"]["train"]["last"]["step"] == first_best
     assert held["callbacks"]["BestCheckpoint"]["best_model_score"] == max(score.values())
     assert (
         held["callbacks"].keys()
@@ -214,12 +227,12 @@ def test_an_evaluation_that_raises_or_hangs_or_dies_says_so():
     evaluation, state = packed("raise")
     evaluator = Evaluator(evaluation, timeout_s=60.0)
     try:
-        evaluator.ask(weights_of(state), 0)
+        evaluator.ask(weights_of(state), 0, Setting())
         with pytest.raises(EvaluatorLost, match="ZeroDivisionError in step: the pole is at infinity"):
             evaluator.answer(60.0)
         os.kill(evaluator.process.pid, signal.SIGSTOP)
         evaluator._timeout_s = 0.1
-        evaluator.ask(weights_of(state), 0)
+        evaluator.ask(weights_of(state), 0, Setting())
         assert evaluator.answer(0.0) is None
         with pytest.raises(EvaluatorLost, match=r"took longer than timeout_s = 0.1 s"):
             evaluator.answer(0.2)
@@ -257,6 +270,44 @@ def test_an_evaluation_without_result_costs_one_warning_and_the_next_has_a_new_p
     assert list(logger.evaluations) == [256]
     assert model.num_env_steps == 256
     assert len(begun) == 2
+
+
+@pytest.mark.usefixtures("_here")
+def test_where_no_process_can_be_had_training_goes_on(fit, monkeypatch):
+    begun = []
+
+    class Full(Here):
+        def __init__(self, *args):
+            super().__init__(*args)
+            begun.append(self)
+            if len(begun) > 1:
+                raise BlockingIOError("Resource temporarily unavailable")
+
+        def answer(self, wait_s):
+            raise EvaluatorLost("its process ended by SIGKILL")
+
+    monkeypatch.setattr(async_evaluation, "Evaluator", Full)
+    model = cartpole()
+    with pytest.warns(UserWarning, match="has no result") as caught:
+        fit(model, callbacks=[AsyncEvaluation(every=2)])
+    assert "step 256 has no result (Resource temporarily unavailable): training" in str(caught[-1].message)
+    assert model.num_env_steps == 256
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_logger_that_fails_again_hides_no_error_and_costs_no_checkpoint(fit, tmp_path):
+    class Breaks(Kept):
+        def log_metrics(self, metrics, step=None):
+            if "train/loss" not in metrics or step == 192:
+                raise ConnectionError(f"no network at {step}")
+
+    with (
+        pytest.warns(UserWarning, match=r"the last evaluation was not logged \(ConnectionError: no network at 64\)"),
+        pytest.raises(ConnectionError, match="no network at 192"),
+    ):
+        fit(cartpole(), logger=Breaks(), callbacks=[AsyncEvaluation(every=1)], enable_checkpointing=True)
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert read_checkpoint(last)["state_dict"]["env_steps"] == 192
 
 
 @pytest.mark.usefixtures("_here")
@@ -391,6 +442,59 @@ def test_it_takes_the_place_of_evaluations_that_training_waits_for(fit):
     logger.evaluations.clear()
     trainer.validate(model, verbose=False)
     assert list(logger.evaluations) == [256]
+
+
+@pytest.mark.usefixtures("_here")
+def test_early_stopping_hears_of_evaluations_beside_training(fit):
+    stop = EarlyStopping("eval/mean_reward", mode="max", stopping_threshold=1.0)
+    logger, model = Kept(), cartpole(total_steps=640)
+    fit(model, logger=logger, callbacks=[stop, AsyncEvaluation(every=2), Wait()])
+    assert model.num_env_steps == 128
+    assert list(logger.evaluations) == [128]
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_curriculum_and_a_sweep_hear_of_evaluations_beside_training_on_the_level_of_the_snapshot(
+    fit, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(progress, "_end_with_the_sweep", lambda: None)
+    told, logger = tmp_path / "told.jsonl", Kept()
+    levels = [Level({"length": 2}), Level({"length": 5}, metric="eval/mean_ep_length", at_least=2, times=2)]
+    beside = [AsyncEvaluation(every=1), Wait(), progress.Progress(str(told), "eval/mean_ep_length")]
+    model = cartpole(env=Hill, total_steps=320, num_eval_episodes=2)
+    fit(model, logger=logger, callbacks=[Curriculum(levels, evaluation=True), *beside])
+    rows = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [(row["steps"], row["value"]) for row in rows] == [(64, 2), (128, 2), (192, 5), (256, 5), (320, 5)]
+    assert {step: each["eval/mean_ep_length"] for step, each in logger.evaluations.items()} == {
+        row["steps"]: row["value"] for row in rows
+    }
+
+
+@pytest.mark.usefixtures("_here")
+def test_results_that_come_late_are_told_at_the_step_of_their_snapshot(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_end_with_the_sweep", lambda: None)
+    told = tmp_path / "told.jsonl"
+    fit(cartpole(), callbacks=[AsyncEvaluation(every=1), progress.Progress(str(told), "eval/mean_reward")])
+    assert [json.loads(line)["steps"] for line in told.read_text().splitlines()] == [64, 256]
+
+
+def test_the_process_makes_environments_anew_on_another_level():
+    evaluation, state = packed("none")
+    evaluator = Evaluator(evaluation, timeout_s=60.0)
+    try:
+        for setting in (Setting(), Setting({"pay": 2.0}), Setting({"pay": 2.0}, {"length": 3}), Setting()):
+            evaluator.ask(weights_of(state), 0, setting)
+            assert (evaluator.answer(60.0) or {})["eval/mean_reward"] == setting.attributes.get(
+                "pay", 1.0
+            ) * setting.env_kwargs.get("length", 1)
+    finally:
+        evaluator.close()
+
+
+def test_a_checkpoint_of_the_users_own_that_would_save_other_weights_is_refused(fit):
+    own = ModelCheckpoint(monitor="eval/mean_reward", mode="max")
+    with pytest.raises(InputError, match="would save what training has become"):
+        fit(cartpole(), callbacks=[AsyncEvaluation(), own], enable_checkpointing=True)
 
 
 @pytest.mark.parametrize("setting", [{"every": 0}, {"episodes": -1}, {"timeout_s": 0.0}])

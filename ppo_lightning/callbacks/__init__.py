@@ -9,6 +9,7 @@ from ppo_lightning.callbacks.curriculum import Curriculum as Curriculum
 from ppo_lightning.callbacks.curriculum import Level as Level
 from ppo_lightning.callbacks.dashboard import Dashboard as Dashboard
 from ppo_lightning.callbacks.details import RolloutDetails as RolloutDetails
+from ppo_lightning.callbacks.events import EvaluationCallback as EvaluationCallback
 from ppo_lightning.callbacks.events import PPOCallback as PPOCallback
 from ppo_lightning.callbacks.hardware import HardwareMonitor as HardwareMonitor
 from ppo_lightning.callbacks.health import HealthMonitor as HealthMonitor

@@ -6,57 +6,35 @@ import signal
 import time
 from typing import Any, NamedTuple, Protocol, cast
 
-import gymnasium as gym
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.callbacks.checkpoints import BestCheckpoint
+from ppo_lightning.callbacks.events import tell_evaluation
 from ppo_lightning.callbacks.interrupts import Interrupts
-from ppo_lightning.envs import EnvMaker, Restarts
+from ppo_lightning.callbacks.summary import RunSummary
+from ppo_lightning.envs import Restarts, Setting
 from ppo_lightning.errors import InputError
+from ppo_lightning.evaluation import Evaluates
 from ppo_lightning.evaluator import Evaluation, Evaluator, EvaluatorLost
 from ppo_lightning.history import Records
-from ppo_lightning.policy import Policy
 
 
-class Evaluates(Protocol):
-    """A module that can be evaluated elsewhere."""
+class EvaluatesBeside(Evaluates, Protocol):
+    """A module that can be evaluated beside its training."""
 
-    policy: Policy
-    env_maker: EnvMaker
-    observation_space: gym.Space[Any]
     num_envs: int
     num_eval_episodes: int
-    eval_deterministic: bool
-    env_timeout_s: float
     restarts: Restarts
     log_info: tuple[str, ...]
     records: Records
     interrupted: signal.Signals | None
 
-    @property
-    def iterations_between_evaluations(self) -> int:
-        """How many."""
-        ...
-
-    @property
-    def num_env_steps(self) -> int:
-        """Environment steps so far, of all processes."""
-        ...
-
-    @property
-    def policy_version(self) -> int:
-        """Iterations so far."""
-        ...
-
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Give loggers and monitors metrics."""
-
-    def evaluation_seed(self) -> int:
-        """Seed of the episodes of an evaluation now."""
-        ...
 
 
 class Taken(NamedTuple):
@@ -66,6 +44,8 @@ class Taken(NamedTuple):
     """Environment steps."""
     seed: int
     """Of the episodes."""
+    setting: Setting
+    """Of the environments."""
     weights: bytes
     """The policy with its normalisers, as ``torch.save`` writes them."""
     checkpoint: dict[str, Any] | None
@@ -121,12 +101,19 @@ class AsyncEvaluation(Callback):
         """Turn off the evaluations that training waits for."""
         if stage != "fit":
             return
-        module = cast(Evaluates, pl_module)
+        module = cast(EvaluatesBeside, pl_module)
         if module.env_maker.again() is None:
             raise InputError(
                 f"AsyncEvaluation needs environments of its own, and {module.env_maker.name} was given as a VectorEnv: give "
                 "a callable that makes it instead"
             )
+        for callback in cast(Any, trainer).callbacks:
+            its_own = isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestCheckpoint)
+            if its_own and (callback.monitor or "").startswith("eval/"):
+                raise InputError(
+                    f"ModelCheckpoint(monitor={callback.monitor!r}) would save what training has become when a result of "
+                    "AsyncEvaluation arrives, not the policy that was evaluated: leave it out, best.ckpt is that policy"
+                )
         self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
 
     @override
@@ -134,15 +121,15 @@ class AsyncEvaluation(Callback):
         self._running = self._waiting = None
         self._taken = -1
         if trainer.is_global_zero:
-            self._packed = self._evaluation(trainer, cast(Evaluates, pl_module)).packed()
+            self._packed = self._evaluation(trainer, cast(EvaluatesBeside, pl_module)).packed()
             self._evaluator = Evaluator(self._packed, self.timeout_s)  # to import everything takes it seconds
 
-    def _evaluation(self, trainer: Trainer, module: Evaluates) -> Evaluation:
+    def _evaluation(self, trainer: Trainer, module: EvaluatesBeside) -> Evaluation:
         maker = module.env_maker.again()
         assert maker is not None
         episodes = module.num_eval_episodes if self.episodes is None else self.episodes
         return Evaluation(
-            copy.deepcopy(module.policy).cpu(),
+            copy.deepcopy(module.policy).cpu().eval(),  # as a validation has it
             maker,
             module.observation_space,
             num_envs=min(module.num_envs, episodes),
@@ -156,7 +143,7 @@ class AsyncEvaluation(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(Evaluates, pl_module)
+        module = cast(EvaluatesBeside, pl_module)
         last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
         every = module.iterations_between_evaluations if self.every is None else self.every
         due = last or module.policy_version % every == 0
@@ -169,7 +156,7 @@ class AsyncEvaluation(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(Evaluates, pl_module)
+        module = cast(EvaluatesBeside, pl_module)
         if self._taken != module.num_env_steps:  # another callback has ended the run since
             self._take(trainer, module)
         self._finish(trainer, module)
@@ -180,6 +167,10 @@ class AsyncEvaluation(Callback):
             if trainer.world_size == 1:  # else the others may not answer any more
                 self._waiting = None
                 self._turn(trainer, time.monotonic() + self.PATIENCE_S)
+        except (
+            Exception
+        ) as error:  # of a logger, perhaps, which is what ended the run: that is to be seen, and saved after
+            rank_zero_warn(f"the last evaluation was not logged ({type(error).__name__}: {error})")
         finally:
             self._close("the run has ended by an error or by force")
             self._restore(trainer)
@@ -192,7 +183,7 @@ class AsyncEvaluation(Callback):
         if self._limit_val_batches is not None:
             trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
-    def _take(self, trainer: Trainer, module: Evaluates) -> None:
+    def _take(self, trainer: Trainer, module: EvaluatesBeside) -> None:
         """Keep the run as it is now: collective, since each process has a share of a checkpoint."""
         if module.interrupted in Interrupts.SIGNALS:  # there is no time
             return
@@ -204,9 +195,11 @@ class AsyncEvaluation(Callback):
             torch.save({name: tensor.cpu() for name, tensor in module.policy.state_dict().items()}, weights)
             # What is dumped are the tensors that training goes on with.
             copied = copy.deepcopy(checkpoint)
-            self._waiting = Taken(self._taken, module.evaluation_seed(), weights.getvalue(), copied)
+            self._waiting = Taken(
+                self._taken, module.evaluation_seed(), module.eval_setting, weights.getvalue(), copied
+            )
 
-    def _finish(self, trainer: Trainer, module: Evaluates) -> None:
+    def _finish(self, trainer: Trainer, module: EvaluatesBeside) -> None:
         interrupted = module.interrupted in Interrupts.SIGNALS
         try:
             until = time.monotonic() + (self.PATIENCE_S if interrupted else 2 * self.timeout_s)
@@ -236,13 +229,14 @@ class AsyncEvaluation(Callback):
         news, more = trainer.strategy.broadcast((news, more))
         if news is not None:
             step, statistics = news
-            module = cast(Evaluates, trainer.lightning_module)
+            module = cast(EvaluatesBeside, trainer.lightning_module)
             module.log_metrics(statistics, step)
             module.records.evaluations.add(step, statistics)
             best = _best(trainer)
             if best is not None:
                 scores = {name: trainer.callback_metrics[name] for name in statistics}
-                best.keep(trainer, None if taken is None else taken.checkpoint, scores)
+                best.keep(trainer, None if taken is None else _completed(taken.checkpoint, trainer), scores)
+            tell_evaluation(trainer, trainer.lightning_module, step, statistics)
         return more
 
     def _hear(self, wait_s: float) -> tuple[int, dict[str, float]] | None:
@@ -252,12 +246,9 @@ class AsyncEvaluation(Callback):
         try:
             statistics = self._evaluator.answer(max(0.0, wait_s))
         except EvaluatorLost as error:
-            rank_zero_warn(
-                f"the evaluation at step {step:,} has no result ({error}): training goes on, and the next evaluation has a "
-                "new process"
-            )
             self._evaluator.close()
             self._evaluator = self._running = None
+            _warn(step, error)
             return None
         if statistics is None:
             return None
@@ -266,8 +257,12 @@ class AsyncEvaluation(Callback):
 
     def _begin(self, taken: Taken) -> None:
         if self._evaluator is None:
-            self._evaluator = Evaluator(self._packed, self.timeout_s)
-        self._evaluator.ask(taken.weights, taken.seed)
+            try:
+                self._evaluator = Evaluator(self._packed, self.timeout_s)
+            except OSError as error:  # no process or memory left: training has its own
+                _warn(taken.step, error)
+                return
+        self._evaluator.ask(taken.weights, taken.seed, taken.setting)
         self._running = taken
 
     def _close(self, reason: str) -> None:
@@ -279,6 +274,21 @@ class AsyncEvaluation(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_evaluator": None, "_running": None, "_waiting": None}  # of this process
+
+
+def _warn(step: int, error: Exception) -> None:
+    rank_zero_warn(
+        f"the evaluation at step {step:,} has no result ({error}): training goes on, and the next evaluation has a new "
+        "process"
+    )
+
+
+def _completed(checkpoint: dict[str, Any] | None, trainer: Trainer) -> dict[str, Any] | None:
+    """A snapshot's checkpoint with its own evaluation in the records, which was not known then."""
+    for callback in cast(Any, trainer).callbacks:
+        if isinstance(callback, RunSummary) and checkpoint is not None:
+            checkpoint["callbacks"][callback.state_key]["evaluations"] = callback.state_dict()["evaluations"]
+    return checkpoint
 
 
 def _best(trainer: Trainer) -> BestCheckpoint | None:

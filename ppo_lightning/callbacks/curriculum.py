@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from ppo_lightning.callbacks.events import EvaluationCallback
 from ppo_lightning.envs import Setting
 from ppo_lightning.errors import InputError
 from ppo_lightning.rollout import RolloutDataset
@@ -75,7 +76,7 @@ class Learns(Protocol):
         """Change those of evaluations."""
 
 
-class Curriculum(Callback):
+class Curriculum(EvaluationCallback):
     """Changes attributes of environments, or the arguments they are made with, level by level.
 
     A level begins between two rollouts. ``rollout/…`` averages begin anew with it, so that they speak of this level alone,
@@ -104,8 +105,6 @@ class Curriculum(Callback):
         self.reached = 0
         """How often in a row the next level's metric was within its bounds."""
         self._is_on = False
-        self._unheard = ""
-        """Metric that the next level waits for and that was not there."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -175,9 +174,10 @@ class Curriculum(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._unheard:
+        metric = self.levels[self.stage].metric if self.stage < len(self.levels) else None
+        if metric is not None and metric not in trainer.callback_metrics:
             rank_zero_warn(
-                f"level {self.stage + 1} of the Curriculum waits for {self._unheard}, which there never was: take one of "
+                f"level {self.stage + 1} of the Curriculum waits for {metric}, which there never was: take one of "
                 f"{', '.join(sorted(trainer.callback_metrics))}"
             )
 
@@ -195,9 +195,10 @@ class Curriculum(Callback):
             cast(Learns, pl_module).steer_evaluations(self._setting(self.stage))
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self._look(trainer, evaluated=True)
+    def on_evaluation(
+        self, trainer: Trainer, pl_module: LightningModule, step: int, statistics: dict[str, float]
+    ) -> None:
+        self._look(trainer, evaluated=True)
 
     def _look(self, trainer: Trainer, *, evaluated: bool) -> None:
         """Count how often the next level's metric was within its bounds."""
@@ -205,7 +206,6 @@ class Curriculum(Callback):
         if metric is None or metric.startswith("eval/") != evaluated:
             return
         metrics = trainer.callback_metrics
-        self._unheard = "" if metric in metrics else metric
         if metric in metrics:
             self.reached = self.reached + 1 if self.levels[self.stage].accepts(float(metrics[metric])) else 0
         elif not metric.startswith("rollout/"):  # which are there once an episode has ended

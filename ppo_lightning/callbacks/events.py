@@ -4,7 +4,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.trainer.states import TrainerFn
 from tensordict import TensorDict
+from typing_extensions import override
 
 from ppo_lightning.metrics import Update
 
@@ -63,3 +66,35 @@ def tell(trainer: Trainer, module: LightningModule, event: str, *given: Any) -> 
     for callback in cast(list[Any], trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(callback, PPOCallback):
             getattr(callback, event)(trainer, module, *given)
+
+
+class EvaluationCallback(Callback):
+    """A callback that hears of a run's evaluations, whether training waits for them or they take place beside it."""
+
+    def on_evaluation(
+        self, trainer: Trainer, pl_module: LightningModule, step: int, statistics: dict[str, float]
+    ) -> None:
+        """An evaluation has given something, which ``trainer.callback_metrics`` has, too.
+
+        Args:
+            trainer: of the run.
+            pl_module: of the run.
+            step: environment steps of the policy that was evaluated; beside training there are more by now.
+            statistics: its ``eval/…``.
+        """
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            found = trainer.callback_metrics
+            statistics = {name: found[name].item() for name in found if name.startswith("eval/")}
+            self.on_evaluation(trainer, pl_module, cast(Any, pl_module).num_env_steps, statistics)
+
+
+def tell_evaluation(trainer: Trainer, module: LightningModule, step: int, statistics: dict[str, float]) -> None:
+    """Let all that wait for evaluations know of one that took place beside training; :class:`EarlyStopping` is of them."""
+    for callback in cast(list[Any], trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(callback, EvaluationCallback):
+            callback.on_evaluation(trainer, module, step, statistics)
+        elif isinstance(callback, EarlyStopping) and callback.monitor in statistics:
+            callback.on_validation_end(trainer, module)

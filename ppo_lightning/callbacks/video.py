@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import io
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -24,10 +25,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
+from ppo_lightning.callbacks.interrupts import Interrupts
 from ppo_lightning.envs import Environments, EnvMaker
 from ppo_lightning.errors import EnvironmentFault, InputError
-from ppo_lightning.evaluation import evaluate_episodes
-from ppo_lightning.policy import Policy
+from ppo_lightning.evaluation import Evaluates, evaluate_episodes
 from ppo_lightning.spaces import without_mask
 
 MAX_FRAMES = 1000
@@ -40,33 +41,10 @@ GIF_FPS, GIF_WIDTH = 10, 240
 """Frames per second and pixels of the animation that TensorBoard shows: it knows no video, and keeps all in one file."""
 
 
-class Records(Protocol):
+class Recorded(Evaluates, Protocol):
     """A module whose episodes can be recorded."""
 
-    policy: Policy
-    env_maker: EnvMaker
-    observation_space: gym.Space[Any]
-    eval_deterministic: bool
-    env_timeout_s: float
-
-    @property
-    def iterations_between_evaluations(self) -> int:
-        """How many."""
-        ...
-
-    @property
-    def num_env_steps(self) -> int:
-        """Environment steps so far."""
-        ...
-
-    @property
-    def policy_version(self) -> int:
-        """Iterations so far."""
-        ...
-
-    def evaluation_seed(self) -> int:
-        """Seed of the episodes of an evaluation now."""
-        ...
+    interrupted: signal.Signals | None
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of training."""
@@ -105,7 +83,7 @@ def record(
     """
     if importlib.util.find_spec("moviepy") is None:
         raise InputError('a video needs moviepy: pip install "ppo-lightning[video]"')
-    module = cast(Records, model)
+    module = cast(Recorded, model)
     file = Path(folder).resolve() / f"step_{module.num_env_steps}.mp4"
     file.parent.mkdir(parents=True, exist_ok=True)
     choose_renderer()
@@ -124,7 +102,9 @@ def record(
             return recorders[0]
 
         try:
-            environments = Environments(_drawing(module.env_maker, recorded), 1, module.env_timeout_s)
+            setting = module.eval_setting
+            maker = setting.of(_drawing(module.env_maker, recorded))
+            environments = Environments(maker, 1, module.env_timeout_s, attributes=setting.attributes)
         except EnvironmentFault as fault:
             raise fault.__cause__ if isinstance(fault.__cause__, InputError) else fault from None
         try:
@@ -217,16 +197,16 @@ class EvaluationVideo(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._evaluated(trainer, cast(Records, pl_module))
+            self._evaluated(trainer, cast(Recorded, pl_module))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(Records, pl_module)
+        module = cast(Recorded, pl_module)
         due = _ends(trainer) or module.policy_version % module.iterations_between_evaluations == 0
-        if due and trainer.limit_val_batches == 0:
+        if due and trainer.limit_val_batches == 0 and module.interrupted not in Interrupts.SIGNALS:
             self._evaluated(trainer, module)
 
-    def _evaluated(self, trainer: Trainer, module: Records) -> None:
+    def _evaluated(self, trainer: Trainer, module: Recorded) -> None:
         self._evaluations += 1
         if trainer.state.fn == TrainerFn.FITTING and self._evaluations % self.every and not _ends(trainer):
             return

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from typing_extensions import override
 
+from ppo_lightning.callbacks import EvaluationCallback
 from ppo_lightning.errors import InputError
 
 
-class Progress(Callback):
+class Progress(EvaluationCallback):
     """Writes a metric to a file whenever there is a new one, and ends the run when it is good enough.
 
     It also ends the run when the process that started it is gone, which shows in the end of standard input.
@@ -51,14 +52,16 @@ class Progress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not self.metric.startswith("eval/"):
-            self._write(trainer, pl_module)
+            self._write(trainer, cast(Any, pl_module).num_env_steps)
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_evaluation(
+        self, trainer: Trainer, pl_module: LightningModule, step: int, statistics: dict[str, float]
+    ) -> None:
         if self.metric.startswith("eval/"):
-            self._write(trainer, pl_module)
+            self._write(trainer, step)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _write(self, trainer: Trainer, step: int) -> None:
         if self.metric not in trainer.callback_metrics:
             if self.metric.startswith("rollout/"):  # no episode has ended yet
                 return
@@ -68,7 +71,7 @@ class Progress(Callback):
         value = float(trainer.callback_metrics[self.metric])
         if trainer.is_global_zero:
             row = {
-                "steps": int(cast(Any, pl_module).num_env_steps),
+                "steps": step,
                 "seconds": time.monotonic() - self._began,
                 "value": value,
             }
