@@ -297,6 +297,13 @@ def test_callbacks_can_monitor_what_is_logged(fit):
     assert {"rollout/ep_rew_mean", "train/approx_kl", "time/fps"} <= model.trainer.callback_metrics.keys()
 
 
+def test_early_stopping_looks_at_evaluations_when_there_is_one(fit):
+    model = PPO("CartPole-v1", **{**SMALL, "total_steps": 10_000}, eval_interval=2, num_eval_episodes=2)
+    stop = EarlyStopping("eval/mean_reward", mode="max", stopping_threshold=1.0)
+    fit(model, callbacks=[stop], limit_val_batches=1.0)
+    assert int(model.iterations) == 2
+
+
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_all_metrics_are_logged_once_per_rollout_over_environment_steps(fit, env):
     logger = Memory()

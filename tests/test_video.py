@@ -2,8 +2,11 @@
 
 import io
 import os
+import signal
 import sys
+import time
 from ctypes.util import find_library
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import SyncVectorEnv
+from lightning import Callback
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 from probes import Probe, Recall, Uneven
 from processes import fit as fit_process
 from processes import forked
@@ -21,8 +26,9 @@ from test_async_evaluation import Here
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
-from ppo_lightning.callbacks import AsyncEvaluation, EvaluationVideo, async_evaluation, record, video
+from ppo_lightning.callbacks import AsyncEvaluation, EvaluationVideo, async_evaluation, processes, record, video
 from ppo_lightning.callbacks.video import opened
+from ppo_lightning.envs import Setting
 
 
 class Drawn(Probe):
@@ -47,6 +53,22 @@ class Drawn(Probe):
 
     def render(self):
         return np.full((32, 48, 3), 20 * self.steps, np.uint8)
+
+
+class Levelled(Drawn):
+    """Episodes of a given length, in pictures of one shade."""
+
+    def __init__(self, render_mode: str | None = None, length: int = 2) -> None:
+        super().__init__(render_mode)
+        self.given, self.shade = length, 1
+
+    def reset(self, *, seed=None, options=None):
+        result = super().reset(seed=seed)
+        self.length = self.given
+        return result
+
+    def render(self):
+        return np.full((32, 48, 3), 20 * self.shade, np.uint8)
 
 
 def drawn(**kwargs):
@@ -271,6 +293,45 @@ def test_comet_is_given_it():
     logger._comet_config = SimpleNamespace()
     video.show(logger, Path("step_3.mp4"), 3)
     assert given == [("step_3.mp4", {"name": "eval/video", "step": 3})]
+
+
+class Slow(Drawn):
+    def render(self):
+        time.sleep(2.0)
+        return super().render()
+
+
+@pytest.mark.long
+def test_the_other_processes_wait_for_a_video_beyond_their_timeout(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "BREATH_S", 1.0)
+
+    def run(rank):
+        strategy = DDPStrategy(timeout=timedelta(seconds=4))
+        model = drawn(env=Slow, total_steps=192, eval_interval=2)
+        fit_process(model, callbacks=[EvaluationVideo()], strategy=strategy, devices=2, limit_val_batches=1.0)
+        return model.num_env_steps
+
+    assert forked(run) == [192, 192]
+    assert sorted(os.listdir(tmp_path / "videos")) == ["step_128.mp4", "step_192.mp4"]
+
+
+def test_an_interrupted_run_records_nothing_more(fit, tmp_path):
+    class Interrupts(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if pl_module.num_env_steps == 64:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    model = drawn()
+    fit(model, callbacks=[EvaluationVideo(), Interrupts()])  # beside evaluations that are not training's own
+    assert model.num_env_steps == 96
+    assert sorted(os.listdir(tmp_path / "videos")) == ["step_32.mp4", "step_64.mp4"]
+
+
+def test_a_video_is_of_the_level_that_is_evaluated(tmp_path):
+    model = drawn(env=Levelled)
+    model.steer_evaluations(Setting({"shade": 3}, {"length": 5}))
+    assert brightness(record(model, tmp_path))[1] == [3] * 6
+    assert model.evaluate(1)["eval/mean_ep_length"] == 5
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ from typing_extensions import override
 from ppo_lightning.callbacks.checkpoints import BestCheckpoint
 from ppo_lightning.callbacks.events import tell_evaluation
 from ppo_lightning.callbacks.interrupts import Interrupts
+from ppo_lightning.callbacks.processes import BREATH_S
 from ppo_lightning.callbacks.summary import RunSummary
 from ppo_lightning.envs import Restarts, Setting
 from ppo_lightning.errors import InputError
@@ -75,8 +76,6 @@ class AsyncEvaluation(Callback):
 
     PATIENCE_S = 3.0
     """Seconds that a run which was interrupted or failed waits for the evaluation that is under way."""
-    BREATH_S = 30.0
-    """Seconds after which the first process tells the others that it is still waiting: they would give it up."""
 
     def __init__(
         self,
@@ -221,7 +220,7 @@ class AsyncEvaluation(Callback):
             Whether more can be waited for.
         """
         taken = self._running
-        news = self._hear(min(self.BREATH_S, until - time.monotonic())) if taken is not None else None
+        news = self._hear(min(BREATH_S, until - time.monotonic())) if taken is not None else None
         if self._running is None and self._waiting is not None:
             self._begin(self._waiting)
             self._waiting = None

@@ -4,7 +4,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -15,6 +18,34 @@ from torch import distributed
 from typing_extensions import override
 
 from ppo_lightning.shared_sums import ProcessMissing
+
+BREATH_S = 30.0
+"""Seconds after which the first process tells the others that it is busy beside training: they would give it up."""
+
+
+@contextmanager
+def others_wait(trainer: Trainer) -> Iterator[None]:
+    """What the first process of several does within takes long: the others wait at the end, as long as it lives."""
+    if trainer.world_size == 1:
+        yield
+        return
+    broadcast, done = trainer.strategy.broadcast, threading.Event()
+
+    def breathe() -> None:
+        while not done.wait(BREATH_S):
+            broadcast(True)
+
+    breathing = threading.Thread(target=breathe, daemon=True)
+    if trainer.is_global_zero:
+        breathing.start()
+    try:
+        yield
+    finally:
+        done.set()
+    if trainer.is_global_zero:
+        breathing.join()
+    while broadcast(False):  # what the first process says counts
+        pass
 
 
 class Counts(Protocol):

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from ppo_lightning.callbacks.interrupts import Interrupts
+from ppo_lightning.callbacks.processes import others_wait
 from ppo_lightning.envs import Environments, EnvMaker
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.evaluation import Evaluates, evaluate_episodes
@@ -119,7 +120,7 @@ def record(
                 )
             if recorders[0].recording:
                 del recorders[0].recorded_frames[-1]  # of the reset after the last episode
-        except BaseException:
+        except BaseException:  # whatever it is, and it goes on from here: half a video is not worth encoding
             for recorder in recorders:
                 recorder.recording = False
             raise
@@ -211,8 +212,11 @@ class EvaluationVideo(Callback):
         if trainer.state.fn == TrainerFn.FITTING and self._evaluations % self.every and not _ends(trainer):
             return
         folder = _run_folder(trainer) / "videos" if self.folder is None else self.folder
-        if not trainer.is_global_zero or self._gave_up:
-            return
+        with others_wait(trainer):
+            if trainer.is_global_zero and not self._gave_up:
+                self._record(trainer, module, folder)
+
+    def _record(self, trainer: Trainer, module: Recorded, folder: str | Path) -> None:
         started = time.perf_counter()
         try:
             video = record(module, folder, self.episodes, fps=self.fps)
