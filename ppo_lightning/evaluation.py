@@ -9,7 +9,7 @@ import torch
 from gymnasium import Space
 from torch import Tensor
 
-from ppo_lightning.envs import Environments, EnvMaker, Setting, Transition
+from ppo_lightning.envs import Environments, EnvMaker, Supply, Transition
 from ppo_lightning.envs.info import Sums, means
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy
@@ -27,8 +27,7 @@ class Evaluates(Protocol):
 
     policy: Policy
     env_maker: EnvMaker
-    eval_setting: Setting
-    """How environments of evaluations differ from those that the run was given."""
+    supply: Supply
     observation_space: Space[Any]
     eval_deterministic: bool
     env_timeout_s: float

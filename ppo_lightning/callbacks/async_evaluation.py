@@ -195,7 +195,7 @@ class AsyncEvaluation(Callback):
             # What is dumped are the tensors that training goes on with.
             copied = copy.deepcopy(checkpoint)
             self._waiting = Taken(
-                self._taken, module.evaluation_seed(), module.eval_setting, weights.getvalue(), copied
+                self._taken, module.evaluation_seed(), module.supply.eval_setting, weights.getvalue(), copied
             )
 
     def _finish(self, trainer: Trainer, module: EvaluatesBeside) -> None:

@@ -103,7 +103,7 @@ def record(
             return recorders[0]
 
         try:
-            setting = module.eval_setting
+            setting = module.supply.eval_setting
             maker = setting.of(_drawing(module.env_maker, recorded))
             environments = Environments(maker, 1, module.env_timeout_s, attributes=setting.attributes)
         except EnvironmentFault as fault:
