@@ -17,6 +17,8 @@ from ppo_lightning.errors import InputError
 from ppo_lightning.sweep.space import Space, short_names, with_values
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from optuna import Study
     from optuna.trial import FrozenTrial
 
@@ -49,6 +51,11 @@ class Sought:
     def values(self, trial: "FrozenTrial") -> dict[str, Any]:
         """A trial's values of the config."""
         return {key: self.space[key].value(point) for key, point in trial.params.items()}
+
+
+def made_again(trials: "Sequence[FrozenTrial]") -> set[int]:
+    """Numbers of the trials that were broken off and are made again: they are no trials of their own."""
+    return {trial.user_attrs["again"] for trial in trials if "again" in trial.user_attrs}
 
 
 def front(study: "Study") -> "list[FrozenTrial]":
@@ -103,10 +110,12 @@ def leave_results(study: "Study", sought: Sought) -> tuple[dict[str, Any], Path]
 
 def describe_trial(study: "Study", number: int, sought: Sought) -> str:
     """A line about a trial that ended."""
-    trial = study.get_trials(deepcopy=False)[number]
+    trials = study.get_trials(deepcopy=False)
+    trial = trials[number]
     names = short_names(list(sought.space))
     values = "  ".join(f"{names[key]} {_text(value)}" for key, value in sought.values(trial).items())
-    done = sum(each.state.is_finished() for each in study.get_trials(deepcopy=False))
+    again = made_again(trials)
+    done = sum(each.state.is_finished() and each.number not in again for each in trials)
     found = "  ".join(f"{name} {text}" for name, text in zip(sought.objectives, _numbers(trial, sought), strict=True))
     if trial.state.name == "FAIL":
         found = f"failed: {trial.user_attrs['error']}"
@@ -154,7 +163,9 @@ def show(study: "Study", sought: Sought) -> None:
 
 
 def _count(study: "Study") -> str:
-    states = [trial.state.name.lower() for trial in study.get_trials(deepcopy=False)]
+    trials = study.get_trials(deepcopy=False)
+    again = made_again(trials)
+    states = ["broken off and made again" if trial.number in again else trial.state.name.lower() for trial in trials]
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
@@ -163,9 +174,11 @@ def _name(trial: "FrozenTrial") -> str:
 
 
 def _ranked(study: "Study") -> "list[FrozenTrial]":
-    """All trials that ended: completed ones best first, then the rest."""
+    """All trials that ended of themselves: completed ones best first, then the rest."""
     sign = -1 if study.directions[0].name == "MAXIMIZE" else 1
-    ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    trials = study.get_trials(deepcopy=False)
+    again = made_again(trials)
+    ended = [trial for trial in trials if trial.state.is_finished() and trial.number not in again]
     complete = [trial for trial in ended if trial.state.name == "COMPLETE"]
     others = [trial for trial in ended if trial.state.name != "COMPLETE"]
     return sorted(complete, key=lambda trial: sign * trial.values[0]) + others
@@ -193,12 +206,14 @@ def _write_table(study: "Study", sought: Sought) -> None:
     with (sought.folder / "trials.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["trial", "state", *sought.objectives, *sought.space, "seconds_in_all", "error"])
-        for trial in study.get_trials(deepcopy=False):
+        trials = study.get_trials(deepcopy=False)
+        again = made_again(trials)
+        for trial in trials:
             complete = trial.state.name == "COMPLETE"
             numbers = trial.values if complete else [""] * len(sought.objectives)
             values = sought.values(trial)
             seconds = "" if trial.duration is None else round(trial.duration.total_seconds(), 1)
-            error = trial.user_attrs.get("error", "")  # of failed trials only
+            error = trial.user_attrs.get("error", "broken off and made again" if trial.number in again else "")
             cells = [values.get(key, "") for key in sought.space]  # one broken off may have a part of them
             rows.writerow([trial.number, trial.state.name.lower(), *numbers, *cells, seconds, error])
 

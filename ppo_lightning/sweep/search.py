@@ -3,7 +3,9 @@
 import contextlib
 import io
 import os
+import random
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -189,22 +191,29 @@ def _check_space(space: Space, config: dict[str, Any]) -> None:
 def _open(storage: str, name: str, objectives: list[str]) -> "Study":
     try:
         import optuna
+        import sqlalchemy
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
     except ImportError as error:
         raise InputError('a sweep needs Optuna: pip install "ppo-lightning[sweep]"') from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        return optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(storage)) if storage.endswith(".journal") else storage,
-            study_name=name,
-            directions=[DIRECTIONS[objective] for objective in objectives],
-            load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(n_warmup_steps=LOOKS // 5),
-        )
-    except Exception as error:  # each database's driver, and its absence, raises its own
-        message = " ".join(str(error).split())[:200]
-        raise InputError(f"storage {storage} cannot be opened ({message}): correct the URL or file") from error
+    tries = 5
+    while True:
+        tries -= 1
+        try:
+            return optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(storage)) if storage.endswith(".journal") else storage,
+                study_name=name,
+                directions=[DIRECTIONS[objective] for objective in objectives],
+                load_if_exists=True,
+                pruner=optuna.pruners.MedianPruner(n_warmup_steps=LOOKS // 5),
+            )
+        except Exception as error:  # each database's driver, and its absence, raises its own
+            if tries and isinstance(error, sqlalchemy.exc.DBAPIError):
+                time.sleep(random.uniform(0.1, 1.0))  # another that began at the same moment makes the tables
+                continue
+            message = " ".join(str(error).split())[:200]
+            raise InputError(f"storage {storage} cannot be opened ({message}): correct the URL or file") from error
 
 
 def _refuse_another(study: "Study", search: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import difflib
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -84,8 +85,10 @@ class Range:
         return scale.forth(value)
 
     def examples(self) -> list[Any]:
-        """Its ends."""
-        return [self.low, self.high]
+        """Its ends, and a value between them, which shows a scale that does not suit the key."""
+        scale = SCALES[self.scale]
+        middle = (scale.forth(self.low) + scale.forth(self.high)) / 2
+        return [self.low, self.high, self.value(int(middle) if scale.whole else middle)]
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,10 @@ def read_space(space: str | Path | Mapping[str, Any]) -> dict[str, Range | Choic
 
 
 def _range(where: str, given: Any) -> Range | Choice:
+    try:
+        json.dumps(given)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} may hold text, numbers, lists and mappings, got {given!r}: {error}") from error
     if isinstance(given, list | tuple):
         if not given or len({json.dumps(value) for value in given}) < len(given):
             raise InputError(f"{where} must list values that differ, got {list(given)}")
@@ -150,7 +157,7 @@ def _range(where: str, given: Any) -> Range | Choice:
         raise InputError(
             f"{where} must be a list of values, or a mapping of distribution, min and max and nothing else, got {given!r}"
         )
-    name = OTHER_NAMES.get(given["distribution"], given["distribution"])
+    name = OTHER_NAMES.get(str(given["distribution"]), str(given["distribution"]))
     if name not in SCALES:
         known = ", ".join([*SCALES, *OTHER_NAMES])
         raise InputError(f"{where} has no distribution {name!r}: take one of {known}, or a list of values")
@@ -183,6 +190,9 @@ def check_keys(space: Space, config: Mapping[str, Any]) -> None:
     Raises:
         InputError: the first such key.
     """
+    for key, part in itertools.permutations(space, 2):
+        if part.startswith(f"{key}."):
+            raise InputError(f"space: {part} is a part of {key}, which is searched as a whole: leave out one of them")
     for key in space:
         first, *path = key.split(".")
         if first not in ("model", "trainer") or not path:

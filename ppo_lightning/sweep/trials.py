@@ -1,5 +1,6 @@
 """Trials: which are begun, what their runs tell, when they end, and whose they are."""
 
+import math
 import os
 import socket
 import time
@@ -8,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ppo_lightning.sweep.results import Sought, describe_trial, write_best
+import numpy as np
+
+from ppo_lightning.sweep.results import OWN, Sought, describe_trial, made_again, write_best
 from ppo_lightning.sweep.runs import Row, Run, Watched, end_all, prepare
 from ppo_lightning.sweep.space import with_values
 
@@ -41,7 +44,8 @@ class Proposals(NamedTuple):
         """Optuna's sampler for a trial, with random numbers of its own: a sweep that goes on proposes what it would have."""
         from optuna.samplers import CmaEsSampler, RandomSampler, TPESampler
 
-        seed = self.seed + index
+        # Of the pair: machines whose seeds are neighbours would otherwise propose the same, one index apart.
+        seed = int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0])
         if self.sampler == "random":
             return RandomSampler(seed=seed)
         if self.sampler == "cmaes":
@@ -56,7 +60,7 @@ def measure(rows: Sequence[Row], objective: str, threshold: float | None, budget
     than every run that does, and better the nearer it came.
 
     Args:
-        rows: what the run has told, at least one.
+        rows: what the run has told, the last of them finite.
         objective: a key of :data:`DIRECTIONS`.
         threshold: of steps_to, in the metric's units.
         budget: environment steps that the longest of all trials may take.
@@ -70,8 +74,8 @@ def measure(rows: Sequence[Row], objective: str, threshold: float | None, budget
     reached = [row.steps for row in rows if row.value >= threshold]
     if reached:
         return reached[0]
-    best = max(row.value for row in rows)
-    return budget * (1 + (threshold - best) / (threshold - rows[0].value))
+    values = [row.value for row in rows if math.isfinite(row.value)]
+    return budget * (1 + (threshold - max(values)) / (threshold - values[0]))
 
 
 def counted(study: "Study") -> "list[FrozenTrial]":
@@ -79,16 +83,21 @@ def counted(study: "Study") -> "list[FrozenTrial]":
     from optuna.trial import TrialState
 
     trials = study.get_trials(deepcopy=False)
-    again = {trial.user_attrs["again"] for trial in trials if "again" in trial.user_attrs}
+    again = made_again(trials)
     return [trial for trial in trials if trial.state != TrialState.WAITING and trial.number not in again]
 
 
-def put_back(study: "Study", number: int, params: dict[str, Any]) -> None:
-    """Note that a trial was broken off, and that it is to be made again."""
+def put_back(study: "Study", trial: "FrozenTrial | Trial") -> None:
+    """Note that a trial was broken off, and that it is to be made again, unless another machine has done so."""
+    from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
-    study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
-    study.enqueue_trial(params, user_attrs={"again": number})
+    try:
+        study.tell(trial.number, state=TrialState.FAIL)
+    except (ValueError, UpdateFinishedTrialError):  # Optuna's, of a trial that has ended
+        return
+    own = {OWN: True} if OWN in trial.user_attrs else {}
+    study.enqueue_trial(trial.params, user_attrs={"again": trial.number, **own})
 
 
 def put_back_what_is_left(study: "Study") -> None:
@@ -97,7 +106,7 @@ def put_back_what_is_left(study: "Study") -> None:
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if is_left(trial):
-            put_back(study, trial.number, trial.params)
+            put_back(study, trial)
 
 
 def is_left(trial: "FrozenTrial") -> bool:
@@ -123,6 +132,8 @@ class _Running:
     """A trial that trains."""
 
     trial: "Trial"
+    index: int
+    """How many trials were begun before it; of one that is made again, the first time."""
     total_steps: int
     """Environment steps of each of its runs."""
     run: Run
@@ -161,52 +172,71 @@ class Search:
         self.study, self.sought, self.watched, self.proposals = study, sought, watched, proposals
         self.prunes, self.seeds, self.workers, self.quiet = prunes, seeds, workers, quiet
         self.running: list[_Running] = []
-        self.stamped = time.monotonic()
+        self.stamped, self.waits = time.monotonic(), False
 
     def run(self) -> None:
         """Train all trials; what ends this early, ends their runs, and they are put back."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
         try:
             put_back_what_is_left(self.study)
             while True:
                 while len(self.running) < self.workers and len(counted(self.study)) < self.proposals.trials:
                     self._begin()
-                if not self.running:
+                if not self.running and not self._others():
                     return
                 time.sleep(POLL_S)
-                self._stamp()
+                stamps = self._is_time_to_stamp()
                 for each in list(self.running):
-                    self._follow(each)
+                    try:
+                        if stamps or each.run.process.poll() is not None:
+                            each.trial.set_user_attr("seen", time.time())
+                        self._follow(each)
+                    except (
+                        UpdateFinishedTrialError
+                    ):  # after a long silence, such as sleep, another machine has put it back
+                        end_all([each.run])
+                        self.running.remove(each)
+                if stamps:
+                    put_back_what_is_left(self.study)
         except BaseException:
             end_all([each.run for each in self.running])
             for each in self.running:
-                put_back(self.study, each.trial.number, each.trial.params)
+                put_back(self.study, each.trial)
             raise
 
+    def _others(self) -> bool:
+        """Whether other processes train the last of the trials: what they leave unfinished is made here."""
+        from optuna.trial import TrialState
+
+        others = sum(trial.state == TrialState.RUNNING for trial in counted(self.study)[: self.proposals.trials])
+        if others and not self.waits and not self.quiet:
+            print(f"waiting for {others} of other processes", flush=True)
+        self.waits = others > 0
+        return self.waits
+
     def _begin(self) -> None:
-        sought = self.sought
-        self.study.sampler = self.proposals.next(len(counted(self.study)))
+        sought, index = self.sought, len(counted(self.study))
+        self.study.sampler = self.proposals.next(index)
         trial = self.study.ask({key: of.distribution() for key, of in sought.space.items()})
         trial.set_user_attr("owner", f"{socket.gethostname()} {os.getpid()}")
         trial.set_user_attr("seen", time.time())
         config = with_values(sought.config, {key: of.value(trial.params[key]) for key, of in sought.space.items()})
         prepare(self._folder(trial), config)
-        self.running.append(_Running(trial, config["model"]["total_steps"], self._train(trial, 0)))
+        self.running.append(_Running(trial, index, config["model"]["total_steps"], self._train(trial, index, 0)))
 
     def _folder(self, trial: "Trial") -> Path:
         return self.sought.folder / "trials" / f"{trial.number:04}"
 
-    def _train(self, trial: "Trial", index: int) -> Run:
-        seed = self.proposals.seed + trial.number * self.seeds + index
-        return Run(self._folder(trial), seed, self.watched)
+    def _train(self, trial: "Trial", index: int, run: int) -> Run:
+        return Run(self._folder(trial), self.proposals.seed + index * self.seeds + run, self.watched)
 
-    def _stamp(self) -> None:
-        """Tell other machines that this one works on its trials; see whether theirs do."""
+    def _is_time_to_stamp(self) -> bool:
+        """Whether to tell other machines that this one works on its trials, and to see whether they work on theirs."""
         if time.monotonic() - self.stamped < STAMP_S:
-            return
+            return False
         self.stamped = time.monotonic()
-        for each in self.running:
-            each.trial.set_user_attr("seen", time.time())
-        put_back_what_is_left(self.study)
+        return True
 
     def _follow(self, each: _Running) -> None:
         """See what a trial's run has told, and whether it has ended."""
@@ -225,7 +255,7 @@ class Search:
             return
         each.done.append(rows)
         if len(each.done) < self.seeds:
-            each.run = self._train(each.trial, len(each.done))
+            each.run = self._train(each.trial, each.index, len(each.done))
         else:
             self._tell(each, "COMPLETE")
 
