@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from ppo_lightning import PPO, InputError
+from ppo_lightning.sweep import command as command_line
 from ppo_lightning.sweep import main, progress, results, runs, search, sweep, trials
 from ppo_lightning.sweep.runs import Row, Run, Watched
 from ppo_lightning.sweep.space import Choice, Range, points_of, read_space
@@ -309,6 +310,10 @@ open(file, "w").write('{"steps": 1, "seconds": 1, "value": NaN}\\n')
     ("code", "why"),
     [
         ("print('error: no such luck'); print('more'); raise SystemExit(1)", "no such luck"),
+        (
+            """raise SystemExit('error: Parser key "x":\\n  Expected a number\\nmore')""",
+            'Parser key "x": Expected a number',
+        ),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("import os; os.kill(os.getpid(), 9)", "it was ended by SIGKILL"),
         ("pass", "it told no value of eval/mean_reward that is a number"),
@@ -457,6 +462,7 @@ def test_processes_that_begin_a_study_at_the_same_moment_share_it(tmp_path):
     ]
     time.sleep(0.1)
     for process in both:
+        assert process.stdin is not None
         process.stdin.write("now\n")
         process.stdin.flush()
     assert [process.communicate()[1] for process in both] == ["", ""]
@@ -548,6 +554,14 @@ def test_a_sweep_on_the_command_line_leaves_a_config_that_fit_takes_a_table_and_
     assert best["trainer"]["callbacks"] is None
     told = [json.loads(line) for line in (place / "trials/0000/progress_5.jsonl").read_text().splitlines()]
     assert [row["steps"] for row in told] == [128, 256, 384, 512]
+
+
+def test_a_second_config_changes_the_first_as_with_fit(monkeypatch):
+    seen = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(command_line, "sweep", lambda **given: seen.append((given["config"], given["flags"])))
+    main(["--config", "a.yaml", "--config=b.yaml", "--space", "s.yaml", "--model.gamma", "0.9"])
+    assert seen == [("a.yaml", ["--config=b.yaml", "--model.gamma", "0.9"])]
 
 
 def test_bad_input_ends_the_command_with_one_sentence(tmp_path, monkeypatch):

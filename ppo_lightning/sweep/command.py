@@ -20,7 +20,7 @@ def main(words: list[str]) -> None:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", required=True, help="config that fit takes")
+    add("--config", required=True, action="append", help="config that fit takes; further ones change it, as with fit")
     add("--space", required=True, help="YAML: key of the config: [value, …] or {distribution, min, max}")
     add("--trials", type=int, default=20, help="of the study in all (default: 20)")
     add("--objective", nargs="+", default=["score"], choices=DIRECTIONS, help="one, or several for a Pareto front")
@@ -35,6 +35,7 @@ def main(words: list[str]) -> None:
     add("--storage", help="URL of a database, or a file.journal that machines share (default: in the folder)")
     add("--folder", help="of results (default: sweeps/STUDY)")
     given, flags = parser.parse_known_args(words)
+    given.config, flags = given.config[0], [*(f"--config={file}" for file in given.config[1:]), *flags]
     signal.signal(signal.SIGTERM, _leave)
     with said_in_one_sentence():
         try:

@@ -116,10 +116,12 @@ class Run:
                 else f"it told no value of {self.metric} that is a number"
             )
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("error: ")] or lines
-        if status < 0 or not errors:
+        if status < 0 or not lines:
             return f"it was ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        return errors[-1].removeprefix("error: ")
+        errors = [index for index, line in enumerate(lines) if line.startswith("error: ")]
+        last = errors[-1] if errors else len(lines) - 1
+        until = next((index for index in range(last, len(lines)) if not lines[index].endswith(":")), len(lines) - 1)
+        return " ".join(lines[last : until + 1]).removeprefix("error: ")
 
 
 def prepare(folder: Path, config: dict[str, Any]) -> None:

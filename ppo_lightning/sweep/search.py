@@ -191,9 +191,9 @@ def _check_space(space: Space, config: dict[str, Any]) -> None:
 def _open(storage: str, name: str, objectives: list[str]) -> "Study":
     try:
         import optuna
-        import sqlalchemy
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
+        from sqlalchemy.exc import DBAPIError
     except ImportError as error:
         raise InputError('a sweep needs Optuna: pip install "ppo-lightning[sweep]"') from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -209,7 +209,7 @@ def _open(storage: str, name: str, objectives: list[str]) -> "Study":
                 pruner=optuna.pruners.MedianPruner(n_warmup_steps=LOOKS // 5),
             )
         except Exception as error:  # each database's driver, and its absence, raises its own
-            if tries and isinstance(error, sqlalchemy.exc.DBAPIError):
+            if tries and isinstance(error, DBAPIError):
                 time.sleep(random.uniform(0.1, 1.0))  # another that began at the same moment makes the tables
                 continue
             message = " ".join(str(error).split())[:200]
