@@ -611,8 +611,9 @@ def test_the_example_space_and_the_documents_example_can_be_searched(fits, tmp_p
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_killed_sweep_leaves_no_process_and_goes_on(tmp_path):
-    given = command(tmp_path, "--trials", "4", "--model.total_steps", "20000")
+    given = command(tmp_path, "--trials", "4", "--model.total_steps", "6000")
     words = [sys.executable, "-m", "ppo_lightning", "sweep", *given]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed = subprocess.Popen(words, env=environment, cwd=tmp_path)
