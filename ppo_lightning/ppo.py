@@ -85,6 +85,7 @@ from ppo_lightning.spaces import check_mask, cut, describe, rows_of, without_mas
 from ppo_lightning.streams import random_state, restore_random_state
 from ppo_lightning.trainer import (
     attach_callbacks,
+    begin_iterations_whole,
     gradient_hooks,
     refuse_what_misleads,
     replace_defaults,
@@ -385,6 +386,7 @@ class PPO(LightningModule):
     @override
     def on_train_start(self) -> None:
         """Go on where the run was; find out whether a gradient step concerns anybody else."""
+        begin_iterations_whole(self.trainer)
         self._go_on()
         self._settings.restore(scheduled=self._was_scheduled)
         self._add_up = sums_over_processes(self.trainer, self._learnt)

@@ -77,6 +77,17 @@ def replace_defaults(trainer: Any, evaluation_interval: int) -> None:
         trainer.log_every_n_steps = 1
 
 
+def begin_iterations_whole(trainer: Any) -> None:
+    """Let a run that goes on from within an iteration (after a crash, or from ``best.ckpt``) begin another one.
+
+    Lightning would go on within it, without the ``on_train_epoch_start`` in which callbacks prepare a rollout.
+    """
+    progress = trainer.fit_loop.epoch_progress
+    for count in (progress.total, progress.current):
+        count.ready = count.started = count.processed
+    trainer.fit_loop.reset_restart_stage()
+
+
 def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> None:
     """Put our bar and checkpoints in the place of Lightning's own; callbacks that the user made stay.
 
