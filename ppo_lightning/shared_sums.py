@@ -51,7 +51,8 @@ def sums_over_processes(trainer: Any, parameters: list[nn.Parameter]) -> Callabl
         return distributed.all_reduce
     if isinstance(strategy, DDPStrategy) and strategy._ddp_comm_hook is None:
         cast(Any, strategy.model).register_comm_hook(sums, _average)
-        sums.averages = True
+        # To find unused parameters, DDP remembers those used in any backward pass that it has not finished itself.
+        sums.averages = not strategy._ddp_kwargs.get("find_unused_parameters", False)
     return sums.add_up
 
 
