@@ -107,6 +107,13 @@ class RunCSVLogger(Lenient, CSVLogger):
             self.save()
 
 
+def _that_keeps_rows(logger: Logger) -> Logger:
+    """Of Lightning's CSVLogger one that goes on with the file of a run that goes on; any other logger as it is."""
+    if type(logger) is not CSVLogger:
+        return logger
+    return RunCSVLogger(logger._root_dir, logger._name, logger._version, logger._prefix)
+
+
 class PPOCLI(LightningCLI):
     """``fit``, ``validate`` and ``test`` for :class:`PPO`, from YAML and flags."""
 
@@ -167,7 +174,8 @@ class PPOCLI(LightningCLI):
         if given in (None, True):
             kwargs["logger"] = self._loggers(root)
         elif given is not False and self.subcommand == "fit":
-            kwargs["logger"] = beside_the_folder(given, lambda: cast(list[Logger], self._loggers(root)))
+            loggers = [_that_keeps_rows(logger) for logger in (given if isinstance(given, list) else [given])]
+            kwargs["logger"] = beside_the_folder(loggers, lambda: cast(list[Logger], self._loggers(root)))
         if self.subcommand != "fit":
             self.save_config_callback = None
         return super().instantiate_trainer(**kwargs)

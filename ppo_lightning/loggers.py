@@ -88,16 +88,15 @@ def _refuse_file_store(uri: str | None) -> None:
         )
 
 
-def beside_the_folder(given: Logger | list[Logger], own: Callable[[], list[Logger]]) -> list[Logger]:
+def beside_the_folder(given: list[Logger], own: Callable[[], list[Logger]]) -> list[Logger]:
     """The loggers that the user gave, with one that has a folder in front: Lightning keeps a run's files in the first's.
 
     Args:
         given: by the user.
         own: makes the loggers of the run's folder, where none of the given ones has a folder for a run.
     """
-    loggers = given if isinstance(given, list) else [given]
-    folders = [logger for logger in loggers if isinstance(logger, TensorBoardLogger | CSVLogger)]
-    return [*(folders or own()), *(logger for logger in loggers if logger not in folders)]
+    folders = [logger for logger in given if isinstance(logger, TensorBoardLogger | CSVLogger)]
+    return [*(folders or own()), *(logger for logger in given if logger not in folders)]
 
 
 @contextmanager

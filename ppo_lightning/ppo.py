@@ -304,6 +304,7 @@ class PPO(LightningModule):
         """The current update was taken by :attr:`compiled`."""
         self._steps_alone = False
         self._was_scheduled = True
+        self._saved_logs = 0.0
         self.learning_rate = 0.0
         """Of the update that is logged."""
         # Lightning warns that it will train for 1,000 epochs; setup() replaces that limit by total_steps.
@@ -549,8 +550,13 @@ class PPO(LightningModule):
         """
         numbers = {name: value for name, value in metrics.items() if not math.isnan(value)}
         named = renamed(numbers, self.metric_names)
+        late = time.monotonic() - self._saved_logs >= LOGS_SAVED_S
         for logger in self.loggers:
             logger.log_metrics(named, step=self.num_env_steps if step is None else step)
+            if late:  # Lightning's CSVLogger would keep all rows in memory
+                logger.save()
+        if late:
+            self._saved_logs = time.monotonic()
 
     def _tell(self, event: str, *given: Any) -> None:
         if self._trainer is not None:
@@ -1436,6 +1442,9 @@ class PPO(LightningModule):
         self._not_saved = sorted(changed - plain.keys())
         self._given = changed
 
+
+LOGS_SAVED_S = 10.0
+"""Seconds after which loggers write what they have: a run that is killed loses no more."""
 
 _STEP = ("descend", "diverged", "clip_gradients_by_norm")
 """Methods that a compiled update does not call."""

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from ppo_lightning import PPO
+from ppo_lightning.callbacks import PPOCallback
 from ppo_lightning.cli import main
 
 SMALL = [
@@ -211,6 +212,22 @@ def test_what_is_not_a_number_is_not_logged_and_callbacks_see_it(fit):
     assert "train/odd" not in columns
 
 
+def test_what_is_logged_is_written_while_the_run_goes_on(fit, monkeypatch):
+    """A run that is killed leaves its rows, though Lightning's CSVLogger would keep them in memory to the end."""
+    monkeypatch.setattr("ppo_lightning.ppo.LOGS_SAVED_S", 0.0)
+    logger, rows = CSVLogger("."), []
+
+    def read(*_: Any) -> None:
+        rows.append(len(Path(logger.log_dir, "metrics.csv").read_text().splitlines()) - 1)
+
+    fit(
+        PPO("CartPole-v1", num_envs=2, num_steps=8, total_steps=48),
+        logger=logger,
+        callbacks=[PPOCallback(on_iteration_end=read)],
+    )
+    assert rows == [1, 2, 3]
+
+
 class Breaks(ConstantReward):
     def __init__(self) -> None:
         super().__init__()
@@ -249,6 +266,20 @@ def test_a_logger_that_has_a_folder_replaces_the_runs_own():
     kept = {path.name for path in Path("mine/poles/version_0").iterdir()}
     assert {"config.yaml", "metrics.csv", "checkpoints", "learning_curve.png"} <= kept
     assert not Path("lightning_logs").exists()
+
+
+def test_a_resumed_run_keeps_the_rows_of_a_csv_logger_that_is_given():
+    csv = [
+        f"--trainer.logger+={LOGGERS}CSVLogger",
+        "--trainer.logger.save_dir",
+        "mine",
+        "--trainer.logger.version",
+        "0",
+    ]
+    fit(*csv)
+    fit(*csv, "--ckpt_path", "last", "--model.total_steps", "384")
+    table = np.genfromtxt("mine/lightning_logs/version_0/metrics.csv", delimiter=",", names=True, deletechars="")
+    assert sorted(set(table["step"].tolist())) == [128, 256, 384]
 
 
 def test_a_resumed_run_keeps_its_folder_with_other_loggers():
