@@ -13,15 +13,24 @@ import torch
 import yaml
 from hills import Fragile, Hill, Hills, Line, Simulation, nearness, vector
 from lightning import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from processes import fit as train
 from processes import forked
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic
-from ppo_lightning.callbacks import AdaptiveLearningRate, Curriculum, Level, Stage, Stages
+from ppo_lightning.callbacks import (
+    AdaptiveLearningRate,
+    Curriculum,
+    HealthMonitor,
+    Level,
+    PPOCallback,
+    Stage,
+    Stages,
+)
 from ppo_lightning.cli import main
 from ppo_lightning.envs.shaping import PotentialShaping
-from ppo_lightning.errors import InputError
+from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.parameters import Linear
 
 SMALL = {"num_envs": 2, "num_steps": 8, "update_epochs": 1, "num_minibatches": 2}
@@ -207,6 +216,67 @@ def test_a_curriculum_goes_on_to_the_bit(kind, save_at, fit):
     assert record.column("curriculum/stage")[-1] == len(steps)
 
 
+class Breaks(Hill):
+    """Raises once; ``seen`` are the difficulty and length of each step."""
+
+    seen, steps_left = set(), 0
+
+    def step(self, action):
+        Breaks.steps_left -= 1
+        if Breaks.steps_left == 0:
+            raise RuntimeError("broken")
+        Breaks.seen.add((self.difficulty, self.length))
+        return super().step(action)
+
+
+def test_a_run_that_broke_within_a_rollout_goes_on_with_all_that_was_steered(fit, tmp_path):
+    def run(**kwargs):
+        model, record = PPO(Breaks, **SMALL, total_steps=100 * ITERATION), Record()
+        steps = [Level(), Level({"difficulty": 3.0}, {"length": 7}, from_steps=32)]
+        callbacks = [Curriculum(steps), Stages([Stage(), Stage(from_steps=32, ent_coef=0.1)]), record]
+        callbacks.append(AdaptiveLearningRate(min_lr=1e-3))
+        callbacks.append(EarlyStopping("rollout/ep_rew_mean", patience=1000))
+        fit(model, callbacks=callbacks, enable_checkpointing=True, **kwargs)
+        return record
+
+    Breaks.steps_left = 100
+    with pytest.raises(EnvironmentFault, match="broken"):
+        run()
+    Breaks.seen.clear()
+    record = run(ckpt_path=tmp_path / "checkpoints/last.ckpt", max_epochs=9)
+    assert Breaks.seen == {(3.0, 7)}
+    assert record.column("curriculum/stage") == record.column("train/stage") == [2, 2, 2]
+    assert min(record.column("train/learning_rate")) >= 1e-3  # the optimiser's own is 3e-4 at most
+
+
+def test_callbacks_that_have_steered_another_run_begin_anew_and_leave_no_number_behind(fit):
+    callbacks = [Curriculum(levels(1.0, 2.0)), Stages([Stage(), Stage(from_steps=32)])]
+    adaptive, runs = AdaptiveLearningRate(), []
+    for _ in range(2):
+        record = Record()
+        model = PPO(Hill, **SMALL, total_steps=64)
+        fit(model, callbacks=[*callbacks, adaptive, record])
+        runs.append([record.column(name) for name in ("curriculum/stage", "train/stage")])
+        assert record.column("train/learning_rate")[0] == 3e-4
+    assert runs == [[[1, 1, 2, 2], [1, 1, 2, 2]]] * 2
+    model.total_steps, record = 80, Record()
+    fit(model, callbacks=[record])
+    assert record.column("train/stage") == [None]
+
+
+def test_monitors_outlive_a_level_on_which_no_episode_has_ended_yet(fit):
+    steps = [
+        Level({"length": 2}),
+        Level({"length": 30}, from_steps=48),
+        Level(metric="rollout/ep_len_mean", at_least=2, times=2),
+    ]
+    record = Record()
+    monitor = EarlyStopping("rollout/ep_rew_mean", patience=100)
+    fit(PPO(Hill, **SMALL, total_steps=9 * ITERATION), callbacks=[Curriculum(steps), monitor, record])
+    # What the level before has left counts for nothing: the first episode of 30 steps ends in the seventh iteration.
+    assert record.column("curriculum/stage") == [1, 1, 1, 2, 2, 2, 2, 2, 3]
+
+
 def test_a_changed_level_is_put_on_when_a_run_goes_on(fit):
     fit(PPO("CartPole-v1", **SMALL, total_steps=32), callbacks=[Curriculum([Level({"length": 0.3})]), Record(1)])
     model = PPO("CartPole-v1", **SMALL, total_steps=32)
@@ -229,8 +299,9 @@ def test_a_changed_level_is_put_on_when_a_run_goes_on(fit):
         ({"env": Hill}, [Level(), Level(env_kwargs={"wide": True}, from_steps=16)], "the policy was made for"),
         ({"env": Hill}, [Level(), Level(metric="train/aprox_kl", at_least=0)], "waits for train/aprox_kl, which there is not"),
         ({"env": vector(2)}, [Level(env_kwargs={"length": 2})], "env is a VectorEnv already"),
+        ({"env": Hill}, [Level(), Level(metric="eval/mean_reward", at_least=0)], "there are no evaluations"),
     ],
-    ids=["attribute", "in workers", "nested", "spaces", "metric", "instance"],
+    ids=["attribute", "in workers", "nested", "spaces", "metric", "instance", "evaluations"],
 )  # fmt: skip
 def test_what_a_curriculum_cannot_do_is_said(options, steps, says, fit):
     with pytest.raises(InputError, match=re.escape(says)) as caught:
@@ -252,7 +323,9 @@ def test_a_metric_that_never_was_is_said_at_the_end(fit):
         lambda: Curriculum([]),
         lambda: Curriculum([Level(from_steps=5)]),
         lambda: Curriculum([Level(), Level({"length": 3})]),
+        lambda: Curriculum([Level(), Level(from_steps=64), Level(from_steps=32)]),
         lambda: Level(metric="rollout/ep_rew_mean"),
+        lambda: Level(metric="rollout/ep_rew_mean", at_least=3.0, at_most=2.0),
         lambda: Level(at_least=3.0),
         lambda: Level(metric="rollout/ep_rew_mean", at_least=3.0, times=0),
         lambda: Stages([]),
@@ -300,6 +373,38 @@ def test_two_processes_are_on_the_same_level_and_stage():
     assert [len(names) for names in frozen] == [4, 4, 0]
     assert not {name for name in in_first_stage if "critic" in name}
     assert {name for name in in_second if "critic" in name}
+
+
+def test_the_first_process_decides_where_processes_differ():
+    def run(rank):
+        own = PPOCallback(on_iteration_end=lambda trainer, module, metrics: module.log_metrics({"own": float(rank)}))
+        steps = [Level(), Level(metric="own", at_most=0.5)]
+        record = Record()
+        train(PPO(Hill, **SMALL, total_steps=96), callbacks=[own, Curriculum(steps), record], strategy="ddp", devices=2)
+        return record.column("curriculum/stage")
+
+    assert forked(run) == [[1, 2, 2], [1, 2, 2]]
+
+
+def test_two_processes_freeze_what_has_learnt_before():
+    def run(rank):
+        record = Record()
+        stages = [Stage(), Stage(from_steps=96, freeze=["critic"]), Stage(from_steps=192, freeze=["*.bias"])]
+        strategy = "ddp_find_unused_parameters_true"
+        train(
+            PPO(Hill, **{**SMALL, "update_epochs": 2}, total_steps=288),
+            callbacks=[Stages(stages), record],
+            strategy=strategy,
+            devices=2,
+        )
+        return record.weights, moved(record, 2, 5), moved(record, 5, 8)
+
+    (first, in_second, in_third), (second, *_) = forked(run)
+    for one, other in zip(first, second, strict=True):
+        same(one, other)
+    names = set(first[0])
+    assert in_second == {name for name in names if "critic" not in name}
+    assert in_third == {name for name in names if not name.endswith("bias")}
 
 
 def test_freezing_under_ddp_needs_a_strategy_that_waits_for_no_gradient():
@@ -451,12 +556,32 @@ def test_a_compiled_rollout_sees_the_level(fit):
             [Stages([Stage(learning_rate=1e-3)]), AdaptiveLearningRate()],
             "AdaptiveLearningRate and Stages both set the learning rate",
         ),
+        (
+            {},
+            [Stages([Stage()]), HealthMonitor(act=True)],
+            "act would change the learning rate or ent_coef, which Stages sets",
+        ),
+        (
+            {},
+            [AdaptiveLearningRate(), HealthMonitor(act=True)],
+            "which AdaptiveLearningRate sets: leave out act",
+        ),
         ({}, [Stages([Stage(), Stage(from_share=0.5), Stage(from_steps=32)])], "stages begin at [0, 32.0, 32]"),
         ({}, [Stages([Stage(freeze=["encoder"])])], "freeze 'encoder' of a Stage is in no parameter's name"),
         ({}, [Stages([Stage(freeze=["network"])])], "freezes all of the policy"),
         ({}, [Stages([Stage(), Stage(from_steps=32, num_steps=1)])], "cannot be cut into num_minibatches"),
     ],
-    ids=["scheduler", "adaptive and scheduler", "adaptive and stages", "order", "pattern", "all", "rollout"],
+    ids=[
+        "scheduler",
+        "adaptive and scheduler",
+        "adaptive and stages",
+        "acts and stages",
+        "acts and adaptive",
+        "order",
+        "pattern",
+        "all",
+        "rollout",
+    ],
 )
 def test_what_stages_cannot_do_is_said_before_training(options, callbacks, says, fit):
     model = PPO(Hill, **{**SMALL, "num_envs": 1}, total_steps=64, **options)
@@ -549,6 +674,15 @@ def test_shaping_adds_the_same_to_every_policy(actions):
     assert [info["reward_components"]["shaping"] for info in infos] == (shaped - plain).tolist()
 
 
+def test_the_parts_of_a_reward_that_two_potentials_shape_add_up_to_it():
+    within = PotentialShaping(Line(), nearness, 0.5)
+    shaped, infos, *_ = rollout(PotentialShaping(within, tenfold_nearness, 0.5), [1, 1, 0, 1, 1, 1])
+    assert [sum(info["reward_components"].values()) for info in infos] == shaped.tolist()
+    assert [info["reward_components"]["environment"] for info in infos] == rollout(Line(), [1, 1, 0, 1, 1, 1])[
+        0
+    ].tolist()
+
+
 def test_evaluations_leave_shaping_out(fit):
     model = PPO(
         Line, wrappers=[partial(PotentialShaping, potential=tenfold_nearness, gamma=0.99)], **SMALL, total_steps=32
@@ -621,7 +755,6 @@ QUICK = {
     "accelerator": "cpu",
     "enable_progress_bar": False,
     "enable_model_summary": False,
-    "limit_val_batches": 0,
 }
 
 
@@ -630,9 +763,10 @@ def test_the_examples_train(text):
     Path("mountain.py").write_text(PYTHON[0])
     config = yaml.safe_load(text)
     Path("example.yaml").write_text(text)
-    Path("quick.yaml").write_text(yaml.safe_dump({"trainer": QUICK, "model": {"num_envs": 2}}))
+    Path("quick.yaml").write_text(yaml.safe_dump({"trainer": QUICK, "model": {"num_envs": 2, "num_eval_episodes": 1}}))
     main(["fit", "--config", "example.yaml", "--config", "quick.yaml"])
     logged = np.genfromtxt("lightning_logs/version_0/metrics.csv", delimiter=",", names=True, deletechars="")
+    logged = logged[~np.isnan(logged["time/iterations"])]
     assert logged["time/iterations"].tolist() == [1, 2]
     for callback in config["trainer"].get("callbacks", []):
         for name, column in (("Curriculum", "curriculum/stage"), ("Stages", "train/stage")):

@@ -16,6 +16,11 @@ class Anneals(Protocol):
     lr_scheduler: Any
     lr_schedule: Linear | None
 
+    @property
+    def num_env_steps(self) -> int:
+        """Environment steps so far, of all processes."""
+        ...
+
 
 class AdaptiveLearningRate(Callback):
     """Lowers the learning rate where the policy moves too far, raises it where it moves too little.
@@ -61,7 +66,10 @@ class AdaptiveLearningRate(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if cast(Anneals, pl_module).lr_scheduler is not None:
+        module = cast(Anneals, pl_module)
+        if module.num_env_steps == 0:  # it has seen another run
+            self.rate = None
+        if module.lr_scheduler is not None:
             raise InputError("AdaptiveLearningRate and lr_scheduler both set the learning rate: leave one of them out")
         others: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         if any(isinstance(other, Stages) and other.sets_learning_rate for other in others):

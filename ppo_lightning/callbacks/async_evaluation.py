@@ -166,9 +166,7 @@ class AsyncEvaluation(Callback):
             if trainer.world_size == 1:  # else the others may not answer any more
                 self._waiting = None
                 self._turn(trainer, time.monotonic() + self.PATIENCE_S)
-        except (
-            Exception
-        ) as error:  # of a logger, perhaps, which is what ended the run: that is to be seen, and saved after
+        except Exception as error:  # of a logger, perhaps, whose first error ended the run: that one is to be seen
             rank_zero_warn(f"the last evaluation was not logged ({type(error).__name__}: {error})")
         finally:
             self._close("the run has ended by an error or by force")

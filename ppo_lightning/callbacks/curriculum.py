@@ -8,6 +8,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation
 from ppo_lightning.callbacks.events import EvaluationCallback
 from ppo_lightning.envs import Setting
 from ppo_lightning.errors import InputError
@@ -29,7 +30,8 @@ class Level:
     from_steps: int | None = None
     """It begins after so many environment steps of the run (steps)."""
     metric: str | None = None
-    """It begins when this metric, under its Stable-Baselines3 name, is within its bounds."""
+    """It begins when this metric, under its Stable-Baselines3 name, is within its bounds; in the first process, where
+    processes differ (seconds)."""
     at_least: float | None = None
     """Lower bound of the metric, in its unit."""
     at_most: float | None = None
@@ -43,6 +45,11 @@ class Level:
             raise InputError(
                 f"a Level of a Curriculum has metric {self.metric}, at_least {self.at_least} and at_most {self.at_most}: "
                 "give a metric together with one bound or both"
+            )
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise InputError(
+                f"a Level of a Curriculum waits for {self.metric} of at_least {self.at_least} and at_most {self.at_most}: no "
+                "number is both, correct one of them"
             )
         if self.times < 1:
             raise InputError(f"times of a Curriculum's Level must be 1 or more, got {self.times}")
@@ -88,7 +95,8 @@ class Curriculum(EvaluationCallback):
         evaluation: evaluate on the current level, too; else on the environments as the model was given them.
 
     Raises:
-        InputError: there are no levels, the first waits for something, or another waits for nothing.
+        InputError: there are no levels, the first waits for something, or another waits for nothing, or for what there
+            will not be.
     """
 
     def __init__(self, levels: Sequence[Level], evaluation: bool = False) -> None:
@@ -99,12 +107,19 @@ class Curriculum(EvaluationCallback):
         for number, level in enumerate(levels[1:], start=2):
             if not level.is_conditional:
                 raise InputError(f"level {number} of the Curriculum waits for nothing: give it from_steps, or a metric")
+        begins = [level.from_steps for level in levels if level.from_steps is not None]
+        if sorted(set(begins)) != begins:
+            raise InputError(
+                f"levels of the Curriculum begin from_steps {begins}: each must begin after the one before it"
+            )
         self.levels, self.evaluation = list(levels), evaluation
         self.stage = 0
         """Number of the level that is on, from 1; 0 before the first."""
         self.reached = 0
         """How often in a row the next level's metric was within its bounds."""
         self._is_on = False
+        self._heard: Any = None
+        """Value of the next level's metric that was looked at last."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -122,6 +137,20 @@ class Curriculum(EvaluationCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._is_on = False
+        if stage == "fit" and cast(Learns, pl_module).num_env_steps == 0:  # it has seen another run
+            self.stage = self.reached = 0
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to wait for evaluations that there will not be."""
+        metric = next((level.metric for level in self.levels if (level.metric or "").startswith("eval/")), None)
+        others: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        beside = any(isinstance(other, AsyncEvaluation) for other in others)
+        if metric is not None and trainer.limit_val_batches == 0 and not beside:
+            raise InputError(
+                f"a Level of the Curriculum waits for {metric}, and there are no evaluations (limit_val_batches 0, or a "
+                "VectorEnv that cannot be made again): take a metric rollout/…"
+            )
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,8 +173,12 @@ class Curriculum(EvaluationCallback):
             )
         if changes and before:
             module.rollouts.episodes.window.clear()
-            for name in [name for name in trainer.callback_metrics if name.startswith("rollout/")]:
-                del trainer.callback_metrics[name]
+            self._heard = trainer.callback_metrics.get(self._awaited or "")  # of the level before
+
+    @property
+    def _awaited(self) -> str | None:
+        """Metric that the next level waits for."""
+        return self.levels[self.stage].metric if self.stage < len(self.levels) else None
 
     def _is_due(self, level: Level, num_env_steps: int) -> bool:
         begun = level.from_steps is None or num_env_steps >= level.from_steps
@@ -201,13 +234,16 @@ class Curriculum(EvaluationCallback):
         self._look(trainer, evaluated=True)
 
     def _look(self, trainer: Trainer, *, evaluated: bool) -> None:
-        """Count how often the next level's metric was within its bounds."""
-        metric = self.levels[self.stage].metric if self.stage < len(self.levels) else None
+        """Count how often the next level's metric was within its bounds, as the first process sees it."""
+        metric, metrics = self._awaited, trainer.callback_metrics
         if metric is None or metric.startswith("eval/") != evaluated:
             return
-        metrics = trainer.callback_metrics
-        if metric in metrics:
-            self.reached = self.reached + 1 if self.levels[self.stage].accepts(float(metrics[metric])) else 0
+        before, self._heard = self._heard, metrics.get(metric)
+        value = None if self._heard is None else float(self._heard)
+        value, is_new = trainer.strategy.broadcast((value, self._heard is not before))
+        if value is not None:
+            if is_new:
+                self.reached = self.reached + 1 if self.levels[self.stage].accepts(value) else 0
         elif not metric.startswith("rollout/"):  # which are there once an episode has ended
             raise InputError(
                 f"level {self.stage + 1} of the Curriculum waits for {metric}, which there is not: take one of "

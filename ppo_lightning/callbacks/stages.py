@@ -131,6 +131,8 @@ class Stages(Callback):
         if stage != "fit":
             return
         module = cast(Learns, pl_module)
+        if module.num_env_steps == 0:  # these have seen another run
+            self.stage = 0
         if self.sets_learning_rate and module.lr_scheduler is not None:
             raise InputError(
                 "Stages and lr_scheduler both set the learning rate: leave lr_scheduler out, or learning_rate in all stages"
@@ -205,6 +207,7 @@ class Stages(Callback):
         if self.sets_learning_rate:
             module.lr_schedule = None
         self._apply(module, Stage())
+        module.steered.pop("train/stage", None)
         self._own = None
 
 

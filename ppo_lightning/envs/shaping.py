@@ -47,8 +47,9 @@ class PotentialShaping(gym.Wrapper[Any, Any, Any, Any]):
         after = 0.0 if terminated else float(self.potential(observation))
         shaping = self.gamma * after - self._before
         self._before = after
-        parts = info.get("reward_components", {"environment": float(reward)})
-        info = {**info, "reward_components": {**parts, "shaping": shaping}}
+        parts = {"environment": float(reward), "shaping": 0.0, **info.get("reward_components", {})}
+        parts["shaping"] += shaping  # of potentials around one another together
+        info = {**info, "reward_components": parts}
         return observation, float(reward) + shaping, terminated, truncated, info
 
     def get_state(self) -> float:
