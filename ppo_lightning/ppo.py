@@ -537,9 +537,8 @@ class PPO(LightningModule):
             step: environment steps that they are of; None is now.
         """
         self.send(metrics, step)
-        self.trainer.callback_metrics.update(
-            {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
-        )
+        values = torch.tensor(list(metrics.values()), dtype=torch.float64)  # one by one they take five times as long
+        self.trainer.callback_metrics.update(zip(metrics, values.unbind(), strict=True))
 
     def send(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Give loggers metrics under the names that are wanted.
