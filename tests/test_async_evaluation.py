@@ -191,8 +191,8 @@ def test_a_run_goes_on_from_the_best_snapshot_to_the_bit(fit, tmp_path):
     """A snapshot is a whole checkpoint: optimiser, environments and random streams as they were."""
     straight = cartpole(total_steps=256, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.0))
     best = fit(straight, callbacks=[AsyncEvaluation(every=1), Wait()], enable_checkpointing=True).checkpoint_callback
-    assert best is not None
-    path = best.best_model_path  # type: ignore[attr-defined]
+    assert isinstance(best, BestCheckpoint)
+    path = best.best_model_path
     begun = read_checkpoint(path)["state_dict"]["env_steps"]
     resumed = cartpole(total_steps=256, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.0))
     fit(resumed, ckpt_path=path, enable_checkpointing=True, limit_val_batches=1.0)

@@ -14,6 +14,7 @@ import yaml
 from hills import Fragile, Hill, Hills, Line, Simulation, nearness, vector
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from outcomes import outcome, same
 from processes import fit as train
 from processes import forked
 from torch.testing import assert_close
@@ -64,22 +65,6 @@ class Record(Callback):
 
 def levels(*values, every=2 * ITERATION, name="difficulty"):
     return [Level({name: value}, from_steps=index * every if index else None) for index, value in enumerate(values)]
-
-
-def outcome(model, trainer):
-    """All that training has made, and the rollout that would be next."""
-    optimizer = trainer.optimizers[0].state_dict()["state"]
-    moments = {f"{index} {name}": value for index, state in optimizer.items() for name, value in state.items()}
-    following = model.rollouts.collect()
-    model.close_environments()
-    rollout = following.exclude("policy_version").flatten_keys(".").to_dict()
-    return {**model.state_dict(), **moments, **rollout, "window": torch.tensor(list(model.rollouts.episodes.window))}
-
-
-def same(first, second):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert_close(value, second[name], rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def resumes(fit, options, callbacks, save_at):

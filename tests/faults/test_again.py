@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback
-from test_resume import SMALL, SaveAt, Walk, outcome, same
+from outcomes import outcome, same
+from test_resume import SMALL, SaveAt, Walk
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import Interrupts

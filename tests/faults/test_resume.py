@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback
+from outcomes import outcome, same
 
 from ppo_lightning import PPO, ActorCritic
 from ppo_lightning.envs.classic_control import CartPole
@@ -58,25 +59,6 @@ RUNS = {
     "schedule": {"env": "CartPole-v1", "lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 2)},
     "next step": {"env": lambda num_envs: gym.make_vec("CartPole-v1", num_envs, vectorization_mode="sync")},
 }
-
-
-def same(first, second):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        torch.testing.assert_close(
-            value, second[name], rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
-def outcome(model, trainer):
-    """All that training has made: weights, moments, counters, the optimiser, and the rollout that would be next."""
-    optimizer = trainer.optimizers[0].state_dict()["state"]
-    moments = {f"{index} {name}": value for index, state in optimizer.items() for name, value in state.items()}
-    following = model.rollouts.collect()
-    model.close_environments()
-    rollout = following.exclude("policy_version").flatten_keys(".").to_dict()
-    window = torch.tensor(list(model.rollouts.episodes.window))
-    return {**model.state_dict(), **moments, **rollout, "window": window, "random": torch.get_rng_state()}
 
 
 @pytest.mark.parametrize("name", RUNS)
