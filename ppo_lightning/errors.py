@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 
 class InputError(ValueError):
     """Something the user gave (a parameter, a space, a checkpoint) that cannot be used."""
@@ -22,8 +24,8 @@ def said_in_one_sentence() -> Iterator[None]:
     """Let a command end with status 1 and one sentence, where the user can mend what is wrong."""
     try:
         yield
-    except (InputError, EnvironmentFault, ProcessFault, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    except (InputError, EnvironmentFault, ProcessFault, FloatingPointError, MisconfigurationException) as error:
+        sys.exit(f"error: {' '.join(str(error).split()) if isinstance(error, MisconfigurationException) else error}")
     except ValueError as error:  # jsonargparse wraps what a class said that a config names
         said = _cause(error)
         if said is None:
