@@ -157,7 +157,10 @@ def test_no_checkpoint_to_go_on_with_is_an_error():
         (["--model.num_steps", "0"], "error: num_steps must be a whole number of 1 or more, got 0"),
         (["--trainer.max_steps", "3"], "error: max_steps=3"),
         (["--trainer.precision", "64-true"], "error: precision=64-true"),
-        (["--trainer.callbacks+=ppo_lightning.callbacks.Dashboard"], "error: Trainer was configured with `enable_progress"),
+        (
+            ["--trainer.callbacks+=ppo_lightning.callbacks.Dashboard"],
+            "error: Trainer was configured with `enable_progress",
+        ),
         (["--model.env", "probes:Faulty"], "error: cannot import probes"),
     ],
 )
