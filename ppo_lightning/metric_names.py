@@ -115,13 +115,13 @@ def renamed(metrics: Mapping[str, float], system: str) -> dict[str, float]:
         system: one of :data:`MetricNames`.
     """
     told = ((*_theirs(system, ours), value) for ours, value in metrics.items())
-    return {theirs: value * factor for theirs, factor, value in told}
+    return {theirs: value if factor == 1.0 else value * factor for theirs, factor, value in told}  # counts stay whole
 
 
 def restored(metrics: Mapping[str, float], system: str) -> dict[str, float]:
     """The opposite of :func:`renamed`."""
     told = ((*_of(_OURS[system], theirs), value) for theirs, value in metrics.items())
-    return {ours: value * factor for ours, factor, value in told}
+    return {ours: value if factor == 1.0 else value * factor for ours, factor, value in told}
 
 
 @cache

@@ -601,6 +601,14 @@ def test_names_can_be_told_back(system):
     assert restored(named, system) == metrics
 
 
+@pytest.mark.parametrize("system", TABLES)
+def test_counts_stay_whole_numbers(system):
+    counts = {"time/iterations": 3, "time/total_timesteps": 2**53 + 1, "train/skipped_steps": 2}
+    named = renamed(counts, system)
+    assert [type(value) for value in named.values()] == [int] * 3
+    assert restored(named, system) == counts
+
+
 def test_what_an_environment_says_takes_no_other_numbers_place():
     metrics = {
         "rollout/ep_rew_mean": 1.0,
