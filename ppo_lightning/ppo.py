@@ -970,7 +970,9 @@ class PPO(LightningModule):
             if row[2]:
                 self.interrupted = signal.Signals(int(row[2]))
         ended = torch.cat([row[len(numbers) :].view(window, 5)[: int(row[1])] for row in rows])
-        episodes.record(ended[ended[:, 4].argsort(stable=True), :4])  # as of one process: by step, then environment
+        if self._world_size > 1:  # as of one process: by step, then environment
+            ended = ended[ended[:, 4].argsort(stable=True)]
+        episodes.record(ended[:, :4])
         if compares:
             self._refuse_difference(rows[:, 3:5])
         if rows[:, 5].any():

@@ -15,6 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn import Parameter
 from typing_extensions import override
 
 from ppo_lightning.callbacks.adaptive_lr import AdaptiveLearningRate
@@ -136,6 +137,7 @@ class HealthMonitor(Callback):
         self._given: Linear | None = None
         self._folder: Path | None = None
         self._skipped = 0.0
+        self._critic_parameters: list[Parameter] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -214,6 +216,9 @@ class HealthMonitor(Callback):
         discrete = not any(isinstance(leaf, Box) for leaf in leaves(module.action_space).values())
         self._most_entropy = sum(map(math.log, choices(module.action_space))) if discrete else math.nan
         self._given, self._skipped = None, 0.0
+        self._critic_parameters = cast(
+            Policy, pl_module.policy
+        ).critic_parameters  # to find them takes as long as to look
         if module.policy_version != self.iterations:  # another run than the one that was looked at
             self._forget()
 
@@ -326,11 +331,9 @@ class HealthMonitor(Callback):
 
     def _is_frozen(self, pl_module: LightningModule) -> float:
         """Whether the critic is as it was at the last look; NaN where that cannot be told."""
-        policy = cast(Policy, pl_module.policy)
-        critic = policy.critic_parameters
-        if not critic:  # it shares all of them, or none of them learns
-            return math.nan if policy.halves[1].any() else 1.0
-        before, self._critic = self._critic, fingerprint(critic)
+        if not self._critic_parameters:  # it shares all of them, or none of them learns
+            return math.nan if cast(Policy, pl_module.policy).halves[1].any() else 1.0
+        before, self._critic = self._critic, fingerprint(self._critic_parameters)
         return math.nan if before is None else float(before == self._critic)
 
     def _is_doubtful(self, module: Learns) -> bool:
