@@ -80,6 +80,7 @@ def fit(run: Run, words: list[str], seconds: dict[str, float], *, bare: bool) ->
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             run.end()
             run.notes["compiled"] = pl_module.compiled is not None
+            run.notes["callbacks"] = [type(own).__name__ for own in trainer.callbacks]
 
     class Timed(cli.PPOCLI):
         def instantiate_trainer(self, **kwargs: Any) -> Any:

@@ -5,7 +5,8 @@
 
 Workloads are the configs w*.yaml beside this file. Contestants take turns, each in a process of its own, peers in virtual
 environments of their own (made at the first run from peers/*.txt). Warm-up and compilation are not timed, but reported.
-Written are results.json, to which later runs add workloads, and speed.png; the table goes into README.md beside this file.
+Written are results.json, to which later runs add workloads, and speed.png; without --out, whose results are a trial's, the
+table goes into README.md beside this file.
 What could not be run is named, with the reason.
 """
 
@@ -218,7 +219,8 @@ def main() -> None:
         results = {name: results[name] for name in WORKLOADS if name in results}
         file.write_text(json.dumps(results, indent=1))
     draw(results, options.out / "speed.png")
-    readme.write_text(readme.read_text().partition(MARK)[0] + MARK + "\n\n" + table(results))
+    if options.out == HERE / "results":
+        readme.write_text(readme.read_text().partition(MARK)[0] + MARK + "\n\n" + table(results))
     print(table(results))
 
 

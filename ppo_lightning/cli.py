@@ -108,7 +108,10 @@ class RunCSVLogger(Lenient, CSVLogger):
 
 
 def _that_keeps_rows(logger: Logger) -> Logger:
-    """Of Lightning's CSVLogger one that goes on with the file of a run that goes on; any other logger as it is."""
+    """Of Lightning's CSVLogger one that goes on with the file of a run that goes on; any other logger as it is.
+
+    It writes after rows or seconds; ``flush_logs_every_n_steps`` would speak of environment steps, which come in thousands.
+    """
     if type(logger) is not CSVLogger:
         return logger
     return RunCSVLogger(logger._root_dir, logger._name, logger._version, logger._prefix)

@@ -24,8 +24,10 @@ def said_in_one_sentence() -> Iterator[None]:
     """Let a command end with status 1 and one sentence, where the user can mend what is wrong."""
     try:
         yield
-    except (InputError, EnvironmentFault, ProcessFault, FloatingPointError, MisconfigurationException) as error:
-        sys.exit(f"error: {' '.join(str(error).split()) if isinstance(error, MisconfigurationException) else error}")
+    except (InputError, EnvironmentFault, ProcessFault, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except MisconfigurationException as error:  # of Lightning, about the Trainer, in lines of its own
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except ValueError as error:  # jsonargparse wraps what a class said that a config names
         said = _cause(error)
         if said is None:

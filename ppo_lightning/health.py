@@ -89,7 +89,7 @@ class Row(NamedTuple):
     std: float
     value_loss: float
     value_size: float = math.nan
-    """Of the critic's targets (root mean square); as the two below only where it explains little."""
+    """Of the critic's targets (root mean square); as all below only where it explains little."""
     value_error: float = math.nan
     """Of the critic (root mean square)."""
     blind: float = 0.0

@@ -17,12 +17,14 @@ def run(*words: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("flags", ["--eager", "--eager --plain", "--eager --parts"])
+@pytest.mark.parametrize("flags", ["--eager", "--eager --plain", "--eager --bare", "--eager --parts"])
 def test_ours_counts_the_steps_that_it_times(flags):
     result = run("ours.py", "--workload", "w1", "--steps", "2000", *flags.split())
     assert result["steps"] == 2048
     assert 0 < result["seconds"] < 60
     assert result["peak_rss_mb"] > 50
+    if "--plain" not in flags:
+        assert ({"HealthMonitor", "RunSummary"} <= set(result["callbacks"])) == ("--bare" not in flags)
     if "--parts" in flags:
         parts = result["parts_s"]
         assert set(parts) == {"environment", "policy", "advantage", "update", "logging", "Lightning and the rest"}
@@ -56,3 +58,17 @@ def test_a_peer_that_cannot_do_a_workload_says_so_and_the_table_names_it(tmp_pat
     assert "| skrl | 25 | 25 – 25 | 2.00 | 1.0 | 5 |" in text
     assert "Over the best of skrl (skrl): **2.00**." in text
     assert "- rejax: no" in text
+
+
+def test_a_trial_into_a_folder_of_its_own_leaves_the_documents_alone(monkeypatch, tmp_path):
+    sys.path.insert(0, str(ROOT.parent))
+    from benchmarks import run as driver
+
+    timed = {"steps": 100, "seconds": 2.0, "first_s": 1.0, "peak_rss_mb": 5.0, "versions": {"torch": "2"}}
+    measured = {"runs": {"ppo_lightning": [timed]}, "missing": {}, "parts_s": {}, "threads": 1}
+    monkeypatch.setattr(driver, "measure", lambda *_: measured)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--workloads", "w1", "--out", str(tmp_path / "trial")])
+    before = (ROOT / "README.md").read_bytes()
+    driver.main()
+    assert (ROOT / "README.md").read_bytes() == before
+    assert json.loads((tmp_path / "trial/results.json").read_text()) == {"w1": measured}

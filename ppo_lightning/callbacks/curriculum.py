@@ -207,7 +207,7 @@ class Curriculum(EvaluationCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metric = self.levels[self.stage].metric if self.stage < len(self.levels) else None
+        metric = self._awaited
         if metric is not None and metric not in trainer.callback_metrics:
             rank_zero_warn(
                 f"level {self.stage + 1} of the Curriculum waits for {metric}, which there never was: take one of "

@@ -192,9 +192,8 @@ class Search:
                         if stamps or each.run.process.poll() is not None:
                             each.trial.set_user_attr("seen", time.time())
                         self._follow(each)
-                    except (
-                        UpdateFinishedTrialError
-                    ):  # after a long silence, such as sleep, another machine has put it back
+                    except UpdateFinishedTrialError:
+                        # After a long silence, such as sleep: another machine has put it back.
                         end_all([each.run])
                         self.running.remove(each)
                 if stamps:
