@@ -60,8 +60,10 @@ class InfoLog:
         else:  # of an episode that ended: the rest tells of the reset
             self._add(info, ~done)
             self._add(last, done)
+        if isinstance(done, np.ndarray) and not done.any():
+            return
         for name, carry in self.carry.items():
-            self._account(f"reward_components/{name}", carry, done)
+            self._account(f"reward_components/{name}", _where(done, carry), done.sum())
             carry[done] = 0.0
 
     def _add(self, info: dict[str, Any], counts: Any) -> None:
@@ -76,28 +78,30 @@ class InfoLog:
     def _take(self, key: str, name: str, value: Any, given: Any, counts: Any) -> None:
         numbers = value.float() if isinstance(value, Tensor) else as_numbers(value)
         known: Any = numbers == numbers  # all but NaN
-        if isinstance(numbers, np.ndarray) and not known.any():
+        if numbers.shape == (self.num_envs,):
+            for mask in (given, counts):
+                known = known if mask is None else known & mask
+        elif numbers.ndim:  # else it is the vector's own mean
+            return
+        number = known.sum()
+        if isinstance(numbers, np.ndarray) and not number:
             return  # texts, or objects: nothing to add up
-        if numbers.shape != (self.num_envs,):
-            if numbers.ndim == 0:  # the vector's own mean
-                self._account(f"{'reward' if key in REWARD_KEYS else 'env'}/{name}", numbers, known)
-            return
-        for mask in (given, counts):
-            known = known if mask is None else known & mask
-        counts = known
+        numbers = _where(known, numbers)
         if key not in REWARD_KEYS:
-            self._account(f"env/{name}", numbers, counts)
+            self._account(f"env/{name}", numbers, number)
             return
-        self._account(f"reward/{name}", numbers, counts)
+        self._account(f"reward/{name}", numbers, number)
+        if not numbers.ndim:
+            return
         if name not in self.carry:
             shape = (self.num_envs,)
             self.carry[name] = torch.zeros(shape).to(numbers.device) if isinstance(numbers, Tensor) else np.zeros(shape)
-        self.carry[name] += _where(counts, numbers)
+        self.carry[name] += numbers
 
-    def _account(self, name: str, numbers: Any, counts: Any) -> None:
+    def _account(self, name: str, numbers: Any, number: Any) -> None:
         entry = self._sums.setdefault(name, [0.0, 0])
-        entry[0] = entry[0] + _where(counts, numbers).sum()  # on a device nothing waits for it
-        entry[1] = entry[1] + counts.sum()
+        entry[0] = entry[0] + numbers.sum()  # on a device nothing waits for it
+        entry[1] = entry[1] + number
 
     def take(self) -> Sums:
         """What was added up since the last call."""
@@ -121,7 +125,7 @@ def as_numbers(given: Any) -> Array:
     """What an environment gave as float64, NaN where it is no number."""
     array = np.asarray(given)
     if array.dtype.kind in "biuf":
-        return array.astype(np.float64)
+        return array.astype(np.float64, copy=False)
     # Gymnasium's vectors put NumPy's own bools, and None where an environment gave nothing, into arrays of objects.
     each = [float(one) if isinstance(one, int | float | np.bool_ | np.number) else np.nan for one in array.flat]
     return np.array(each).reshape(array.shape)
