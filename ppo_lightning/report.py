@@ -117,8 +117,8 @@ def grouped(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[Grou
 
     Args:
         runs: in order.
-        keys: settings that count, by their last part or in full; None is all but the seed and places; ``run`` takes
-            each run alone.
+        keys: settings that count, by any of their parts or in full (``clip_range`` has ``start`` and ``end``); None is
+            all but the seed and places; ``run`` takes each run alone.
 
     Raises:
         InputError: no run has such a setting.
@@ -159,7 +159,7 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
 
 
 def _is_named(name: str, key: str) -> bool:
-    return f".{name}".endswith(f".{key}") or name.startswith(f"{key}.")
+    return f".{key}." in f".{name}."
 
 
 def _label(found: dict[str, str], differing: list[str], first: Run) -> str:

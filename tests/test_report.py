@@ -147,6 +147,12 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group_and_groups_are_named
     assert [group.label for group in grouped(runs, ["run"])] == ["r0", "r1", "r2"]
 
 
+def test_a_setting_that_is_a_schedule_makes_groups_by_its_name():
+    runs = [read_run(leave(f"r{end}", clip_range={"start": 0.2, "end": end})) for end in (0.0, 0.1)]
+    labels = [group.label for group in grouped(runs, ["clip_range"])]
+    assert labels == ["clip_range.end=0.0", "clip_range.end=0.1"]
+
+
 def test_config_files_make_groups_though_their_folders_differ():
     runs = []
     for seed in (1, 2):
