@@ -2,48 +2,62 @@
 
 import re
 import shlex
+import shutil
 import sys
+import textwrap
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ppo_lightning import PPO
+from ppo_lightning.__main__ import main as console_script
 from ppo_lightning.cli import main
+from ppo_lightning.sweep.space import read_space
 
 ROOT = Path(__file__).parent.parent
 README, POLICIES = (ROOT / "README.md").read_text(), (ROOT / "docs/policies.md").read_text()
 SPEED = (ROOT / "docs/speed.md").read_text()
-RUNS, DISTRIBUTED = (ROOT / "docs/runs.md").read_text(), (ROOT / "docs/distributed.md").read_text()
-STEERING = (ROOT / "docs/steering.md").read_text()
-REPORT = (ROOT / "docs/report.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 METRICS = (ROOT / "docs/metrics.md").read_text()
 DOCUMENTS = {path.stem: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
-PAGES = ("loggers", "by_hand", "profiling", "checkpoints", "tuning", "pendulum")
-FEW = (
-    "--trainer.max_epochs 1 --trainer.accelerator cpu --trainer.enable_progress_bar false --model.num_eval_episodes 1 "
+FEW = shlex.split(
+    "--trainer.max_epochs 1 --trainer.accelerator cpu --model.num_eval_episodes 1 "
+    "--model.num_steps 64 --model.num_minibatches 2 --model.num_envs 2"
 )
-FEW += "--model.num_steps 64 --model.num_minibatches 4"
+"""Options that make a command of the documents short; the last value of an option wins."""
+FEW_TRIALS = shlex.split("--trials 1 --seeds 1 --workers 1 --model.total_steps 1024 --model.num_eval_episodes 1")
+BY_RAY = "from ray"
+"""A block that :mod:`faults.test_ray` runs."""
 
 
 def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", DOCUMENTS[page], re.DOTALL | re.MULTILINE)
+    """The blocks of a language in a document, those inside lists included."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", DOCUMENTS[page], re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(code) for _, code in found]
 
 
-def commands(page: str) -> list[list[str]]:
-    lines = "".join(blocks(page, "bash")).replace("\\\n", "").splitlines()
-    return [words[3:] for line in lines if (words := shlex.split(line, comments=True))[:3] == FIT]
+def each_block(language: str) -> list[Any]:
+    """Parameters (page, block) for a test of all blocks of a language."""
+    every = [(page, block) for page in DOCUMENTS for block in blocks(page, language) if BY_RAY not in block]
+    names = [page for page, _ in every]
+    ids = [f"{page}-{names[:index].count(page)}" for index, page in enumerate(names)]
+    return [pytest.param(*one, id=name) for one, name in zip(every, ids, strict=True)]
 
 
-FIT = ["python", "-m", "ppo_lightning"]
-WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
-COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+def commands(block: str) -> list[list[str]]:
+    return [words for line in block.replace("\\\n", "").splitlines() if (words := shlex.split(line, comments=True))]
 
 
 @pytest.fixture
 def _at_home(monkeypatch):
     """Nothing leaves this folder, and what a page leaves open is closed."""
     Path("configs").symlink_to(ROOT / "configs")
+    monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_MODE", raising=False)  # which the logger sets
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -54,29 +68,79 @@ def _at_home(monkeypatch):
 
 @pytest.mark.usefixtures("_at_home")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:Checkpoint directory")
-@pytest.mark.parametrize("page", WITH_PYTHON)
-def test_the_python_of_a_page_runs_from_top_to_bottom(page):
-    budget = re.compile(r"total_steps=(\d+)_000\b")
-    code = budget.sub(lambda match: f"total_steps={int(match[1]) * 10}", "".join(blocks(page, "python")))
-    code = code.replace("num_minibatches=64", "num_minibatches=4")
-    exec(compile(code, f"docs/{page}.md", "exec"), {"__name__": page})
+@pytest.mark.parametrize(("page", "code"), each_block("python"))
+def test_each_block_of_python_runs_by_itself(page, code, monkeypatch):
+    if "NotebookDisplay" in code:
+        monkeypatch.setenv("MPLBACKEND", "agg")
+    # A hundredth of the steps, in shorter iterations.
+    code = re.sub(r"total_steps=(\d+)_000\b", lambda match: f"total_steps={int(match[1]) * 10}", code)
+    code = code.replace("num_steps=1024", "num_steps=128").replace("num_minibatches=64", "num_minibatches=4")
+    code = code.replace("num_episodes=100", "num_episodes=2").replace("trials=50", "trials=1")
+    exec(compile(code, f"{page}.md", "exec"), {"__name__": page})
+
+
+def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command of the package as its console script does."""
+    monkeypatch.setattr(sys, "argv", ["ppo-lightning", *words])
+    console_script()
 
 
 @pytest.mark.usefixtures("_at_home")
-@pytest.mark.filterwarnings("ignore:The PyTorch Profiler default schedule will be overridden")
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[page for page, _ in COMMANDS])
-def test_the_commands_of_a_page_train(page, words):
-    main([*words, *FEW.split()])
-    assert len(list(Path().rglob("checkpoints/last.ckpt"))) == 1
+@pytest.mark.filterwarnings(
+    "ignore:The PyTorch Profiler default schedule will be overridden",
+    "ignore:Checkpoint directory",
+)
+@pytest.mark.parametrize(("page", "block"), each_block("bash"))
+def test_each_block_of_commands_runs_by_itself(page, block, monkeypatch, capsys):
+    """In a folder where one run was trained; of commands for several ranks what they are given is parsed."""
+    earlier = "--config configs/hopper.yaml" if "hopper" in block else "--config configs/cartpole.yaml"
+    if any(word in block for word in ("report", "validate", "last")):
+        run(["fit", *earlier.split(), *FEW], monkeypatch)
+        run(["fit", *earlier.split(), *FEW], monkeypatch)
+    if "--config sweeps/" in block:  # what the sweep above it on the page leaves
+        Path("sweeps/cartpole").mkdir(parents=True)
+        shutil.copy(ROOT / "configs/cartpole.yaml", "sweeps/cartpole/best.yaml")
+    for words in commands(block):
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", MAKEFILE, re.MULTILINE), words
+        elif words[:2] == ["pip", "install"]:
+            (extra,) = re.findall(r"\[(\w+)\]", words[2])
+            assert extra in EXTRAS
+        elif words[0] == "tensorboard":
+            assert find_spec("tensorboard")
+        else:
+            given = words[words.index("ppo_lightning") + 1 :]
+            if "--help" in given or "ddp" in given:
+                with pytest.raises(SystemExit) as ended:
+                    run(given if "--help" in given else [*given, "--print_config"], monkeypatch)
+                assert ended.value.code == 0, capsys.readouterr().err
+            else:
+                short = {"fit": FEW, "validate": FEW, "sweep": FEW_TRIALS}.get(given[0], [])
+                run([*given, *short], monkeypatch)
 
 
 @pytest.mark.usefixtures("_at_home")
-@pytest.mark.parametrize("page", ["loggers", "checkpoints"])
-def test_the_yaml_of_a_page_trains(page, tmp_path):
-    (text,) = blocks(page, "yaml")
+@pytest.mark.filterwarnings("ignore:level 2 of the Curriculum waits for rollout")  # no episode ends in so few steps
+@pytest.mark.parametrize(("page", "text"), each_block("yaml"))
+def test_each_block_of_yaml_is_a_config_that_trains_or_a_space_that_can_be_searched(page, text, tmp_path):
+    if page == "sweeps":
+        Path("space.yaml").write_text(text)
+        assert len(read_space("space.yaml")) == len(text.splitlines())
+        return
+    for module in blocks(page, "python"):
+        if name := re.match(r"# (\w+\.py)\n", module):
+            Path(name[1]).write_text(module)
     Path("page.yaml").write_text(text.replace("sqlite:///mlflow.db", f"file:{tmp_path}/mlruns"))
-    main(["fit", "--config", "configs/cartpole.yaml", "--config", "page.yaml", *FEW.split()])
+    env = [] if "model:" in text and "env:" in text else ["--model.env", "CartPole-v1"]
+    main(["fit", "--config", "page.yaml", *env, *FEW])
     assert len(list(Path().rglob("checkpoints/last.ckpt"))) == 1
+
+
+def test_no_block_leaves_anything_out():
+    for page in DOCUMENTS:
+        for language in ("bash", "python", "yaml"):
+            for block in blocks(page, language):
+                assert "…" not in re.sub(r"#.*", "", block), (page, block)
 
 
 def test_every_test_that_the_documents_name_exists():
