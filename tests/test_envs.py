@@ -7,11 +7,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from probes import Endless, Faulty, Probe, Scripted
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
 from ppo_lightning.envs import Environments, EnvMaker
+from ppo_lightning.envs.classic_control import CartPole
 
 SMALL = {"num_envs": 3, "num_steps": 16, "total_steps": 96, "num_minibatches": 2}
 
@@ -112,6 +113,176 @@ def test_a_native_vector_with_wrong_observations_is_named(fit):
 
     with pytest.raises(EnvironmentFault, match=r"observations \(2, 7\) float32, its space says \(2, 1\)"):
         fit(PPO(Native, **SMALL))
+
+
+class Returns(VectorWrapper):
+    """A vector whose steps, or resets, return something else than Gymnasium's do."""
+
+    def __init__(self, mode=AutoresetMode.NEXT_STEP, make=Scripted, **changes):
+        super().__init__(SyncVectorEnv([make] * 3, autoreset_mode=mode))
+        self.metadata = self.env.metadata
+        self.changes, self.reset_changes = changes, changes.pop("reset", None)
+
+    def reset(self, **how):
+        observation, info = self.env.reset(**how)
+        return (observation, info) if self.reset_changes is None else self.reset_changes(observation, info)
+
+    def step(self, action):
+        keys = "observation", "reward", "terminated", "truncated", "info"
+        given = [
+            self.changes.get(key, lambda value: value)(value)
+            for key, value in zip(keys, self.env.step(action), strict=True)
+        ]
+        return tuple(given[: self.changes.get("values", 5)])
+
+
+def collected(env):
+    torch.manual_seed(0)
+    model = PPO(env, num_steps=16, num_minibatches=1)
+    model.seed = 0
+    return {key: value.clone() for key, value in model.rollouts.collect().items() if torch.is_tensor(value)}
+
+
+def flags(function):
+    return {"terminated": function, "truncated": function}
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        flags(lambda flag: flag.astype(np.uint8)),
+        flags(lambda flag: flag.astype(np.float32)),
+        flags(lambda flag: flag.tolist()),
+        flags(lambda flag: flag[:, None]),
+        {"reward": lambda reward: reward.tolist()},
+        {"reward": lambda reward: reward.astype(np.float64)[:, None]},
+        {"reward": lambda reward: np.array(list(reward), dtype=object)},
+        {"observation": lambda observation: observation.astype(np.float64)},
+        {"observation": lambda observation: observation[:, 0]},
+        {"observation": lambda observation: observation.tolist()},
+    ],
+)
+def test_what_a_vector_returns_is_converted_to_what_is_promised(mode, changes):
+    expected, found = collected(lambda: Returns(mode)), collected(lambda: Returns(mode, **changes))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=0)
+
+
+class Three(Scripted):
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+    def see(self, value):
+        return np.full(3, value, np.float32)
+
+
+class Whole(Scripted):
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gym.spaces.Box(0, 255, (2,), np.uint8)
+
+    def see(self, value):
+        return np.full(2, int(value), np.uint8)
+
+
+class Parts(Scripted):
+    def __init__(self):
+        super().__init__()
+        inner = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.observation_space = gym.spaces.Dict({"arm": gym.spaces.Dict({"joint": inner}), "eye": inner})
+
+    def see(self, value):
+        return {"arm": {"joint": np.full(2, value, np.float32)}, "eye": np.full(2, value, np.float32)}
+
+
+def second(value):
+    """Changes the second of several values."""
+
+    def change(values):
+        values = list(values)
+        values[1] = value
+        return values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (flags(lambda flag: flag + 2), "environment 0 of .* returned the terminated 2"),
+        ({"truncated": second(None)}, "environment 1 of .* returned the truncated None"),
+        ({"terminated": second("no")}, "environment 1 of .* returned the terminated 'no'"),
+        ({"terminated": lambda flag: flag[:2]}, r"terminated of shape \(2,\): return an array \(3,\)"),
+        ({"terminated": lambda flag: False}, r"terminated of shape \(\): return an array \(3,\)"),
+        ({"reward": second("1.0")}, "environment 1 of .* returned the reward '1.0'"),
+        ({"reward": second([1.0, 2.0])}, "environment 1 of .* returned the reward list"),
+        ({"reward": lambda reward: reward[:2]}, r"reward of shape \(2,\): return an array \(3,\)"),
+        ({"reward": lambda reward: None}, "reward None: return an array"),
+        (
+            {"make": Three, "observation": lambda seen: seen[:, :1]},
+            r"observations \(3, 1\) float32, its space says \(3, 3\)",
+        ),
+        (
+            {"make": Three, "observation": lambda seen: seen[:1]},
+            r"observations \(1, 3\) float32, its space says \(3, 3\)",
+        ),
+        ({"make": Whole, "observation": lambda seen: seen + 0.5}, "environment 0 of .* whole numbers that uint8"),
+        (
+            {"make": Whole, "observation": lambda seen: seen.astype(int) + 256},
+            "environment 0 of .* whole numbers that uint8",
+        ),
+        ({"make": Parts, "observation": lambda seen: {"arm": seen["arm"]}}, "without the key 'eye'"),
+        (
+            {"make": Parts, "observation": lambda seen: {**seen, "nose": 1}},
+            "with the key 'nose', which its space lacks",
+        ),
+        ({"make": Parts, "observation": lambda seen: {**seen, "arm": {}}}, "without the key 'arm.joint'"),
+        (
+            {"make": Parts, "observation": lambda seen: {**seen, "arm": {"joint": seen["eye"][:, :1]}}},
+            r"observations arm.joint \(3, 1\) float32, its space says \(3, 2\)",
+        ),
+        ({"values": 4}, r"returned \(observation, reward, done, info\) from step, the API before Gym 0.26"),
+        ({"info": lambda info: None}, "returned in step the info None: return a dict"),
+        (
+            {"reset": lambda seen, info: seen},
+            r"returned ndarray \(3, 1\) float32 from reset, not \(observation, info\)",
+        ),
+    ],
+)
+def test_what_a_vector_returns_is_refused_where_it_cannot_be_converted(changes, message):
+    with pytest.raises(EnvironmentFault, match=message) as caught:
+        collected(lambda: Returns(**changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["terminated", "reward", "observation", "final_obs"])
+def test_a_vector_of_tensors_is_converted_or_refused_too(key):
+    class Tensors(CartPole):
+        def __init__(self, change):
+            super().__init__(4, max_episode_steps=5)
+            self.change = change
+
+        def step(self, actions):
+            keys = "observation", "reward", "terminated", "truncated", "final_obs"
+            *given, info = super().step(actions)
+            named = dict(zip(keys, (*given, info["final_obs"]), strict=True))
+            named[key] = self.change(named[key])
+            return *(named[name] for name in keys[:4]), {"final_obs": named["final_obs"]}
+
+    expected = collected(lambda: Tensors(lambda value: value))
+    for change in (lambda value: value.double(), lambda value: value.unsqueeze(-1)):
+        found = collected(lambda change=change: Tensors(change))
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+    with pytest.raises(EnvironmentFault, match=f"returned {key.replace('final_obs', 'observation')} that is Tensor"):
+        collected(lambda: Tensors(lambda value: value[:1]))
+
+
+def test_a_lost_life_may_be_a_number(fit):
+    lost = lambda info: {**info, "life_lost": np.array([1, 0, 0])}  # noqa: E731
+    assert collected(lambda: Returns(info=lost))["terminated"][:, 0].all()
 
 
 def test_a_vector_that_does_not_say_how_it_resets_is_refused():

@@ -10,17 +10,18 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from ppo_lightning.envs.info import InfoLog, as_numbers
 from ppo_lightning.envs.make import RESTARTED, EnvMaker
 from ppo_lightning.envs.masks import ActionMasks
+from ppo_lightning.envs.promise import Promise
 from ppo_lightning.envs.state import pack, restore_vector, same_environments, unpack, vector_state
 from ppo_lightning.envs.steering import steer
-from ppo_lightning.envs.workers import Watch, WorkerLost, close
+from ppo_lightning.envs.workers import Watch, WorkerLost, Workers, close
 from ppo_lightning.errors import EnvironmentFault, InputError
-from ppo_lightning.spaces import MASK, Array, Tree, flattener, leaves, tree_map, without_mask
+from ppo_lightning.spaces import MASK, Array, Tree, flattener, tree_map, without_mask
 
 SUCCESS_KEYS = ("is_success", "success")
 """Where environments say in their info that an episode reached its goal (Gymnasium-Robotics and SB3; ManiSkill)."""
@@ -152,13 +153,12 @@ class Environments:
             raise InputError(
                 f"{self.name} has metadata['autoreset_mode'] = {mode!r}: it must be one of {known}"
             ) from error
-        seen = without_mask(self.env.single_observation_space)
-        self._leaves, self._flatten = leaves(seen), flattener(seen)
+        self._flatten = flattener(without_mask(self.env.single_observation_space))
+        self._promise = Promise(self.name, self.env.single_observation_space, self.num_envs, first)
         self._masks = ActionMasks(self.name, self.env)
         self._done = np.zeros(self.num_envs, dtype=bool)
         self._none_ended = np.zeros(0, dtype=np.int64)
         self._action: Any = None
-        self._checked = False
         self._device: torch.device | None = None
         self.tensors: Tree | None = None
         """[N, …] first observations, of a vector that :meth:`step_tensors` can step; None of any other."""
@@ -167,6 +167,8 @@ class Environments:
 
     def _take_over(self, env: VectorEnv) -> None:
         self.env = env
+        # Gymnasium writes what these return into arrays of its own: shapes and dtypes are right already.
+        self._keeps_promise = type(env) in (SyncVectorEnv, Workers)
         self._watch = Watch(env, self._first) if isinstance(env, AsyncVectorEnv) else None
         self._finalizer = None if self._maker.is_instance else weakref.finalize(self, _close, env)
 
@@ -216,16 +218,15 @@ class Environments:
         self._done[:] = False
         self.logged.restart()
         self._seed = seed
-        given, given_info = self._reset(seed=seed)
+        given, given_info = self._promise.reset(self._raw_reset(seed=seed))
         self._device = next((leaf.device for leaf in _values(given) if isinstance(leaf, Tensor)), None)
-        observation, info = self._arrays(given), self._arrays(given_info)
+        observation, info = self._promise.observation("reset", self._arrays(given)), self._arrays(given_info)
         self._count(info)
         self._masks.start(observation, info)
         # Resets in the same step, without masks: what each step gives has the same form, whatever happened.
         dense = self._device is not None and self.mode is AutoresetMode.SAME_STEP and self._masks.now is None
-        self.tensors = self._flatten(given) if dense else None
+        self.tensors = self._tensors("reset", given) if dense else None
         observation = self._flatten(observation)
-        self._check(observation)
         self._keep(observation)
         return observation
 
@@ -282,17 +283,17 @@ class Environments:
         if not done.any():
             seen = self._flatten(observation)
             self._keep(seen)
-            lost = info.get(LIFE_LOST)
+            lost = self._life_lost(info)
             return Transition(seen, reward, terminated, truncated, valid, self._none_ended, begun, None, lost, None)
 
-        ended, lost = np.flatnonzero(done), info.get(LIFE_LOST)
+        ended, lost = np.flatnonzero(done), self._life_lost(info)
         if self.mode is AutoresetMode.SAME_STEP:
             final, info = self._rows(info, ended), info.get("final_info", info)
         else:
             final = tree_map(lambda leaf: leaf[ended], self._flatten(observation))  # a copy: fancy indexing
         outcome = _outcome(info, ended)
         if self.mode is AutoresetMode.DISABLED:
-            observation, info = map(self._arrays, self._reset(options={"reset_mask": done}))
+            observation, info = self._restarted(done)
             self._masks.restart(observation, info, done)
         observation = self._flatten(observation)
         self._keep(observation)
@@ -343,19 +344,21 @@ class Environments:
         Raises:
             EnvironmentFault: an environment raised.
         """
-        observation, reward, terminated, truncated, info = self._named("step", lambda: self.env.step(action))
+        promise, device = self._promise, cast(torch.device, self._device)
+        given = self._named("step", lambda: self.env.step(action))
+        observation, reward, terminated, truncated, info = promise.step(given)
+        reward = promise.tensor_reward(reward, device)
+        terminated = promise.tensor_flags("terminated", terminated, device)
+        truncated = promise.tensor_flags("truncated", truncated, device)
         final = info.get("final_obs", info.get("final_observation"))  # Gymnasium's name, and ManiSkill's
         said = info.get("final_info", info)
-        if not self._checked:
-            self._check_step(reward=reward, terminated=terminated, truncated=truncated)
-            self._checked = True
         self.logged.step(info, terminated | truncated, None)
         return TensorTransition(
-            self._flatten(observation),
+            self._tensors("step", observation),
             reward,
             terminated,
             truncated,
-            None if final is None else self._flatten(final),
+            None if final is None else self._tensors("step", final),
             self._outcome(said, reward),
         )
 
@@ -369,15 +372,6 @@ class Environments:
             return None
         unknown = torch.full_like(like, torch.nan)
         return torch.stack([unknown if one is None else one.to(unknown) for one in given], -1)
-
-    def _check_step(self, **given: Any) -> None:
-        for name, tensor in given.items():
-            if not isinstance(tensor, Tensor) or tensor.shape != (self.num_envs,):
-                got = f"{type(tensor).__name__} {tuple(np.shape(tensor))}"
-                raise EnvironmentFault(
-                    f"{self.name} returned from step {name} that is {got}: a vector of tensors must return tensors of shape "
-                    f"({self.num_envs},)"
-                )
 
     def state(self) -> dict[str, Any] | None:
         """State of all environments between two steps, as plain data; None where one has none that could be told."""
@@ -429,22 +423,47 @@ class Environments:
         """Leave closing to the caller; False where it is done, or the user's."""
         return self._finalizer is not None and self._finalizer.detach() is not None
 
-    def _reset(self, **how: Any) -> tuple[Any, dict[str, Any]]:
+    def _raw_reset(self, **how: Any) -> Any:
         if self._watch is None:
             return self._named("reset", lambda: self.env.reset(**how))
         env: Any = self.env
         self._ask("reset", lambda: env.reset_async(**how))
         return self._ask("reset", env.reset_wait, self._timeout)
 
+    def _restarted(self, done: Array) -> tuple[Any, dict[str, Any]]:
+        """Observation and info of a vector that does not reset by itself, after a reset of the environments [N] bool."""
+        given = self._promise.reset(self._raw_reset(options={"reset_mask": done}))
+        observation, info = map(self._arrays, given)
+        return self._promise.observation("reset", observation), info
+
     def _stepped(self) -> Any:
+        """What a step gave, as arrays of the promised shapes and dtypes."""
         env: Any = self.env
+        action, device, promise = self._action, self._device, self._promise
         if self._watch is not None:
-            return self._ask("step", env.step_wait, self._timeout)
-        action, device = self._action, self._device
-        if device is None:
-            return self._named("step", lambda: env.step(action))
-        as_tensors = _map(action, lambda leaf: torch.from_numpy(leaf).to(device))
-        return self._arrays(self._named("step", lambda: env.step(as_tensors)))
+            given = self._ask("step", env.step_wait, self._timeout)
+        elif device is None:
+            given = self._named("step", lambda: env.step(action))
+        else:
+            as_tensors = _map(action, lambda leaf: torch.from_numpy(leaf).to(device))
+            given = self._arrays(self._named("step", lambda: env.step(as_tensors)))
+        if self._keeps_promise:
+            return given
+        observation, reward, terminated, truncated, info = promise.step(given)
+        return (
+            promise.observation("step", observation),
+            promise.reward(reward),
+            promise.flags("terminated", terminated),
+            promise.flags("truncated", truncated),
+            info,
+        )
+
+    def _life_lost(self, info: dict[str, Any]) -> Array | None:
+        lost = info.get(LIFE_LOST)
+        return None if lost is None else self._promise.flags(LIFE_LOST, lost)
+
+    def _tensors(self, where: str, observation: Any) -> Tree:
+        return self._flatten(self._promise.tensor_observation(where, observation, cast(torch.device, self._device)))
 
     def _ask(self, where: str, call: Callable[[], Any], timeout_s: float | None = None) -> Any:
         """Call the vector; of worker processes, wait for their answers beforehand where there is a time for it."""
@@ -462,20 +481,9 @@ class Environments:
         if rows is None:
             raise EnvironmentFault(self.lacks_final_observation)
         if isinstance(rows, np.ndarray) and rows.dtype == object:
-            each = [self._flatten(rows[index]) for index in ended]
+            each = [self._flatten(self._promise.row("final_obs", rows[index], index)) for index in ended]
             return tree_map(lambda *leaf: np.stack(leaf), *each)
-        return tree_map(lambda leaf: leaf[ended], self._flatten(rows))
-
-    def _check(self, observation: Tree) -> None:
-        for name, space in self._leaves.items():
-            leaf = observation[name] if name else observation
-            expected = (self.num_envs, *(space.shape or ()))
-            if np.shape(leaf) != expected or np.asarray(leaf).dtype != space.dtype:
-                raise EnvironmentFault(
-                    f"{self.name} returned from reset observations {name and name + ' '}{np.shape(leaf)} "
-                    f"{np.asarray(leaf).dtype}, its space says {expected} {space.dtype}: correct the environment or its "
-                    "single_observation_space"
-                )
+        return tree_map(lambda leaf: leaf[ended], self._flatten(self._promise.observation("final_obs", rows)))
 
     def _named(self, where: str, call: Callable[[], Any]) -> Any:
         try:

@@ -1,0 +1,301 @@
+"""What a vector of environments returns, converted to the shapes and dtypes that its spaces promise, or refused."""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from gymnasium import Space
+from gymnasium.spaces import Box, Dict
+from torch import Tensor
+
+from ppo_lightning.errors import EnvironmentFault
+from ppo_lightning.spaces import MASK, Array, children, without_mask
+
+OLD_API = "the API before Gym 0.26"
+"""What to call the interface whose ``step`` returned four values and whose ``reset`` returned an observation alone."""
+
+BOOL = np.dtype(bool)
+
+
+class Promise:
+    """Converts what N environments return in ``reset`` and ``step``.
+
+    Values that already have the promised shape and dtype pass through: two comparisons each. Anything else is converted
+    where its meaning is plain: another dtype that holds the same values, lists, one trailing dimension of size 1 more or
+    less. What is left is refused, with the environment's number, the key and the value.
+
+    Args:
+        name: of the vector, in messages.
+        space: of one observation, with its action mask where it has one.
+        num_envs: N.
+        first: number of the first environment, in messages.
+    """
+
+    def __init__(self, name: str, space: Space[Any], num_envs: int, first: int) -> None:
+        self.name, self.num_envs, self.first = name, num_envs, first
+        self.space = without_mask(space)
+        self._is_masked = self.space is not space
+        self._rows = (num_envs,)
+        self._seen: set[str] = set()
+
+    def reset(self, given: Any) -> tuple[Any, dict[str, Any]]:
+        """Observation and info of a ``reset``."""
+        if isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[1], Mapping):
+            return given[0], given[1]  # pyright: ignore[reportReturnType]
+        raise EnvironmentFault(f"{self.name} {wrong_reset(given)}")
+
+    def step(self, given: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Observation, reward, terminated, truncated and info of a ``step``."""
+        if isinstance(given, tuple | list) and len(given) == 5 and isinstance(given[4], Mapping):
+            return tuple(given)  # pyright: ignore[reportReturnType]
+        raise EnvironmentFault(f"{self.name} {wrong_step(given)}")
+
+    def flags(self, key: str, given: Any) -> Array:
+        """[N] bool, from anything that is 0 or 1."""
+        if type(given) is np.ndarray and given.dtype == BOOL and given.shape == self._rows:
+            return given
+        array = self._numbers(key, given, self._rows, "True or False")
+        self._each(key, array, (array == 0) | (array == 1), "True or False (1 or 0)")
+        return array.astype(bool)
+
+    def reward(self, given: Any) -> Array:
+        """[N] floating-point numbers."""
+        if type(given) is np.ndarray and given.dtype.kind == "f" and given.shape == self._rows:
+            return given
+        array = self._numbers("reward", given, self._rows, "one number")
+        return array if array.dtype.kind == "f" else array.astype(np.float64)
+
+    def observation(self, where: str, given: Any) -> Any:
+        """Observations of all environments, nested as their space."""
+        if self._is_masked and not (isinstance(given, Mapping) and MASK in given):
+            raise EnvironmentFault(
+                f"{self.name} returned in {where} an observation without the key '{MASK}' of its space"
+            )
+        return self._nested(where, given, self.space, "")
+
+    def row(self, where: str, given: Any, index: int) -> Any:
+        """One observation of one environment, nested as its space."""
+        return self._nested(where, given, self.space, "", index)
+
+    def tensor_flags(self, key: str, given: Any, device: torch.device) -> Tensor:
+        """[N] bool, as :meth:`flags`; values are looked at in the first step only, since that waits for the device."""
+        if type(given) is Tensor and given.dtype is torch.bool and given.shape == self._rows:
+            return given
+        tensor = self._tensor(key, given, self._rows, device, "True or False")
+        if key not in self._seen:
+            self._seen.add(key)
+            array = tensor.cpu().numpy()
+            self._each(key, array, (array == 0) | (array == 1), "True or False (1 or 0)")
+        return tensor.bool()
+
+    def tensor_reward(self, given: Any, device: torch.device) -> Tensor:
+        """[N] floating-point numbers."""
+        if type(given) is Tensor and given.is_floating_point() and given.shape == self._rows:
+            return given
+        tensor = self._tensor("reward", given, self._rows, device, "one number")
+        return tensor if tensor.is_floating_point() else tensor.float()
+
+    def tensor_observation(self, where: str, given: Any, device: torch.device) -> Any:
+        """Observations of all environments as tensors, nested as their space; their dtype is the rollout's affair."""
+        return self._nested_tensors(where, given, self.space, "", device)
+
+    def _parts(self, where: str, given: Any, space: Space[Any], path: str) -> dict[Any, Any]:
+        """The parts of a Dict or Tuple observation, by key or position."""
+        problem = wrong_parts(given, space, path)
+        if problem is not None:
+            raise EnvironmentFault(f"{self.name} returned in {where} an observation {problem}")
+        return {key: given[key] for key in children(space) or ()}
+
+    def _nested(self, where: str, given: Any, space: Space[Any], path: str, index: int | None = None) -> Any:
+        inner = children(space)
+        if inner is not None:
+            parts = self._parts(where, given, space, path)
+            converted = {key: self._nested(where, parts[key], inner[key], _joined(path, key), index) for key in inner}
+            if not isinstance(given, Mapping):
+                return tuple(converted.values())
+            return {**converted, MASK: given[MASK]} if not path and MASK in given else converted
+        shape, dtype = (*(self._rows if index is None else ()), *(space.shape or ())), space.dtype
+        if type(given) is np.ndarray and given.dtype == dtype and given.shape == shape:
+            return given
+        array = _array(given)
+        fitting = None if array is None else _aligned(array, shape)
+        if fitting is None or array is None:
+            got = described(given) if array is None else f"{array.shape} {array.dtype}"
+            raise EnvironmentFault(
+                f"{self.name} returned from {where} observations {path and path + ' '}{got}, its space says "
+                f"{shape} {dtype}: correct the environment or its single_observation_space"
+            )
+        return self._cast(f"observation {path}".strip(), fitting, np.dtype(dtype), index)
+
+    def _nested_tensors(self, where: str, given: Any, space: Space[Any], path: str, device: torch.device) -> Any:
+        inner = children(space)
+        if inner is not None:
+            parts = self._parts(where, given, space, path)
+            converted = {
+                key: self._nested_tensors(where, parts[key], inner[key], _joined(path, key), device) for key in inner
+            }
+            return converted if isinstance(given, Mapping) else tuple(converted.values())
+        shape = (*self._rows, *(space.shape or ()))
+        if type(given) is not Tensor or given.shape != shape:
+            given = self._tensor(f"observation {path}".strip(), given, shape, device, "numbers")
+        key, dtype = f"observation {path}".strip(), np.dtype(space.dtype)
+        if given.is_floating_point() and dtype.kind in "biu" and key not in self._seen:
+            self._seen.add(key)
+            self._cast(key, given.cpu().numpy(), dtype)
+        return given
+
+    def _cast(self, key: str, array: Array, dtype: np.dtype[Any], index: int | None = None) -> Array:
+        """The same values in another dtype."""
+        if array.dtype == dtype:
+            return array
+        if dtype.kind == "f":
+            with np.errstate(over="ignore"):  # what becomes infinite is refused where observations are checked
+                return array.astype(dtype)
+        low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        fits = (array >= low) & (array <= high)  # False of NaN
+        if array.dtype.kind == "f":
+            fits &= array == np.rint(array)
+        self._each(key, array, fits, f"whole numbers that {dtype} can hold", index)
+        return array.astype(dtype)
+
+    def _numbers(self, key: str, given: Any, shape: tuple[int, ...], promised: str) -> Array:
+        array = _array(given)
+        if array is None:
+            listed = given if isinstance(given, list | tuple | np.ndarray) and len(given) == self.num_envs else []
+            index = next((index for index, one in enumerate(listed) if _array(one) is None or np.ndim(one)), None)
+            if index is not None:
+                self._refuse(key, index, listed[index], promised)
+            raise EnvironmentFault(
+                f"{self.name} returned in step {key} {described(given)}: return an array {shape}, {promised} for each "
+                "environment"
+            )
+        fitting = _aligned(array, shape)
+        if fitting is None:
+            raise EnvironmentFault(
+                f"{self.name} returned in step {key} of shape {array.shape}: return an array {shape}, {promised} for each "
+                "environment"
+            )
+        return fitting
+
+    def _tensor(self, key: str, given: Any, shape: tuple[int, ...], device: torch.device, promised: str) -> Tensor:
+        if not isinstance(given, Tensor):
+            given = torch.from_numpy(np.array(self._numbers(key, given, shape, promised))).to(device)
+        fitting = _aligned(given, shape)
+        if fitting is None or given.is_complex():
+            raise EnvironmentFault(
+                f"{self.name} returned {key} that is {type(given).__name__} {tuple(given.shape)} {given.dtype}: a vector of "
+                f"tensors must return tensors of shape {shape}"
+            )
+        return fitting
+
+    def _each(self, key: str, array: Array, fits: Array, promised: str, index: int | None = None) -> None:
+        if not fits.all():
+            wrong = array[~fits].flat[0] if index is not None else array[np.argwhere(~fits)[0][0]]
+            self._refuse(key, int(np.argwhere(~fits)[0][0]) if index is None else index, wrong, promised)
+
+    def _refuse(self, key: str, index: int, value: Any, promised: str) -> NoReturn:
+        raise EnvironmentFault(
+            f"environment {self.first + index} of {self.name} returned the {key} {described(value)}: it must be {promised}"
+        )
+
+
+def wrong_step(given: Any) -> str:
+    """What to say of something that a ``step`` returned and that is not five values with a dictionary at their end."""
+    if isinstance(given, tuple | list) and len(given) == 4:
+        return (
+            f"returned (observation, reward, done, info) from step, {OLD_API}: return (observation, reward, terminated, "
+            "truncated, info), or wrap the environment with the package shimmy"
+        )
+    if isinstance(given, tuple | list) and len(given) == 5:
+        return f"returned in step the info {described(given[4])}: return a dict, {{}} where there is nothing to report"
+    got = f"{len(given)} values" if isinstance(given, tuple | list) else described(given)
+    return f"returned {got} from step: return (observation, reward, terminated, truncated, info)"
+
+
+def wrong_reset(given: Any) -> str:
+    """What to say of something that a ``reset`` returned and that is not an observation with a dictionary."""
+    if isinstance(given, tuple | list) and len(given) == 2:
+        return (
+            f"returned (observation, info) from reset with the info {described(given[1])}: return a dict, {{}} where there is "
+            "nothing to report"
+        )
+    return (
+        f"returned {described(given)} from reset, not (observation, info): return both, with {{}} where there is nothing to "
+        f"report; an observation alone is {OLD_API}"
+    )
+
+
+def wrong_parts(given: Any, space: Space[Any], path: str) -> str | None:
+    """How the keys, or the number of parts, of an observation differ from those of its Dict or Tuple space."""
+    inner = children(space)
+    assert inner is not None
+    if isinstance(space, Dict):
+        if not isinstance(given, Mapping):
+            return f"{_place(path)} {described(given)}, a dict is promised"
+        absent = [key for key in inner if key not in given]
+        extra = [key for key in given if key not in inner and (path or key != MASK)]
+        if not absent and not extra:
+            return None
+        name = _joined(path, (absent or extra)[0])
+        return f"without the key '{name}' of its space" if absent else f"with the key '{name}', which its space lacks"
+    if isinstance(given, tuple | list) and len(given) == len(inner):
+        return None
+    return f"{_place(path)} {described(given)}, a tuple of {len(inner)} is promised"
+
+
+def wrong_part(given: Any, space: Space[Any], path: str = "") -> str | None:
+    """How one environment's observation differs in structure, shape or dtype from its space: the first part that does."""
+    inner = children(space)
+    if inner is not None:
+        problem = wrong_parts(given, space, path)
+        names = {key: _joined(path, key) for key in inner}
+        each = (wrong_part(given[key], child, names[key]) for key, child in inner.items())
+        return problem or next(filter(None, each), None)
+    if isinstance(space, Box):
+        if isinstance(given, np.ndarray) and given.shape == space.shape and given.dtype == space.dtype:
+            return None
+    elif space.contains(given):
+        return None
+    its = "its space" if path else "its observation_space"
+    return f"{_place(path)} {described(given)}, {its} is {space}"
+
+
+def _place(path: str) -> str:
+    return f"whose part '{path}' is" if path else "that is"
+
+
+def described(value: Any) -> str:
+    """A value in a few words: its type, and its shape and dtype or the value itself."""
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    if isinstance(value, np.ndarray | np.generic | Tensor):
+        return f"{kind} {tuple(value.shape)} {value.dtype}" if value.ndim else f"{value.item()!r} ({kind})"
+    if isinstance(value, str | int | float):
+        return f"{value!r} ({kind})"
+    return f"{kind} {reprlib.repr(value)}" if isinstance(value, list | tuple | dict) else kind
+
+
+def _joined(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _array(given: Any) -> Array | None:
+    """Numbers or flags as an array; None of anything else."""
+    try:
+        array = np.asarray(given)
+        if array.dtype == object:  # numbers of several types
+            array = np.array(array.tolist())
+    except (ValueError, TypeError, RuntimeError):  # ragged lists; tensors on a device or with gradients
+        return None
+    return array if array.dtype.kind in "biuf" else None
+
+
+def _aligned(given: Any, shape: tuple[int, ...]) -> Any:
+    """An array or tensor in this shape, where it differs by one trailing dimension of size 1 at most; else None."""
+    own = tuple(given.shape)
+    if own == shape:
+        return given
+    return given.reshape(shape) if own == (*shape, 1) or (*own, 1) == shape else None
