@@ -35,7 +35,8 @@ def generalized_advantage(
         [T, N]. Adding ``value`` gives the λ-return, the critic's target.
     """
     delta = reward + gamma * next_value * ~terminated - value
-    return _decayed_sum(delta.flip(0), (gamma * gae_lambda * ~done).flip(0), torch.zeros_like(delta[0])).flip(0)
+    decay = gamma * gae_lambda * (~done).to(delta)  # a number times a bool would be of the default dtype
+    return _decayed_sum(delta.flip(0), decay.flip(0), torch.zeros_like(delta[0])).flip(0)
 
 
 def discounted_return(reward: Tensor, done: Tensor, carry: Tensor, *, gamma: float) -> tuple[Tensor, Tensor]:
@@ -52,7 +53,7 @@ def discounted_return(reward: Tensor, done: Tensor, carry: Tensor, *, gamma: flo
     Returns:
         G [T, N] and the carry [N] for the next rollout.
     """
-    decay = gamma * ~done  # what of Gₜ reaches step t + 1
+    decay = gamma * (~done).to(reward)  # what of Gₜ reaches step t + 1
     shifted = torch.cat([torch.ones_like(decay[:1]), decay[:-1]])  # the carry is decayed already
     total = _decayed_sum(reward, shifted, carry)
     return total, total[-1] * decay[-1]

@@ -107,3 +107,58 @@ def test_discounted_return_does_not_see_where_a_rollout_was_cut():
     second, carry = discounted_return(reward[7:], done[7:], carry, gamma=0.9)
     assert_close(torch.cat([first, second]), whole)
     assert_close(carry, end)
+
+
+def _recursions(dtype):
+    """Inputs, and advantage and discounted return by plain Python numbers."""
+    torch.manual_seed(1)
+    gamma, lam, steps = 0.97, 0.93, 50
+    reward, value, following = torch.randn(3, steps, 2, dtype=dtype)
+    done = torch.rand(steps, 2) < 0.1
+    terminated = done & (torch.rand(steps, 2) < 0.5)
+    advantage, total = torch.zeros(steps, 2, dtype=torch.float64), torch.zeros(steps, 2, dtype=torch.float64)
+    for n in range(2):
+        tail = 0.0
+        for t in reversed(range(steps)):
+            delta = reward[t, n].item() + gamma * following[t, n].item() * (not terminated[t, n]) - value[t, n].item()
+            tail = delta + gamma * lam * (not done[t, n]) * tail
+            advantage[t, n] = tail
+        tail = 0.0
+        for t in range(steps):
+            total[t, n] = reward[t, n].item() + tail
+            tail = gamma * (not done[t, n]) * total[t, n].item()
+    return (reward, value, following, terminated, done), gamma, lam, advantage, total
+
+
+def test_float64_is_computed_in_float64():
+    inputs, gamma, lam, advantage, total = _recursions(torch.float64)
+    reward, done = inputs[0], inputs[-1]
+    found = generalized_advantage(*inputs, gamma=gamma, gae_lambda=lam)
+    assert_close(found, advantage, rtol=1e-14, atol=1e-14)
+    found, carry = discounted_return(reward, done, torch.zeros(2, dtype=torch.float64), gamma=gamma)
+    assert_close(found, total, rtol=1e-14, atol=1e-14)
+    assert_close(carry, gamma * (~done[-1] * total[-1]), rtol=1e-14, atol=1e-14)
+
+
+def test_the_dtype_is_that_of_the_inputs_whatever_the_default_is():
+    inputs, gamma, lam, _, _ = _recursions(torch.float32)
+    expected = generalized_advantage(*inputs, gamma=gamma, gae_lambda=lam)
+    returns = discounted_return(inputs[0], inputs[-1], torch.zeros(2), gamma=gamma)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_close(generalized_advantage(*inputs, gamma=gamma, gae_lambda=lam), expected, rtol=0, atol=0)
+        found = discounted_return(inputs[0], inputs[-1], torch.zeros(2, dtype=torch.float32), gamma=gamma)
+        assert_close(found, returns, rtol=0, atol=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_float32_equals_the_recursion_bit_for_bit():
+    (reward, value, following, terminated, done), gamma, lam, _, _ = _recursions(torch.float32)
+    delta = reward + gamma * following * ~terminated - value
+    rows, tail = [], torch.zeros(2)
+    for one, ended in zip(delta.flip(0), done.flip(0), strict=True):
+        tail = torch.addcmul(one, gamma * lam * ~ended, tail)
+        rows.append(tail)
+    found = generalized_advantage(reward, value, following, terminated, done, gamma=gamma, gae_lambda=lam)
+    assert_close(found, torch.stack(rows).flip(0), rtol=0, atol=0)
