@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
@@ -9,6 +8,7 @@ from tensordict import TensorDict
 from torch.nn import functional
 from torch.testing import assert_close
 
+from ppo_lightning import PPO
 from ppo_lightning.diagnostics import approximate_kl, clip_fraction, explained_variance, target_moments
 from ppo_lightning.loss import PPOLoss, normalized
 from ppo_lightning.policy.distributions import action_distribution
@@ -156,7 +156,25 @@ def test_explained_variance_equals_stable_baselines3():
         rtol=1e-5,
     )
     assert explained_variance(target_moments(target, target)) == 1
-    assert np.isnan(explained_variance(target_moments(value, torch.ones(100))).item())
+
+
+def test_explained_variance_of_a_constant_target_is_zero():
+    value = torch.randn(100)
+    assert explained_variance(target_moments(value, torch.ones(100))) == 0
+    rounded = (1 - value) + value  # what gamma=0 makes of a reward of 1
+    assert rounded.var() > 0
+    assert explained_variance(target_moments(value, rounded)) == 0
+    small = 1 + 1e-4 * torch.randn(100)
+    assert_close(explained_variance(target_moments(small, small)).item(), 1.0)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_explained_variance_is_finite_without_discounted_future(env):
+    model = PPO(env, num_envs=2, num_steps=64, gamma=0.0)
+    optimizer = torch.optim.Adam(model.policy.parameters())
+    explained = [model.learn(model.collect(), optimizer)["train/explained_variance"] for _ in range(3)]
+    assert all(-10 < one <= 1 for one in explained)
+    assert (env != "CartPole-v1") or explained == [0, 0, 0]  # each reward is 1
 
 
 def test_explained_variance_of_several_processes_is_that_of_their_samples_together():
