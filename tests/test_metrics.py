@@ -12,6 +12,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
+from gymnasium.wrappers.vector import DictInfoToList
 from lightning.pytorch.loggers import CSVLogger
 from processes import fit as fit_in_process
 from processes import forked
@@ -196,6 +197,165 @@ def test_an_episode_ends_once_whatever_else_is_terminal(fit, lives, both):
     trained(fit, seen, env=env, num_envs=2, num_steps=30, total_steps=60, num_minibatches=1)
     counted = [seen[0][f"rollout/{name}"] for name in ("episodes", "terminated", "truncated")]
     assert counted == [20, 20, 0]
+
+
+class Says(gym.Env):
+    """Four steps per episode; ``infos`` are those of environment ``index`` at its steps."""
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Discrete(2)
+
+    def __init__(self, infos, index=0):
+        self.infos, self.index = infos, index
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        if seed is not None:
+            self.index = seed % 2
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        own = self.infos[self.index]
+        info = own[self.steps % len(own)]
+        return np.zeros(1, np.float32), 1.0, self.steps == 4, False, info
+
+
+def told(infos, mode, **options):
+    """What a rollout of two environments logs, and its episodes."""
+    if mode == "async":
+        env, options["vectorization"] = partial(Says, infos), "async"
+    elif mode == "sync":
+        env = partial(Says, infos)
+    else:
+        env = lambda num_envs: SyncVectorEnv([partial(Says, infos)] * num_envs, autoreset_mode=mode)  # noqa: E731
+    model = PPO(env, num_envs=2, num_steps=10, num_minibatches=1, **options)
+    model.seed = 0
+    try:
+        while model.environment_seed() % 2:
+            model.seed += 1
+        model.rollouts.collect()
+    finally:
+        model.close_environments()
+    return model.rollouts
+
+
+MODES = ["sync", "async", *AutoresetMode]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numbers_of_environments_are_averaged_whatever_their_types(mode):
+    """Gymnasium makes an array of the first environment's type, which would cut 0.25 to 0."""
+    infos = (
+        [{"rewards": {"a": 0}, "log": {"b": True, "c": np.uint8(1)}, "power": 1}],
+        [{"rewards": {"a": 0.5}, "log": {"b": 0.5, "c": -2.0}, "power": np.float32(0.5)}],
+    )
+    sums = told(infos, mode, log_info=["power"]).logged
+    means = {name: total / number for name, (total, number) in sums.items()}
+    assert means["reward/a"] == 0.25
+    assert means["reward_components/a"] == 1.0
+    assert means["env/b"] == means["env/power"] == 0.75
+    assert means["env/c"] == -0.5
+
+
+CYCLE: dict = {"a": 1.0}
+CYCLE["self"] = CYCLE
+ANYTHING = [
+    ([{"hit": None}], [{"hit": 3}]),
+    ([{"hit": 3}, {"hit": None}, {"hit": "text"}], [{"hit": 2.5}, {}, {"hit": [1, 2]}]),
+    ([{"hit": np.zeros(2)}, {"hit": np.zeros((2, 2))}], [{"hit": np.zeros(3)}, {"hit": True}]),
+    ([{"hit": {"a": 1}}, {"hit": 2}, {"hit": {"a": {"b": 1}}}], [{"hit": {"a": "x", "c": None}}, {"hit": {}}]),
+    ([{3: 1, None: 2, (1, 2): 3, "_hit": "x", "hit": 1}], [{"hit": 1, "_hit": 7, b"bytes": 1}]),
+    ([{"hit": [[1], [2, 3]]}, {"hit": {1, 2}}], [{"hit": "a long text" * 100}, {"hit": object}]),
+    ([{"hit": 10**30, "log": {"x": 10**400}}], [{"hit": 1j, "log": {"x": np.complex128(1j), 5: 1.0}}]),
+    ([{"log": 1, "rewards": None, "metrics": "x"}], [{"log": {"a": None}, "rewards": {"b": "x"}, "metrics": {}}]),
+    ([{"final_info": 3, "final_obs": "x", "_final_obs": 5}], [{"final_info": {"is_success": 1}, "final_obs": None}]),
+    ([{"is_success": None, "life_lost": None}], [{"is_success": "yes", "life_lost": 0}]),
+    ([{"is_success": [], "life_lost": np.zeros(3)}], [{"is_success": np.zeros(2), "life_lost": [False]}]),
+    ([{"hit": torch.zeros(2, requires_grad=True)}], [{"hit": torch.zeros((), dtype=torch.bfloat16)}]),
+    ([{"log": {"t": torch.ones(1)}, "hit": np.array(["a", "bc"])}], [{"log": {"t": 1}, "hit": np.array(["long text"])}]),
+    ([{"hit": CYCLE}], [{"hit": np.datetime64("2020-01-01")}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whatever_info_holds_training_goes_on(mode):
+    together = tuple([{} for _ in range(4)] for _ in range(2))
+    for number, both in enumerate(ANYTHING):
+        for own, infos in zip(together, both, strict=True):
+            for step, info in enumerate(own):
+                info.update(
+                    {
+                        f"{key}{number}" if key == "hit" else key: value
+                        for key, value in infos[step % len(infos)].items()
+                    }
+                )
+        if mode != "async":
+            assert len(told(both, mode).episodes.finished) == 4
+    rollouts = told(together, mode)
+    assert len(rollouts.episodes.finished) == 4
+    assert rollouts.logged["env/t"][0] == rollouts.logged["env/t"][1] > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("yes", [np.array([True]), np.array([[1.0]]), torch.tensor([True]), [1], np.bool_(True), 1])
+def test_a_success_counts_in_whatever_it_comes(mode, yes):
+    if mode == "async" and not isinstance(yes, np.ndarray):
+        pytest.skip("worker processes are slow to start")
+    infos = ([{"is_success": yes}], [{"is_success": None, "success": False}])
+    assert sorted(told(infos, mode).episodes.finished[:, 2].tolist()) == [0.0, 0.0, 1.0, 1.0]
+
+
+class Listed(VectorEnv):
+    """A vector of its own, whose info is what ``info`` gives for its N environments."""
+
+    def __init__(self, num_envs, info, tensors):
+        self.inner, self.info, self.num_envs = Native(num_envs, tensors), info, num_envs
+        for name in (
+            "metadata",
+            "single_observation_space",
+            "single_action_space",
+            "observation_space",
+            "action_space",
+        ):
+            setattr(self, name, getattr(self.inner, name))
+
+    def reset(self, *, seed=None, options=None):
+        return self.inner.reset(seed=seed)[0], self.info({})
+
+    def step(self, actions):
+        *others, info = self.inner.step(actions)
+        return *others, self.info({"final_obs": info["final_obs"]})
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+@pytest.mark.parametrize(
+    "info",
+    [
+        lambda info: {**info, "success": True, "log": {"x": [1.0] * 4, 3: None}},
+        lambda info: {**info, "success": [[True]] * 4, "log": {"x": np.ones((4, 1)), "_x": "mine"}, "final_info": None},
+        lambda info: {**info, "success": torch.ones(4, 1), "log": {"x": torch.ones(1).bfloat16(), "y": "text"}, "_success": 3},
+        lambda info: {**info, "success": [True, 1, 1.0, np.ones(1)], "log": {"x": [1, None, "a", [1, 2]], "z": torch.ones(7)}},
+    ],
+)  # fmt: skip
+def test_whatever_the_info_of_a_vector_of_ones_own_holds(fit, info, tensors):
+    seen = []
+    statistics = trained(fit, seen, env=partial(Listed, info=info, tensors=tensors)).evaluate(4)
+    assert seen[-1]["rollout/success_rate"] == seen[-1]["env/x"] == 1.0
+    assert statistics["eval/success_rate"] == statistics["eval/env/x"] == 1.0
+
+
+def test_a_vector_may_give_an_info_for_each_environment():
+    infos = ([{"log": {"x": 1}}], [{"log": {"x": 2.5}}])
+
+    def env(num_envs):
+        return DictInfoToList(SyncVectorEnv([partial(Says, infos)] * num_envs))
+
+    model = PPO(env, num_envs=2, num_steps=8, num_minibatches=1)
+    model.rollouts.collect()
+    total, number = model.rollouts.logged["env/x"]
+    assert total / number == pytest.approx(1.75)
 
 
 class Native(VectorEnv):

@@ -1,9 +1,12 @@
 """Numbers that environments give in their info beside the reward: added up over a rollout, and over whole episodes."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from ppo_lightning.spaces import Array
@@ -11,8 +14,14 @@ from ppo_lightning.spaces import Array
 REWARD_KEYS = ("reward_components", "rewards")
 """Where environments say which parts their reward has (ApexRL and LeanRL-style runners; EmbodiChain)."""
 
-ENV_KEYS = ("log", "metrics")
+METRICS = "metrics"
+"""Where EmbodiChain's environments give numbers whose evaluation is their value at the end of an episode."""
+
+ENV_KEYS = ("log", METRICS)
 """Where they say whatever else is worth a curve (Isaac Lab and ApexRL; EmbodiChain)."""
+
+FINAL_OBSERVATION, FINAL_INFO = "final_obs", "final_info"
+"""Where a vector that resets in the same step gives what an episode ended with."""
 
 Sums = dict[str, tuple[float, float]]
 """Sum and number of what was added up, by the name under which its mean is logged."""
@@ -54,35 +63,30 @@ class InfoLog:
             for name, sums in self._saved.items():
                 self.carry[name] = sums.to(done.device, copy=True) if on_device else sums.numpy().copy()
             self._saved = {}
-        last = info.get("final_info")
+        last = final_info(info)
         if last is None or last is info:
-            self._add(info, valid)
+            self._add(info, done, valid)
         else:  # of an episode that ended: the rest tells of the reset
-            self._add(info, ~done)
-            self._add(last, done)
+            self._add(info, done, ~done)
+            self._add(last, done, done)
         if isinstance(done, np.ndarray) and not done.any():
             return
         for name, carry in self.carry.items():
             self._account(f"reward_components/{name}", _where(done, carry), done.sum())
             carry[done] = 0.0
 
-    def _add(self, info: dict[str, Any], counts: Any) -> None:
+    def _add(self, info: Mapping[str, Any], like: Any, counts: Any) -> None:
         for key in self.keys.intersection(info):
-            given = info[key]
-            inside = {key: given} if not isinstance(given, dict) else given
-            masks = info if inside is not given else given
-            for name, value in inside.items():
-                if not name.startswith("_"):
-                    self._take(key, name.strip("/"), value, masks.get(f"_{name}"), counts)
+            for name, value, given in _named(info, key):
+                self._take(key, name, numbers_of(value, like), mask_of(given, like), counts)
 
-    def _take(self, key: str, name: str, value: Any, given: Any, counts: Any) -> None:
-        numbers = value.float() if isinstance(value, Tensor) else as_numbers(value)
+    def _take(self, key: str, name: str, numbers: Any, given: Any, counts: Any) -> None:
+        if numbers is None:
+            return
         known: Any = numbers == numbers  # all but NaN
-        if numbers.shape == (self.num_envs,):
+        if numbers.ndim:  # else it is the vector's own mean
             for mask in (given, counts):
                 known = known if mask is None else known & mask
-        elif numbers.ndim:  # else it is the vector's own mean
-            return
         number = known.sum()
         if isinstance(numbers, np.ndarray) and not number:
             return  # texts, or objects: nothing to add up
@@ -121,14 +125,88 @@ class InfoLog:
         self.carry, self._saved = {}, dict(state)
 
 
-def as_numbers(given: Any) -> Array:
-    """What an environment gave as float64, NaN where it is no number."""
-    array = np.asarray(given)
-    if array.dtype.kind in "biuf":
-        return array.astype(np.float64, copy=False)
-    # Gymnasium's vectors put NumPy's own bools, and None where an environment gave nothing, into arrays of objects.
-    each = [float(one) if isinstance(one, int | float | np.bool_ | np.number) else np.nan for one in array.flat]
-    return np.array(each).reshape(array.shape)
+def final_info(info: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a vector that resets in the same step says of episodes that ended; None where it says nothing."""
+    last = info.get(FINAL_INFO)
+    return last if isinstance(last, dict) else None
+
+
+def metrics_at_end(info: Mapping[str, Any], done: Array) -> dict[str, Array]:
+    """Numbers [N] under ``info["metrics"]`` of the step that ended episodes, by name; NaN where there are none.
+
+    Args:
+        info: of that step.
+        done: [N] bool, the episode ended.
+    """
+    found = {}
+    for name, value, given in _named(info, METRICS):
+        numbers, mask = numbers_of(value, done), mask_of(given, done)
+        if numbers is not None:
+            found[name] = np.where(done if mask is None else done & mask, numbers, np.nan)
+    return found
+
+
+def _named(info: Mapping[str, Any], key: str) -> list[tuple[str, Any, Any]]:
+    """Name, value and mask of what ``info`` has under a key, which is one value or a dictionary of several."""
+    given = info.get(key)
+    if not isinstance(given, Mapping):
+        return [] if given is None else [(key.strip("/"), given, info.get(f"_{key}"))]
+    named = [(str(name), value, given.get(f"_{name}")) for name, value in given.items()]
+    return [(name.strip("/"), value, mask) for name, value, mask in named if not name.startswith("_")]
+
+
+def numbers_of(given: Any, like: Any) -> Any:
+    """What N environments gave under one key as numbers [N], or [] of a vector as a whole; None where it is neither.
+
+    NaN stands for what is no number. An array, tensor or list of one number counts as that number.
+
+    Args:
+        given: anything.
+        like: [N] array or tensor, which says whether the numbers are an array (float64) or a tensor (float32).
+    """
+    if isinstance(given, Tensor):
+        if given.is_complex() or given.layout is not torch.strided:
+            return None
+        numbers: Any = given.detach().float()
+    elif isinstance(given, np.ndarray) and given.dtype.kind in "biuf":
+        numbers = given.astype(np.float64, copy=False)
+    elif isinstance(given, np.ndarray) and given.ndim == 0:
+        numbers = np.array(_number(given.item()))
+    elif isinstance(given, np.ndarray | list | tuple):
+        # Vectors put NumPy's own bools, and None where an environment gave nothing, into arrays of objects.
+        numbers = np.array([_number(one) for one in given], dtype=np.float64)
+    else:
+        numbers = np.array(_number(given))
+    if numbers.ndim and numbers.shape != like.shape:
+        flat = numbers.reshape(-1)
+        if len(flat) != 1 and (len(flat), len(numbers)) != (len(like), len(like)):
+            return None
+        numbers = flat if len(flat) == len(like) else flat[0]
+    if isinstance(like, Tensor):
+        return torch.as_tensor(numbers, dtype=torch.float32, device=like.device)
+    return numbers.double().cpu().numpy() if isinstance(numbers, Tensor) else numbers
+
+
+def mask_of(given: Any, like: Any) -> Any:
+    """[N] bool, the environments that gave a value; None where nothing says so."""
+    if not isinstance(given, np.ndarray | Tensor) or given.shape != like.shape or given.dtype not in (bool, torch.bool):
+        return None
+    if isinstance(like, Tensor):
+        return torch.as_tensor(given, device=like.device)
+    return given.cpu().numpy() if isinstance(given, Tensor) else given
+
+
+def _number(one: Any) -> float:
+    if isinstance(one, list | tuple) and len(one) == 1:
+        one = one[0]
+    if isinstance(one, np.ndarray | Tensor) and np.prod(one.shape) == 1:
+        one = one.item()
+    if not isinstance(one, int | float | np.bool_ | np.integer | np.floating):
+        return np.nan
+    try:
+        return float(one)
+    except OverflowError:  # an integer beyond what floats reach
+        return np.nan
 
 
 def added(every: list[Sums]) -> Sums:
@@ -148,3 +226,99 @@ def means(sums: Sums) -> dict[str, float]:
 
 def _where(counts: Any, numbers: Any) -> Any:
     return torch.where(counts, numbers, 0.0) if isinstance(numbers, Tensor) else np.where(counts, numbers, 0.0)
+
+
+# --- from the info of each environment to that of the vector -----------------------------------------------------------
+
+
+MAX_DEPTH = 8
+"""Dictionaries within one another that are combined; nothing reads what lies deeper."""
+
+
+_FLOATS = {float: np.dtype(np.float64), np.float64: np.dtype(np.float64), np.float32: np.dtype(np.float32)}
+
+
+def accept_any_info(env: VectorEnv) -> None:
+    """Let a vector of Gymnasium's combine whatever its environments put into ``info``.
+
+    Its own method makes an array by what the first environment gave: it cuts another's 0.25 to 0, and raises where types
+    or shapes differ.
+    """
+    inner: Any = env.unwrapped
+    if getattr(type(inner), "_add_info", None) is VectorEnv._add_info:
+        inner._add_info = partial(add_info, inner.num_envs)
+
+
+def add_info(
+    num_envs: int, together: dict[Any, Any], info: Mapping[Any, Any], index: int, depth: int = 0
+) -> dict[Any, Any]:
+    """Add one environment's info to that of the vector, as ``VectorEnv._add_info`` does, whatever it holds.
+
+    Numbers, and arrays of one shape, become an array whose dtype holds all of them; anything else becomes an array of
+    objects. Where some environments give a dictionary, others' values under its key are left out.
+
+    Args:
+        num_envs: N.
+        together: of the vector so far; it is changed.
+        info: of the environment.
+        index: which environment it is.
+        depth: how many dictionaries ``together`` is in; those in :data:`MAX_DEPTH` others are objects.
+
+    Returns:
+        ``together``: each key with its values [N], and under ``_`` and the key which environments gave one.
+    """
+    for key, value in info.items():
+        name = f"_{key}"
+        held: Any = together.get(key)
+        if type(held) is np.ndarray and held.dtype is _FLOATS.get(type(value)) and held.ndim == 1:
+            held[index], together[name][index] = value, True  # as below, in a third of the time
+            continue
+        if isinstance(key, str) and key.startswith("_") and key[1:] in together:
+            continue  # the place of a mask
+        is_dict = isinstance(value, dict) and key != FINAL_OBSERVATION and depth < MAX_DEPTH
+        mask = together[name] if held is not None else None
+        if isinstance(held, dict) and not is_dict:
+            continue
+        if is_dict:
+            if not isinstance(held, dict):
+                held, mask = {}, None
+            held = add_info(num_envs, held, value, index, depth + 1)
+        else:
+            held = _placed(held, mask, value, index, num_envs, is_object=key == FINAL_OBSERVATION)
+        if mask is None:
+            mask = np.zeros(num_envs, dtype=np.bool_)
+        mask[index] = True
+        together[key], together[name] = held, mask
+    return together
+
+
+def _placed(held: Any, mask: Any, value: Any, index: int, num_envs: int, *, is_object: bool) -> Array:
+    """An array [N, …] of what was held and a value at ``index``."""
+    given = None if is_object else _array(value)
+    if given is not None:
+        if held is None:
+            held = np.zeros((num_envs, *given.shape), dtype=given.dtype)
+        if held.dtype != object and held.shape[1:] == given.shape:
+            if held.dtype != given.dtype:
+                held = held.astype(np.result_type(held.dtype, given.dtype), copy=False)
+            held[index] = given
+            return held
+    if held is None:
+        held = np.full(num_envs, None, dtype=object)
+    elif held.dtype != object:
+        objects = np.full(num_envs, None, dtype=object)
+        for known in np.flatnonzero(mask):
+            objects[known] = held[known]
+        held = objects
+    held[index] = value
+    return held
+
+
+def _array(value: Any) -> Array | None:
+    """A number, or an array of numbers, as an array; None of anything else."""
+    if isinstance(value, np.ndarray):
+        return value if value.dtype.kind in "biuf" else None
+    if isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating):
+        array = np.asarray(value)
+        return array if array.dtype.kind in "biuf" else None
+    return None

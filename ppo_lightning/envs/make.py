@@ -18,6 +18,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
+from ppo_lightning.envs.info import FINAL_INFO, FINAL_OBSERVATION
 from ppo_lightning.envs.state import environment_state, restore_environment
 from ppo_lightning.envs.third_party import adapted
 from ppo_lightning.envs.values import set_values
@@ -34,6 +35,9 @@ EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "ale_py": "atari", "minigrid": "
 
 RESTARTED = "ppo_lightning_restarted"
 """Where an environment says in its info why it was made anew."""
+
+RESERVED = frozenset((FINAL_OBSERVATION, FINAL_INFO))
+"""Keys of info that belong to the vector: an environment's own values under them are left out."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +273,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
             self._renew()
             observation, info = self._reset(None, options)
             info = {**info, RESTARTED: str(fault)}
+        info = _unreserved(info)
         self._check("reset", observation)
         if self._make is not None:
             self._last = copy.deepcopy(observation)
@@ -284,11 +289,12 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
                 raise fault from error
             self._renew()
             return self._last, 0.0, False, True, {RESTARTED: str(fault)}
+        info = _unreserved(info)
         self._check("step", observation)
         if self._make is not None:
             self._last = copy.deepcopy(observation)
         if terminated or truncated:
-            observation = copy.deepcopy(observation)  # a reset may write over it
+            observation, info = copy.deepcopy(observation), copy.copy(info)  # a reset may write over them
         elif self._masks is not None:
             info = self._masked("step", info)
         return observation, reward, terminated, truncated, info
@@ -346,6 +352,12 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
             f"environment {self.index} returned in {where} an observation that is {got}, its observation_space is "
             f"{self.observation_space}: make the environment return what its space says, or correct the space"
         )
+
+
+def _unreserved(info: dict[str, Any]) -> dict[str, Any]:
+    if RESERVED.isdisjoint(info):
+        return info
+    return {key: value for key, value in info.items() if key not in RESERVED}
 
 
 def _fits(observation: Any, space: gym.Space[Any]) -> bool:

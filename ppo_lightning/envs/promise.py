@@ -10,6 +10,7 @@ from gymnasium import Space
 from gymnasium.spaces import Box, Dict
 from torch import Tensor
 
+from ppo_lightning.envs.info import add_info
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.spaces import MASK, Array, children, without_mask
 
@@ -42,15 +43,33 @@ class Promise:
 
     def reset(self, given: Any) -> tuple[Any, dict[str, Any]]:
         """Observation and info of a ``reset``."""
-        if isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[1], Mapping):
-            return given[0], given[1]  # pyright: ignore[reportReturnType]
+        if isinstance(given, tuple | list) and len(given) == 2:
+            info = self._info(given[1])
+            if info is not None:
+                return given[0], info
         raise EnvironmentFault(f"{self.name} {wrong_reset(given)}")
 
     def step(self, given: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Observation, reward, terminated, truncated and info of a ``step``."""
-        if isinstance(given, tuple | list) and len(given) == 5 and isinstance(given[4], Mapping):
-            return tuple(given)  # pyright: ignore[reportReturnType]
+        if isinstance(given, tuple | list) and len(given) == 5:
+            observation, reward, terminated, truncated, info = given
+            info = self._info(info)
+            if info is not None:
+                return observation, reward, terminated, truncated, info
         raise EnvironmentFault(f"{self.name} {wrong_step(given)}")
+
+    def _info(self, given: Any) -> Any:
+        """An info as it is, a list of one for each environment as one; None where it is neither."""
+        if isinstance(given, Mapping):
+            return given
+        if not (isinstance(given, list | tuple) and len(given) == self.num_envs):
+            return None
+        if not all(isinstance(own, Mapping) for own in given):
+            return None
+        together: dict[str, Any] = {}
+        for index, own in enumerate(given):
+            add_info(self.num_envs, together, own, index)
+        return together
 
     def flags(self, key: str, given: Any) -> Array:
         """[N] bool, from anything that is 0 or 1."""

@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
-from ppo_lightning.envs.info import InfoLog, as_numbers
+from ppo_lightning.envs.info import InfoLog, accept_any_info, final_info, mask_of, metrics_at_end, numbers_of
 from ppo_lightning.envs.make import RESTARTED, EnvMaker
 from ppo_lightning.envs.masks import ActionMasks
 from ppo_lightning.envs.promise import Promise
@@ -56,6 +56,8 @@ class Transition(NamedTuple):
     """[N] bool, terminal for what is learnt, though the episode goes on (Atari); None where no life was lost."""
     outcome: Array | None
     """[E, 2] success and failure, each 1.0 or 0.0 where the environment says whether it was one, else NaN."""
+    metrics: dict[str, Array]
+    """[E] numbers under ``info["metrics"]`` at the end of those episodes, by name; NaN where there are none."""
 
 
 class TensorTransition(NamedTuple):
@@ -167,6 +169,7 @@ class Environments:
 
     def _take_over(self, env: VectorEnv) -> None:
         self.env = env
+        accept_any_info(env)
         # Gymnasium writes what these return into arrays of its own: shapes and dtypes are right already.
         self._keeps_promise = type(env) in (SyncVectorEnv, Workers)
         self._watch = Watch(env, self._first) if isinstance(env, AsyncVectorEnv) else None
@@ -283,26 +286,30 @@ class Environments:
         if not done.any():
             seen = self._flatten(observation)
             self._keep(seen)
-            lost = self._life_lost(info)
-            return Transition(seen, reward, terminated, truncated, valid, self._none_ended, begun, None, lost, None)
+            lost = _lives(info, done)
+            return Transition(seen, reward, terminated, truncated, valid, self._none_ended, begun, None, lost, None, {})
 
-        ended, lost = np.flatnonzero(done), self._life_lost(info)
+        ended, lost = np.flatnonzero(done), _lives(info, done)
         if self.mode is AutoresetMode.SAME_STEP:
-            final, info = self._rows(info, ended), info.get("final_info", info)
+            final, last = self._rows(info, ended), final_info(info)
+            info = info if last is None else last
         else:
             final = tree_map(lambda leaf: leaf[ended], self._flatten(observation))  # a copy: fancy indexing
-        outcome = _outcome(info, ended)
+        outcome = _outcome(info, done, ended)
+        metrics = {name: numbers[ended] for name, numbers in metrics_at_end(info, done).items()}
         if self.mode is AutoresetMode.DISABLED:
             observation, info = self._restarted(done)
             self._masks.restart(observation, info, done)
         observation = self._flatten(observation)
         self._keep(observation)
-        return Transition(observation, reward, terminated, truncated, valid, ended, begun, final, lost, outcome)
+        return Transition(
+            observation, reward, terminated, truncated, valid, ended, begun, final, lost, outcome, metrics
+        )
 
     def _count(self, info: dict[str, Any]) -> None:
         """Count the environments that say they were made anew."""
         self.crashed[:] = False
-        for said in (info, info.get("final_info", {})):
+        for said in (info, final_info(info) or {}):
             for index, cause in enumerate(said.get(RESTARTED, ())):
                 if cause is not None:
                     self._restarts.take(cause)
@@ -333,7 +340,7 @@ class Environments:
         observation = self.reset(seed)
         none, all_ = np.zeros(self.num_envs, dtype=bool), np.ones(self.num_envs, dtype=bool)
         reward, ended = np.zeros(self.num_envs), np.arange(self.num_envs)
-        return Transition(observation, reward, none, all_, None, ended, all_, final, None, None)
+        return Transition(observation, reward, none, all_, None, ended, all_, final, None, None, {})
 
     def step_tensors(self, action: Any) -> TensorTransition:
         """Step a vector of tensors that resets in the same step, and copy nothing.
@@ -351,7 +358,7 @@ class Environments:
         terminated = promise.tensor_flags("terminated", terminated, device)
         truncated = promise.tensor_flags("truncated", truncated, device)
         final = info.get("final_obs", info.get("final_observation"))  # Gymnasium's name, and ManiSkill's
-        said = info.get("final_info", info)
+        last = final_info(info)
         self.logged.step(info, terminated | truncated, None)
         return TensorTransition(
             self._tensors("step", observation),
@@ -359,19 +366,8 @@ class Environments:
             terminated,
             truncated,
             None if final is None else self._tensors("step", final),
-            self._outcome(said, reward),
+            _tensor_outcome(info if last is None else last, reward),
         )
-
-    def _outcome(self, said: dict[str, Any], like: Tensor) -> Tensor | None:
-        """[N, 2] of :class:`TensorTransition`."""
-        given = [
-            next((said[key] for key in keys if isinstance(said.get(key), Tensor)), None)
-            for keys in (SUCCESS_KEYS, FAILURE_KEYS)
-        ]
-        if given == [None, None]:
-            return None
-        unknown = torch.full_like(like, torch.nan)
-        return torch.stack([unknown if one is None else one.to(unknown) for one in given], -1)
 
     def state(self) -> dict[str, Any] | None:
         """State of all environments between two steps, as plain data; None where one has none that could be told."""
@@ -458,10 +454,6 @@ class Environments:
             info,
         )
 
-    def _life_lost(self, info: dict[str, Any]) -> Array | None:
-        lost = info.get(LIFE_LOST)
-        return None if lost is None else self._promise.flags(LIFE_LOST, lost)
-
     def _tensors(self, where: str, observation: Any) -> Tree:
         return self._flatten(self._promise.tensor_observation(where, observation, cast(torch.device, self._device)))
 
@@ -474,7 +466,7 @@ class Environments:
         """What a vector gave, tensors as arrays."""
         if self._device is None:
             return given
-        return _map(given, lambda leaf: leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else leaf)
+        return _map(given, lambda leaf: _array(leaf) if isinstance(leaf, Tensor) else leaf)
 
     def _rows(self, info: dict[str, Any], ended: Array) -> Tree:
         rows = info.get("final_obs", info.get("final_observation"))
@@ -552,6 +544,12 @@ class Halves:
         close(*(cast(AsyncVectorEnv, half.env) for half in self.halves if half.disown()))
 
 
+def _array(tensor: Tensor) -> Array:
+    if tensor.dtype is torch.bfloat16:  # NumPy has none
+        tensor = tensor.float()
+    return tensor.detach().to_dense().cpu().numpy()
+
+
 def _map(tree: Any, function: Callable[[Any], Any]) -> Any:
     """``function`` of everything inside dictionaries and tuples."""
     if isinstance(tree, dict):
@@ -570,15 +568,47 @@ def _values(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def _outcome(info: dict[str, Any], ended: Array) -> Array | None:
-    found = [next((key for key in keys if key in info), None) for keys in (SUCCESS_KEYS, FAILURE_KEYS)]
-    if found == [None, None]:
+def _outcome(info: dict[str, Any], done: Array, ended: Array) -> Array | None:
+    found = [_flag(info, keys, done) for keys in (SUCCESS_KEYS, FAILURE_KEYS)]
+    if all(flag is None for flag in found):
         return None
     outcome = np.full((len(ended), 2), np.nan)
-    for column, key in enumerate(found):
-        if key is not None:
-            outcome[:, column] = np.where(info.get(f"_{key}", True), as_numbers(info[key]), np.nan)[ended]
+    for column, flag in enumerate(found):
+        if flag is not None:
+            outcome[:, column] = flag[ended]
     return outcome
+
+
+def _tensor_outcome(info: dict[str, Any], like: Tensor) -> Tensor | None:
+    """[N, 2] of :class:`TensorTransition`."""
+    found = [_flag(info, keys, like) for keys in (SUCCESS_KEYS, FAILURE_KEYS)]
+    if all(flag is None for flag in found):
+        return None
+    unknown = torch.full_like(like, torch.nan)
+    return torch.stack([unknown if flag is None else flag.to(unknown) for flag in found], -1)
+
+
+def _flag(info: dict[str, Any], keys: tuple[str, ...], like: Any) -> Any:
+    """[N] what each environment says under the first of ``keys`` that it gives, NaN without; None without any."""
+    where: Any = torch.where if isinstance(like, Tensor) else np.where
+    flag = None
+    for key in keys:
+        numbers = numbers_of(info[key], like) if key in info else None
+        if numbers is None:
+            continue
+        mask = mask_of(info.get(f"_{key}"), like)
+        if mask is not None or not numbers.ndim:
+            numbers = where(like == like if mask is None else mask, numbers, np.nan)
+        flag = numbers if flag is None else where(flag == flag, flag, numbers)
+    return flag
+
+
+def _lives(info: dict[str, Any], done: Array) -> Array | None:
+    """[N] bool, a life was lost; None where no environment says so."""
+    if LIFE_LOST not in info:
+        return None
+    lost = _flag(info, (LIFE_LOST,), done)
+    return None if lost is None else np.nan_to_num(lost) != 0
 
 
 def _has(attributes: Mapping[str, Any], name: str, value: Any) -> bool:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, cast
 
 import gymnasium as gym
@@ -102,10 +103,39 @@ def _work(
     pipe.send(None)
     told = cast(Any, _Faults(faults, first))
     try:
-        _async_worker(index, lambda: env, pipe, parent_pipe, memory, told, mode, semaphore)
+        _async_worker(index, lambda: env, cast(Any, _Answers(pipe)), parent_pipe, memory, told, mode, semaphore)
     except SystemExit as error:  # in the run's own process it would be a signal's
         told.put((index, SystemExit, error, traceback.format_exc()))
         pipe.send((None, False))
+
+
+class _Answers:
+    """A worker's end of its pipe, which leaves out of an answer's info what cannot be pickled."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.recv, self.close = pipe, pipe.recv, pipe.close
+
+    def send(self, message: tuple[Any, bool]) -> None:
+        try:
+            self.pipe.send(message)
+        except Exception:  # whatever objects raise that cannot be pickled; nothing was sent
+            answer, succeeded = message
+            if not (isinstance(answer, tuple) and len(answer) in (2, 5) and isinstance(answer[-1], dict)):
+                raise
+            self.pipe.send(((*answer[:-1], _sendable(answer[-1])), succeeded))
+
+
+def _sendable(info: dict[Any, Any]) -> dict[Any, Any]:
+    """What can be pickled of an info."""
+    kept = {}
+    for key, value in info.items():
+        try:
+            ForkingPickler.dumps({key: value})
+            kept[key] = value
+        except Exception:  # as above
+            if isinstance(value, dict):
+                kept[key] = _sendable(value)
+    return kept
 
 
 def _leave_with_the_run() -> None:
