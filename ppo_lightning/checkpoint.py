@@ -28,8 +28,11 @@ KEY = "ppo_lightning"
 """Where a checkpoint keeps what is ours."""
 
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-"""The newest state of a run, and the one before."""
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+"""The newest state of a run, the one before, and the best by evaluation."""
+
+CHOICES = {"last": (LAST, PREVIOUS), "best": (BEST,)}
+"""Words that ``ckpt_path`` may have in the place of a path, and the files that they choose from."""
 
 PARTS = ("state_dict", "hyper_parameters", KEY)
 OURS = {"observation_space", "action_space", "seed", "episodes", "not_saved"}
@@ -210,24 +213,38 @@ def _seal(archive: bytes) -> bytes:
     return SEAL + hashlib.sha256(archive).hexdigest().encode()
 
 
-def newest_checkpoint(root: str | Path) -> Path:
-    """The newest ``last.ckpt`` or ``previous.ckpt`` below a folder that can be read, with a warning for each that cannot.
+def newest_checkpoint(root: str | Path, choice: str = "last") -> Path:
+    """The checkpoint that ``ckpt_path: last`` or ``best`` names: of the newest run below a folder.
+
+    Args:
+        root: folder of the runs.
+        choice: ``last`` or ``best``. A ``best.ckpt`` is as new as the newest file beside it.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none that can be read. Each file that cannot costs a warning.
     """
-    found = [path for name in (LAST, PREVIOUS) for path in Path(root).rglob(name)]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    names = CHOICES[choice]
+    found = {path: _modified(path) for name in names for path in Path(root).rglob(name)}
+    if choice == "best":
+        found = {path: max(map(_modified, path.parent.glob("*.ckpt")), default=0) for path in found}
+    for path in sorted(found, key=lambda path: found[path], reverse=True):
         try:
             read_checkpoint(path)
         except InputError as error:
-            rank_zero_warn(f"--ckpt_path last passes over a file: {error}")
+            rank_zero_warn(f"ckpt_path {choice} passes over a file: {error}")
         else:
             return path
     raise InputError(
-        f"--ckpt_path last: there is no {LAST} below {Path(root).resolve()} that can be read; "
+        f"ckpt_path {choice}: there is no {names[0]} below {Path(root).resolve()} that can be read; "
         "give the path of a checkpoint, or train first"
     )
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # another process replaces it
+        return 0
 
 
 def refuse_names(hyperparameters: Mapping[str, Any], given: Container[str] = ()) -> None:

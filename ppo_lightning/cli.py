@@ -1,30 +1,31 @@
 """The command line: LightningCLI with defaults that suit PPO. Nothing about PPO itself."""
 
+import copy
 import inspect
 import logging
 import os
 import random
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
-from lightning import Trainer
+from jsonargparse import Namespace
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.logger import _flatten_dict
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
-from ppo_lightning.checkpoint import KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
+from ppo_lightning.checkpoint import CHOICES, KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
 from ppo_lightning.compiled import ROWS
 from ppo_lightning.errors import InputError, said_in_one_sentence
-from ppo_lightning.loggers import beside_the_folder, refuse_unusable, wandb_run_ends
+from ppo_lightning.loggers import LIGHTNINGS_OWN, beside_the_folder, refuse_unusable, wandb_run_ends
 from ppo_lightning.plot import draw_learning_curve
 from ppo_lightning.ppo import PPO
 from ppo_lightning.runs import REPORT
@@ -117,6 +118,23 @@ def _that_keeps_rows(logger: Logger) -> Logger:
     return RunCSVLogger(logger._root_dir, logger._name, logger._version, logger._prefix)
 
 
+class RunConfig(SaveConfigCallback):
+    """Leaves ``config.yaml``, which repeats the run from its start: without ``ckpt_path``, and once training begins."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
+        whole = config.clone()
+        whole.ckpt_path = None
+        super().__init__(parser, whole, *args, **kwargs)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write nothing yet: the run may still be refused."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
 class PPOCLI(LightningCLI):
     """``fit``, ``validate`` and ``test`` for :class:`PPO`, from YAML and flags."""
 
@@ -131,39 +149,73 @@ class PPOCLI(LightningCLI):
         """Trainer and model; PPO makes its own data."""
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
-        parser.add_lightning_class_args(PPO, "model")
+        parser.add_lightning_class_args(self._model_class, "model")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse with the checkpoint's hyperparameters as defaults, so that files and flags win over them."""
-        words = sys.argv[1:] if args is None else cast(list[str], args)
-        subcommand = next((word for word in words if word in self._subcommand_parsers), None)
-        path, checkpoint_seed = _given(words, "ckpt_path"), None
-        if path is not None and subcommand is not None:
-            if path == "last":
-                path = str(newest_checkpoint(_given(words, "trainer.default_root_dir") or "."))
-            words = [*words, "--ckpt_path", path]
-            checkpoint = read_checkpoint(path)
-            checkpoint_seed = checkpoint[KEY]["seed"]
-            hyperparameters = dict(checkpoint.get("hyper_parameters", {}))
-            for private in ("_instantiator", "_class_path"):
-                hyperparameters.pop(private, None)
-            unknown = sorted(hyperparameters.keys() - inspect.signature(PPO).parameters.keys())
-            if unknown:
-                raise InputError(
-                    f"{path} sets {unknown[0]}, which this version of PPO has not: use the one that wrote it"
-                )
-            foreign = foreign_names(hyperparameters)
-            refuse_names(hyperparameters, {name for name in foreign if _given(words, f"model.{name}") is not None})
-            hyperparameters = {name: value for name, value in hyperparameters.items() if name not in foreign}
-            self._subcommand_parsers[subcommand].set_defaults({f"model.{k}": v for k, v in hyperparameters.items()})
-        self.config = parser.parse_args(words)
+        given = sys.argv[1:] if args is None else args
+        checkpoint_seed = path = None
+        if isinstance(given, dict | Namespace) or not {"-h", "--help"} & set(given):
+            path, named = self._checkpoint_and_keys(given)
+            if path is not None:
+                checkpoint = read_checkpoint(path)
+                checkpoint_seed = checkpoint[KEY]["seed"]
+                self._set_hyperparameters(path, checkpoint.get("hyper_parameters", {}), named)
+        self.config = _parse(parser, given)
         config = self.config[self.config.subcommand]
+        if path is not None:
+            config.ckpt_path = path
         refuse_unusable(config.trainer.logger)
         if config.seed_everything is True:
             # Lightning would take 0. Processes started by this one find its seed in their environment.
             drawn = random.SystemRandom().randrange(2**31) if checkpoint_seed is None else checkpoint_seed
             config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED", drawn))
+
+    def _checkpoint_and_keys(self, given: list[str] | dict[str, Any] | Namespace) -> tuple[str | None, set[str]]:
+        """Path of the checkpoint that the arguments name, and the keys of the model that they set.
+
+        A parser of the same options reads them, to which the model's values may be anything: which ones are valid depends on
+        the checkpoint (``--model.optimizer.momentum`` where its optimiser is SGD).
+        """
+        outline = copy.copy(self)
+        names = self._model_keys()
+        outline._model_class = _outline_of(names)
+        outline.setup_parser(True, *outline._setup_parser_kwargs(outline.parser_kwargs))
+        with_defaults, without = (
+            _parse(outline.parser, given, defaults=defaults, _skip_validation=True) for defaults in (True, False)
+        )
+        config, explicit = with_defaults[with_defaults.subcommand], without[without.subcommand].get("model", {})
+        named = {name for name in names if name in explicit or config.model[name] is not None}
+        path = config.ckpt_path
+        if path in CHOICES:
+            path = newest_checkpoint(config.trainer.default_root_dir or ".", path)
+        return None if path is None else str(path), named
+
+    def _model_keys(self) -> set[str]:
+        """The parameters of the model's class."""
+        parser = next(iter(self._subcommand_parsers.values()))
+        return set(vars(parser.get_defaults(skip_validation=True).model))
+
+    def _set_hyperparameters(self, path: str, hyperparameters: dict[str, Any], named: set[str]) -> None:
+        """Make a checkpoint's hyperparameters the parsers' defaults.
+
+        Args:
+            path: of the checkpoint.
+            hyperparameters: that it holds.
+            named: those that the arguments set, which replace the checkpoint's.
+
+        Raises:
+            InputError: this version does not have one of them, or no checkpoint may choose it and it is not named.
+        """
+        found = {name: value for name, value in hyperparameters.items() if name not in LIGHTNINGS_OWN}
+        unknown = sorted(found.keys() - self._model_keys())
+        if unknown:
+            raise InputError(f"{path} sets {unknown[0]}, which this version of PPO has not: use the one that wrote it")
+        refuse_names(found, named)
+        foreign = foreign_names(found)
+        for parser in self._subcommand_parsers.values():
+            parser.set_defaults({f"model.{name}": value for name, value in found.items() if name not in foreign})
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -181,6 +233,8 @@ class PPOCLI(LightningCLI):
             kwargs["logger"] = beside_the_folder(loggers, lambda: cast(list[Logger], self._loggers(root)))
         if self.subcommand != "fit":
             self.save_config_callback = None
+        elif self.save_config_callback is SaveConfigCallback:
+            self.save_config_callback = RunConfig
         return super().instantiate_trainer(**kwargs)
 
     def _loggers(self, root: str) -> list[TensorBoardLogger | RunCSVLogger] | bool:
@@ -267,34 +321,30 @@ def main(args: list[str] | None = None) -> None:
         PPOCLI(PPO, **OPTIONS, args=args)
 
 
-def _given(words: list[str], name: str) -> str | None:
-    """Value of an option before anything is parsed: the last ``--name value``, else that of the last config file."""
-    value = _flag(words, name)
-    if value is not None:
-        return value
-    for path in (_flag(words, "config"), _flag(words, "c")):
-        if path is not None and Path(path).is_file():
-            node: Any = _plain_yaml(path)
-            for key in name.split("."):
-                node = node.get(key) if isinstance(node, dict) else None
-            value = value if node is None else str(node)
-    return value
+def _parse(parser: LightningArgumentParser, given: list[str] | dict[str, Any] | Namespace, **how: Any) -> Namespace:
+    """Parse words of a command line, or what Python gave in their place.
+
+    Args:
+        parser: of the command line.
+        given: words, or keys and values.
+        how: further arguments of jsonargparse's parse methods; with them nothing is printed.
+    """
+    if isinstance(given, dict | Namespace):
+        return parser.parse_object(copy.deepcopy(given), **how)
+    words = [word for word in given if not (how and word.partition("=")[0] == "--print_config")]
+    return parser.parse_args(words, **how)
 
 
-def _plain_yaml(path: str) -> Any:
-    try:
-        return yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is no plain YAML ({' '.join(str(error).split())}): correct it there") from error
+def _outline_of(names: Iterable[str]) -> type[LightningModule]:
+    """A class whose constructor takes anything under the names; lists among it, so that ``+=`` appends."""
 
+    def __init__(self: LightningModule, **values: Any) -> None:  # noqa: N807
+        """Take the values."""
 
-def _flag(words: list[str], name: str) -> str | None:
-    """Value of ``--name value`` or ``--name=value``, the last one given; of ``-n value`` for a name of one letter."""
-    dashes = "-" if len(name) == 1 else "--"
-    value = None
-    for index, word in enumerate(words):
-        if word == dashes + name and index + 1 < len(words):
-            value = words[index + 1]
-        elif word.startswith(f"{dashes}{name}="):
-            value = word.partition("=")[2]
-    return value
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    rest = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=list[Any] | Any)
+        for name in sorted(names)
+    ]
+    setattr(__init__, "__signature__", inspect.Signature([own, *rest]))  # noqa: B010
+    return type("Outline", (LightningModule,), {"__init__": __init__})

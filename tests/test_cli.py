@@ -304,3 +304,123 @@ def test_a_logger_that_cannot_write_gives_up_and_training_goes_on(monkeypatch):
         fit()
     assert sum("RunBoard" in str(one.message) for one in said) == 1
     assert table()["step"].max() == 512
+
+
+# --- where values come from --------------------------------------------------------------------------------------------
+
+QUIET = [
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+def write(name: str, text: str) -> str:
+    Path(name).write_text(text)
+    return name
+
+
+def of_last(run: Path = RUN) -> tuple[int, float]:
+    """Environment steps and gamma of a run's last checkpoint."""
+    last = torch.load(run / "checkpoints/last.ckpt")
+    return int(last["state_dict"]["env_steps"]), last["hyper_parameters"]["gamma"]
+
+
+LAST = str(RUN / "checkpoints/last.ckpt")
+WAYS = {
+    "the first of two config files": lambda path: ["fit", "-c", write("a.yaml", path), "--config=b.yaml"],
+    "the second of two config files": lambda path: ["fit", "-c=b.yaml", "--config", write("a.yaml", path)],
+    "a config file of all subcommands": lambda path: [
+        "--config", write("all.yaml", "fit:\n  " + path.replace("\n", "\n  ")), "fit", "--config", "b.yaml"
+    ],
+    "a config file, with a path in another that is switched off": lambda path: [
+        "fit", "--config", write("z.yaml", "ckpt_path: nowhere.ckpt"), "-c", write("a.yaml", path), "-cb.yaml"
+    ],
+    "a flag": lambda path: ["fit", "--config", "b.yaml", f"--ckpt_path={path.split()[1]}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpoint_may_be_named_wherever_a_value_may_stand(way):
+    fit("--model.gamma", "0.9")
+    write("b.yaml", "model: {total_steps: 640}")
+    main([*WAYS[way]("ckpt_path: last\n"), *QUIET])
+    assert of_last() == (640, 0.9)
+    assert [path.name for path in Path("lightning_logs").iterdir()] == ["version_0"]
+
+
+def cli(args: object, **parser_kwargs: object) -> None:
+    from ppo_lightning import PPO
+    from ppo_lightning.cli import OPTIONS, PPOCLI
+
+    PPOCLI(PPO, **{**OPTIONS, "parser_kwargs": {**OPTIONS["parser_kwargs"], **parser_kwargs}}, args=args)
+
+
+QUIETLY = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def test_python_may_give_keys_and_values_in_the_place_of_words():
+    fit("--model.gamma", "0.9")
+    cli({"subcommand": "fit", "fit": {"ckpt_path": "last", "model": {"total_steps": 640}, "trainer": QUIETLY}})
+    assert of_last() == (640, 0.9)
+
+
+def test_environment_variables_and_default_config_files_may_name_a_checkpoint(monkeypatch):
+    fit("--model.gamma", "0.9")
+    monkeypatch.setenv("PL_FIT__CKPT_PATH", "last")
+    monkeypatch.setenv("PL_FIT__MODEL__TOTAL_STEPS", "640")
+    cli(["fit", *QUIET], default_env=True)
+    assert of_last() == (640, 0.9)
+    write("defaults.yaml", "ckpt_path: last\nmodel: {total_steps: 768}\n")
+    cli(["fit", *QUIET], fit={"default_config_files": ["defaults.yaml"]})
+    assert of_last() == (768, 0.9)
+
+
+def test_null_switches_a_checkpoint_of_a_config_off():
+    fit("--model.gamma", "0.9")
+    config = write("a.yaml", "ckpt_path: last\nmodel: {env: CartPole-v1}")
+    fit("--config", config, "--ckpt_path", "null")
+    assert of_last(Path("lightning_logs/version_1")) == (512, 0.99)
+    fit("--config", config, "-c", write("off.yaml", "ckpt_path: null"))
+    assert of_last(Path("lightning_logs/version_2")) == (512, 0.99)
+
+
+def test_values_may_belong_to_the_class_that_the_checkpoint_names():
+    fit("--model.optimizer", "SGD", "--model.optimizer.lr", "0.01")
+    main(["fit", "--ckpt_path", "last", "--model.optimizer.momentum", "0.5", "--model.total_steps", "640", *QUIET])
+    optimizer = torch.load(LAST)["hyper_parameters"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.SGD"
+    assert (optimizer["init_args"]["lr"], optimizer["init_args"]["momentum"]) == (0.01, 0.5)
+
+
+def test_best_is_the_best_checkpoint_of_the_newest_run(capsys):
+    fit("--model.gamma", "0.9", "--trainer.default_root_dir", "runs")
+    fit("--trainer.default_root_dir", "runs", "--trainer.limit_val_batches", "0")
+    capsys.readouterr()
+    for command in ("validate", "test"):
+        main([command, "--ckpt_path", "best", "--trainer.default_root_dir", "runs", "--trainer.accelerator", "cpu"])
+        assert "eval/mean_reward" in capsys.readouterr().out
+    assert "there is no best.ckpt below" in fails("validate", "--ckpt_path=best", "--trainer.default_root_dir=empty")
+
+
+def test_the_config_of_a_resumed_run_repeats_it_from_its_start(monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    fit("--model.gamma", "0.9")
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    main(["fit", "--ckpt_path", "last", "--model.total_steps", "640", *QUIET])
+    config = yaml.safe_load((RUN / "config.yaml").read_text())
+    assert config["ckpt_path"] is None
+    assert (config["model"]["gamma"], config["model"]["total_steps"]) == (0.9, 640)
+    assert config["seed_everything"] == torch.load(LAST)["ppo_lightning"]["seed"]
+    before = contents(RUN)
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    main(["fit", "--config", str(RUN / "config.yaml")])
+    assert contents(RUN) == before
+    assert of_last(Path("lightning_logs/version_1")) == (640, 0.9)
+
+
+def contents(folder: Path | str = ".") -> dict[Path, bytes]:
+    """All files below a folder, and all folders."""
+    return {path: path.read_bytes() if path.is_file() else b"" for path in Path(folder).rglob("*")}
