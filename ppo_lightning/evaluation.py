@@ -109,7 +109,7 @@ def evaluate_episodes(
         if len(cut):
             warnings.warn(
                 f"{environments.name} has not ended an evaluation episode within {MAX_EPISODE_STEPS:,} steps: it is "
-                "counted as it stands; give the environment a time limit (env_kwargs: max_episode_steps)",
+                f"counted as it stands; {environments.time_limit_advice}",
                 stacklevel=2,
             )
         for index in np.union1d(after.ended, cut).astype(int):

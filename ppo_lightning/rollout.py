@@ -199,11 +199,11 @@ class RolloutDataset(IterableDataset[TensorDict]):
         if is_first:
             warn_of_bounds(stepper.observations, self.observation_space)
         self.episodes.add(stepper.rows["reward"], stepper.rows["valid"], steps.ends)
-        if not self._is_endless and self.episodes.shortest() >= ENDLESS:
+        if not self._is_endless and self.environments is not None and self.episodes.shortest() >= ENDLESS:
             self._is_endless = True
             rank_zero_warn(
                 f"no episode has ended in {ENDLESS:,} steps of each environment, so that there are no returns to report: "
-                "give the environment a time limit (env_kwargs: max_episode_steps)"
+                f"{self.environments.time_limit_advice}"
             )
         if self.environments is not None:
             self.logged = added([part.logged.take() for part, _ in self.environments.parts])

@@ -94,6 +94,129 @@ def test_a_final_observation_that_is_not_finite_is_named(fit):
     assert message.startswith("environment 0 returned a final observation that is not finite at step 0")
 
 
+class Parts(Scripted):
+    def __init__(self):
+        super().__init__()
+        inner = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.observation_space = gym.spaces.Dict({"arm": gym.spaces.Dict({"joint": inner}), "eye": inner})
+
+    def see(self, value):
+        return {"arm": {"joint": np.full(2, value, np.float32)}, "eye": np.full(2, value, np.float32)}
+
+
+class Misbehaves(Parts):
+    """Returns something else than the interface promises, from the third step or from ``reset``."""
+
+    def __init__(self, change, where="step"):
+        super().__init__()
+        self.change, self.where, self.taken = change, where, 0
+
+    def step(self, action):
+        given = super().step(action)
+        self.taken += 1
+        return self.change(*given) if self.where == "step" and self.taken == 3 else given
+
+    def reset(self, *, seed=None, options=None):
+        given = super().reset(seed=seed)
+        return self.change(*given) if self.where == "reset" else given
+
+
+MISTAKES = {
+    "reward of shape (1,)": (lambda o, r, te, tr, i: (o, np.array([r]), te, tr, i), "the reward ndarray (1,) float64 ["),
+    "reward in a list": (lambda o, r, te, tr, i: (o, [r], te, tr, i), "the reward list [0.30"),
+    "reward as text": (lambda o, r, te, tr, i: (o, "1.5", te, tr, i), "the reward '1.5' (str): return one number"),
+    "complex reward": (lambda o, r, te, tr, i: (o, 1j, te, tr, i), "the reward complex: return one number"),
+    "flag None": (lambda o, r, te, tr, i: (o, r, None, tr, i), "terminated None: return True or False"),
+    "flag 2": (lambda o, r, te, tr, i: (o, r, te, 2, i), "truncated 2 (int): return True or False"),
+    "flag as text": (lambda o, r, te, tr, i: (o, r, "no", tr, i), "terminated 'no' (str): return True or False"),
+    "flag in an array": (lambda o, r, te, tr, i: (o, r, np.array([te]), tr, i), "terminated ndarray (1,) bool [True]"),
+    "flag NaN": (lambda o, r, te, tr, i: (o, r, np.nan, tr, i), "terminated nan (float): return True or False"),
+    "info None": (lambda o, r, te, tr, i: (o, r, te, tr, None), "the info None: return a dict"),
+    "info list": (lambda o, r, te, tr, i: (o, r, te, tr, [i]), "the info list [{}]: return a dict"),
+    "four values": (lambda o, r, te, tr, i: (o, r, te or tr, i), "(observation, reward, done, info) from step, the API before"),
+    "three values": (lambda o, r, te, tr, i: (o, r, te), "returned 3 values from step"),
+    "nothing": (lambda o, r, te, tr, i: None, "returned None from step"),
+    "part of another shape": (
+        lambda o, *rest: ({**o, "arm": {"joint": np.zeros(3, np.float32)}}, *rest),
+        "whose part 'arm.joint' is ndarray (3,) float32 [0.0, 0.0, 0.0], its space is Box(-inf, inf, (2,), float32)",
+    ),
+    "part of another dtype": (lambda o, *rest: ({**o, "eye": np.zeros(2)}, *rest), "whose part 'eye' is ndarray (2,) float64"),
+    "part as a list": (lambda o, *rest: ({**o, "eye": [0.0, 0.0]}, *rest), "whose part 'eye' is list [0.0, 0.0]"),
+    "part that is none": (lambda o, *rest: ({**o, "arm": 1}, *rest), "whose part 'arm' is 1 (int), a dict is promised"),
+    "part missing": (lambda o, *rest: ({**o, "arm": {}}, *rest), "an observation that lacks the key 'arm.joint' of its space"),
+    "part too many": (lambda o, *rest: ({**o, "ear": 0}, *rest), "has the key 'ear', which its space lacks"),
+    "observation None": (lambda o, *rest: (None, *rest), "an observation that is None, a dict is promised"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_an_environment_returns_by_mistake_is_named_with_key_and_value(fit, name):
+    change, told = MISTAKES[name]
+    message = run(PPO(functools.partial(Misbehaves, change), **SMALL), fit)
+    assert message.startswith("environment 0 returned")
+    assert told in message
+    assert "\n" not in message
+    assert len(message) < 250  # not the whole space
+
+
+RESETS = {
+    "observation alone": (lambda o, i: o, "returned dict {'arm': {'joint': array"),
+    "array alone": (lambda o, i: np.zeros(2, np.float32), "returned ndarray (2,) float32 [0.0, 0.0] from reset, not"),
+    "info None": (lambda o, i: (o, None), "returned (observation, info) from reset with the info None"),
+    "three values": (lambda o, i: (o, 0.0, i), "from reset, not (observation, info)"),
+    "wrong part": (lambda o, i: ({**o, "eye": 0.0}, i), "in reset an observation whose part 'eye' is 0.0 (float)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESETS)
+def test_what_a_reset_returns_by_mistake_is_named(fit, name):
+    change, told = RESETS[name]
+    message = run(PPO(functools.partial(Misbehaves, change, "reset"), **SMALL), fit)
+    assert message.startswith("environment 0 returned")
+    assert told in message
+    assert "\n" not in message
+
+
+@pytest.mark.filterwarnings("ignore:.*ERROR:UserWarning")
+def test_mistakes_are_named_from_worker_processes_and_in_evaluations_too(fit):
+    change, told = MISTAKES["reward in a list"]
+    message = run(PPO(functools.partial(Misbehaves, change), vectorization="async", **SMALL), fit)
+    assert message.startswith("environment ")
+    assert told in message
+    with pytest.raises(EnvironmentFault, match="environment 0 returned in step the reward list"):
+        PPO(functools.partial(Misbehaves, change)).evaluate(2)
+
+
+class OldReset(Probe):
+    def reset(self):
+        return self.see(0.0)
+
+
+class OldStep(Probe):
+    def step(self, action):
+        return self.see(0.0), 1.0, True, {}
+
+
+@pytest.mark.parametrize("wrappers", [[], [functools.partial(gym.wrappers.TimeLimit, max_episode_steps=9)]])
+@pytest.mark.parametrize("env", [OldReset, OldStep])
+def test_the_interface_of_old_gym_is_named_within_wrappers_and_vectors_too(fit, env, wrappers):
+    for model in (PPO(env, wrappers=wrappers, **SMALL), PPO(lambda num_envs: SyncVectorEnv([env] * num_envs), **SMALL)):
+        message = run(model, fit)
+        assert "the API before Gym 0.26" in message
+        assert "\n" not in message
+
+
+def test_numbers_that_mean_what_is_promised_are_taken(fit):
+    class Numbers(Probe):
+        def step(self, action):
+            return self.see(0.0), np.array(2, np.float16), np.int64(1), np.array(False), {}
+
+    batch = PPO(Numbers, **SMALL).rollouts.collect()
+    assert (batch["reward"] == 2).all()
+    assert batch["terminated"].all()
+    assert not batch["truncated"].any()
+
+
 @pytest.mark.parametrize("fault", ["shape", "scalar", "dtype"])
 def test_an_observation_that_its_space_does_not_allow_is_named(fit, fault):
     message = run(PPO(faulty(fault, index=2), **SMALL), fit)
@@ -187,16 +310,6 @@ class Whole(Scripted):
         return np.full(2, int(value), np.uint8)
 
 
-class Parts(Scripted):
-    def __init__(self):
-        super().__init__()
-        inner = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        self.observation_space = gym.spaces.Dict({"arm": gym.spaces.Dict({"joint": inner}), "eye": inner})
-
-    def see(self, value):
-        return {"arm": {"joint": np.full(2, value, np.float32)}, "eye": np.full(2, value, np.float32)}
-
-
 def second(value):
     """Changes the second of several values."""
 
@@ -233,12 +346,12 @@ def second(value):
             {"make": Whole, "observation": lambda seen: seen.astype(int) + 256},
             "environment 0 of .* whole numbers that uint8",
         ),
-        ({"make": Parts, "observation": lambda seen: {"arm": seen["arm"]}}, "without the key 'eye'"),
+        ({"make": Parts, "observation": lambda seen: {"arm": seen["arm"]}}, "lacks the key 'eye'"),
         (
             {"make": Parts, "observation": lambda seen: {**seen, "nose": 1}},
-            "with the key 'nose', which its space lacks",
+            "has the key 'nose', which its space lacks",
         ),
-        ({"make": Parts, "observation": lambda seen: {**seen, "arm": {}}}, "without the key 'arm.joint'"),
+        ({"make": Parts, "observation": lambda seen: {**seen, "arm": {}}}, "lacks the key 'arm.joint'"),
         (
             {"make": Parts, "observation": lambda seen: {**seen, "arm": {"joint": seen["eye"][:, :1]}}},
             r"observations arm.joint \(3, 1\) float32, its space says \(3, 2\)",
@@ -247,7 +360,7 @@ def second(value):
         ({"info": lambda info: None}, "returned in step the info None: return a dict"),
         (
             {"reset": lambda seen, info: seen},
-            r"returned ndarray \(3, 1\) float32 from reset, not \(observation, info\)",
+            r"returned ndarray \(3, 1\) float32 .* from reset, not \(observation, info\)",
         ),
     ],
 )

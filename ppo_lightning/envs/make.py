@@ -19,12 +19,13 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from ppo_lightning.envs.info import FINAL_INFO, FINAL_OBSERVATION
+from ppo_lightning.envs.promise import described, flag, number, old_api, wrong_part, wrong_reset, wrong_step
 from ppo_lightning.envs.state import environment_state, restore_environment
 from ppo_lightning.envs.third_party import adapted
 from ppo_lightning.envs.values import set_values
 from ppo_lightning.envs.workers import Workers
 from ppo_lightning.errors import EnvironmentFault, InputError
-from ppo_lightning.spaces import MASK, children
+from ppo_lightning.spaces import MASK
 
 Env = gym.Env[Any, Any]
 EnvSource = str | VectorEnv | Callable[..., VectorEnv | Env]
@@ -32,6 +33,10 @@ Vectorization = Literal["sync", "async", "vector_entry_point"]
 
 EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "ale_py": "atari", "minigrid": "minigrid", "pygame": "classic-control"}
 """Which extra of ours installs the module that an environment could not import."""
+
+FLAGS = frozenset({bool, np.bool_})
+NUMBERS = frozenset({float, int, np.float64, np.float32, np.int64})
+"""Types of flags and rewards that need no second look."""
 
 RESTARTED = "ppo_lightning_restarted"
 """Where an environment says in its info why it was made anew."""
@@ -92,6 +97,16 @@ class EnvMaker:
             return self.env
         made_by = self.env.func if isinstance(self.env, partial) else self.env
         return getattr(made_by, "__name__", type(made_by).__name__)
+
+    @property
+    def time_limit_advice(self) -> str:
+        """How to give these environments a time limit, in messages."""
+        advice = "give the environment a time limit"
+        if isinstance(self.env, VectorEnv) or self.vectorization == "vector_entry_point":
+            return f"{advice} of its own"
+        if isinstance(self.env, str) or "max_episode_steps" in _parameters(self.env):
+            return f"{advice} (env_kwargs: max_episode_steps)"
+        return f"{advice} (gymnasium.wrappers.TimeLimit among the wrappers, or what {self.name} takes for it)"
 
     def again(self) -> "EnvMaker | None":
         """A recipe for more of the same, for evaluation; None where only the one instance is known.
@@ -274,7 +289,6 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
             observation, info = self._reset(None, options)
             info = {**info, RESTARTED: str(fault)}
         info = _unreserved(info)
-        self._check("reset", observation)
         if self._make is not None:
             self._last = copy.deepcopy(observation)
         return observation, info if self._masks is None else self._masked("reset", info)
@@ -282,13 +296,22 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, with faults named."""
         try:
-            observation, reward, terminated, truncated, info = self._step(action)
+            given = self._step(action)
         except Exception as error:
             fault = self._fault("step", error)
             if self._make is None:
                 raise fault from error
             self._renew()
             return self._last, 0.0, False, True, {RESTARTED: str(fault)}
+        if type(given) is not tuple or len(given) != 5:
+            given = self._five(given)
+        observation, reward, terminated, truncated, info = given
+        if type(reward) not in NUMBERS:
+            reward = self._number(reward)
+        if type(terminated) not in FLAGS or type(truncated) not in FLAGS:
+            terminated, truncated = self._flag("terminated", terminated), self._flag("truncated", truncated)
+        if type(info) is not dict:
+            info = self._dict(given)
         info = _unreserved(info)
         self._check("step", observation)
         if self._make is not None:
@@ -299,6 +322,34 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
             info = self._masked("step", info)
         return observation, reward, terminated, truncated, info
 
+    def _five(self, given: Any) -> Any:
+        if not isinstance(given, tuple | list) or len(given) != 5:
+            raise EnvironmentFault(f"environment {self.index} {wrong_step(given)}")
+        return given
+
+    def _dict(self, given: Any) -> dict[str, Any]:
+        if not isinstance(given[4], Mapping):
+            raise EnvironmentFault(f"environment {self.index} {wrong_step(given)}")
+        return dict(given[4])
+
+    def _number(self, reward: Any) -> float:
+        if reward is None:
+            return np.nan  # refused with the step of the rollout, like any reward that is not finite
+        given = number(reward)
+        if given is None:
+            raise EnvironmentFault(
+                f"environment {self.index} returned in step the reward {described(reward)}: return one number"
+            )
+        return given
+
+    def _flag(self, key: str, value: Any) -> bool:
+        given = flag(value)
+        if given is None:
+            raise EnvironmentFault(
+                f"environment {self.index} returned in step {key} {described(value)}: return True or False"
+            )
+        return given
+
     def _reset(self, seed: int | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
             self._seed = seed
@@ -306,9 +357,13 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
             seed = int(np.random.SeedSequence([self._seed, self._renewals]).generate_state(1)[0])
         self._is_new = False
         try:
-            return self.env.reset(seed=seed, options=options)
+            given: Any = self.env.reset(seed=seed, options=options)
         except Exception as error:
             raise self._fault("reset", error) from error
+        if not isinstance(given, tuple | list) or len(given) != 2 or not isinstance(given[1], Mapping):
+            raise EnvironmentFault(f"environment {self.index} {wrong_reset(given)}")
+        self._check("reset", given[0])
+        return given[0], dict(given[1])
 
     def _renew(self) -> None:
         assert self._make is not None
@@ -326,6 +381,9 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
             raise self._fault(f"action_masks after {where}", error) from error
 
     def _fault(self, where: str, error: Exception) -> EnvironmentFault:
+        old = old_api(error)
+        if old is not None:
+            return EnvironmentFault(f"environment {self.index} {old}")
         # The traceback goes into the text, because a worker process can send nothing else.
         lines = "".join(traceback.format_exception(error))
         return EnvironmentFault(
@@ -333,45 +391,25 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         )
 
     def _check(self, where: str, observation: Any) -> None:
-        if self._is_array:
-            if (
-                isinstance(observation, np.ndarray)
-                and observation.shape == self._shape
-                and observation.dtype == self._dtype
-            ):
-                return
-        elif _fits(observation, self.observation_space):
+        if (
+            self._is_array
+            and isinstance(observation, np.ndarray)
+            and observation.shape == self._shape
+            and observation.dtype == self._dtype
+        ):
             return
-        if isinstance(observation, dict | tuple):
+        problem = wrong_part(observation, self.observation_space)
+        if problem is not None:
             raise EnvironmentFault(
-                f"environment {self.index} returned in {where} an observation that its observation_space "
-                f"{self.observation_space} does not allow: {observation}; correct the one or the other"
+                f"environment {self.index} returned in {where} an observation {problem}: make the environment return what its "
+                "space says, or correct the space"
             )
-        got = f"{type(observation).__name__} {np.shape(observation)} {np.asarray(observation).dtype}"
-        raise EnvironmentFault(
-            f"environment {self.index} returned in {where} an observation that is {got}, its observation_space is "
-            f"{self.observation_space}: make the environment return what its space says, or correct the space"
-        )
 
 
 def _unreserved(info: dict[str, Any]) -> dict[str, Any]:
     if RESERVED.isdisjoint(info):
         return info
     return {key: value for key, value in info.items() if key not in RESERVED}
-
-
-def _fits(observation: Any, space: gym.Space[Any]) -> bool:
-    """Whether an observation has the structure, shapes and dtypes of its space."""
-    inner = children(space)
-    if inner is not None:
-        keys = observation.keys() if isinstance(observation, dict) else range(len(observation))
-        return set(keys) == inner.keys() and all(_fits(observation[key], child) for key, child in inner.items())
-    if isinstance(space, gym.spaces.Box):
-        return isinstance(observation, np.ndarray) and (observation.shape, observation.dtype) == (
-            space.shape,
-            space.dtype,
-        )
-    return space.contains(observation)
 
 
 def resolve(env: EnvSource) -> EnvSource:

@@ -1,13 +1,14 @@
-"""What a vector of environments returns, converted to the shapes and dtypes that its spaces promise, or refused."""
+"""What environments return: converted to the shapes and dtypes that their spaces promise, or refused in one sentence."""
 
+import re
 import reprlib
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsFloat
 
 import numpy as np
 import torch
 from gymnasium import Space
-from gymnasium.spaces import Box, Dict
+from gymnasium.spaces import Box, Dict, Tuple
 from torch import Tensor
 
 from ppo_lightning.envs.info import add_info
@@ -18,6 +19,9 @@ OLD_API = "the API before Gym 0.26"
 """What to call the interface whose ``step`` returned four values and whose ``reset`` returned an observation alone."""
 
 BOOL = np.dtype(bool)
+
+SHOWN = 4
+"""Numbers of an array that a message shows, at most."""
 
 
 class Promise:
@@ -90,12 +94,17 @@ class Promise:
         """Observations of all environments, nested as their space."""
         if self._is_masked and not (isinstance(given, Mapping) and MASK in given):
             raise EnvironmentFault(
-                f"{self.name} returned in {where} an observation without the key '{MASK}' of its space"
+                f"{self.name} returned in {where} an observation that lacks the key '{MASK}' of its space"
             )
-        return self._nested(where, given, self.space, "")
+        if not self._is_masked:
+            return self._nested(where, given, self.space, "")
+        seen = {key: part for key, part in given.items() if key != MASK}
+        return {**self._nested(where, seen, self.space, ""), MASK: given[MASK]}
 
     def row(self, where: str, given: Any, index: int) -> Any:
-        """One observation of one environment, nested as its space."""
+        """One observation of one environment, nested as its space, without its action mask."""
+        if self._is_masked and isinstance(given, Mapping):
+            given = {key: part for key, part in given.items() if key != MASK}
         return self._nested(where, given, self.space, "", index)
 
     def tensor_flags(self, key: str, given: Any, device: torch.device) -> Tensor:
@@ -132,9 +141,7 @@ class Promise:
         if inner is not None:
             parts = self._parts(where, given, space, path)
             converted = {key: self._nested(where, parts[key], inner[key], _joined(path, key), index) for key in inner}
-            if not isinstance(given, Mapping):
-                return tuple(converted.values())
-            return {**converted, MASK: given[MASK]} if not path and MASK in given else converted
+            return converted if isinstance(space, Dict) else tuple(converted.values())
         shape, dtype = (*(self._rows if index is None else ()), *(space.shape or ())), space.dtype
         if type(given) is np.ndarray and given.dtype == dtype and given.shape == shape:
             return given
@@ -155,7 +162,7 @@ class Promise:
             converted = {
                 key: self._nested_tensors(where, parts[key], inner[key], _joined(path, key), device) for key in inner
             }
-            return converted if isinstance(given, Mapping) else tuple(converted.values())
+            return converted if isinstance(space, Dict) else tuple(converted.values())
         shape = (*self._rows, *(space.shape or ()))
         if type(given) is not Tensor or given.shape != shape:
             given = self._tensor(f"observation {path}".strip(), given, shape, device, "numbers")
@@ -246,6 +253,25 @@ def wrong_reset(given: Any) -> str:
     )
 
 
+def old_api(error: Exception) -> str | None:
+    """What to say of an error that an environment with the API before Gym 0.26 causes in its caller; None of any other."""
+    unknown = re.search(r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error))
+    if isinstance(error, TypeError) and unknown is not None:
+        return f"has a reset without {unknown[1]}, {OLD_API}: give it the signature reset(self, *, seed=None, options=None)"
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not isinstance(error, ValueError):
+        return None
+    if not trace.tb_frame.f_globals.get("__name__", "").startswith("gymnasium."):  # the environment's own error
+        return None
+    if "(expected 5, got 4)" in str(error):
+        return wrong_step((None,) * 4)
+    if "to unpack (expected 2" in str(error):
+        return f"did not return (observation, info) from reset: return both; an observation alone is {OLD_API}"
+    return None
+
+
 def wrong_parts(given: Any, space: Space[Any], path: str) -> str | None:
     """How the keys, or the number of parts, of an observation differ from those of its Dict or Tuple space."""
     inner = children(space)
@@ -253,25 +279,31 @@ def wrong_parts(given: Any, space: Space[Any], path: str) -> str | None:
     if isinstance(space, Dict):
         if not isinstance(given, Mapping):
             return f"{_place(path)} {described(given)}, a dict is promised"
-        absent = [key for key in inner if key not in given]
-        extra = [key for key in given if key not in inner and (path or key != MASK)]
-        if not absent and not extra:
+        if given.keys() == inner.keys():
             return None
+        absent, extra = [key for key in inner if key not in given], [key for key in given if key not in inner]
         name = _joined(path, (absent or extra)[0])
-        return f"without the key '{name}' of its space" if absent else f"with the key '{name}', which its space lacks"
-    if isinstance(given, tuple | list) and len(given) == len(inner):
+        return (
+            f"that lacks the key '{name}' of its space"
+            if absent
+            else f"that has the key '{name}', which its space lacks"
+        )
+    if isinstance(given, tuple | list | np.ndarray) and len(given) == len(inner):
         return None
     return f"{_place(path)} {described(given)}, a tuple of {len(inner)} is promised"
 
 
 def wrong_part(given: Any, space: Space[Any], path: str = "") -> str | None:
     """How one environment's observation differs in structure, shape or dtype from its space: the first part that does."""
-    inner = children(space)
-    if inner is not None:
+    if isinstance(space, Dict | Tuple):
         problem = wrong_parts(given, space, path)
-        names = {key: _joined(path, key) for key in inner}
-        each = (wrong_part(given[key], child, names[key]) for key, child in inner.items())
-        return problem or next(filter(None, each), None)
+        if problem is not None:
+            return problem
+        for key, child in space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces):
+            problem = wrong_part(given[key], child, _joined(path, key))
+            if problem is not None:
+                return problem
+        return None
     if isinstance(space, Box):
         if isinstance(given, np.ndarray) and given.shape == space.shape and given.dtype == space.dtype:
             return None
@@ -279,6 +311,26 @@ def wrong_part(given: Any, space: Space[Any], path: str = "") -> str | None:
         return None
     its = "its space" if path else "its observation_space"
     return f"{_place(path)} {described(given)}, {its} is {space}"
+
+
+def number(value: Any) -> float | None:
+    """One number; None of anything else, arrays of one number included."""
+    if (
+        isinstance(value, complex | np.complexfloating)
+        or getattr(value, "ndim", 0)
+        or not isinstance(value, SupportsFloat)
+    ):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def flag(value: Any) -> bool | None:
+    """True or False, of anything that is one number, 0 or 1; None of anything else."""
+    given = number(value)
+    return bool(given) if given in (0.0, 1.0) else None
 
 
 def _place(path: str) -> str:
@@ -291,7 +343,10 @@ def described(value: Any) -> str:
         return "None"
     kind = type(value).__name__
     if isinstance(value, np.ndarray | np.generic | Tensor):
-        return f"{kind} {tuple(value.shape)} {value.dtype}" if value.ndim else f"{value.item()!r} ({kind})"
+        if not value.ndim:
+            return f"{value.item()!r} ({kind})"
+        shown = f" {value.tolist()}" if np.size(value) <= SHOWN and value.dtype != object else ""
+        return f"{kind} {tuple(value.shape)} {value.dtype}{shown}"
     if isinstance(value, str | int | float):
         return f"{value!r} ({kind})"
     return f"{kind} {reprlib.repr(value)}" if isinstance(value, list | tuple | dict) else kind

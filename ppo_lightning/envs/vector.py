@@ -16,7 +16,7 @@ from torch import Tensor
 from ppo_lightning.envs.info import InfoLog, accept_any_info, final_info, mask_of, metrics_at_end, numbers_of
 from ppo_lightning.envs.make import RESTARTED, EnvMaker
 from ppo_lightning.envs.masks import ActionMasks
-from ppo_lightning.envs.promise import Promise
+from ppo_lightning.envs.promise import Promise, old_api
 from ppo_lightning.envs.state import pack, restore_vector, same_environments, unpack, vector_state
 from ppo_lightning.envs.steering import steer
 from ppo_lightning.envs.workers import Watch, WorkerLost, Workers, close
@@ -140,7 +140,7 @@ class Environments:
         self._seed: int | None = None
         self._last: Tree | None = None
         self._lost: WorkerLost | None = None
-        self.name = maker.name
+        self.name, self.time_limit_advice = maker.name, maker.time_limit_advice
         self.num_envs = self.env.num_envs
         self.logged = InfoLog(log_info, self.num_envs)
         """What the environments say in ``info`` beside the reward."""
@@ -483,6 +483,9 @@ class Environments:
         except (EnvironmentFault, InputError):
             raise
         except Exception as error:
+            old = old_api(error)
+            if old is not None:
+                raise EnvironmentFault(f"{self.name} {old}") from error
             lines = "".join(traceback.format_exception(error))
             raise EnvironmentFault(
                 f"{self.name} raised {type(error).__name__} in {where}: {error}\n\n{lines}"
@@ -500,6 +503,7 @@ class Halves:
     def __init__(self, first: Environments, second: Environments) -> None:
         self.halves = first, second
         self.name, self.num_envs = first.name, first.num_envs + second.num_envs
+        self.time_limit_advice = first.time_limit_advice
         self.tensors = None
 
     @property

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import SyncVectorEnv
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from probes import Endless
 
 from ppo_lightning import PPO, evaluation, rollout
+from ppo_lightning.envs.classic_control import CartPole
 
 SMALL = {"num_envs": 2, "num_steps": 16, "total_steps": 128, "num_minibatches": 2}
 
@@ -36,6 +38,19 @@ def test_an_environment_that_never_ends_trains_with_one_warning_and_can_be_evalu
     assert "rollout/ep_rew_mean" not in logged
     with pytest.warns(UserWarning, match="has not ended an evaluation episode within 30 steps"):
         assert model.evaluate(3)["eval/mean_reward"] == 30.0
+
+
+@pytest.mark.parametrize(
+    ("env", "advice"),
+    [
+        ("Taxi-v4", "env_kwargs: max_episode_steps"),
+        (partial(Endless, 10**9), "gymnasium.wrappers.TimeLimit among the wrappers, or what Endless takes for it"),
+        (partial(CartPole, max_episode_steps=10**9), "env_kwargs: max_episode_steps"),
+        (SyncVectorEnv([Endless] * 2), "give the environment a time limit of its own"),
+    ],
+)
+def test_how_to_give_a_time_limit_depends_on_what_the_environment_is(env, advice):
+    assert advice in PPO(env).env_maker.time_limit_advice
 
 
 def test_no_warning_where_episodes_end(fit, monkeypatch):
