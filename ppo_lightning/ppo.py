@@ -81,7 +81,7 @@ from ppo_lightning.resume import described, own_state
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
 from ppo_lightning.shared_sums import SharedSums, sums_over_processes
 from ppo_lightning.snapshot import Snapshot
-from ppo_lightning.spaces import check_mask, cut, describe, rows_of, without_mask
+from ppo_lightning.spaces import MASK, check_mask, cut, describe, rows_of, without_mask
 from ppo_lightning.streams import random_state, restore_random_state
 from ppo_lightning.trainer import (
     attach_callbacks,
@@ -304,6 +304,7 @@ class PPO(LightningModule):
         """The current update was taken by :attr:`compiled`."""
         self._steps_alone = False
         self._was_scheduled = True
+        self._trained_with_masks = self._said_that_masks_miss = False
         self._saved_logs = 0.0
         self.learning_rate = 0.0
         """Of the update that is logged."""
@@ -431,6 +432,7 @@ class PPO(LightningModule):
                 f"the rollout was collected with policy {batch['policy_version']}, this is policy {self.policy_version}: "
                 "something fetched it ahead of the update; pass train_dataloader() on as it is, in no DataLoader"
             )
+        self._trained_with_masks |= MASK in batch
         self._tell("on_rollout_end", batch)
         done = batch["terminated"] | batch["truncated"]
         advantage = generalized_advantage(
@@ -583,6 +585,7 @@ class PPO(LightningModule):
             "seed": self.seed,
             "episodes": list(self.rollouts.episodes.window),
             "not_saved": self._not_saved,
+            "masked": self._trained_with_masks,
         }
 
     @override
@@ -596,6 +599,7 @@ class PPO(LightningModule):
         self._missing = refuse_missing(ours, _passed.get().union(self._given))
         refuse_other_policy(checkpoint, self.state_dict(), self.policy.distribution.describe())
         self._was_scheduled = bool(checkpoint["lr_schedulers"])
+        self._trained_with_masks = ours.get("masked", False)
         self._goes_on, self._paused = ours["processes"], None
         if "PL_GLOBAL_SEED" not in os.environ:  # else seed_everything has been asked for another
             self.seed = ours["seed"]
@@ -1115,11 +1119,20 @@ class PPO(LightningModule):
             observation: [*shape], or [B, *shape] of the observation space, unnormalised; of a Dict or Tuple the parts.
             deterministic: the most probable action; else one is drawn, with torch's global generator.
             state: of the memory, as the call before returned it; None at the start of an episode.
-            action_mask: [M], or [B, M], what is allowed; one that is part of the observation is read from there.
+            action_mask: [M], or [B, M], 1 or True where an action is allowed, else 0 or False; one that is part of the
+                observation is read from there. Without one all actions are allowed, with one warning where the policy
+                was trained with masks.
 
         Raises:
-            InputError: the observation, state or mask fits neither.
+            InputError: the observation, state or mask is not of its space, or fits neither.
         """
+        is_masked = action_mask is not None or without_mask(self.observation_space) is not self.observation_space
+        if self._trained_with_masks and not is_masked and not self._said_that_masks_miss:
+            self._said_that_masks_miss = True
+            rank_zero_warn(
+                f"predict got no action_mask, though the policy was trained with masks of {self.env_maker.name}: all actions "
+                "are allowed, also those that are impossible; pass action_mask as the environment gives it"
+            )
         with self.autocast():
             return predict(
                 self.policy,

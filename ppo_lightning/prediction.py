@@ -17,6 +17,8 @@ from ppo_lightning.spaces import (
     flatten_mask,
     flattener,
     leaves,
+    mask_flags,
+    no_mask,
     refuse_mask_length,
     storage,
     storing,
@@ -104,8 +106,14 @@ def masks(given: Any, action_space: Space[Any], count: int, single: bool, device
         InputError: they do not fit the action space, or allow nothing.
     """
     flat = flatten_mask(_batch_of_one(given) if single else given, action_space)
-    refuse_mask_length(flat.size // count, action_space)
-    mask = flat.reshape(count, -1).astype(bool)
+    length, rest = divmod(flat.size, count)
+    if rest:
+        raise InputError(f"predict needs an {MASK} for each of {count} observations, got {flat.shape}")
+    refuse_mask_length(length, action_space)
+    values = flat.reshape(count, -1)
+    mask, wrong = mask_flags(values)
+    if wrong is not None:
+        raise InputError(f"the {MASK} given to predict has {no_mask(values, wrong)}")
     begin = 0
     for size in choices(action_space):
         if not mask[:, begin : begin + size].any(1).all():
@@ -119,7 +127,12 @@ def _batch_of_one(masks: Any) -> Any:
         return {key: _batch_of_one(part) for key, part in masks.items()}
     if isinstance(masks, tuple):
         return tuple(map(_batch_of_one, masks))
-    return np.asarray(masks)[None]
+    try:
+        return np.asarray(masks)[None]
+    except ValueError:  # lists of several lengths, one for each choice
+        one = np.empty(1, dtype=object)
+        one[0] = masks
+        return one
 
 
 def memories(state: Any, count: int, size: int, device: torch.device) -> Tensor:

@@ -357,19 +357,22 @@ def _(space: Dict | Tuple) -> tuple[int, ...]:
 
 
 def flatten_mask(mask: Any, action_space: Space[Any]) -> Array:
-    """A batch of masks as one array [N, M]: concatenated as it is, or in the parts of a Dict or Tuple action space."""
+    """A batch of masks as one array [N, M]: concatenated as it is, or in the parts of a Dict or Tuple action space.
+
+    Its values are those that were given: :func:`mask_flags` says whether they are a mask's.
+    """
     try:
         if isinstance(mask, Mapping | tuple):
             named = {".".join(map(str, path)): (path, leaf) for path, leaf in _paths(action_space).items()}
             named = {name: (path, choices(leaf)) for name, (path, leaf) in named.items() if choices(leaf)}
             parts = _pick(mask, {name: path for name, (path, _) in named.items()})
-            flat = {name: np.asarray(part, dtype=bool).reshape(len(part), -1) for name, part in parts.items()}
+            flat = {name: np.asarray(part).reshape(len(part), -1) for name, part in parts.items()}
             if any(part.shape[1] != sum(named[name][1]) for name, part in flat.items()):
                 raise ValueError({name: part.shape[1] for name, part in flat.items()})
-            return np.concatenate(list(flat.values()), 1)
+            return _concatenated(list(flat.values()), 1)
         array = np.asarray(mask)
         if array.dtype == object:  # environments gave lists or tuples
-            array = np.stack([_flat_one(one, action_space) for one in array])
+            array = _concatenated([_flat_one(one, action_space)[None] for one in array], 0)
         return array
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(
@@ -382,10 +385,38 @@ def _flat_one(mask: Any, action_space: Space[Any]) -> Array:
     """The mask of one environment, from nested or plain lists."""
     if isinstance(mask, tuple) and children(action_space) is not None:
         parts = _pick(mask, {str(path): path for path, leaf in _paths(action_space).items() if choices(leaf)})
-        return np.concatenate([np.asarray(part, dtype=bool).flatten() for part in parts.values()])
+        return _concatenated([np.asarray(part).flatten() for part in parts.values()], 0)
     if mask is None:
         return np.ones(sum(choices(action_space)), dtype=bool)
-    return np.concatenate([np.asarray(part, dtype=bool).flatten() for part in np.atleast_1d(np.asarray(mask, object))])
+    return _concatenated([np.asarray(part).flatten() for part in np.atleast_1d(np.asarray(mask, object))], 0)
+
+
+def _concatenated(parts: list[Array], axis: int) -> Array:
+    """Arrays as one; of objects where they are not all of numbers, so that each value stays what it is."""
+    if any(part.dtype.kind not in "biuf" for part in parts):
+        parts = [part.astype(object) for part in parts]
+    return np.concatenate(parts, axis)
+
+
+def mask_flags(mask: Array) -> tuple[Array, Array | None]:
+    """A mask [N, M] as bools, and [N, M] bool where it holds neither 0 nor 1; None where it holds nothing else."""
+    if mask.dtype == bool:
+        return mask, None
+    if mask.dtype.kind in "iuf":
+        wrong = (mask != 0) & (mask != 1)
+    else:
+        each = [not isinstance(one, int | float | np.number | np.bool_) or one not in (0, 1) for one in mask.flat]
+        wrong = np.array(each, dtype=bool).reshape(mask.shape)
+    return (mask == 1) if wrong.any() else mask.astype(bool), wrong if wrong.any() else None
+
+
+def no_mask(mask: Array, wrong: Array) -> str:
+    """What to say of a mask [N, M] that holds something else than 0 and 1, at ``wrong`` [N, M]."""
+    value = mask[wrong].flat[0]
+    return (
+        f"{value!r} for action {int(np.argwhere(wrong)[0][1])}: a mask has 1 or True where an action is allowed, 0 or False "
+        "where it is not (what is added to logits, 0 and -inf, is no mask)"
+    )
 
 
 def check_mask(observation_space: Space[Any], action_space: Space[Any]) -> None:

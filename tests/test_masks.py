@@ -221,6 +221,158 @@ def test_a_broken_mask_is_one_sentence_that_names_the_environment(fault, kind, m
         PPO(env, **SMALL).rollouts.collect()
 
 
+def additive(mask):
+    return np.where(mask, 0.0, -np.inf)
+
+
+def shifted(mask):
+    return np.asarray(mask) * 2
+
+
+WRONG = {
+    "additive": additive,
+    "additive of float32": lambda mask: np.where(mask, np.float32(0), np.float32(-1e9)),
+    "of NaN": lambda mask: np.where(mask, 1.0, np.nan),
+    "of 2": shifted,
+    "of -1": lambda mask: np.where(mask, 1, -1),
+    "of probabilities": lambda mask: np.where(mask, 0.5, 0.0),
+    "of texts": lambda mask: [str(bool(one)) for one in mask],
+    "of bytes 0 and 255": lambda mask: np.where(mask, 255, 0).astype(np.uint8),
+    "of None": lambda mask: [True if one else None for one in mask],
+}
+
+
+class Mistaken(InInfo):
+    """Environment 1 says what is allowed in its own way."""
+
+    careless = True
+    change = staticmethod(additive)
+    place = "info"
+
+    def reset(self, *, seed=None, options=None):
+        self.wrong = getattr(self, "wrong", False) if seed is None else seed % 3 == 1
+        return super().reset(seed=seed)
+
+    def info(self):
+        if self.place != "info":
+            return {}
+        return {"action_mask": self.change(self.mask()) if self.wrong else self.mask()}
+
+
+def rollout_of(env, **options):
+    model = PPO(env, **{**SMALL, **options})
+    model.seed = 0
+    while model.environment_seed() % 3:
+        model.seed += 1
+    try:
+        return model.rollouts.collect()
+    finally:
+        model.close_environments()
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("mode", ["ours", "async", *AutoresetMode])
+def test_what_is_no_mask_is_refused_with_the_environments_number(kind, mode):
+    class Wrong(Mistaken):
+        change = staticmethod(WRONG[kind])
+
+    if mode == "async":
+        if kind not in ("additive", "of texts"):
+            pytest.skip("worker processes are slow to start")
+        env, options = Wrong, {"vectorization": "async", "num_envs": 2}
+    else:
+        options = {}
+        env = Wrong if mode == "ours" else lambda num_envs: SyncVectorEnv([Wrong] * num_envs, autoreset_mode=mode)
+    with pytest.raises(
+        EnvironmentFault, match=r"environment 1 of .* gave an action_mask in reset .*a mask has 1 or True"
+    ):
+        rollout_of(env, **options)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_mask_is_refused_by_method_and_in_observations(kind):
+    class Method(Mistaken):
+        place = "method"
+
+        def action_masks(self):
+            return WRONG[kind](self.mask()) if self.wrong else self.mask()
+
+    with pytest.raises(EnvironmentFault, match=r"environment 1 of .* gave an action_mask in reset"):
+        rollout_of(Method)
+
+    class Observed(Mistaken):
+        place = "observation"
+
+        def __init__(self):
+            super().__init__()
+            bounds = Box(-np.inf, np.inf, (4,), np.float64)
+            self.observation_space = Dict({"observation": self.observation_space, "action_mask": bounds})
+
+        def see(self):
+            mask = self.mask()
+            given = np.asarray(WRONG[kind](mask) if self.wrong else mask)
+            return {"observation": super().see(), "action_mask": given.astype(np.float64)}
+
+    if "texts" not in kind and "None" not in kind:
+        with pytest.raises(EnvironmentFault, match=r"environment 1 of .* gave an action_mask in reset"):
+            rollout_of(Observed)
+
+
+def test_what_is_no_mask_is_refused_in_steps_and_in_parts():
+    class Later(Mistaken):
+        def info(self):
+            return {"action_mask": additive(self.mask()) if self.wrong and self.steps == 2 else self.mask()}
+
+    with pytest.raises(EnvironmentFault, match=r"environment 1 of .* gave an action_mask in step with .*(inf|0\.0)"):
+        rollout_of(Later)
+
+    class Apart(Parts):
+        def _see(self):
+            state, info = super()._see()
+            return state, {"action_mask": {key: additive(part) for key, part in info["action_mask"].items()}}
+
+    with pytest.raises(EnvironmentFault, match=r"environment 0 of .* gave an action_mask in reset"):
+        rollout_of(partial(Apart, False))
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_predict_refuses_what_is_no_mask(kind):
+    model = PPO(InInfo, **SMALL)
+    mask, observation = np.arange(4) == 2, np.zeros((2, 1), np.float32)
+    with pytest.raises(InputError, match=r"given to predict has .*a mask has 1 or True"):
+        model.predict(observation[0], action_mask=WRONG[kind](mask))
+    with pytest.raises(InputError, match=r"given to predict has .*a mask has 1 or True"):
+        model.predict(observation, action_mask=[mask.tolist(), list(WRONG[kind](mask))])
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint8, np.int64, np.float32, np.float64, object])
+def test_a_mask_of_0_and_1_may_have_any_dtype(dtype):
+    class Other(InInfo):
+        def info(self):
+            return {"action_mask": self.mask().astype(dtype)}
+
+    assert (rollout_of(Other)["action_mask"].sum(-1) == 1).all()
+    mask = (np.arange(4) == 2).astype(dtype)
+    model = PPO(InInfo, **SMALL)
+    assert model.predict(np.zeros(1, np.float32), action_mask=mask) == 2
+    assert model.predict(np.zeros(1, np.float32), action_mask=mask.tolist()) == 2
+
+
+def test_predict_without_a_mask_says_once_that_the_policy_was_trained_with_masks(fit, tmp_path, recwarn):
+    observation = np.zeros(1, np.float32)
+    model = PPO(InInfo, **SMALL)
+    model.predict(observation)
+    fit(model).save_checkpoint(tmp_path / "masked.ckpt")
+    for trained in (model, PPO.load_from_checkpoint(tmp_path / "masked.ckpt", env=InInfo)):
+        trained.predict(observation, action_mask=[1, 1, 0, 0])
+        with pytest.warns(UserWarning, match="predict got no action_mask, though the policy was trained with masks"):
+            trained.predict(observation)
+        trained.predict(observation)  # else a warning, which is an error in the tests
+    fit(PPO(InObservation, **SMALL)).save_checkpoint(tmp_path / "observed.ckpt")
+    seen, _ = InObservation().reset(seed=0)
+    PPO.load_from_checkpoint(tmp_path / "observed.ckpt", env=InObservation).predict(seen)
+
+
 def test_the_mask_is_kept_in_the_update(fit):
     """Were it not, the ratio of the first minibatch would not be 1, and an entropy would count forbidden actions."""
     entropies = []

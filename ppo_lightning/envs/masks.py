@@ -7,7 +7,17 @@ import numpy as np
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 from ppo_lightning.errors import EnvironmentFault
-from ppo_lightning.spaces import MASK, Array, check_mask, choices, flatten_mask, refuse_mask_length, without_mask
+from ppo_lightning.spaces import (
+    MASK,
+    Array,
+    check_mask,
+    choices,
+    flatten_mask,
+    mask_flags,
+    no_mask,
+    refuse_mask_length,
+    without_mask,
+)
 
 
 class ActionMasks:
@@ -16,13 +26,14 @@ class ActionMasks:
     Args:
         name: of the environment, for messages.
         env: the vector that gives them.
+        first: number of its first environment, in messages.
 
     Raises:
         InputError: the observation's mask does not fit the action space.
     """
 
-    def __init__(self, name: str, env: VectorEnv) -> None:
-        self.name = name
+    def __init__(self, name: str, env: VectorEnv, first: int) -> None:
+        self.name, self._first = name, first
         self.num_envs = env.num_envs
         self.action_space = env.single_action_space
         self.observed = without_mask(env.single_observation_space) is not env.single_observation_space
@@ -79,21 +90,31 @@ class ActionMasks:
         absent = needed & ~np.broadcast_to(there, self.num_envs)
         if given is None or absent.any():
             raise EnvironmentFault(
-                f"environment {np.flatnonzero(absent).tolist()} of {self.name} gave no info['{MASK}'] in {where}: give it "
+                f"environment {self._numbers(absent)} of {self.name} gave no info['{MASK}'] in {where}: give it "
                 "in every reset and step, or never"
             )
-        mask = flatten_mask(given, self.action_space)
-        mask = mask.reshape(self.num_envs, -1).astype(bool)
-        if mask.shape[1] != len(self._free):
-            refuse_mask_length(mask.shape[1], self.action_space)
-        mask[~needed] = True
+        values = flatten_mask(given, self.action_space).reshape(self.num_envs, -1)
+        if values.shape[1] != len(self._free):
+            refuse_mask_length(values.shape[1], self.action_space)
+        mask, wrong = mask_flags(values)
+        if wrong is not None and wrong[needed].any():
+            wrong &= needed[:, None]
+            index = self._first + int(np.argwhere(wrong)[0][0])
+            raise EnvironmentFault(
+                f"environment {index} of {self.name} gave an {MASK} in {where} with {no_mask(values, wrong)}"
+            )
+        mask = np.where(needed[:, None], mask, True)
         nothing = ~np.logical_or.reduceat(mask, self._begins, axis=1).all(1)
         if nothing.any():
             raise EnvironmentFault(
-                f"environment {np.flatnonzero(nothing).tolist()} of {self.name} allows no action after {where}: its "
+                f"environment {self._numbers(nothing)} of {self.name} allows no action after {where}: its "
                 f"{MASK} has a choice with nothing valid; end the episode before, or allow an action that does nothing"
             )
         self.now = mask
+
+    def _numbers(self, which: Any) -> list[int]:
+        """Numbers of the environments [N] bool, in messages."""
+        return (self._first + np.flatnonzero(which)).tolist()
 
 
 def _mask_methods(env: VectorEnv) -> list[Callable[[], Array]]:

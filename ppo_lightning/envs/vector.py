@@ -157,7 +157,7 @@ class Environments:
             ) from error
         self._flatten = flattener(without_mask(self.env.single_observation_space))
         self._promise = Promise(self.name, self.env.single_observation_space, self.num_envs, first)
-        self._masks = ActionMasks(self.name, self.env)
+        self._masks = ActionMasks(self.name, self.env, first)
         self._done = np.zeros(self.num_envs, dtype=bool)
         self._none_ended = np.zeros(0, dtype=np.int64)
         self._action: Any = None
