@@ -231,11 +231,11 @@ def newest_checkpoint(root: str | Path, choice: str = "last") -> Path:
         try:
             read_checkpoint(path)
         except InputError as error:
-            rank_zero_warn(f"ckpt_path {choice} passes over a file: {error}")
+            rank_zero_warn(f"--ckpt_path {choice} passes over a file: {error}")
         else:
             return path
     raise InputError(
-        f"ckpt_path {choice}: there is no {names[0]} below {Path(root).resolve()} that can be read; "
+        f"--ckpt_path {choice}: there is no {names[0]} below {Path(root).resolve()} that can be read; "
         "give the path of a checkpoint, or train first"
     )
 
