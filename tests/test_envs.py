@@ -1,13 +1,15 @@
+import dataclasses
 import functools
 import multiprocessing
 import time
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from probes import Endless, Faulty, Probe, Scripted
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
@@ -587,3 +589,103 @@ def test_a_callable_is_told_how_many_where_it_asks():
     assert made == [5]
     model.evaluate(2)
     assert made == [5, 2]
+
+
+# --- wrappers with statistics of their own -----------------------------------------------------------------------------
+
+
+class Mine(gym.wrappers.NormalizeObservation):
+    pass
+
+
+class Moments:
+    def __init__(self):
+        self.mean, self.var, self.count = 0.0, 1.0, 1e-4
+
+
+class Scaled(gym.RewardWrapper):
+    """As wrappers of other packages do it."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.ret_rms = Moments()
+
+    def reward(self, reward):
+        return reward / self.ret_rms.var
+
+
+class OfParts(gym.ObservationWrapper):
+    def __init__(self, env):
+        super().__init__(env)
+        self.statistics = {"place": Moments()}
+
+    def observation(self, observation):
+        return observation
+
+
+OBSERVATION, REWARD = "normalize_observation: true", "normalize_reward: true"
+NORMALIZE = gym.wrappers.NormalizeObservation
+IN_VECTORS = gym.wrappers.vector
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "advice"),
+    [
+        (NORMALIZE, OBSERVATION),
+        (gym.wrappers.NormalizeReward, REWARD),
+        (partial(gym.wrappers.NormalizeReward, gamma=0.9), REWARD),
+        (Mine, OBSERVATION),
+        (Scaled, REWARD),
+        (OfParts, f"{OBSERVATION} and {REWARD}"),
+    ],
+)
+@pytest.mark.parametrize("where", ["wrappers", "below another", "callable", "vector", "async vector", "instance"])
+def test_wrappers_with_statistics_of_their_own_are_refused(wrapper, advice, where, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    make = lambda: wrapper(gym.make("Pendulum-v1"))  # noqa: E731
+    below = lambda: gym.wrappers.TimeAwareObservation(make())  # noqa: E731
+    options: dict[str, Any] = {
+        "wrappers": {"env": "Pendulum-v1", "wrappers": [wrapper]},
+        "below another": {"env": "Pendulum-v1", "wrappers": [wrapper, gym.wrappers.TimeAwareObservation]},
+        "callable": {"env": below},
+        "vector": {"env": lambda num_envs: SyncVectorEnv([below] * num_envs)},
+        "async vector": {"env": lambda num_envs: AsyncVectorEnv([below] * num_envs)},
+        "instance": {"env": SyncVectorEnv([make])} if where == "instance" else {},
+    }[where]
+    if where == "async vector" and wrapper is not NORMALIZE:
+        pytest.skip("worker processes are slow to start")
+    with pytest.raises(InputError, match=rf"normalises by running statistics of its own: .*set {advice}"):
+        PPO(**options, num_envs=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "advice"), [(IN_VECTORS.NormalizeObservation, OBSERVATION), (IN_VECTORS.NormalizeReward, REWARD)]
+)
+def test_vectors_wrapped_in_statistics_of_their_own_are_refused(wrapper, advice):
+    def make(num_envs):
+        vector = wrapper(gym.make_vec("Pendulum-v1", num_envs, vectorization_mode="sync"))
+        return IN_VECTORS.RecordEpisodeStatistics(vector)
+
+    with pytest.raises(InputError, match=rf"wrapped in {wrapper.__name__}, which .*set {advice}"):
+        PPO(make, num_envs=2)
+
+
+def test_an_id_that_is_registered_with_such_a_wrapper_is_refused(monkeypatch):
+    spec = gym.spec("Pendulum-v1")
+    own = gym.envs.registration.WrapperSpec("Mine", "test_envs:Mine", {})
+    monkeypatch.setitem(gym.registry, "Own-v0", dataclasses.replace(spec, id="Own-v0", additional_wrappers=(own,)))
+    with pytest.raises(InputError, match="Own-v0 is wrapped in Mine"):
+        PPO("Own-v0", num_envs=2)
+
+
+def test_wrappers_without_statistics_of_their_own_are_taken():
+    unit = np.full(3, -1, np.float32), np.full(3, 1, np.float32)
+    wrappers = [
+        gym.wrappers.RecordEpisodeStatistics,
+        partial(gym.wrappers.RescaleObservation, min_obs=unit[0], max_obs=unit[1]),
+        partial(gym.wrappers.TransformReward, func=lambda reward: reward / 10),
+        partial(gym.wrappers.ClipReward, min_reward=-1.0, max_reward=1.0),
+        gym.wrappers.TimeAwareObservation,
+    ]
+    assert PPO("Pendulum-v1", wrappers=wrappers, num_envs=2).observation_space.shape == (4,)

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from ppo_lightning.envs.info import FINAL_INFO, FINAL_OBSERVATION
 from ppo_lightning.envs.promise import described, flag, number, old_api, wrong_part, wrong_reset, wrong_step
@@ -40,6 +40,9 @@ NUMBERS = frozenset({float, int, np.float64, np.float32, np.int64})
 
 RESTARTED = "ppo_lightning_restarted"
 """Where an environment says in its info why it was made anew."""
+
+NORMALIZERS = {"normalize_observation": ("obs",), "normalize_reward": ("rew", "ret")}
+"""Our parameters that normalise, with parts of the names of wrappers, or of their attributes, that do the same."""
 
 RESERVED = frozenset((FINAL_OBSERVATION, FINAL_INFO))
 """Keys of info that belong to the vector: an environment's own values under them are left out."""
@@ -125,7 +128,11 @@ class EnvMaker:
         return EnvMaker(spec.id, kwargs, spec.kwargs.get("wrappers", ()), mode)
 
     def probe(self, num_envs: int) -> tuple[gym.Space[Any], gym.Space[Any], VectorEnv | None]:
-        """Spaces of one environment, and the vector itself where making one was the only way to learn them."""
+        """Spaces of one environment, and the vector itself where making one was the only way to learn them.
+
+        Raises:
+            InputError: a wrapper normalises by statistics of its own.
+        """
         if isinstance(self.env, VectorEnv):
             made: VectorEnv | Env = adapted(self.env)
         elif isinstance(self.env, str) and self.vectorization != "vector_entry_point":
@@ -133,10 +140,17 @@ class EnvMaker:
         else:
             made = self._call(num_envs)
         if isinstance(made, VectorEnv):
+            try:
+                refuse_running_statistics(made, self.name)
+            except InputError:
+                if not self.is_instance:
+                    made.close()
+                raise
             return made.single_observation_space, made.single_action_space, made
         for wrapper in () if isinstance(self.env, str) else self.wrappers:
             made = wrapper(made)
         made.close()
+        refuse_running_statistics(made, self.name)
         return made.observation_space, made.action_space, None
 
     def __call__(self, num_envs: int, first: int = 0) -> VectorEnv:
@@ -210,6 +224,55 @@ class EnvMaker:
         # imported this package once. Scripts need `if __name__ == "__main__":`, as with any such workers.
         multiprocessing.get_context("forkserver").set_forkserver_preload(["ppo_lightning.envs"])
         return Workers(makers, first)
+
+
+def refuse_running_statistics(env: Any, name: str) -> None:
+    """Refuse an environment with a wrapper that normalises by statistics which it gathers while it is stepped.
+
+    Evaluations, ``predict`` and checkpoints know nothing of them: they would see other observations, or report normalised
+    returns.
+
+    Args:
+        env: environment or vector, just made.
+        name: what to call it in messages.
+
+    Raises:
+        InputError: it names the wrapper, and the parameter to use in its place.
+    """
+    for layer in _layers(env):
+        kept = [key for key, value in vars(layer).items() if _is_running(value)]
+        is_gymnasiums = isinstance(layer, gym.wrappers.NormalizeObservation | gym.wrappers.NormalizeReward)
+        if not is_gymnasiums and (_is_for_training(type(layer)) or not (kept or hasattr(layer, "update_running_mean"))):
+            continue
+        words = " ".join([type(layer).__name__, *kept]).lower()
+        named = [key for key, parts in NORMALIZERS.items() if any(part in words for part in parts)] or list(NORMALIZERS)
+        raise InputError(
+            f"{name} is wrapped in {type(layer).__name__}, which normalises by running statistics of its own: evaluations, "
+            f"predict and checkpoints do not have them; leave it out and set {' and '.join(f'{key}: true' for key in named)}"
+        )
+
+
+def _layers(env: Any) -> Iterator[Any]:
+    """The wrappers of an environment or vector, outermost first, and those of the environments in a vector."""
+    for attribute in ("env", "venv"):
+        inner = vars(env).get(attribute) if hasattr(env, "__dict__") else None
+        if inner is not None:
+            yield env
+            yield from _layers(inner)
+            return
+    if isinstance(env, AsyncVectorEnv):  # whose environments are out of reach, in their processes
+        with contextlib.closing(env.env_fns[0]()) as one:
+            yield from _layers(one)
+    elif isinstance(env, SyncVectorEnv):
+        for one in env.envs:
+            yield from _layers(one)
+
+
+def _is_running(value: Any) -> bool:
+    """Whether a value holds running moments, as Gymnasium's and Stable-Baselines3's ``RunningMeanStd`` do."""
+    if isinstance(value, dict):
+        return any(_is_running(part) for part in value.values() if not isinstance(part, dict))
+    return hasattr(value, "__dict__") and vars(value).keys() >= {"mean", "var", "count"}
 
 
 def _is_for_training(wrapper: Callable[[Env], Env]) -> bool:

@@ -44,10 +44,10 @@ RUNS = {
     "wrappers": {
         "env": "Pendulum-v1",
         "wrappers": [
-            gym.wrappers.NormalizeObservation,
+            lambda env: gym.wrappers.DelayObservation(env, 2),
             gym.wrappers.TimeAwareObservation,
             lambda env: gym.wrappers.FrameStackObservation(env, 3),
-            gym.wrappers.NormalizeReward,
+            lambda env: gym.wrappers.StickyAction(env, 0.3),
         ],
     },
     "workers": {"env": "CartPole-v1", "vectorization": "async"},
