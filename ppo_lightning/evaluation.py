@@ -118,6 +118,9 @@ def evaluate_episodes(
                 outcome = after.outcome[np.searchsorted(after.ended, index)]
             if len(results[index]) < quota[index] and not environments.crashed[index]:
                 results[index].append((totals[index], lengths[index], *map(float, outcome)))
+                if index in after.ended:
+                    row = np.searchsorted(after.ended, index)
+                    environments.logged.end_episode({name: float(rows[row]) for name, rows in after.metrics.items()})
             totals[index] = lengths[index] = 0
         observation, start = after.observation, after.begun
     return torch.tensor([episode for env in results for episode in env], dtype=torch.float64).view(-1, 4)
@@ -139,7 +142,10 @@ def _check_finite(after: Transition, step: int) -> None:
 
 
 def said(sums: Sums) -> dict[str, float]:
-    """What the environments said in ``info``, under ``eval/``: means over the steps that the evaluation took."""
+    """What the environments said in ``info``, under ``eval/``: means over the steps that the evaluation took.
+
+    Of ``info["metrics"]`` they are means over the episodes that count, of the value at their end.
+    """
     return {f"eval/{name}": value for name, value in means(sums).items()}
 
 

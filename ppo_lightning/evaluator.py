@@ -214,7 +214,7 @@ def _evaluate(evaluation: Evaluation, environments: Environments, weights: bytes
             seed=seed,
             deterministic=evaluation.deterministic,
         )
-    return {**summarize(episodes), **said(environments.logged.take())}
+    return {**summarize(episodes), **said(environments.logged.take_evaluation())}
 
 
 def _end_with(parent: int) -> None:

@@ -1197,7 +1197,7 @@ class PPO(LightningModule):
             except BaseException:
                 self.supply.close_evaluation()  # another evaluation makes new ones
                 raise
-            logged = environments.logged.take()
+            logged = environments.logged.take_evaluation()
         rows = self.gather(torch.cat([episodes.flatten(), episodes.new_tensor([bool(logged)])])).view(world, -1)
         if rows[:, -1].any():
             logged = self._of_all(logged)

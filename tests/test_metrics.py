@@ -307,6 +307,34 @@ def test_a_success_counts_in_whatever_it_comes(mode, yes):
     assert sorted(told(infos, mode).episodes.finished[:, 2].tolist()) == [0.0, 0.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluations_average_metrics_at_the_end_of_the_episodes_that_count(mode, tmp_path):
+    """EmbodiChain's ``eval/metrics/progress`` of t / 4 is 1, not its mean over steps; in training it is that mean."""
+    own = [
+        {"metrics": {"progress": step / 4, "early": 5.0 if step == 1 else None}, "log": {"height": step}}
+        for step in (4, 1, 2, 3)
+    ]
+    other = [{"metrics": {"progress": 2 * info["metrics"]["progress"]}} for info in own]  # ``infos[steps % 4]``
+    env = partial(Says, (own, other))
+    options: dict = {"env": env, "vectorization": "async"} if mode == "async" else {"env": env}
+    if mode not in ("async", "sync"):
+        options["env"] = lambda num_envs: SyncVectorEnv([env] * num_envs, autoreset_mode=mode)
+    model = PPO(**options, num_envs=2, num_steps=8, num_minibatches=1)
+    model.seed = 0
+    while model.evaluation_seed() % 2:
+        model.seed += 1
+    for num_episodes, progress in [(2, 1.5), (3, 4 / 3)]:  # of three the first environment runs two
+        statistics = model.evaluate(num_episodes)
+        assert statistics["eval/env/progress"] == pytest.approx(progress)
+        assert statistics["eval/env/height"] == 2.5
+        assert "eval/env/early" not in statistics
+    model.close_environments()
+    sums = told((own, other), mode).logged
+    steps = [1, 2, 3, 4] * 2 + ([] if mode is AutoresetMode.NEXT_STEP else [1, 2])  # two of whose ten rows are resets
+    assert sums["env/progress"][0] / sums["env/progress"][1] == pytest.approx(1.5 * np.mean(steps) / 4)
+    assert sums["env/early"] == (5.0 * steps.count(1), steps.count(1))
+
+
 class Listed(VectorEnv):
     """A vector of its own, whose info is what ``info`` gives for its N environments."""
 

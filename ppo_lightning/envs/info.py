@@ -32,7 +32,8 @@ class InfoLog:
 
     A part of the reward is logged as ``reward/<name>``, its mean per step, and as ``reward_components/<name>``, the mean
     over the episodes that ended of its sum over all of an episode, whichever rollouts it began in. Anything else is logged
-    as ``env/<name>``, its mean per step and environment that gave it.
+    as ``env/<name>``, its mean per step and environment that gave it; in evaluations what is under :data:`METRICS` is the mean
+    over episodes of the value at their end, as EmbodiChain has it.
 
     Args:
         keys: of ``info``, beside :data:`REWARD_KEYS` and :data:`ENV_KEYS`.
@@ -47,6 +48,10 @@ class InfoLog:
         self._saved: dict[str, Tensor] = {}
         """The same of a run that goes on, until a step shows whether arrays or tensors are given."""
         self._sums: dict[str, list[Any]] = {}
+        self._metrics: dict[str, list[Any]] = {}
+        """Of each step, what is under :data:`METRICS`."""
+        self._ends: dict[str, list[Any]] = {}
+        """The same at the ends of episodes, those that :meth:`end_episode` was called for."""
 
     def step(self, info: dict[str, Any], done: Any, valid: Array | None) -> None:
         """Take in one step.
@@ -72,7 +77,7 @@ class InfoLog:
         if isinstance(done, np.ndarray) and not done.any():
             return
         for name, carry in self.carry.items():
-            self._account(f"reward_components/{name}", _where(done, carry), done.sum())
+            self._account(f"reward_components/{name}", _where(done, carry), done.sum(), self._sums)
             carry[done] = 0.0
 
     def _add(self, info: Mapping[str, Any], like: Any, counts: Any) -> None:
@@ -92,9 +97,9 @@ class InfoLog:
             return  # texts, or objects: nothing to add up
         numbers = _where(known, numbers)
         if key not in REWARD_KEYS:
-            self._account(f"env/{name}", numbers, number)
+            self._account(f"env/{name}", numbers, number, self._metrics if key == METRICS else self._sums)
             return
-        self._account(f"reward/{name}", numbers, number)
+        self._account(f"reward/{name}", numbers, number, self._sums)
         if not numbers.ndim:
             return
         if name not in self.carry:
@@ -102,15 +107,27 @@ class InfoLog:
             self.carry[name] = torch.zeros(shape).to(numbers.device) if isinstance(numbers, Tensor) else np.zeros(shape)
         self.carry[name] += numbers
 
-    def _account(self, name: str, numbers: Any, number: Any) -> None:
-        entry = self._sums.setdefault(name, [0.0, 0])
+    def _account(self, name: str, numbers: Any, number: Any, sums: dict[str, list[Any]]) -> None:
+        entry = sums.setdefault(name, [0.0, 0])
         entry[0] = entry[0] + numbers.sum()  # on a device nothing waits for it
         entry[1] = entry[1] + number
 
+    def end_episode(self, metrics: Mapping[str, float]) -> None:
+        """Take in what an episode of an evaluation ended with, by name under :data:`METRICS`; NaN is left out."""
+        for name, value in metrics.items():
+            self._account(f"env/{name}", np.nan_to_num(value), value == value, self._ends)
+
     def take(self) -> Sums:
-        """What was added up since the last call."""
-        sums, self._sums = self._sums, {}
-        return {name: (float(total), float(number)) for name, (total, number) in sums.items() if number}
+        """What was added up of steps since the last call."""
+        sums = added([_plain(self._sums), _plain(self._metrics)])
+        self._sums, self._metrics, self._ends = {}, {}, {}
+        return sums
+
+    def take_evaluation(self) -> Sums:
+        """What was added up since the last call, of :data:`METRICS` at the ends of episodes."""
+        sums = added([_plain(self._sums), _plain(self._ends)])
+        self._sums, self._metrics, self._ends = {}, {}, {}
+        return sums
 
     def restart(self) -> None:
         """All episodes begin anew; what was added up of steps stays."""
@@ -207,6 +224,10 @@ def _number(one: Any) -> float:
         return float(one)
     except OverflowError:  # an integer beyond what floats reach
         return np.nan
+
+
+def _plain(sums: Mapping[str, list[Any]]) -> Sums:
+    return {name: (float(total), float(number)) for name, (total, number) in sums.items() if number}
 
 
 def added(every: list[Sums]) -> Sums:
