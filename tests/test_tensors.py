@@ -263,6 +263,106 @@ def test_rsl_rls_time_limits_bootstrap_from_the_observation_before():
     assert_close(batch["next_state_value"][4, 0], batch["state_value"][4, 0])
 
 
+class Shows(Simulation):
+    """Shows what its episodes end with, and logs: ``name`` of the key, ``form`` of what is in it."""
+
+    def __init__(self, num_envs, name="final_obs", form="tensor", grouped=False):
+        super().__init__(num_envs, grouped)
+        self.name, self.form = name, form
+        self.extras: dict = {}
+
+    def step(self, actions):
+        last = (self.count + 1)[:, None]
+        observation, reward, done, extras = super().step(actions)
+        groups = {"policy": last, "critic": last * 2}
+        shown: object = groups if self.grouped else last
+        if self.form == "objects":
+            shown = np.full(self.num_envs, None, dtype=object)
+            for index in done.nonzero()[:, 0].tolist():
+                shown[index] = {name: part[index] for name, part in groups.items()} if self.grouped else last[index]
+        elif self.form == "some":
+            shown = {"policy": last}
+        elif self.form == "wrong":
+            shown = last[:1]
+        elif self.form == "TensorDict":
+            shown = TensorDict(groups, [self.num_envs])
+        if done.any():  # Isaac Lab keeps one dictionary, and replaces these where episodes end
+            self.extras |= {self.name: shown, "log": {"Episode_Reward/track": last.mean(), "Curriculum/level": 2}}
+        return (
+            observation,
+            reward,
+            done,
+            {**self.extras, **extras, "reward_components": {"alive": torch.ones(self.num_envs)}},
+        )
+
+
+@pytest.mark.parametrize("name", ["final_obs", "final_observation"])
+@pytest.mark.parametrize(
+    ("form", "grouped"),
+    [("tensor", False), ("objects", False), ("tensor", True), ("objects", True), ("TensorDict", True)],
+)
+@pytest.mark.parametrize("memory", [None, "gru"])
+def test_time_limits_bootstrap_from_the_final_observations_that_a_simulator_shows(name, form, grouped, memory):
+    keys = {"actor_keys": ["policy"], "critic_keys": ["policy", "critic"]} if grouped else {}
+    policy = partial(ActorCritic, memory=memory, **keys)
+    model = PPO(partial(Shows, name=name, form=form, grouped=grouped), policy=policy, **SIZE)
+    batch = model.rollouts.collect()
+    assert batch["truncated"][4, 0]
+    assert batch["terminated"][2, 1]
+    assert isinstance(model.rollouts._stepper, TensorStepper if memory is None else ArrayStepper)
+    if memory is None:
+        last = torch.tensor([[5.0]])
+        seen = {"policy": last, "critic": 2 * last} if grouped else last
+        assert_close(batch["next_state_value"][4, :1], model.policy.critic(seen))
+    else:
+        assert not torch.equal(batch["next_state_value"][4, 0], batch["state_value"][4, 0])
+
+
+def test_groups_that_a_simulator_does_not_show_are_those_of_the_observation_before():
+    policy = partial(ActorCritic, actor_keys=["policy"], critic_keys=["policy", "critic"])
+    model = PPO(partial(Shows, form="some", grouped=True), policy=policy, **SIZE)
+    batch = model.rollouts.collect()
+    value = model.policy.critic({"policy": torch.tensor([[5.0]]), "critic": torch.tensor([[8.0]])})
+    assert_close(batch["next_state_value"][4, :1], value)
+
+
+def test_final_observations_of_another_shape_are_refused():
+    with pytest.raises(EnvironmentFault, match=r"Shows gave final observations \(1, 1\) .*give a tensor \(4, 1\)"):
+        PPO(partial(Shows, form="wrong"), **SIZE).rollouts.collect()
+
+
+def test_what_simulators_log_is_logged():
+    class Logs(Simulation):
+        def step(self, actions):
+            *others, extras = super().step(actions)
+            log = {
+                "Episode_Reward/track": torch.tensor(0.5), "Curriculum/level": 2, "/per_env": torch.arange(4.0),
+                "ended": torch.tensor([1.0, 2.0]), "none": torch.zeros(0), "text": "fine", "nothing": None,
+            }  # fmt: skip
+            components = {"alive": torch.ones(4)}
+            return *others, {**extras, "log": log, "episode": {"rew": torch.ones(1)}, "reward_components": components}
+
+    class Both(Logs):
+        def step(self, actions):
+            *others, extras = super().step(actions)
+            return *others, {**extras, "observations": {"critic": torch.zeros(4, 1)}, "log": None, "final_obs": None}
+
+    model = PPO(Logs, **SIZE)
+    model.rollouts.collect()
+    means = {name: total / number for name, (total, number) in model.rollouts.logged.items()}
+    assert means == pytest.approx(
+        {
+            "env/Episode_Reward/track": 0.5, "env/Curriculum/level": 2.0, "env/per_env": 1.5, "env/ended": 1.5,
+            "env/rew": 1.0, "reward/alive": 1.0, "reward_components/alive": means["reward_components/alive"],
+        }
+    )  # fmt: skip
+    assert 3 <= means["reward_components/alive"] <= 5
+    model = PPO(Both, **SIZE)
+    model.rollouts.collect()
+    assert model.rollouts.logged.keys() == {"env/rew", "reward/alive", "reward_components/alive"}
+    assert model.evaluate(2)["eval/env/rew"] == 1.0
+
+
 def test_rsl_rls_groups_are_parts_of_a_dict(fit):
     policy = partial(ActorCritic, actor_keys=["policy"], critic_keys=["policy", "critic"])
     model = PPO(partial(Simulation, grouped=True), total_steps=256, policy=policy, **SIZE)
@@ -273,6 +373,8 @@ def test_rsl_rls_groups_are_parts_of_a_dict(fit):
 
 class Lab(gym.Env):
     """An environment of Isaac Lab: one gymnasium.Env that is many, on tensors."""
+
+    shows = False
 
     def __init__(self, num_envs: int) -> None:
         self.num_envs, self.device = num_envs, "cpu"
@@ -288,7 +390,18 @@ class Lab(gym.Env):
     def step(self, action):
         self.count = (self.count + 1) % 4
         over = self.count[:, 0] == 0
-        return {"policy": self.count}, action[:, 0], torch.zeros_like(over), over, {}
+        extras = {"final_obs": {"policy": torch.full_like(self.count, 4.0)}} if self.shows else {}
+        return {"policy": self.count}, action[:, 0], torch.zeros_like(over), over, extras
+
+
+def test_isaac_labs_final_observations_are_used():
+    class Shows(Lab):
+        shows = True
+
+    model = PPO(lambda num_envs: Shows(num_envs), **SIZE)
+    batch = model.rollouts.collect()
+    assert batch["truncated"][3].all()
+    assert_close(batch["next_state_value"][3], model.policy.critic({"policy": torch.full((4, 1), 4.0)}))
 
 
 def test_isaac_labs_environments_are_vectors(fit):

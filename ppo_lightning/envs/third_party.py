@@ -1,6 +1,7 @@
 """Vector environments of other packages, as Gymnasium's interface promises them."""
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,25 @@ def adapted(env: Any) -> Any:
     return env
 
 
+LOGS = ("log", "episode")
+"""Where simulators give what is worth a curve."""
+
+FINAL_OBSERVATIONS = ("final_obs", "final_observation")
+"""Where they show what episodes ended with (Isaac Lab; ApexRL), of all environments in the order of their observations."""
+
+NOT_INFO = frozenset((*LOGS, *FINAL_OBSERVATIONS, "observations", "time_outs"))
+"""Extras that are logged otherwise, or that nothing else reads and that would be copied."""
+
+
 class Simulator(VectorEnv):
     """A simulator of many environments on tensors: Isaac Lab's environments, or any VecEnv of rsl_rl.
 
-    They reset in the same step and do not show what an episode ended with. As in rsl_rl, the value of the observation
+    They reset in the same step. What an episode ended with is ``extras["final_obs"]``, which Isaac Lab's environments give with
+    ``cfg.compute_final_obs = True``, or ``extras["final_observation"]``. Without it, as in rsl_rl, the value of the observation
     before stands for it where a time limit ended the episode: one step is counted twice, which is little.
+
+    ``extras["log"]``, and rsl_rl's older ``extras["episode"]``, are logged as those of any environment, the other extras as
+    its ``info``. A value that is not one number per environment counts as its mean, as in rsl_rl.
 
     Observations in several groups ("policy", "critic") are a Dict of them: ``actor_keys`` and ``critic_keys`` of
     :class:`ActorCritic` say who sees which.
@@ -88,15 +103,72 @@ class Simulator(VectorEnv):
         else:
             given, reward, done, extras = self.simulator.step(actions)
             done = done.bool()
-            truncated = extras["time_outs"].bool() & done if "time_outs" in extras else done.new_zeros(done.shape)
+            limited = extras.get("time_outs", extras.get("truncated"))
+            truncated = done.new_zeros(done.shape) if limited is None else limited.bool() & done
             terminated = done & ~truncated
-        final, self._before = self._before, _groups(given)
-        return self._before, reward, terminated, truncated, {"final_obs": final}
+        before, self._before = self._before, _groups(given)
+        shown = next((extras[name] for name in FINAL_OBSERVATIONS if extras.get(name) is not None), None)
+        info = {key: value for key, value in extras.items() if key not in NOT_INFO}
+        log = {
+            name: _mean(value, self.num_envs)
+            for key in LOGS
+            if isinstance(extras.get(key), Mapping)
+            for name, value in extras[key].items()
+        }
+        if log:
+            info["log"] = log
+        info["final_obs"] = before if shown is None else self._final(shown, before)
+        return self._before, reward, terminated, truncated, info
+
+    def _final(self, shown: Any, before: Any, path: str = "") -> Any:
+        """What episodes ended with, in the groups of the observation; those that are not shown are as they were before."""
+        if (
+            isinstance(shown, np.ndarray) and shown.dtype == object
+        ):  # a tensor, or groups, of each environment that ended
+            return self._joined(shown, before)
+        shown = _groups(shown)
+        if isinstance(before, dict) and isinstance(shown, dict):
+            return {
+                name: self._final(shown[name], part, f"{path}.{name}".strip(".")) if name in shown else part
+                for name, part in before.items()
+            }
+        if isinstance(before, Tensor) and isinstance(shown, Tensor) and shown.shape == before.shape:
+            return shown.to(before)
+        got = f"{tuple(shown.shape)}" if isinstance(shown, Tensor) else type(shown).__name__
+        promised = f"a tensor {tuple(before.shape)}" if isinstance(before, Tensor) else f"groups {list(before)}"
+        raise EnvironmentFault(
+            f"{type(self.simulator).__name__} gave final observations {path and path + ' '}{got} in its extras: give "
+            f"{promised}, as it observes"
+        )
+
+    def _joined(self, shown: Any, before: Any) -> Any:
+        """Rows of environments, None where no episode ended, as one batch."""
+        if isinstance(before, dict):
+            parts = {name: np.full(self.num_envs, None, dtype=object) for name in before}
+            for index, row in enumerate(shown):
+                for name, part in {} if row is None else row.items():
+                    if name in parts:
+                        parts[name][index] = part
+            return {name: self._joined(parts[name], part) for name, part in before.items()}
+        joined = before.clone()
+        for index, row in enumerate(shown):
+            if row is not None:
+                joined[index] = torch.as_tensor(row)
+        return joined
 
     @override
     def close_extras(self, **kwargs: Any) -> None:
         """Close it, if it can be closed."""
         getattr(self.simulator, "close", lambda: None)()
+
+
+def _mean(value: Any, num_envs: int) -> Any:
+    """A value to log: one number per environment as it is, other tensors and arrays of numbers as their mean."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.from_numpy(value)
+    if not isinstance(value, Tensor) or value.is_complex() or not value.ndim or value.shape == (num_envs,):
+        return value
+    return value.float().mean()  # NaN of none, which is left out
 
 
 def _groups(given: Any) -> Any:
