@@ -12,7 +12,6 @@ from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import (
     MASK,
     Tree,
-    check_values,
     choices,
     flatten_mask,
     flattener,
@@ -24,6 +23,7 @@ from ppo_lightning.spaces import (
     storing,
     tree_map,
     without_mask,
+    wrong_values,
 )
 
 
@@ -79,7 +79,7 @@ def observations(observation: Any, space: Space[Any], device: torch.device) -> t
     try:
         tree = flattener(space)(observation)
         arrays = {name: np.asarray(tree[name] if name else tree) for name in spaces}
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:  # the last of tensors with gradients
         raise InputError(f"predict needs observations of {space}, got {observation!r}") from error
     counts: set[int | None] = set()
     for name, leaf in spaces.items():
@@ -89,8 +89,12 @@ def observations(observation: Any, space: Space[Any], device: torch.device) -> t
                 f"predict needs an observation of shape {shape} or a batch of them, got {array.shape}"
                 + (f" for {name}" if name else "")
             )
-        if not check_values(leaf, array):
-            raise InputError(f"predict needs observations of {leaf}, got {array}")
+        wrong = wrong_values(leaf, array)
+        if wrong is not None:
+            raise InputError(
+                f"predict needs observations of {leaf}, got {wrong}{name and f' for {name}'}: give them as the environment "
+                "does, neither scaled nor normalised"
+            )
         counts.add(None if array.shape == shape else len(array))
     if len(counts) > 1:
         raise InputError(f"predict needs as many of each part of an observation, got {observation!r}")

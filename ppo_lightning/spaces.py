@@ -283,13 +283,37 @@ def _several_hot(observation: Tensor, start: Array, nvec: Array) -> Tensor:
     return torch.zeros(len(index), int(nvec.sum()), device=observation.device).scatter_(1, index, 1.0)
 
 
-def check_values(space: Space[Any], samples: Array) -> bool:
-    """Whether samples of a basic space are among what it allows, where anything else could not be encoded."""
+FLOAT_MAX = np.finfo(np.float32).max
+
+
+def wrong_values(space: Space[Any], samples: Array) -> str | None:
+    """What is wrong with samples of a basic space that cannot be of it; None where nothing is.
+
+    Floats may lie outside of the bounds of their space: rollouts take such observations, too, with a warning.
+    """
+    if samples.dtype.kind not in "biuf":
+        return f"what is no number ({samples.dtype})"
+    if space.dtype is not None and np.issubdtype(space.dtype, np.floating):
+        finite = np.abs(samples) <= FLOAT_MAX if samples.dtype.kind == "f" else np.True_
+        return None if finite.all() else f"{samples[~finite].flat[0]}, which is not finite in float32"
+    low, high = whole_bounds(space)
+    whole = samples == np.rint(samples) if samples.dtype.kind == "f" else True
+    fits = (samples >= low) & (samples <= high) & whole
+    if fits.all():
+        return None
+    if not np.all(whole):
+        return f"{samples[~np.asarray(whole)].flat[0]}, which is no whole number"
+    value, least, greatest = (part[~fits].flat[0] for part in np.broadcast_arrays(samples, low, high))
+    return f"{value}, which lies outside of {least} to {greatest}"
+
+
+def whole_bounds(space: Space[Any]) -> tuple[Any, Any]:
+    """Least and greatest values of a basic space of whole numbers."""
     if isinstance(space, Discrete):
-        return bool(((samples >= space.start) & (samples < space.start + space.n)).all())
+        return space.start, space.start + space.n - 1
     if isinstance(space, MultiDiscrete):
-        return bool(((samples >= space.start) & (samples < space.start + space.nvec)).all())
-    return True
+        return space.start, space.start + space.nvec - 1
+    return (space.low, space.high) if isinstance(space, Box) else (0, 1)
 
 
 def lowest(space: Space[Any]) -> Array:

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from probes import Endless, Faulty, Probe, Scripted
 
@@ -589,6 +590,81 @@ def test_a_callable_is_told_how_many_where_it_asks():
     assert made == [5]
     model.evaluate(2)
     assert made == [5, 2]
+
+
+# --- what predict is given ---------------------------------------------------------------------------------------------
+
+
+class Sees(Probe):
+    def __init__(self, space):
+        super().__init__()
+        self.observation_space = space
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 40, 40), dtype=np.uint8)
+IMAGE = Box(0, 255, (3, 40, 40), np.uint8)
+PLACE = Box(-1, 1, (2,), np.float32)
+COUNTS = Box(-5, 5, (2,), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("space", "given", "says"),
+    [
+        (IMAGE, PIXELS / 255, "which is no whole number"),
+        (IMAGE, (PIXELS / 255).astype(np.float32), "which is no whole number"),
+        (IMAGE, PIXELS.astype(np.float32) * 2 - 255, "lies outside of 0 to 255"),
+        (IMAGE, PIXELS.astype(np.int64) + 1, "256, which lies outside of 0 to 255"),
+        (IMAGE, np.where(PIXELS == 0, np.nan, PIXELS), "nan, which is no whole number"),
+        (IMAGE, np.where(PIXELS == 0, np.inf, PIXELS), "inf, which lies outside of"),
+        (PLACE, [np.nan, 0.0], "nan, which is not finite"),
+        (PLACE, [0.0, -np.inf], "-inf, which is not finite"),
+        (PLACE, np.array([0.0, 1e300]), "1e\\+300, which is not finite"),
+        (PLACE, [None, 0.0], "what is no number"),
+        (PLACE, ["0", "1"], "what is no number"),
+        (PLACE, [1j, 0], "what is no number"),
+        (COUNTS, [0.5, 1.0], "0.5, which is no whole number"),
+        (COUNTS, [6, 0], "6, which lies outside of -5 to 5"),
+        (COUNTS, [2**40, 0], "which lies outside of -5 to 5"),
+        (Discrete(4), 1.5, "1.5, which is no whole number"),
+        (Discrete(4), np.nan, "nan, which is no whole number"),
+        (Discrete(4, start=2), 1, "1, which lies outside of 2 to 5"),
+        (MultiDiscrete([2, 3]), [1, 3], "3, which lies outside of 0 to 2"),
+        (MultiDiscrete([2, 3]), [0.5, 1], "0.5, which is no whole number"),
+        (MultiBinary(2), [0, 2], "2, which lies outside of 0 to 1"),
+        (MultiBinary(2), [0.5, 1], "0.5, which is no whole number"),
+    ],
+)
+def test_predict_refuses_what_cannot_be_of_the_space(space, given, says):
+    model = PPO(partial(Sees, space), num_envs=2)
+    for observation in (given, [given, given]):
+        with pytest.raises(
+            InputError, match=rf"predict needs observations of .*{says}.*: give them as the environment does"
+        ):
+            model.predict(observation)
+    model = PPO(partial(Sees, Dict({"part": space, "other": PLACE})), num_envs=2)
+    with pytest.raises(InputError, match=rf"{says}.* for part: give them"):
+        model.predict({"part": given, "other": [0.0, 0.0]})
+
+
+@pytest.mark.parametrize(
+    ("space", "given"),
+    [
+        (IMAGE, PIXELS.astype(np.float64)),
+        (IMAGE, PIXELS.astype(np.int64)),
+        (PLACE, [3, -2]),  # outside of the bounds, as rollouts take it, too
+        (PLACE, np.array([0.5, -0.5])),
+        (COUNTS, [1.0, -5.0]),
+        (Discrete(4), 3.0),
+        (Discrete(4), np.uint8(3)),
+        (MultiDiscrete([2, 3]), [1.0, 2.0]),
+        (MultiBinary(2), [True, False]),
+    ],
+)
+def test_predict_takes_values_of_the_space_in_other_dtypes(space, given):
+    model = PPO(partial(Sees, space), num_envs=2)
+    observation = np.asarray(given).astype(space.dtype)
+    assert model.predict(given) == model.predict(observation)
+    assert model.predict([given, given]).tolist() == model.predict(np.stack([observation, observation])).tolist()
 
 
 # --- wrappers with statistics of their own -----------------------------------------------------------------------------
