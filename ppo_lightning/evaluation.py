@@ -11,12 +11,16 @@ from torch import Tensor
 
 from ppo_lightning.envs import Environments, EnvMaker, Supply, Transition
 from ppo_lightning.envs.info import Sums, means
+from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy
-from ppo_lightning.spaces import storing
+from ppo_lightning.spaces import Tree, storing
 
 MAX_EPISODE_STEPS = 100_000
 """An evaluation episode that has not ended by then is counted as it stands, with a warning."""
+
+MIN_EPISODE_STEPS = 100
+"""Steps that an evaluation episode may take in any case."""
 
 NOISE_STEPS = 64
 """Steps for which the noise of actions is drawn at once."""
@@ -35,6 +39,11 @@ class Evaluates(Protocol):
     @property
     def iterations_between_evaluations(self) -> int:
         """How many."""
+        ...
+
+    @property
+    def steps_per_eval_episode(self) -> int:
+        """Steps that an evaluation episode may take where the environment has no time limit."""
         ...
 
     @property
@@ -61,11 +70,14 @@ def evaluate_episodes(
     num_episodes: int,
     seed: int,
     deterministic: bool,
+    max_steps: int,
 ) -> Tensor:
     """Run ``num_episodes`` episodes from fresh resets and return what they gave.
 
     Which environment runs how many is settled beforehand, as evenly as it goes. Taking the first N that finish instead
-    would favour short episodes. Sampling has a generator of its own, so no other stream of random numbers moves.
+    would favour short episodes. Actions are drawn from a generator of their own. What environments draw from the streams that
+    a process shares (``random``, ``numpy.random``, torch's default generators) depends on ``seed`` alone, and leaves them
+    as they were.
 
     Args:
         policy: acts; its normalisers are frozen.
@@ -74,22 +86,51 @@ def evaluate_episodes(
         num_episodes: how many, exactly.
         seed: of the environments (``seed + i``) and of the actions where they are drawn.
         deterministic: take the most probable action instead of drawing one.
+        max_steps: an episode is cut after so many steps, or after :data:`MIN_EPISODE_STEPS` where these are more; environments
+            that have a time limit are cut after :data:`MAX_EPISODE_STEPS` only (steps).
 
     Returns:
-        [num_episodes, 4] float64: undiscounted return (reward units), length (steps), success and failure (1, 0, or NaN
-        where the environment does not say), by environment, then time.
+        [num_episodes, 5] float64: undiscounted return (reward units), length (steps), success and failure (1, 0, or NaN
+        where the environment does not say), and 1 where the episode was cut, by environment, then time.
     """
+    with streams_of_their_own(seed):
+        observation = environments.reset(seed)
+        limit = min(MAX_EPISODE_STEPS, max(MIN_EPISODE_STEPS, max_steps))
+        if (environments.time_limit() or np.inf) < 2 * MAX_EPISODE_STEPS:
+            limit = MAX_EPISODE_STEPS
+        episodes = _episodes(
+            policy, environments, observation_space, observation, num_episodes, seed, deterministic, limit
+        )
+    if episodes[:, -1].any() and not environments.is_endless:
+        environments.is_endless = True
+        warnings.warn(
+            f"{environments.name} has not ended an evaluation episode within {limit:,} steps: it is counted as it stands, and "
+            f"eval/cut_episodes says how many there are; {environments.time_limit_advice}",
+            stacklevel=2,
+        )
+    return episodes
+
+
+def _episodes(
+    policy: Policy,
+    environments: Environments,
+    observation_space: Space,
+    observation: Tree,
+    num_episodes: int,
+    seed: int,
+    deterministic: bool,
+    limit: int,
+) -> Tensor:
     num_envs = environments.num_envs
     device = next(policy.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     quota = (num_episodes + np.arange(num_envs)[::-1]) // num_envs
-    totals, lengths = np.zeros(num_envs), np.zeros(num_envs)
+    totals, lengths, done = np.zeros(num_envs), np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
     results: list[list[tuple[float, ...]]] = [[] for _ in range(num_envs)]
-    observation = environments.reset(seed)
     state = torch.zeros(num_envs, policy.state_size, device=device) if policy.state_size else None
     start = np.ones(num_envs, dtype=bool)
     stored, step, noise = storing(observation_space, device), 0, None
-    while any(len(done) < wanted for done, wanted in zip(results, quota, strict=True)):
+    while (done < quota).any():
         if not deterministic and step % NOISE_STEPS == 0:
             noise = policy.distribution.noise(NOISE_STEPS, num_envs, generator=generator).to(device)
         mask = environments.action_mask
@@ -105,25 +146,24 @@ def evaluate_episodes(
         _check_finite(after, int(lengths.max()))
         totals += after.reward if after.valid is None else np.where(after.valid, after.reward, 0.0)
         lengths += 1 if after.valid is None else after.valid
-        cut = np.flatnonzero(lengths >= MAX_EPISODE_STEPS)
-        if len(cut):
-            warnings.warn(
-                f"{environments.name} has not ended an evaluation episode within {MAX_EPISODE_STEPS:,} steps: it is "
-                f"counted as it stands; {environments.time_limit_advice}",
-                stacklevel=2,
-            )
-        for index in np.union1d(after.ended, cut).astype(int):
+        observation, start = after.observation, after.begun
+        cut = (lengths >= limit) & (done < quota)
+        cut[after.ended] = False
+        for index in np.union1d(after.ended, np.flatnonzero(cut)).astype(int):
             outcome = (np.nan, np.nan)
             if after.outcome is not None and index in after.ended:
                 outcome = after.outcome[np.searchsorted(after.ended, index)]
-            if len(results[index]) < quota[index] and not environments.crashed[index]:
-                results[index].append((totals[index], lengths[index], *map(float, outcome)))
+            if done[index] < quota[index] and not environments.crashed[index]:
+                results[index].append((totals[index], lengths[index], *map(float, outcome), float(cut[index])))
+                done[index] += 1
                 if index in after.ended:
                     row = np.searchsorted(after.ended, index)
                     environments.logged.end_episode({name: float(rows[row]) for name, rows in after.metrics.items()})
             totals[index] = lengths[index] = 0
-        observation, start = after.observation, after.begun
-    return torch.tensor([episode for env in results for episode in env], dtype=torch.float64).view(-1, 4)
+        cut &= done < quota
+        if cut.any():
+            observation, start = environments.restart(cut, observation), start | cut
+    return torch.tensor([episode for env in results for episode in env], dtype=torch.float64).view(-1, 5)
 
 
 def _check_finite(after: Transition, step: int) -> None:
@@ -150,8 +190,12 @@ def said(sums: Sums) -> dict[str, float]:
 
 
 def summarize(episodes: Tensor) -> dict[str, float]:
-    """Statistics of episodes [E, 4] under ``eval/``: returns in reward units, lengths in steps, rates in [0, 1]."""
-    returns, lengths, successes, failures = episodes.unbind(1)
+    """Statistics of episodes [E, 4 or 5] under ``eval/``: returns in reward units, lengths in steps, rates in [0, 1].
+
+    An episode that was cut is neither a success nor a failure, where others say which they were.
+    """
+    returns, lengths, *outcomes = episodes[:, :4].unbind(1)
+    cut = episodes[:, 4:].any(1)
     statistics = {
         "eval/mean_reward": returns.mean().item(),
         "eval/std_reward": returns.std(correction=0).item(),
@@ -159,8 +203,9 @@ def summarize(episodes: Tensor) -> dict[str, float]:
         "eval/max_reward": returns.max().item(),
         "eval/mean_ep_length": lengths.mean().item(),
     }
-    if not successes.isnan().all():
-        statistics["eval/success_rate"] = successes.nanmean().item()
-    if not failures.isnan().all():
-        statistics["eval/fail_rate"] = failures.nanmean().item()
+    for name, outcome in zip(("eval/success_rate", "eval/fail_rate"), outcomes, strict=True):
+        if not outcome.isnan().all():
+            statistics[name] = outcome.masked_fill(cut, 0.0).nanmean().item()
+    if cut.any():
+        statistics["eval/cut_episodes"] = float(cut.sum())
     return statistics

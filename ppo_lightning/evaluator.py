@@ -21,8 +21,9 @@ from gymnasium.envs.registration import EnvSpec
 
 from ppo_lightning.envs import Environments, EnvMaker, Restarts, Setting
 from ppo_lightning.envs.make import find_spec
+from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.errors import InputError
-from ppo_lightning.evaluation import evaluate_episodes, said, summarize
+from ppo_lightning.evaluation import MAX_EPISODE_STEPS, evaluate_episodes, said, summarize
 from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import without_mask
 
@@ -55,17 +56,22 @@ class Evaluation:
     """Keys of ``info`` whose numbers are averaged, beside those that are known."""
     mixed: bool
     """Training rounds to bfloat16."""
+    max_steps: int = MAX_EPISODE_STEPS
+    """Of an episode of an environment without a time limit (steps)."""
+    seed: int = 0
+    """Of the run, for what environments draw when they are made."""
 
     def environments(self, setting: Setting, restarts: Restarts) -> Environments:
         """The environments, differing so from those that the run was given."""
-        return Environments(
-            setting.of(self.maker),
-            self.num_envs,
-            self.timeout_s,
-            restarts=restarts,
-            log_info=self.log_info,
-            attributes=setting.attributes,
-        )
+        with streams_of_their_own(self.seed):
+            return Environments(
+                setting.of(self.maker),
+                self.num_envs,
+                self.timeout_s,
+                restarts=restarts,
+                log_info=self.log_info,
+                attributes=setting.attributes,
+            )
 
     def packed(self) -> bytes:
         """This, for another process, with what it registered in Gymnasium.
@@ -213,6 +219,7 @@ def _evaluate(evaluation: Evaluation, environments: Environments, weights: bytes
             num_episodes=evaluation.num_episodes,
             seed=seed,
             deterministic=evaluation.deterministic,
+            max_steps=evaluation.max_steps,
         )
     return {**summarize(episodes), **said(environments.logged.take_evaluation())}
 

@@ -56,6 +56,7 @@ from ppo_lightning.envs import Environments, EnvMaker, Halves, Setting, Supply, 
 from ppo_lightning.envs.info import Sums, added
 from ppo_lightning.envs.info import means as means_of
 from ppo_lightning.envs.state import as_tensors
+from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.errors import InputError, ProcessFault
 from ppo_lightning.evaluation import evaluate_episodes, said, summarize
 from ppo_lightning.gradients import Guard, clip_by_norm
@@ -1079,6 +1080,15 @@ class PPO(LightningModule):
             return self.eval_interval
         return max(1, ceil(self.total_steps / (self.num_steps * self.num_envs * self._world_size)) // 20)
 
+    @property
+    def steps_per_eval_episode(self) -> int:
+        """Steps that an evaluation episode may take where the environment has no time limit.
+
+        All episodes together take no more steps than the training between two evaluations.
+        """
+        steps = self.iterations_between_evaluations * self.num_steps * self.num_envs * self._world_size
+        return steps // self.num_eval_episodes
+
     def progress(self) -> dict[str, str]:
         """What the progress bar shows beside the steps."""
         shown = {}
@@ -1155,8 +1165,9 @@ class PPO(LightningModule):
             deterministic: default ``eval_deterministic``.
 
         Returns:
-            ``eval/mean_reward``, ``std_reward``, ``min_reward``, ``max_reward``, ``mean_ep_length``, and
-            ``success_rate`` where the environment says whether an episode succeeded.
+            ``eval/mean_reward``, ``std_reward``, ``min_reward``, ``max_reward``, ``mean_ep_length``, ``success_rate`` where the
+            environment says whether an episode succeeded, and ``cut_episodes`` where an environment without a time limit did
+            not end some within ``steps_per_eval_episode``: they count as they stood.
 
         Raises:
             InputError: the environment was given as a VectorEnv that cannot be made again.
@@ -1181,9 +1192,11 @@ class PPO(LightningModule):
         shares = [(wanted + world - 1 - rank) // world for rank in range(world)]
         logged: Sums = {}
         share, seed = shares[self._rank], self.evaluation_seed(purpose)
-        episodes = torch.zeros(shares[0], 4, dtype=torch.float64)
+        episodes = torch.zeros(shares[0], 5, dtype=torch.float64)
         if share:
-            environments = self.supply.for_evaluation(min(self.num_envs, share))
+            assert self.seed is not None
+            with streams_of_their_own(self.seed):
+                environments = self.supply.for_evaluation(min(self.num_envs, share))
             try:
                 with self.autocast():
                     episodes[:share] = evaluate_episodes(
@@ -1193,6 +1206,7 @@ class PPO(LightningModule):
                         num_episodes=share,
                         seed=seed,
                         deterministic=deterministic,
+                        max_steps=self.steps_per_eval_episode,
                     )
             except BaseException:
                 self.supply.close_evaluation()  # another evaluation makes new ones
@@ -1201,7 +1215,7 @@ class PPO(LightningModule):
         rows = self.gather(torch.cat([episodes.flatten(), episodes.new_tensor([bool(logged)])])).view(world, -1)
         if rows[:, -1].any():
             logged = self._of_all(logged)
-        each = [row[:-1].view(-1, 4)[:own] for row, own in zip(rows, shares, strict=True)]
+        each = [row[:-1].view(-1, 5)[:own] for row, own in zip(rows, shares, strict=True)]
         return {**summarize(torch.cat(each)), **said(logged)}
 
     @override

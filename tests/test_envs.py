@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import multiprocessing
+import random
 import time
 from functools import partial
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from probes import Endless, Faulty, Probe, Scripted
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
-from ppo_lightning.envs import Environments, EnvMaker
+from ppo_lightning.envs import Environments, EnvMaker, Restarts
 from ppo_lightning.envs.classic_control import CartPole
 
 SMALL = {"num_envs": 3, "num_steps": 16, "total_steps": 96, "num_minibatches": 2}
@@ -765,3 +766,55 @@ def test_wrappers_without_statistics_of_their_own_are_taken():
         gym.wrappers.TimeAwareObservation,
     ]
     assert PPO("Pendulum-v1", wrappers=wrappers, num_envs=2).observation_space.shape == (4,)
+
+
+class Draws(Probe):
+    """Shows a number of each stream that everything in its process shares."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gym.spaces.Box(0, 1, (4,), np.float64)
+        self.made = np.random.random()  # noqa: NPY002
+
+    def see(self, value):
+        drawn = self.made, random.random(), np.random.random(), torch.rand(()).item()  # noqa: NPY002
+        return np.array(drawn)
+
+    def step(self, action):
+        return self.see(0.0), 0.0, False, False, {}
+
+
+def test_each_worker_draws_its_own_numbers_from_shared_streams_and_the_same_with_the_same_seed():
+    starts = []
+    for seed in (7, 7, 80):
+        torch.manual_seed(seed)
+        environments = Environments(EnvMaker(Draws, vectorization="async"), 4, 60.0)
+        seen = [
+            environments.reset(seed).copy(),
+            *(environments.step(np.zeros(4, int)).observation.copy() for _ in range(15)),
+        ]
+        environments.close()
+        starts.append(np.stack(seen))
+    first, same, other = starts
+    assert np.array_equal(first, same)
+    assert len(np.unique(first[0, :, 0])) == 4
+    for drawn in first[..., 1:].reshape(-1, 3).T:
+        assert len(np.unique(drawn)) == 64
+    assert not np.isin(first, other).any()
+
+
+def test_a_worker_that_replaces_another_draws_other_numbers():
+    class Dies(Draws):
+        def step(self, action):
+            if action == 1:
+                raise ValueError("once")
+            return super().step(action)
+
+    restarts = Restarts(2)
+    environments = Environments(EnvMaker(Dies, vectorization="async", restarts=True), 2, 60.0, restarts=restarts)
+    first = environments.reset(3).copy()
+    with pytest.warns(UserWarning, match="restart 1 of 2"):
+        again = environments.step(np.array([1, 0])).observation.copy()
+    environments.close()
+    assert again[0, 2] != first[0, 2]
+    assert len(np.unique(again[:, 2])) == 2

@@ -1,8 +1,13 @@
+import random
+import warnings
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from probes import ActionMustMatch, Endless, Faulty, Scripted, Uneven
+from probes import ActionMustMatch, Endless, Faulty, Probe, Scripted, Uneven
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, EnvironmentFault, InputError, evaluation
@@ -163,3 +168,123 @@ def test_what_is_not_finite_is_an_error_in_evaluations_too(fault, key):
 def test_number_of_episodes_must_be_positive():
     with pytest.raises(InputError, match="num_episodes must be 1 or more, got 0"):
         PPO("CartPole-v1").evaluate(0)
+
+
+class Corridor(Endless):
+    """Ends where its length says so, else never; counts the steps of all."""
+
+    def __init__(self, **attributes):
+        super().__init__(10**9)
+        vars(self).update(attributes)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_an_evaluation_takes_no_more_steps_than_training_where_nothing_ends(vectorization):
+    model = PPO(Corridor, num_envs=2, num_steps=150, eval_interval=4, num_eval_episodes=4, vectorization=vectorization)
+    with pytest.warns(UserWarning, match="has not ended an evaluation episode within 300 steps.*TimeLimit"):
+        statistics = model.evaluate()
+    model.close_environments()
+    assert statistics["eval/mean_ep_length"] == 300
+    assert statistics["eval/cut_episodes"] == 4
+    assert statistics["eval/mean_reward"] == 300
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_after_a_cut_the_next_episode_begins_with_a_reset(mode, monkeypatch):
+    monkeypatch.setattr(evaluation, "MIN_EPISODE_STEPS", 5)
+    script = ((9, "terminated"), (2, "truncated"))
+    make = lambda num_envs: SyncVectorEnv([lambda: Scripted(script)] * num_envs, autoreset_mode=mode)  # noqa: E731
+    model = PPO(make, num_envs=2, num_steps=1, num_minibatches=1, eval_interval=1)
+    with pytest.warns(UserWarning, match="within 5 steps"):
+        episodes = episodes_of(model, 6)
+    assert episodes[:, 1].tolist() == [5, 2, 5] * 2
+    assert episodes[:, 4].tolist() == [1, 0, 1] * 2
+    assert episodes[:3, 0].tolist() == pytest.approx([1.5, 2.3, 11.5])  # of the script's episodes 0, 1 and 2
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("name", ["max_steps", "max_episode_steps", "horizon"])
+def test_an_environment_that_has_a_time_limit_is_not_cut(name, vectorization):
+    if name == "horizon" and vectorization == "async":
+        pytest.skip("two are enough")
+    make = partial(Corridor, **{name: 130, "limit": 130})
+    model = PPO(make, num_envs=2, num_steps=2, eval_interval=1, vectorization=vectorization)
+    statistics = model.evaluate(2)
+    model.close_environments()
+    assert statistics["eval/mean_ep_length"] == 130
+    assert "eval/cut_episodes" not in statistics
+
+
+def test_a_time_limit_of_the_id_of_a_wrapper_or_of_tensors_is_known():
+    import gymnasium as gym
+
+    from ppo_lightning.envs.classic_control import CartPole
+
+    limit = partial(gym.wrappers.TimeLimit, max_episode_steps=700)
+    for options, expected in (
+        ({"env": "CartPole-v1"}, 500),
+        ({"env": "CartPole-v1", "vectorization": "vector_entry_point"}, 500),
+        ({"env": Endless, "wrappers": [limit]}, 700),
+        ({"env": partial(CartPole, max_episode_steps=90)}, 90),
+        ({"env": "CliffWalking-v1"}, None),
+    ):
+        assert PPO(**options).make_environments().time_limit() == expected
+
+
+def test_episodes_that_were_cut_are_no_successes():
+    nan = torch.nan
+    episodes = torch.tensor([[1.0, 5, 1, 0, 0], [3.0, 9, nan, nan, 1], [3.0, 9, nan, nan, 1]], dtype=torch.float64)
+    statistics = summarize(episodes)
+    assert statistics["eval/success_rate"] == pytest.approx(1 / 3)
+    assert statistics["eval/fail_rate"] == 0
+    assert statistics["eval/cut_episodes"] == 2
+
+
+def test_a_cut_is_said_once(fit):
+    model = PPO(Corridor, num_envs=2, num_steps=8, total_steps=64, eval_interval=1, num_eval_episodes=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, limit_val_batches=1.0)
+    assert len([one for one in caught if "has not ended an evaluation episode" in str(one.message)]) == 1
+
+
+class Draws(Probe):
+    """Shows numbers of the streams that a process shares."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = Box(0, 1, (3,), np.float64)
+
+    def see(self, value):
+        return np.array([random.random(), np.random.random(), torch.rand(()).item()])  # noqa: NPY002
+
+    def step(self, action):
+        return self.see(0.0), float(np.random.random()), np.random.random() < 0.2, False, {}  # noqa: NPY002
+
+
+def shared_streams():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_what_environments_draw_from_shared_streams_is_the_same_in_each_evaluation_and_moves_no_stream(vectorization):
+    model = PPO(Draws, num_envs=2, vectorization=vectorization)
+    model.seed = 3
+    before = shared_streams()
+    first = model.evaluate(5)
+    assert shared_streams() == before
+    torch.rand(3), np.random.random(), random.random()  # noqa: NPY002
+    assert model.evaluate(5) == first
+    model.close_environments()
+
+
+def test_a_run_whose_environments_draw_from_shared_streams_is_the_same_without_evaluations(fit):
+    runs = []
+    for limit in (0, 1.0):
+        torch.manual_seed(0), np.random.seed(0), random.seed(0)  # noqa: NPY002
+        model = PPO(Draws, num_envs=2, num_steps=16, total_steps=96, eval_interval=1, num_eval_episodes=2)
+        model.seed = 5
+        fit(model, limit_val_batches=limit)
+        runs.append((model.state_dict(), shared_streams()))
+    assert_close(runs[0][0], runs[1][0], rtol=0, atol=0)
+    assert runs[0][1] == runs[1][1]

@@ -28,6 +28,7 @@ class EvaluatesBeside(Evaluates, Protocol):
     """A module that can be evaluated beside its training."""
 
     num_envs: int
+    seed: int | None
     num_eval_episodes: int
     restarts: Restarts
     log_info: tuple[str, ...]
@@ -138,6 +139,8 @@ class AsyncEvaluation(Callback):
             restarts=module.restarts.limit,
             log_info=module.log_info,
             mixed=str(trainer.precision) != "32-true",
+            max_steps=module.steps_per_eval_episode,
+            seed=module.seed or 0,
         )
 
     @override

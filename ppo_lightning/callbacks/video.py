@@ -22,12 +22,12 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from ppo_lightning.callbacks.interrupts import Interrupts
 from ppo_lightning.callbacks.processes import others_wait
 from ppo_lightning.envs import Environments, EnvMaker
+from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.evaluation import Evaluates, evaluate_episodes
 from ppo_lightning.spaces import without_mask
@@ -46,6 +46,7 @@ class Recorded(Evaluates, Protocol):
     """A module whose episodes can be recorded."""
 
     interrupted: signal.Signals | None
+    seed: int | None
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of training."""
@@ -88,7 +89,8 @@ def record(
     file = Path(folder).resolve() / f"step_{module.num_env_steps}.mp4"
     file.parent.mkdir(parents=True, exist_ok=True)
     choose_renderer()
-    with isolate_rng(), tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as unfinished:
+    seed = module.evaluation_seed()
+    with streams_of_their_own(module.seed or 0), tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as unfinished:
         recorders: list[RecordVideo] = []
 
         def recorded(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
@@ -115,7 +117,8 @@ def record(
                     environments,
                     without_mask(module.observation_space),
                     num_episodes=episodes,
-                    seed=module.evaluation_seed(),
+                    seed=seed,
+                    max_steps=module.steps_per_eval_episode,
                     deterministic=module.eval_deterministic if deterministic is None else deterministic,
                 )
             if recorders[0].recording:

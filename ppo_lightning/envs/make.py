@@ -15,14 +15,16 @@ from typing import Any, Literal, get_args
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from ppo_lightning.envs.info import FINAL_INFO, FINAL_OBSERVATION
 from ppo_lightning.envs.promise import described, flag, number, old_api, wrong_part, wrong_reset, wrong_step
 from ppo_lightning.envs.state import environment_state, restore_environment
+from ppo_lightning.envs.streams import move, moved, seed_shared
 from ppo_lightning.envs.third_party import adapted
-from ppo_lightning.envs.values import set_values
+from ppo_lightning.envs.values import set_values, time_limit
 from ppo_lightning.envs.workers import Workers
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.spaces import MASK
@@ -43,6 +45,9 @@ RESTARTED = "ppo_lightning_restarted"
 
 NORMALIZERS = {"normalize_observation": ("obs",), "normalize_reward": ("rew", "ret")}
 """Our parameters that normalise, with parts of the names of wrappers, or of their attributes, that do the same."""
+
+STREAMS = "streams"
+"""Under which an environment's state has the random streams of its process."""
 
 RESERVED = frozenset((FINAL_OBSERVATION, FINAL_INFO))
 """Keys of info that belong to the vector: an environment's own values under them are left out."""
@@ -211,7 +216,9 @@ class EnvMaker:
         return env
 
     def _vectorize(self, make: Callable[[], Env], num_envs: int, first: int) -> VectorEnv:
-        makers = [partial(_watched, make, index, self.restarts) for index in range(first, first + num_envs)]
+        # What environments draw from shared streams when they are made is the run's, and each worker's own.
+        entropy = None if self.vectorization == "sync" else torch.initial_seed() % 2**64
+        makers = [partial(_watched, make, index, self.restarts, entropy) for index in range(first, first + num_envs)]
         if self.vectorization == "sync":
             with contextlib.ExitStack() as made:  # SyncVectorEnv would leave those open that come before one that fails
                 envs = [made.enter_context(contextlib.closing(maker())) for maker in makers]
@@ -283,9 +290,12 @@ def _itself(env: Env) -> Env:
     return env
 
 
-def _watched(make: Callable[[], Env], index: int, restarts: bool) -> "Watched":
+def _watched(make: Callable[[], Env], index: int, restarts: bool, entropy: int | None) -> "Watched":
+    """An environment in this process, or in one of its own: then ``entropy`` seeds the streams that it may draw from."""
     try:
-        return Watched(make(), index, make if restarts else None)
+        if entropy is not None:
+            seed_shared(entropy, 1 + index)  # another seed than that of any reset
+        return Watched(make(), index, make if restarts else None, has_process=entropy is not None)
     except Exception as error:
         lines = "".join(traceback.format_exception(error))
         raise EnvironmentFault(f"environment {index} could not be made: {error}\n\n{lines}") from error
@@ -302,14 +312,18 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         env: the environment, wrapped as the user asked.
         index: its place in the vector, from 0.
         make: makes it anew; None ends the run.
+        has_process: it is alone in a process: resets with a seed seed the random streams that it shares with nothing.
 
     Raises:
         EnvironmentFault: from ``reset`` and ``step``, with the environment's own traceback.
     """
 
-    def __init__(self, env: Env, index: int, make: Callable[[], Env] | None = None) -> None:
+    def __init__(
+        self, env: Env, index: int, make: Callable[[], Env] | None = None, *, has_process: bool = False
+    ) -> None:
         super().__init__(env)
-        self.index, self._make = index, make
+        self.index, self._make, self._has_process = index, make, has_process
+        self._streams_seed: int | None = None
         self._seed: int | None = None
         self._renewals, self._is_new = 0, False
         self._last: Any = None
@@ -325,14 +339,24 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         self._masks = env.get_wrapper_attr("action_masks") if env.has_wrapper_attr("action_masks") else None
 
     @property
+    def time_limit(self) -> float | None:
+        """Steps after which episodes end at the latest; None where the environment does not say."""
+        return time_limit(self.env)
+
+    @property
     def run_state(self) -> list[Any] | None:
         """State of the environment, which worker processes are asked for and given by this name."""
-        return environment_state(self)
+        state = environment_state(self)
+        if state is None or self._streams_seed is None:
+            return state
+        return [{**state[0], STREAMS: moved(self._streams_seed)}, *state[1:]]
 
     @run_state.setter
     def run_state(self, state: list[Any]) -> None:
         last = self._last
         restore_environment(self, state)
+        if STREAMS in state[0] and self._streams_seed is not None:
+            move(state[0][STREAMS], self._streams_seed)
         if self._last is None:  # it was saved by a run that could not make environments anew
             self._last = last
 
@@ -419,6 +443,9 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         elif self._is_new and self._seed is not None:  # else its episodes would not be those of the run's seed
             seed = int(np.random.SeedSequence([self._seed, self._renewals]).generate_state(1)[0])
         self._is_new = False
+        if self._has_process and seed is not None:
+            self._streams_seed = seed
+            seed_shared(seed)
         try:
             given: Any = self.env.reset(seed=seed, options=options)
         except Exception as error:

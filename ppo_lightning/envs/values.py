@@ -22,6 +22,22 @@ def layers(env: Any) -> list[Any]:
     return found
 
 
+LIMITS = (
+    "max_episode_steps", "_max_episode_steps", "max_episode_length", "episode_length", "max_path_length", "max_steps",
+    "_max_steps", "horizon", "_horizon",
+)  # fmt: skip
+"""Attributes in which environments keep their time limit (steps)."""
+
+
+def time_limit(env: Any) -> float | None:
+    """Steps after which the episodes of an environment or vector end at the latest; None where it does not say."""
+    spec = getattr(env, "spec", None)
+    said = [] if spec is None else [spec.max_episode_steps, spec.kwargs.get("max_num_frames_per_episode")]  # of Atari
+    said += [getattr(layer, name, None) for layer in layers(env) for name in LIMITS]
+    known = [limit for limit in said if isinstance(limit, int | float | np.number) and limit > 0]
+    return float(min(known)) if known else None
+
+
 def set_values(env: Any, values: Mapping[str, Any]) -> str | None:
     """Set attributes of an environment or vector, or call its methods with a value; a tensor or array is filled.
 

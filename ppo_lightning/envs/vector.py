@@ -19,6 +19,7 @@ from ppo_lightning.envs.masks import ActionMasks
 from ppo_lightning.envs.promise import Promise, old_api
 from ppo_lightning.envs.state import pack, restore_vector, same_environments, unpack, vector_state
 from ppo_lightning.envs.steering import steer
+from ppo_lightning.envs.values import layers, time_limit
 from ppo_lightning.envs.workers import Watch, WorkerLost, Workers, close
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.spaces import MASK, Array, Tree, flattener, tree_map, without_mask
@@ -146,6 +147,8 @@ class Environments:
         """What the environments say in ``info`` beside the reward."""
         self.crashed = np.zeros(self.num_envs, dtype=bool)
         """[N] environments that were made anew in the last step: their episodes did not end by themselves."""
+        self.is_endless = False
+        """An evaluation has cut an episode here, and has warned of it."""
         self._timeout = timeout_s
         mode = self.env.metadata.get("autoreset_mode")  # to guess it would drop steps, or learn from resets
         try:
@@ -305,6 +308,31 @@ class Environments:
         return Transition(
             observation, reward, terminated, truncated, valid, ended, begun, final, lost, outcome, metrics
         )
+
+    def time_limit(self) -> float | None:
+        """Steps after which episodes end at the latest; None where the environments do not say."""
+        env = layers(self.env)[-1]
+        if isinstance(env, Workers):
+            return self._ask("time_limit", lambda: self._asked(env, "time_limit")[0])
+        return time_limit(env.envs[0] if isinstance(env, SyncVectorEnv) else self.env)
+
+    def restart(self, which: Array, observation: Tree) -> Tree:
+        """Begin new episodes in the middle of others, where a vector can: those of Gymnasium's environments.
+
+        Args:
+            which: [N] bool, the environments.
+            observation: [N, …] of all of them now.
+
+        Returns:
+            [N, …] what to act on next; ``observation`` where the vector cannot.
+        """
+        if self.mode is not AutoresetMode.DISABLED and not isinstance(self.env, SyncVectorEnv | AsyncVectorEnv):
+            return observation
+        self.logged.step({}, which, None)
+        given, info = self._restarted(which.copy())
+        self._masks.restart(given, info, which)
+        self._done[which] = False
+        return self._flatten(given)
 
     def _count(self, info: dict[str, Any]) -> None:
         """Count the environments that say they were made anew."""

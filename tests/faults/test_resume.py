@@ -1,5 +1,6 @@
 """A run that goes on from a checkpoint is the run that was never stopped, tensor by tensor."""
 
+import random
 import shutil
 
 import gymnasium as gym
@@ -117,6 +118,42 @@ def test_two_processes_go_on_to_the_bit_and_any_number_can_go_on_with_their_weig
     torch.testing.assert_close(dict(alone.state_dict()), dict(last["state_dict"]), rtol=0, atol=0)
     assert len(last["ppo_lightning"]["processes"]) == 2
     fit_by_command(tmp_path / "alone", *flags, "--ckpt_path=last", "--trainer.devices=1", "--trainer.strategy=auto")
+
+
+class Draws(gym.Env):
+    """Draws from the streams that everything in a process shares."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.seen(), {}
+
+    def step(self, action):
+        return self.seen(), random.random(), np.random.random() < 0.1, False, {}  # noqa: NPY002
+
+    def seen(self):
+        drawn = random.random(), np.random.random(), torch.rand(()).item()  # noqa: NPY002
+        return np.array(drawn, np.float32)
+
+    def get_state(self):
+        return 0
+
+    def set_state(self, state):
+        """All of it is in the streams."""
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_streams_that_environments_share_with_their_process_go_on_too(vectorization, fit):
+    options = {**SMALL, "env": Draws, "vectorization": vectorization}
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)  # noqa: NPY002
+    model = PPO(**options)
+    trainer = fit(model, callbacks=[SaveAt(3)])
+    expected = outcome(model, trainer)
+    model = PPO(**options)
+    trainer = fit(model, ckpt_path="at.ckpt")
+    same(outcome(model, trainer), expected)
 
 
 # --- environments of one's own -------------------------------------------------------------------------------------------

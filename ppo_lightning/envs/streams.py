@@ -1,0 +1,75 @@
+"""The random streams that everything in a process shares: ``random``, ``numpy.random`` and torch's default generators.
+
+Environments and networks of one's own may draw from them.
+"""
+
+import pickle
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ppo_lightning.envs.state import pack, unpack
+
+
+def seed_shared(*entropy: int) -> None:
+    """Seed the streams that this process shares, each differently, from non-negative whole numbers."""
+    for_python, for_numpy, for_torch = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(for_python))
+    np.random.seed(int(for_numpy))  # noqa: NPY002 - the shared one is meant
+    torch.default_generator.manual_seed(int(for_torch))
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(int(for_torch))
+
+
+def shared_state() -> dict[str, Any]:
+    """Where the streams are, as plain data."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "numpy": pack(np.random.get_state(legacy=False)),  # noqa: NPY002
+        "python": random.getstate(),
+    }
+
+
+def restore_shared(state: dict[str, Any]) -> None:
+    """Put the streams where :func:`shared_state` found them."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    np.random.set_state(unpack(state["numpy"]))  # noqa: NPY002
+    random.setstate(state["python"])
+
+
+@contextmanager
+def streams_of_their_own(*entropy: int) -> Iterator[None]:
+    """Seed the shared streams for what is done inside, and leave them as they were."""
+    before = shared_state()
+    seed_shared(*entropy)
+    try:
+        yield
+    finally:
+        restore_shared(before)
+
+
+def moved(*entropy: int) -> dict[str, Any]:
+    """States of those streams that have moved since :func:`seed_shared`, as plain data that a pipe can carry."""
+    now = _plain()
+    with streams_of_their_own(*entropy):
+        fresh = _plain()
+    return {name: state for name, state in now.items() if pickle.dumps(state) != pickle.dumps(fresh[name])}
+
+
+def move(state: dict[str, Any], *entropy: int) -> None:
+    """Seed the streams, and put them where :func:`moved` found them."""
+    seed_shared(*entropy)
+    state = {**_plain(), **state}
+    restore_shared({**state, "torch": torch.from_numpy(unpack(state["torch"])), "cuda": None})
+
+
+def _plain() -> dict[str, Any]:
+    state = shared_state()
+    return {"torch": pack(state["torch"].numpy()), "numpy": state["numpy"], "python": state["python"]}
