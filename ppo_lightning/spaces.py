@@ -148,14 +148,24 @@ def _(space: Dict | Tuple) -> str:
 
 @singledispatch
 def storage(space: Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of one sample as a rollout keeps it. Floats are kept as float32, integers as they are."""
+    """Shape and dtype of one sample as a rollout keeps it.
+
+    Floats are kept as float32, integers as they are. Torch has no arithmetic for unsigned integers of more than a byte:
+    they are kept as the next signed ones, and those of 64 bits, of which there are no next ones, as float32.
+    """
     raise _unsupported(space)
+
+
+UNSIGNED = {2: torch.int32, 4: torch.int64, 8: torch.float32}
+"""What unsigned integers of so many bytes are kept as."""
 
 
 @storage.register
 def _(space: Box) -> tuple[tuple[int, ...], torch.dtype]:
     if np.issubdtype(space.dtype, np.floating):
         return space.shape, torch.float32
+    if space.dtype.kind == "u" and space.dtype.itemsize in UNSIGNED:
+        return space.shape, UNSIGNED[space.dtype.itemsize]
     return space.shape, torch.from_numpy(np.empty(0, space.dtype)).dtype
 
 
@@ -194,14 +204,29 @@ def rows_of(leaf: Tensor, order: Tensor) -> Tensor:
     return leaf.index_select(0, order)
 
 
+def as_stored(given: Any, dtype: torch.dtype) -> Tensor:
+    """An array as a tensor of this dtype, whatever dtype of NumPy's it has; the array's own memory where it fits."""
+    array, wanted = np.asarray(given), ARRAY_DTYPES[dtype]
+    if array.dtype != wanted:
+        with np.errstate(over="ignore"):  # what becomes infinite is refused where observations are checked
+            array = array.astype(wanted)
+    return torch.from_numpy(array)
+
+
+ARRAY_DTYPES = {
+    dtype: torch.empty(0, dtype=dtype).numpy().dtype
+    for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32)
+}
+
+
 def storing(space: Space[Any], device: torch.device) -> Callable[[Tree], Tree]:
     """Function from observations of Gymnasium to what a rollout keeps: tensors of the right dtype, on ``device``."""
     kept = {name: storage(leaf)[1] for name, leaf in leaves(space).items()}
 
     def stored(tree: Tree) -> Tree:
         if "" in kept:
-            return torch.from_numpy(np.asarray(tree)).to(device, kept[""])
-        return {name: torch.from_numpy(np.asarray(tree[name])).to(device, dtype) for name, dtype in kept.items()}
+            return as_stored(tree, kept[""]).to(device)
+        return {name: as_stored(tree[name], dtype).to(device) for name, dtype in kept.items()}
 
     return stored
 
@@ -257,7 +282,7 @@ def _(space: Discrete) -> Callable[[Tensor], Tensor]:
 
 @encoder.register
 def _(space: MultiDiscrete) -> Callable[[Tensor], Tensor]:
-    return partial(_several_hot, start=space.start.flatten(), nvec=space.nvec.flatten())
+    return partial(_several_hot, start=as_int64(space.start).flatten(), nvec=as_int64(space.nvec).flatten())
 
 
 @encoder.register
@@ -307,12 +332,17 @@ def wrong_values(space: Space[Any], samples: Array) -> str | None:
     return f"{value}, which lies outside of {least} to {greatest}"
 
 
+def as_int64(numbers: Array) -> Array:
+    """Numbers of a space as int64: sums of small or unsigned integers would wrap around."""
+    return numbers.astype(np.int64)
+
+
 def whole_bounds(space: Space[Any]) -> tuple[Any, Any]:
     """Least and greatest values of a basic space of whole numbers."""
     if isinstance(space, Discrete):
-        return space.start, space.start + space.n - 1
+        return int(space.start), int(space.start) + int(space.n) - 1
     if isinstance(space, MultiDiscrete):
-        return space.start, space.start + space.nvec - 1
+        return as_int64(space.start), as_int64(space.start) + as_int64(space.nvec) - 1
     return (space.low, space.high) if isinstance(space, Box) else (0, 1)
 
 

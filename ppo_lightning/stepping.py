@@ -17,7 +17,7 @@ from ppo_lightning.compiled import Captured, CompilerError, compiled
 from ppo_lightning.envs import Environments, Halves, TensorEnv
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy, Step, stack
-from ppo_lightning.spaces import Array, Tree, empty, leaves, tree_map
+from ppo_lightning.spaces import Array, Tree, as_stored, empty, leaves, tree_map
 
 
 class Ends(NamedTuple):
@@ -208,7 +208,7 @@ class ArrayStepper(Stepper):
 
     def _ends(self, finals: list["Final"]) -> Ends:
         def joined(rows: Tensor, *last: Array) -> Tensor:
-            given = [torch.from_numpy(leaf).to(rows.dtype).view(-1, *rows.shape[2:]) for leaf in last]
+            given = [as_stored(leaf, rows.dtype).view(-1, *rows.shape[2:]) for leaf in last]
             return torch.cat([rows[0, :0], *given])
 
         nothing = [
@@ -548,7 +548,7 @@ def warn_of_bounds(observations: Tree, observation_space: Space[Any]) -> None:
         if not isinstance(leaf, Box) or leaf.dtype == np.uint8:  # of other spaces that is an error
             continue
         rows = observations[name] if name else observations
-        low, high = (torch.from_numpy(bound).to(rows) for bound in (leaf.low, leaf.high))
+        low, high = (as_stored(bound, rows.dtype).to(rows.device) for bound in (leaf.low, leaf.high))
         outside = (rows < low) | (rows > high)
         if outside.any():
             step, index = outside.nonzero()[0, :2].tolist()

@@ -1,5 +1,6 @@
 """What users get wrong, and what other packages do: one sentence each, or the right thing."""
 
+import warnings
 from functools import partial
 
 import gymnasium as gym
@@ -85,6 +86,74 @@ def test_numbers_without_a_shape_are_observations_too(fit, space):
     model = PPO(partial(Anything, space), normalize_observation=True, **SMALL)
     fit(model)
     assert model.predict(space.sample()) in (0, 1)
+
+
+WHOLE = (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        *(Box(np.iinfo(dtype).min, np.iinfo(dtype).max, (3,), dtype) for dtype in WHOLE),
+        Box(0, 9, (), np.uint16),
+        Box(0, 1, (3,), bool),
+        Box(-1, 1, (3,), np.float16),
+        Box(-1, 1, (3,), np.dtype(">f4")),
+        Dict({"near": Box(0, 9, (2,), np.uint32), "far": Box(0, 2**64 - 1, (2,), np.uint64)}),
+    ],
+)
+def test_numbers_of_every_dtype_are_observations(fit, space, tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="environment")
+        model = PPO(partial(Anything, space), normalize_observation=True, **SMALL, num_eval_episodes=2)
+        trainer = fit(model, limit_val_batches=1.0)
+    seen = space.sample()
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = PPO.load_from_checkpoint(tmp_path / "a.ckpt", env=partial(Anything, space))
+    assert loaded.predict(seen) == model.predict(seen)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [(np.uint16, torch.int32), (np.uint32, torch.int64), (np.uint64, torch.float32)]
+)
+def test_large_unsigned_numbers_keep_their_values(dtype, kept):
+    class Counts(Anything):
+        def step(self, action):
+            _, *rest = super().step(action)
+            return np.array([0, 40_000, np.iinfo(dtype).max], dtype), *rest
+
+    batch = PPO(partial(Counts, Box(0, np.iinfo(dtype).max, (3,), dtype)), **SMALL).rollouts.collect()
+    row = batch["observation"][1, 0]
+    assert row.dtype is kept
+    assert row[:2].tolist() == [0, 40_000]
+    assert float(row[2]) == pytest.approx(float(np.iinfo(dtype).max))
+
+
+def test_bounds_of_unsigned_numbers_are_watched():
+    class Outside(Anything):
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.full(3, 11, np.uint16), {}
+
+    with pytest.warns(UserWarning, match="outside of Box"):
+        PPO(partial(Outside, Box(0, 10, (3,), np.uint16)), **SMALL).rollouts.collect()
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        Discrete(np.int64(5), start=np.int64(-2)),
+        Discrete(5, dtype=np.uint16),
+        MultiDiscrete([3, 4], dtype=np.uint8),
+        MultiDiscrete([3, 4], start=[5, 6], dtype=np.uint32),
+        MultiDiscrete([3, 4], start=[5, 6], dtype=np.uint64),
+        MultiDiscrete(np.array([200, 100], np.uint8), start=np.array([50, 100], np.uint8), dtype=np.uint8),
+    ],
+)
+def test_choices_of_every_dtype_are_observations_and_actions(fit, space):
+    model = PPO(partial(Anything, space, space), **SMALL)
+    fit(model)
+    assert space.contains(model.predict(space.sample()))
 
 
 @pytest.mark.parametrize(

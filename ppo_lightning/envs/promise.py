@@ -305,7 +305,7 @@ def wrong_part(given: Any, space: Space[Any], path: str = "") -> str | None:
                 return problem
         return None
     if isinstance(space, Box):
-        if isinstance(given, np.ndarray) and given.shape == space.shape and given.dtype == space.dtype:
+        if isinstance(given, np.ndarray | np.generic) and given.shape == space.shape and given.dtype == space.dtype:
             return None
     elif space.contains(given):
         return None

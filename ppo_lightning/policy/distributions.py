@@ -21,7 +21,7 @@ from torch.nn.functional import softplus
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.spaces import Array, Tree, choices, leaves, nest, tree_map
+from ppo_lightning.spaces import Array, Tree, as_int64, choices, leaves, nest, tree_map
 
 LOG_2PI = math.log(2 * math.pi)
 LOWEST = torch.finfo(torch.float32).min
@@ -631,7 +631,7 @@ def _(space: Discrete, family: Family = "normal", **options: Any) -> ActionDistr
 
 @action_distribution.register
 def _(space: MultiDiscrete, family: Family = "normal", **options: Any) -> ActionDistribution:
-    return MultiCategorical(space.shape, tuple(space.nvec.flatten().tolist()), space.start, space.dtype)
+    return MultiCategorical(space.shape, tuple(space.nvec.flatten().tolist()), as_int64(space.start), space.dtype)
 
 
 @action_distribution.register
