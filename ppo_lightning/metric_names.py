@@ -6,6 +6,25 @@ from typing import Literal, get_args
 
 MetricNames = Literal["sb3", "cleanrl", "leanrl", "apexrl", "pufferlib", "embodichain"]
 
+LATER = (
+    *(f"rollout/ep_{name}" for name in ("rew_mean", "rew_min", "rew_max", "len_mean")),
+    *(f"rollout/{name}" for name in ("success_rate", "fail_rate", "successes", "failures")),
+    *(f"eval/{name}" for name in ("success_rate", "fail_rate")),
+    *(f"train/{name}" for name in ("grad_norm", "actor_grad_norm", "critic_grad_norm", "skipped_steps")),
+    "time/fps",
+    "time/env_restarts",
+)
+"""Metrics that a run may log without having done so in its first iterations: before an episode ends, for instance."""
+
+OF_ENVIRONMENTS = tuple(f"{place}{kind}/" for place in ("", "eval/") for kind in ("env", "reward", "reward_components"))
+"""Begins of the names of what environments put into ``info``, when and if they do."""
+
+
+def may_come_later(name: str) -> bool:
+    """Whether a run may log a metric though it has not done so in its first iterations or evaluations."""
+    return name in LATER or name.startswith(OF_ENVIRONMENTS)
+
+
 _LOSSES = {
     "train/policy_gradient_loss": "losses/policy_loss",
     "train/value_loss": ("losses/value_loss", 0.5),

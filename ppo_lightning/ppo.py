@@ -88,6 +88,7 @@ from ppo_lightning.trainer import (
     attach_callbacks,
     begin_iterations_whole,
     gradient_hooks,
+    log_over_environment_steps,
     refuse_what_misleads,
     replace_defaults,
     shorten_timeout,
@@ -332,6 +333,7 @@ class PPO(LightningModule):
         trainer: Any = self.trainer
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
+        log_over_environment_steps(trainer)
         self.seed = trainer.strategy.broadcast(self._known_seed())
         if stage != "fit":
             return
@@ -482,12 +484,6 @@ class PPO(LightningModule):
             self.trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
 
     @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Give what callbacks or subclasses have logged with ``self.log`` environment steps for its x-axis, too."""
-        if cast(Any, self.trainer)._results:
-            self.log("step", self._step_to_log)
-
-    @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients, unscaled by now in any precision; never step on one that is not finite."""
         if self._by_graph:
@@ -526,11 +522,15 @@ class PPO(LightningModule):
         statistics = self._evaluate(self.num_eval_episodes, self.eval_deterministic, purpose)
         # All processes have gathered the same statistics; sync_dist tells Lightning so.
         renames = bool(self.loggers) and self.metric_names != "sb3"
-        logged = statistics if renames else {**statistics, "step": self._step_to_log}
-        self.log_dict(logged, batch_size=1, sync_dist=self.trainer.world_size > 1, logger=False if renames else None)
+        self.log_dict(statistics, sync_dist=self.trainer.world_size > 1, logger=False if renames else None)
         if renames:
             self.send(statistics)
         self.leave_out(time.perf_counter() - started)
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
+        """As Lightning's; an iteration and an evaluation are one batch each, so that no size has to be found in a rollout."""
+        super().log(name, value, *args, batch_size=batch_size or 1, **kwargs)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Give loggers and monitors more numbers of this iteration; a ``self.log`` of each costs more than an update.
@@ -1411,10 +1411,6 @@ class PPO(LightningModule):
     @property
     def _world_size(self) -> int:
         return self._trainer.world_size if self._trainer is not None else 1
-
-    @property
-    def _step_to_log(self) -> Tensor:
-        return torch.tensor(self.num_env_steps, dtype=torch.float64)  # self.log would round others beyond 2²⁴
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:

@@ -1,10 +1,13 @@
 """What PPO asks of Lightning's Trainer: which settings, which callbacks, and when its hooks matter."""
 
+import inspect
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from lightning import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -12,18 +15,23 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
+from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from torch.distributed.constants import default_pg_timeout
+from typing_extensions import override
 
 from ppo_lightning.callbacks import (
     AsyncEvaluation,
     BestCheckpoint,
+    CallbackSchedule,
     CloseEnvironments,
+    FinalEvaluation,
     HealthMonitor,
     Interrupts,
     LastCheckpoint,
     RunSummary,
     StepProgressBar,
     WatchProcesses,
+    refuse_evaluation_monitors,
 )
 from ppo_lightning.errors import InputError
 
@@ -77,6 +85,57 @@ def replace_defaults(trainer: Any, evaluation_interval: int) -> None:
         trainer.log_every_n_steps = 1
 
 
+class _StepLoop(_TrainingEpochLoop):
+    """Lightning's loop over batches, whose counter for x-axes is environment steps.
+
+    Lightning's callbacks (LearningRateMonitor, DeviceStatsMonitor) give this counter to loggers.
+    """
+
+    @property
+    def _batches_that_stepped(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        steps = _env_steps(self.trainer)
+        return vars(self)["_batches_that_stepped"] if steps is None else steps
+
+    @_batches_that_stepped.setter
+    def _batches_that_stepped(self, value: int) -> None:
+        vars(self)["_batches_that_stepped"] = value
+
+
+class _StepLogger(_LoggerConnector):
+    """What passes ``self.log`` on to loggers, with environment steps as x, in whichever hook it was called."""
+
+    @property
+    @override
+    def should_update_logs(self) -> bool:
+        """Whether ``log_every_n_steps``, which counts iterations, asks for what was logged in this one."""
+        loop, every = self.trainer._active_loop, self.trainer.log_every_n_steps
+        if isinstance(loop, _FitLoop) and every:
+            return loop.epoch_loop.batch_progress.total.ready % every == 0 or self.trainer.should_stop
+        return super().should_update_logs
+
+    @override
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if step is None and "step" not in metrics:
+            step = _env_steps(self.trainer)
+        super().log_metrics(metrics, step)
+
+    @override
+    def update_eval_step_metrics(self, step: int) -> None:
+        steps = _env_steps(self.trainer)
+        super().update_eval_step_metrics(step if steps is None else steps)
+
+
+def log_over_environment_steps(trainer: Any) -> None:
+    """Make environment steps the x-axis of all that Lightning and its callbacks log by themselves."""
+    trainer.fit_loop.epoch_loop.__class__ = _StepLoop
+    trainer._logger_connector.__class__ = _StepLogger
+
+
+def _env_steps(trainer: Any) -> int | None:
+    """Environment steps so far; None where the Trainer trains another module by now."""
+    return cast("int | None", getattr(trainer.lightning_module, "num_env_steps", None))
+
+
 def begin_iterations_whole(trainer: Any) -> None:
     """Let a run that goes on from within an iteration (after a crash, or from ``best.ckpt``) begin another one.
 
@@ -95,6 +154,9 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
         trainer: of the run.
         save_interval: iterations between two saves of the last checkpoint.
         evaluates: the environments can be evaluated, so that there can be a best checkpoint.
+
+    Raises:
+        InputError: a callback monitors a metric of evaluations, and there are none.
     """
     defaults = [callback for callback in trainer.callbacks if is_default(callback)]
     needed: list[Callback] = [WatchProcesses()] if trainer.world_size > 1 else []
@@ -104,26 +166,45 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
         needed.append(StepProgressBar())
     beside = any(isinstance(callback, AsyncEvaluation) for callback in trainer.callbacks)
     evaluates = evaluates and (beside or trainer.limit_val_batches != 0)
-    for callback in trainer.callbacks:
-        watches = isinstance(callback, EarlyStopping) and (callback.monitor or "").startswith("eval/")
-        if evaluates and watches and callback._check_on_train_epoch_end is None:
-            # By itself it would decide before evaluations have their interval, and look after each iteration.
-            callback._check_on_train_epoch_end = False
+    if not evaluates and not trainer.fast_dev_run:
+        refuse_evaluation_monitors(trainer.callbacks)
+    needed += [FinalEvaluation(), CallbackSchedule()]
     if any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):
         if evaluates:
             needed.append(BestCheckpoint())
-        needed.append(LastCheckpoint(save_interval))  # after the other, whose state it holds
+        needed.append(LastCheckpoint(save_interval))
     needed.append(RunSummary())
-    kept = [callback for callback in trainer.callbacks if callback not in defaults]
+    kept = [callback for callback in trainer.callbacks if not any(callback is default for default in defaults)]
     callbacks = kept + [new for new in needed if not any(isinstance(own, type(new)) for own in kept)]
-    # At the end of a run a summary says what the others have done.
-    trainer.callbacks = sorted(callbacks, key=lambda callback: isinstance(callback, RunSummary))
+    trainer.callbacks = sorted(callbacks, key=_position)
+
+
+def _position(callback: Callback) -> int:
+    """Where a callback stands among all; callbacks of the same position keep their order."""
+    if isinstance(callback, FinalEvaluation):
+        return 0  # what others do at the end of training can use the evaluation
+    if isinstance(callback, RunSummary):
+        return 7  # it reports what the others have done
+    if isinstance(callback, LastCheckpoint):
+        return 6  # it holds the state of all others
+    if isinstance(callback, Checkpoint):
+        return 4 if getattr(callback, "monitor", None) is not None else 5  # ckpt_path="best" takes the first one
+    if isinstance(callback, EarlyStopping):
+        return 3
+    return 2 if isinstance(callback, CallbackSchedule) else 1
 
 
 def is_default(callback: Callback) -> bool:
-    """Whether Lightning added the callback by itself, as far as can be told: it is as one made without arguments."""
+    """Whether Lightning added the callback by itself, as far as can be told: it is as one made without arguments.
+
+    Only what the constructor takes is compared. Other attributes change during a run, or between processes.
+    """
     kind = type(callback)
-    return kind in (RichProgressBar, TQDMProgressBar, ModelCheckpoint) and vars(callback) == vars(kind())
+    if kind not in (RichProgressBar, TQDMProgressBar, ModelCheckpoint):
+        return False
+    parameters, fresh = inspect.signature(kind.__init__).parameters, vars(kind())
+    names = [name for name in fresh if name.lstrip("_") in parameters]
+    return all(vars(callback)[name] == fresh[name] for name in names)
 
 
 def steps_concern_nobody(trainer: Any, *, averages: bool = False) -> bool:

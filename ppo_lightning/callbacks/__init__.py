@@ -4,6 +4,8 @@ from ppo_lightning.callbacks.adaptive_lr import AdaptiveLearningRate as Adaptive
 from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation as AsyncEvaluation
 from ppo_lightning.callbacks.checkpoints import BestCheckpoint as BestCheckpoint
 from ppo_lightning.callbacks.checkpoints import LastCheckpoint as LastCheckpoint
+from ppo_lightning.callbacks.callback_schedule import CallbackSchedule as CallbackSchedule
+from ppo_lightning.callbacks.callback_schedule import refuse_evaluation_monitors as refuse_evaluation_monitors
 from ppo_lightning.callbacks.cleanup import CloseEnvironments as CloseEnvironments
 from ppo_lightning.callbacks.curriculum import Curriculum as Curriculum
 from ppo_lightning.callbacks.curriculum import Level as Level
@@ -11,6 +13,7 @@ from ppo_lightning.callbacks.dashboard import Dashboard as Dashboard
 from ppo_lightning.callbacks.details import RolloutDetails as RolloutDetails
 from ppo_lightning.callbacks.events import EvaluationCallback as EvaluationCallback
 from ppo_lightning.callbacks.events import PPOCallback as PPOCallback
+from ppo_lightning.callbacks.final_evaluation import FinalEvaluation as FinalEvaluation
 from ppo_lightning.callbacks.hardware import HardwareMonitor as HardwareMonitor
 from ppo_lightning.callbacks.health import HealthMonitor as HealthMonitor
 from ppo_lightning.callbacks.interrupts import Interrupts as Interrupts

@@ -1,0 +1,230 @@
+"""When callbacks that monitor a metric, or save by iterations or time, act."""
+
+import difflib
+import time
+from collections.abc import Iterable
+from typing import Any, Protocol, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from typing_extensions import override
+
+from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation
+from ppo_lightning.callbacks.checkpoints import RunCheckpoint
+from ppo_lightning.callbacks.events import EvaluationCallback
+from ppo_lightning.errors import InputError
+from ppo_lightning.metric_names import LATER, may_come_later
+
+EVALUATION = "eval/"
+"""Begin of the names of what an evaluation measures."""
+
+PACKAGES = ("ppo_lightning", "lightning", "torch", "builtins")
+"""Packages whose classes log no metrics but those that are known."""
+
+INT32_MAX = 2**31 - 1
+
+
+class Counts(Protocol):
+    """A module that counts environment steps."""
+
+    @property
+    def num_env_steps(self) -> int:
+        """Steps so far, of all processes."""
+        ...
+
+
+class CallbackSchedule(EvaluationCallback):
+    """Lets :class:`EarlyStopping` and :class:`ModelCheckpoint` act when their metric is there, at intervals of their own.
+
+    Lightning decides by the evaluation interval when they act, raises an error where their metric is not there yet, and
+    ignores ``train_time_interval`` in manual optimisation. Here a callback that monitors ``eval/…`` acts at the end of
+    each evaluation, any other at the end of each iteration, unless the user said otherwise. A metric that comes later
+    (there is no ``rollout/ep_rew_mean`` before an episode ends) is waited for; one that never comes is an error.
+
+    Raises:
+        InputError: a callback monitors a metric that the run does not log.
+    """
+
+    def __init__(self) -> None:
+        self._changed: list[tuple[Callback, str, Any]] = []
+        """Callbacks of the user's, with attributes that this one has set and their values before."""
+        self._has_evaluated = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._has_evaluated = False
+        if stage != "fit":
+            return
+        for callback in _monitors(trainer):
+            name = _when(callback)
+            if getattr(callback, name) is None:
+                self._set(callback, name, not _is_evaluated(callback))
+            if isinstance(callback, EarlyStopping) and callback.strict:
+                self._set(callback, "strict", False)
+
+    def _set(self, callback: Callback, name: str, value: Any) -> None:
+        self._changed.append((callback, name, getattr(callback, name)))
+        setattr(callback, name, value)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._changed:
+            callback, name, value = self._changed.pop()
+            setattr(callback, name, value)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save the checkpoints that are due by iterations or by time; put the present step in the place of ``{step}``."""
+        steps = cast(Counts, pl_module).num_env_steps
+        if steps <= INT32_MAX:  # Lightning casts it to int32
+            trainer.callback_metrics["step"] = torch.tensor(steps)
+        else:  # file names then have Lightning's own count, of iterations
+            trainer.callback_metrics.pop("step", None)
+        for callback in _monitors(trainer):
+            if isinstance(callback, ModelCheckpoint) and _is_due(callback, trainer):
+                self._save(callback, trainer)
+
+    def _save(self, checkpoint: ModelCheckpoint, trainer: Trainer) -> None:
+        metrics = checkpoint._monitor_candidates(trainer)
+        if _is_evaluated(checkpoint):  # the score there is may be another policy's
+            checkpoint._defer_save_until_validation = True
+            _hold(checkpoint, trainer)
+        elif checkpoint.monitor is None or checkpoint.monitor in metrics:
+            checkpoint._last_time_checked = time.monotonic()
+            checkpoint._save_topk_checkpoint(trainer, metrics)
+            checkpoint._save_last_checkpoint(trainer, metrics)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the callbacks act that monitor a metric."""
+        callbacks = _all(trainer)
+        first = trainer.fit_loop.epoch_progress.current.processed <= 1
+        logs_next = first and _has_hooks(pl_module, "on_train_epoch_end")
+        evaluates = trainer.enable_validation and not self._has_evaluated
+        beside = not self._has_evaluated and any(isinstance(one, AsyncEvaluation) for one in callbacks)
+        logs_then = evaluates and any(_has_hooks(one, "validation") for one in (pl_module, *callbacks))
+        for callback, name in self._without_metric(trainer):
+            of_evaluation = name.startswith(EVALUATION) and (evaluates or beside)
+            if may_come_later(name) or of_evaluation or logs_next or logs_then:
+                _hold(callback, trainer)
+            else:
+                raise _unknown(callback, name, trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let those save that have waited for the evaluation."""
+        for callback in _monitors(trainer):
+            if isinstance(callback, ModelCheckpoint) and callback._defer_save_until_validation:
+                callback._last_global_step_saved = 0
+                callback._last_time_checked = time.monotonic()
+        super().on_validation_end(trainer, pl_module)
+
+    @override
+    def on_evaluation(
+        self, trainer: Trainer, pl_module: LightningModule, step: int, statistics: dict[str, float]
+    ) -> None:
+        self._has_evaluated = True
+        if trainer.validating:
+            self._follow_evaluations(trainer)
+        for callback, name in self._without_metric(trainer):
+            if not name.startswith(EVALUATION) or may_come_later(name):
+                _hold(callback, trainer)
+            else:
+                raise _unknown(callback, name, trainer)
+
+    def _follow_evaluations(self, trainer: Trainer) -> None:
+        """Let callbacks act after evaluations whose metric, under a name of the user's, is logged there."""
+        results = trainer._results
+        logged = () if results is None else results.metrics(False)["callback"]
+        for callback, name, value in self._changed:
+            if name == _when(callback) and value is None and cast(Any, callback).monitor in logged:
+                setattr(callback, name, False)
+
+    def _without_metric(self, trainer: Trainer) -> list[tuple[Callback, str]]:
+        """Callbacks whose metric is not there, with its name, unless they are content without."""
+        metrics, lenient = trainer.callback_metrics, {id(one) for one, name, _ in self._changed if name == "strict"}
+        return [
+            (callback, callback.monitor)
+            for callback in _monitors(trainer)
+            if callback.monitor is not None
+            and callback.monitor not in metrics
+            and callback.monitor not in ("step", "epoch")
+            and (isinstance(callback, ModelCheckpoint) or id(callback) in lenient)
+        ]
+
+
+def refuse_evaluation_monitors(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks that monitor evaluations, of which there are none.
+
+    Raises:
+        InputError: there is such a callback.
+    """
+    for callback in callbacks:
+        strict = isinstance(callback, ModelCheckpoint) or (isinstance(callback, EarlyStopping) and callback.strict)
+        if strict and _is_evaluated(callback):
+            raise InputError(
+                f"{type(callback).__name__} monitors {cast(Any, callback).monitor}, and this run has no evaluations "
+                "(limit_val_batches is 0, or the environment is a VectorEnv that cannot be made again): monitor a metric "
+                "rollout/…, such as rollout/ep_rew_mean"
+            )
+
+
+def _all(trainer: Trainer) -> list[Callback]:
+    return cast(Any, trainer).callbacks
+
+
+def _monitors(trainer: Trainer) -> list[Any]:
+    """Callbacks of the user's that stop or save."""
+    kinds = (EarlyStopping, ModelCheckpoint)
+    return [one for one in _all(trainer) if isinstance(one, kinds) and not isinstance(one, RunCheckpoint)]
+
+
+def _when(callback: Callback) -> str:
+    """Attribute that says whether the callback acts at the end of an iteration, or else of an evaluation."""
+    return "_check_on_train_epoch_end" if isinstance(callback, EarlyStopping) else "_save_on_train_epoch_end"
+
+
+def _has_hooks(owner: Any, hook: str) -> bool:
+    """Whether a user's module or callback has hooks of such a name, in which it may log metrics of its own."""
+    kinds = [kind for kind in type(owner).__mro__ if kind.__module__.partition(".")[0] not in PACKAGES]
+    return any(hook in name for kind in kinds for name in vars(kind))
+
+
+def _is_evaluated(callback: Any) -> bool:
+    return (callback.monitor or "").startswith(EVALUATION)
+
+
+def _is_due(checkpoint: ModelCheckpoint, trainer: Trainer) -> bool:
+    """Whether a checkpoint is to be saved by its iterations or its time."""
+    if checkpoint._should_skip_saving_checkpoint(trainer):
+        return False
+    if checkpoint._every_n_train_steps:
+        return trainer.global_step % checkpoint._every_n_train_steps == 0
+    interval, since = checkpoint._train_time_interval, checkpoint._last_time_checked
+    if interval is None or since is None:
+        return False
+    late = time.monotonic() - since >= interval.total_seconds()
+    return trainer.strategy.broadcast(late)  # clocks differ, and saving is collective
+
+
+def _hold(callback: Callback, trainer: Trainer) -> None:
+    """Save nothing after this iteration."""
+    if isinstance(callback, ModelCheckpoint):
+        callback._last_global_step_saved = trainer.global_step
+
+
+def _unknown(callback: Callback, name: str, trainer: Trainer) -> InputError:
+    metrics = sorted(trainer.callback_metrics.keys() - {"step"})
+    near = difflib.get_close_matches(name, {*metrics, *LATER, "eval/mean_reward"}, 1)
+    hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(metrics)}"
+    return InputError(f"{type(callback).__name__} monitors {name}, which this run does not log: {hint}")
