@@ -16,7 +16,8 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from gymnasium.vector import VectorEnv
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
@@ -30,6 +31,9 @@ KEY = "ppo_lightning"
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 """The newest state of a run, the one before, and the best by evaluation."""
+
+ON_EXCEPTION = "on_exception.ckpt"
+"""A newer state than the last, from which a run that failed cannot resume bit-exactly."""
 
 CHOICES = {"last": (LAST, PREVIOUS), "best": (BEST,)}
 """Words that ``ckpt_path`` may have in the place of a path, and the files that they choose from."""
@@ -95,6 +99,28 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             InputError: as :func:`read_checkpoint`.
         """
         return read_checkpoint(path, map_location)
+
+
+def verified(given: CheckpointIO) -> CheckpointIO:
+    """The plugin that writes a run's checkpoints, such that each file ends with its digest.
+
+    Args:
+        given: of the strategy. A plugin that wraps another one, such as AsyncCheckpointIO, keeps its place around ours.
+
+    Raises:
+        InputError: the user gave a plugin that writes files of its own, which nothing here could load.
+    """
+    if isinstance(given, _WrappingCheckpointIO):
+        given._checkpoint_io = verified(given.checkpoint_io or TorchCheckpointIO())
+        return given
+    if isinstance(given, VerifiedCheckpointIO):
+        return given
+    if type(given) is TorchCheckpointIO:
+        return VerifiedCheckpointIO()
+    raise InputError(
+        f"plugins: {type(given).__name__} writes checkpoints without the digest by which they are verified when they are "
+        "loaded: derive it from ppo_lightning.checkpoint.VerifiedCheckpointIO, or leave it out"
+    )
 
 
 def sealed(contents: Mapping[str, Any]) -> bytes:
@@ -323,6 +349,12 @@ def _is_ours(module: str) -> bool:
     return parts[0] in PACKAGES and all(re.fullmatch(r"[A-Za-z]\w*", part) for part in parts)
 
 
+def resumes_exactly(checkpoint: Mapping[str, Any], world_size: int) -> bool:
+    """Whether a checkpoint has the environments' state of each of so many ranks."""
+    states = checkpoint[KEY]["processes"]
+    return len(states) == world_size and all(state["rollouts"] is not None for state in states)
+
+
 def refuse_other_spaces(
     checkpoint: Mapping[str, Any], observation_space: gym.Space, action_space: gym.Space, name: str
 ) -> dict[str, Any]:
@@ -369,6 +401,19 @@ def refuse_other_policy(checkpoint: Mapping[str, Any], state: Mapping[str, torch
         raise InputError(
             f"the checkpoint holds another policy ({sorted(differences)[0]}): give policy, normalize_observation, "
             "normalize_reward and popart as they were in the run"
+        )
+
+
+def refuse_weights_alone(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to resume from a checkpoint that was saved with ``save_weights_only=True``.
+
+    Raises:
+        InputError: it has no state of the optimiser.
+    """
+    if "optimizer_states" not in checkpoint:
+        raise InputError(
+            "the checkpoint holds weights alone (save_weights_only), so no run can resume from it: give last.ckpt, or act "
+            "with it by PPO.load_from_checkpoint, validate or test"
         )
 
 

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from lightning import Callback, LightningModule
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -40,7 +40,6 @@ from ppo_lightning.callbacks.events import tell
 from ppo_lightning.checkpoint import (
     KEY,
     RunSettings,
-    VerifiedCheckpointIO,
     missing,
     plain_contents,
     plain_data,
@@ -49,6 +48,8 @@ from ppo_lightning.checkpoint import (
     refuse_names,
     refuse_other_policy,
     refuse_other_spaces,
+    refuse_weights_alone,
+    verified,
 )
 from ppo_lightning.clock import Clock
 from ppo_lightning.compiled import CompiledUpdate, CompilerError, why_not
@@ -331,8 +332,7 @@ class PPO(LightningModule):
     def setup(self, stage: str) -> None:
         """Agree on a seed, refuse what would mislead, and replace Lightning's defaults by those that suit PPO."""
         trainer: Any = self.trainer
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
+        trainer.strategy.checkpoint_io = verified(trainer.strategy.checkpoint_io)
         log_over_environment_steps(trainer)
         self.seed = trainer.strategy.broadcast(self._known_seed())
         if stage != "fit":
@@ -599,7 +599,9 @@ class PPO(LightningModule):
         ours = refuse_other_spaces(checkpoint, self.observation_space, self.action_space, self.env_maker.name)
         self._missing = refuse_missing(ours, _passed.get().union(self._given))
         refuse_other_policy(checkpoint, self.state_dict(), self.policy.distribution.describe())
-        self._was_scheduled = bool(checkpoint["lr_schedulers"])
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            refuse_weights_alone(checkpoint)
+        self._was_scheduled = bool(checkpoint.get("lr_schedulers"))
         self._trained_with_masks = ours.get("masked", False)
         self._goes_on, self._paused = ours["processes"], None
         if "PL_GLOBAL_SEED" not in os.environ:  # else seed_everything has been asked for another

@@ -2,10 +2,10 @@
 
 from ppo_lightning.callbacks.adaptive_lr import AdaptiveLearningRate as AdaptiveLearningRate
 from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation as AsyncEvaluation
-from ppo_lightning.callbacks.checkpoints import BestCheckpoint as BestCheckpoint
-from ppo_lightning.callbacks.checkpoints import LastCheckpoint as LastCheckpoint
 from ppo_lightning.callbacks.callback_schedule import CallbackSchedule as CallbackSchedule
 from ppo_lightning.callbacks.callback_schedule import refuse_evaluation_monitors as refuse_evaluation_monitors
+from ppo_lightning.callbacks.checkpoints import BestCheckpoint as BestCheckpoint
+from ppo_lightning.callbacks.checkpoints import LastCheckpoint as LastCheckpoint
 from ppo_lightning.callbacks.cleanup import CloseEnvironments as CloseEnvironments
 from ppo_lightning.callbacks.curriculum import Curriculum as Curriculum
 from ppo_lightning.callbacks.curriculum import Level as Level

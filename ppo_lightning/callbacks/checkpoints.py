@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from ppo_lightning.checkpoint import PREVIOUS, read_verified
+from ppo_lightning.checkpoint import ON_EXCEPTION, PREVIOUS, read_checkpoint, read_verified, resumes_exactly
 from ppo_lightning.errors import InputError
 
 
@@ -178,7 +178,11 @@ class LastCheckpoint(RunCheckpoint):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save where the last whole iteration ended; by one process alone, since others may not answer any more."""
+        """Save where the last whole iteration ended; by one process alone, since others may not answer any more.
+
+        Where that state lacks what a bit-exact resume needs (the environments within a rollout, the other ranks), and
+        ``last.ckpt`` has it, the state gets a file of its own and ``last.ckpt`` stays.
+        """
         if trainer.global_step == 0 or not self._should_save_on_exception(trainer):
             return
         module = cast(Rewinds, pl_module)
@@ -186,12 +190,15 @@ class LastCheckpoint(RunCheckpoint):
         if trainer.is_global_zero:
             with module.without_others():
                 contents = trainer._checkpoint_connector.dump_checkpoint()
-            path = self.format_checkpoint_name({})
+            last = Path(self.format_checkpoint_name({}))
+            failed = isinstance(exception, Exception)  # a forced interrupt replaces last.ckpt in any case
+            is_worse = failed and not resumes_exactly(contents, trainer.world_size)
+            path = last.with_name(ON_EXCEPTION) if is_worse and _is_exact(last, trainer.world_size) else last
             try:
-                with _keeping_previous(Path(path)):
+                with _keeping_previous(path) if path is last else nullcontext():
                     trainer.strategy.save_checkpoint(contents, path)
             except OSError as error:  # what ended the run is to be seen, not this
-                _warn(path, trainer, error)
+                _warn(str(path), trainer, error)
 
     def _is_late(self, trainer: Trainer) -> bool:
         """Whether the first process's clock says so: saving is collective, and clocks differ."""
@@ -210,6 +217,14 @@ def _warn(path: str, trainer: Trainer, error: OSError) -> None:
         f"{path} could not be written after iteration {trainer.current_epoch + 1} ({error}): the run goes on, and the file "
         "before is kept"
     )
+
+
+def _is_exact(path: Path, world_size: int) -> bool:
+    """Whether a run can resume from a file bit-exactly."""
+    try:
+        return path.is_file() and resumes_exactly(read_checkpoint(path), world_size)
+    except InputError:  # damaged
+        return False
 
 
 def _is_good(path: Path) -> bool:
