@@ -94,14 +94,10 @@ def of_twenty_steps():
 
 
 @pytest.mark.parametrize(
-    "callback",
-    [
-        EarlyStopping("rollout/ep_rew_mean", mode="max", patience=100),
-        ModelCheckpoint("own", monitor="rollout/ep_rew_mean", mode="max"),
-    ],
-    ids=lambda callback: type(callback).__name__,
+    ("kind", "options"), [(EarlyStopping, {"patience": 100}), (ModelCheckpoint, {"dirpath": "own"})]
 )
-def test_what_monitors_returns_waits_until_an_episode_has_ended(fit, callback):
+def test_what_monitors_returns_waits_until_an_episode_has_ended(fit, kind, options):
+    callback = kind(monitor="rollout/ep_rew_mean", mode="max", **options)
     model = make(of_twenty_steps)  # the first episodes end in the second iteration
     fit_with_files(fit, model, callback, limit_val_batches=0)
     assert model.policy_version == 4
