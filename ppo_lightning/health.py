@@ -1,7 +1,8 @@
 """Which numbers of a run are healthy, and what is wrong where they are not. Pure functions of what was seen."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -43,6 +44,9 @@ class Thresholds:
     """Lowest entropy of discrete actions, as a share of the most there can be."""
     std: float = 0.01
     """Lowest standard deviation of continuous actions (action units)."""
+    clipped_actions: tuple[float, float] = (0.75, 0.95)
+    """Shares of actions with a component outside the bounds that are an alert: where a policy begins so, and where an
+    update has led there and the return has not risen."""
     rise: float = 1.5
     """The return has risen where it is so many standard errors above the mean of the first episodes."""
     stall: float = 0.5
@@ -66,6 +70,11 @@ class Thresholds:
             raise InputError(
                 f"HealthMonitor: thresholds.lr_factor must lie between 0 and 1 and ent_coef_factor above 1, got "
                 f"{self.lr_factor} and {self.ent_coef_factor}"
+            )
+        if not 0 < self.clipped_actions[0] <= self.clipped_actions[1]:
+            raise InputError(
+                f"HealthMonitor: thresholds.clipped_actions must be two shares above 0 in ascending order, got "
+                f"{self.clipped_actions}"
             )
 
 
@@ -96,6 +105,8 @@ class Row(NamedTuple):
     """1 where all observations were the same; NaN where nobody has looked."""
     frozen: float = 0.0
     """1 where the critic's parameters were those of the last look; NaN where nobody has looked twice."""
+    clipped_actions: float = math.nan
+    """Share of actions with a component outside the bounds; NaN where the distribution clips nothing."""
 
 
 class Run(NamedTuple):
@@ -119,16 +130,17 @@ class Run(NamedTuple):
     """Of uniformly distributed discrete actions (nats); NaN where actions are not all discrete."""
 
 
-METRICS = (
-    "rollout/ep_rew_mean",
-    "train/approx_kl",
-    "train/clip_fraction",
-    "train/explained_variance",
-    "train/entropy_loss",
-    "train/std",
-    "train/value_loss",
-)
-"""In the order of :class:`Row`."""
+METRICS = {
+    "rollout/ep_rew_mean": "ep_return",
+    "train/approx_kl": "approx_kl",
+    "train/clip_fraction": "clip_fraction",
+    "train/explained_variance": "explained_variance",
+    "train/entropy_loss": "entropy_loss",
+    "train/std": "std",
+    "train/value_loss": "value_loss",
+    "rollout/clipped_actions": "clipped_actions",
+}
+"""Metrics that a :class:`Row` holds, and its fields."""
 
 
 class Remedy(NamedTuple):
@@ -137,6 +149,21 @@ class Remedy(NamedTuple):
     key: str
     advice: str
     healthy: Callable[[Thresholds], str]
+    other_key: str = ""
+    """In place of ``key`` where the network lacks the parameters of :class:`ActorCritic` that it names."""
+    other_advice: str = ""
+    """In place of ``advice``, likewise."""
+
+    def for_network(self, parameters: Container[str]) -> tuple[str, str]:
+        """Key and advice for a network.
+
+        Args:
+            parameters: names of those that the configuration can set of the network (``policy.init_args``).
+        """
+        named = re.findall(r"policy\.init_args\.(\w+)", f"{self.key} {self.advice}")
+        if all(name in parameters for name in named):
+            return self.key, self.advice
+        return self.other_key, self.other_advice
 
 
 REMEDIES = {
@@ -158,8 +185,22 @@ REMEDIES = {
     ),
     "std_collapsed": Remedy(
         "--model.policy.init_args.log_std_init",
-        "raise log_std_init of the policy, or --model.ent_coef: it no longer explores",
+        "raise --model.policy.init_args.log_std_init, or --model.ent_coef: it no longer explores",
         lambda t: f"above {t.std:g}",
+        "--model.ent_coef",
+        "raise --model.ent_coef (double it, from 0.001), or let the network begin with a larger standard deviation: it no "
+        "longer explores",
+    ),
+    "actions_clipped": Remedy(
+        "--model.policy.init_args.distribution",
+        "set --model.policy.init_args.distribution tanh or beta, whose actions lie within the bounds; or begin with less "
+        "noise (--model.policy.init_args.log_std_init -2); where the bounds are far from -1 and 1, add "
+        "gymnasium.wrappers.RescaleAction to --model.wrappers",
+        lambda t: f"below {t.clipped_actions[0]:g}",
+        "--model.wrappers",
+        "let the network draw actions within the bounds (tanh or beta, by ppo_lightning.action_distribution), or begin with "
+        "a smaller standard deviation; where the bounds are far from -1 and 1, add gymnasium.wrappers.RescaleAction to "
+        "--model.wrappers",
     ),
     "learning_rate_too_high": Remedy(
         "--model.optimizer.lr",
@@ -186,6 +227,9 @@ REMEDIES = {
         "give the critic more room (--model.policy.init_args.hidden_sizes [256,256]) or weight (--model.vf_coef), and see "
         "that its observations tell what is to come",
         lambda t: f"above {t.explained_variance:g}",
+        "--model.vf_coef",
+        "give the network's critic more room (wider layers, layers of its own) or weight (--model.vf_coef), and see that "
+        "its observations tell what is to come",
     ),
     "return_stalled": Remedy(
         "--model.optimizer.lr",
@@ -213,6 +257,12 @@ def diagnose(rows: Sequence[Row], run: Run, t: Thresholds) -> Symptom | None:
     if now.blind == 1:
         return Symptom("observation_constant", 0.0, f"all observations of {iterations} were the same")
 
+    begins, limits = run.first.clipped_actions, t.clipped_actions
+    untrained = run.first.iteration == 1  # a policy that has learnt may well act at the bounds
+    # Of the first window no return tells whether the bounds cost anything.
+    if untrained and begins > limits[0] < now.clipped_actions and not (rises and rows[0].iteration > 1):
+        return Symptom("actions_clipped", now.clipped_actions, _clips(now, t, iterations))
+
     collapsed = [
         ("entropy_collapsed", -now.entropy_loss, t.entropy * run.most_entropy, False),
         # From the start: then it is why the policy's probabilities leap.
@@ -233,6 +283,8 @@ def diagnose(rows: Sequence[Row], run: Run, t: Thresholds) -> Symptom | None:
         return Symptom("learning_rate_too_high", now.approx_kl, f"{_moves(now, t)}, means of {iterations}")
     if now.clip_fraction > t.clip_fraction_alert:
         return Symptom("clip_fraction_too_high", now.clip_fraction, f"{_moves(now, t)}, means of {iterations}")
+    if now.clipped_actions > limits[1] and not begins > limits[1] and run.start is not None and not rises:
+        return Symptom("actions_clipped", now.clipped_actions, _clips(now, t, iterations))
 
     explained = mean([max(row.explained_variance, -1.0) for row in rows])
     explained = 0.0 if math.isnan(explained) else explained  # targets that do not vary, and are missed
@@ -268,6 +320,7 @@ def is_well(row: Row, t: Thresholds, most_entropy: float) -> bool:
         and not row.clip_fraction > t.clip_fraction_alert
         and not -row.entropy_loss < t.entropy * most_entropy
         and not row.std < t.std
+        and not row.clipped_actions > t.clipped_actions[0]
     )
 
 
@@ -280,6 +333,13 @@ def _moves(now: Row, t: Thresholds) -> str:
     return (
         f"approx_kl {now.approx_kl:.3g} (healthy {t.approx_kl[0]:g} to {t.approx_kl[1]:g}), clip_fraction "
         f"{now.clip_fraction:.3g} (healthy {t.clip_fraction[0]:g} to {t.clip_fraction[1]:g})"
+    )
+
+
+def _clips(now: Row, t: Thresholds, iterations: str) -> str:
+    return (
+        f"the bounds of the action space clip {now.clipped_actions:.0%} of the actions in at least one component (healthy "
+        f"below {t.clipped_actions[0]:.0%}), means of {iterations}"
     )
 
 

@@ -28,10 +28,17 @@ class Update(NamedTuple):
 
 
 _AVERAGED = len(LossTerms._fields) + 3
-_SUMMED = 8
+_SUMMED = 9
 
 
-def row_of(batch: TensorDict, update: Update, std: Tensor | None, finished: Tensor, restarts: int) -> Tensor:
+def row_of(
+    batch: TensorDict,
+    update: Update,
+    std: Tensor | None,
+    finished: Tensor,
+    restarts: int,
+    clipped: Tensor | None = None,
+) -> Tensor:
     """What this process knows of an iteration, one float64 row for a gather.
 
     Args:
@@ -40,19 +47,21 @@ def row_of(batch: TensorDict, update: Update, std: Tensor | None, finished: Tens
         std: [N, d] standard deviations of the last step's actions; None where there are none.
         finished: [E, 4] episodes that ended in it.
         restarts: environments that were made anew so far.
+        clipped: [T, N] bool, the action has a component outside the bounds; None where the distribution clips nothing.
     """
     table, valid = update.terms, batch["valid"]
     reward = batch["reward"][valid].double()
     # Not all that is terminal for what is learnt ends an episode: a lost life does not.
     truncated = int((batch["truncated"] & ~batch["terminated"]).sum())
     ends = [len(finished) - truncated, truncated, *finished[:, 2:].nansum(0).tolist()]
+    outside = reward.new_zeros(()) if clipped is None else clipped[valid].sum().double()
     own = [
         table.mean(0),
         table[-update.minibatches :, KL].mean()[None],
         table[-1, :1],
         table.new_zeros(1) if std is None else std.mean()[None],
         torch.tensor([reward.numel(), *ends, restarts]),
-        torch.stack([reward.sum(), reward.square().sum()]),
+        torch.stack([reward.sum(), reward.square().sum(), outside]),
         torch.stack([reward.max(), -reward.min()]),
         target_moments(batch["state_value"][valid], batch["value_target"][valid]),
     ]
@@ -70,7 +79,7 @@ def merged(rows: Tensor) -> dict[str, float]:
     kinds = rows.split([_AVERAGED, _SUMMED, 2, 5], 1)
     averaged = kinds[0].mean(0).tolist()
     (_, policy_loss, value_loss, entropy, _, clipped, old_kl), (kl, last_loss, std) = averaged[:-3], averaged[-3:]
-    steps, terminated, truncated, successes, failures, restarts, total, squares = kinds[1].sum(0).tolist()
+    steps, terminated, truncated, successes, failures, restarts, total, squares, outside = kinds[1].sum(0).tolist()
     highest, lowest = kinds[2].amax(0).tolist()
     count, target, missed = kinds[3][:, 0], kinds[3][:, 1], kinds[3][:, 2]
     reward = total / steps
@@ -85,6 +94,7 @@ def merged(rows: Tensor) -> dict[str, float]:
         "rollout/reward_max": highest,
         "rollout/reward_min": -lowest,
         "rollout/value_mean": float((count * (target - missed)).sum() / count.sum()),
+        "rollout/clipped_actions": outside / steps,
         "time/env_restarts": restarts,
         "train/approx_kl": kl,
         "train/old_approx_kl": old_kl,

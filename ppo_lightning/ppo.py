@@ -1024,7 +1024,8 @@ class PPO(LightningModule):
             seconds: how long that took.
         """
         std = self.policy.std(batch[-1]) if self.policy.distribution.has_std else None
-        row = row_of(batch, update, std, self.rollouts.episodes.finished, self.restarts.count)
+        clipped = self.policy.distribution.clipped(batch["action"])
+        row = row_of(batch, update, std, self.rollouts.episodes.finished, self.restarts.count, clipped)
         episodes = self.rollouts.episodes.means()
         metrics = {
             **episodes,
@@ -1046,6 +1047,7 @@ class PPO(LightningModule):
             "rollout/failures": "rollout/fail_rate" not in episodes,
             "time/env_restarts": not metrics["time/env_restarts"],
             "train/std": std is None,
+            "rollout/clipped_actions": clipped is None,
         }
         for name in absent:
             if absent[name]:

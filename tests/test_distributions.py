@@ -190,6 +190,27 @@ def test_gsde_keeps_its_noise_for_some_steps_and_gives_equal_states_equal_noise(
     assert not torch.equal(actions[0], actions[2])
 
 
+@pytest.mark.parametrize("family", ["normal", "gsde"])
+def test_an_action_is_clipped_where_one_component_lies_outside_the_bounds(family):
+    space = Box(np.array([-1, -np.inf], np.float32), np.array([1, 5], np.float32))
+    action = torch.tensor([[[0.0, 0.0], [1.0, 5.0], [-1.1, 0.0]], [[0.0, -99.0], [0.0, 5.1], [9.0, 9.0]]])
+    expected = [[False, False, True], [False, True, True]]
+    distribution = action_distribution(space, family)
+    assert distribution.clipped(action).tolist() == expected
+    part = Dict({"arm": space, "grip": Discrete(2)})
+    distribution = action_distribution(part, family)
+    assert distribution.clipped({"arm": action, "grip": torch.zeros(2, 3)}).tolist() == expected
+
+
+def test_only_normal_distributions_in_bounds_clip_actions():
+    action = torch.full((2, 1), 9.0)
+    for family in ("tanh", "beta"):
+        assert action_distribution(Box(-1, 1, (1,)), family).clipped(action) is None
+    assert action_distribution(Box(-np.inf, np.inf, (1,))).clipped(action) is None
+    assert action_distribution(Discrete(2)).clipped(action) is None
+    assert action_distribution(Tuple([Discrete(2), Discrete(3)])).clipped({"0": action, "1": action}) is None
+
+
 @pytest.mark.parametrize("family", ["normal", "tanh", "beta", "gsde"])
 def test_dict_and_tuple_are_independent_parts_with_weighted_entropies(family):
     space = Dict({"a": Discrete(3), "b": Tuple((BOX, MultiBinary(2)))})

@@ -20,7 +20,7 @@ from processes import fit as fit_here
 from processes import forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ppo_lightning import PPO, ActorCritic
+from ppo_lightning import PPO, ActorCritic, action_distribution
 from ppo_lightning.callbacks import AdaptiveLearningRate, HealthMonitor, Stage, Stages, Thresholds
 from ppo_lightning.callbacks import health as module
 from ppo_lightning.callbacks.health import HALVES
@@ -32,7 +32,7 @@ from ppo_lightning.parameters import Linear
 ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "docs/health.md").read_text()
 
-HEALTHY = Row(1, 100.0, 0.02, 0.2, 0.9, -0.5, math.nan, 1.0)
+HEALTHY = Row(1, 100.0, 0.02, 0.2, 0.9, -0.5, math.nan, 1.0, clipped_actions=0.1)
 RUN = Run(0.4, True, True, HEALTHY, (20.0, 10 / 3), 0.03, 1.0, math.log(2))
 T = Thresholds()
 
@@ -57,6 +57,7 @@ CASES = {
     "entropy_collapsed": always(entropy_loss=-0.001, ep_return=20.0),
     "std_collapsed": always(std=0.005, ep_return=20.0),
     "observation_constant": always(blind=1.0, explained_variance=0.0),
+    "actions_clipped": always(clipped_actions=0.99, ep_return=20.0),
     "critic_not_learning": always(explained_variance=0.1, value_size=10.0, value_error=9.5),
     "reward_too_large": always(explained_variance=0.1, value_size=2000.0, value_error=1900.0),
     "value_loss_exploding": always(explained_variance=-9.0, value_size=10.0, value_error=30.0, value_loss=900.0),
@@ -72,6 +73,26 @@ def test_each_number_out_of_range_is_named(name):
 @pytest.mark.parametrize("name", CASES)
 def test_one_iteration_out_of_range_is_no_finding(name):
     assert verdict(CASES[name][0]._replace(approx_kl=min(1e6, CASES[name][0].approx_kl * 1e9))) is None
+
+
+def test_a_large_share_of_clipped_actions_is_a_finding_of_the_first_window_and_while_the_return_does_not_rise():
+    rows, begins = always(clipped_actions=0.8), RUN._replace(first=HEALTHY._replace(clipped_actions=0.8))
+    later = [row._replace(iteration=11) for row in rows]
+    assert verdict(*rows) is None  # an update has led there, and the return rises
+    assert verdict(*rows, run=begins) == "actions_clipped"
+    assert verdict(*later, run=begins) is None
+    assert verdict(*[row._replace(ep_return=20.0) for row in later], run=begins) == "actions_clipped"
+    trained = begins._replace(first=begins.first._replace(iteration=100))
+    assert verdict(*[row._replace(ep_return=20.0) for row in later], run=trained) is None
+
+
+def test_clipped_actions_come_before_what_follows_from_them_unless_an_update_caused_them():
+    critic = {"explained_variance": 0.1, "value_size": 10.0, "value_error": 9.5}
+    rows = always(clipped_actions=1.0, ep_return=20.0, **critic)
+    assert verdict(*rows) == "actions_clipped"
+    moved = always(clipped_actions=1.0, ep_return=20.0, approx_kl=0.2)
+    assert verdict(*moved) == "learning_rate_too_high"
+    assert verdict(*moved, run=RUN._replace(first=moved[0])) == "actions_clipped"
 
 
 def test_a_return_that_has_not_risen_by_half_of_the_run_has_stalled():
@@ -144,6 +165,7 @@ EDGES = {
     "value_loss_growth": (1e3, CASES["value_loss_exploding"], "value_loss_exploding", "critic_not_learning"),
     "entropy": (0.001, CASES["entropy_collapsed"], "entropy_collapsed", None),
     "std": (0.001, CASES["std_collapsed"], "std_collapsed", None),
+    "clipped_actions": ((0.75, 0.995), CASES["actions_clipped"], "actions_clipped", None),
     "rise": (50.0, always(entropy_loss=-1e-6), None, "entropy_collapsed"),
     "stall": (0.3, always(ep_return=20.0), None, "return_stalled"),
 }
@@ -166,7 +188,8 @@ def test_every_key_in_an_advice_is_an_option():
     known = {f"--model.{name}" for name in PPO.__init__.__annotations__}
     network = set(ActorCritic.__init__.__annotations__)
     for name, remedy in REMEDIES.items():
-        for key in [remedy.key, *re.findall(r"--model[\w.]*\w", remedy.advice)]:
+        advice = f"{remedy.advice} {remedy.other_advice}"
+        for key in filter(None, [remedy.key, remedy.other_key, *re.findall(r"--model[\w.]*\w", advice)]):
             assert ".".join(key.split(".")[:2]) in known, name
             if "init_args" in key:
                 assert key.split(".")[-1] in network, name
@@ -177,6 +200,8 @@ def test_thresholds_that_cannot_be_are_refused():
         Thresholds(window=1)
     with pytest.raises(InputError, match="lr_factor must lie between 0 and 1"):
         Thresholds(lr_factor=2.0)
+    with pytest.raises(InputError, match="clipped_actions must be two shares above 0 in ascending order"):
+        Thresholds(clipped_actions=(0.9, 0.5))
 
 
 # --- planted faults ---------------------------------------------------------------------------------------------------
@@ -190,10 +215,10 @@ def cartpole(lr: float = 1e-3, iterations: int = 12, **kwargs) -> PPO:
     return PPO("CartPole-v1", total_steps=256 * iterations, optimizer=optimizer, **{**settings, **kwargs})
 
 
-def pendulum(lr: float = 1e-3, iterations: int = 12, **kwargs) -> PPO:
+def pendulum(lr: float = 1e-3, iterations: int = 12, env="Pendulum-v1", **kwargs) -> PPO:
     settings: dict = dict(num_envs=4, num_steps=64, gamma=0.9, update_epochs=4, num_minibatches=8)
     settings["optimizer"] = partial(torch.optim.Adam, lr=lr, eps=1e-5, fused=True)
-    return PPO("Pendulum-v1", total_steps=256 * iterations, **{**settings, **kwargs})
+    return PPO(env, total_steps=256 * iterations, **{**settings, **kwargs})
 
 
 def frozen(model: PPO) -> PPO:
@@ -276,6 +301,104 @@ def test_a_critic_that_does_not_change_is_named_at_once(fit, why):
     assert finding["name"] == "critic_not_learning"
     assert "its parameters do not change" in finding["evidence"]
     assert finding["since_iteration"] <= 12
+
+
+class Far(gym.Env):
+    """Rewards each joint for an action in the middle of its bounds."""
+
+    def __init__(self, low: float = 100.0, high: float = 200.0, joints: int = 1) -> None:
+        self.observation_space = gym.spaces.Box(-1, 1, (2,))
+        self.action_space = gym.spaces.Box(low, high, (joints,))
+        self.middle, self.half = (low + high) / 2, (high - low) / 2
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        reward = -float(np.abs(action - self.middle).max() / self.half)
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), reward, False, self.steps >= 8, {}
+
+
+CLIPPED = {
+    "bounds far from 0": (Far, ActorCritic),
+    "bounds close to 0": (partial(Far, -0.1, 0.1), ActorCritic),
+    "six joints": (partial(Far, -1.0, 1.0, 6), ActorCritic),
+    "gsde": (Far, partial(ActorCritic, distribution="gsde")),
+}
+
+
+@pytest.mark.parametrize("case", CLIPPED)
+def test_actions_that_the_bounds_clip_are_named_before_the_critic(fit, case):
+    env, policy = CLIPPED[case]
+    trainer = fit(PPO(env, policy=policy, num_envs=4, num_steps=16, total_steps=64 * 12, update_epochs=1))
+    (finding,) = monitor(trainer).findings
+    assert (finding["name"], finding["since_iteration"]) == ("actions_clipped", 10)
+    assert re.search(r"clip \d+% of the actions", finding["evidence"])
+    for cure in ("distribution tanh or beta", "RescaleAction", "log_std_init"):
+        assert cure in finding["advice"]
+
+
+CURED = {
+    "tanh": partial(PPO, Far, policy=partial(ActorCritic, distribution="tanh")),
+    "beta": partial(PPO, Far, policy=partial(ActorCritic, distribution="beta")),
+    "RescaleAction": partial(
+        PPO, Far, wrappers=[partial(gym.wrappers.RescaleAction, min_action=np.float32(-1), max_action=np.float32(1))]
+    ),
+    "log_std_init": partial(PPO, partial(Far, -1.0, 1.0, 6), policy=partial(ActorCritic, log_std_init=-2.0)),
+}
+
+
+@pytest.mark.parametrize("cure", CURED)
+def test_what_is_advised_for_clipped_actions_silences_the_finding(fit, cure):
+    model = CURED[cure](num_envs=4, num_steps=16, total_steps=64 * 12, update_epochs=1)
+    assert monitor(fit(model)).findings == []
+
+
+class OwnNetwork(torch.nn.Module):
+    """A network that has no parameter of ActorCritic's."""
+
+    def __init__(self, observation_space, action_space, log_std: float = 0.0) -> None:
+        super().__init__()
+        self.distribution = action_distribution(action_space)
+        self.layer = torch.nn.Linear(observation_space.shape[0], self.distribution.num_parameters + 1)
+        with torch.no_grad():
+            self.layer.bias[self.distribution.num_parameters // 2 : -1] = log_std
+
+    def forward(self, observation):
+        parameters, value = self.layer(observation).split([self.distribution.num_parameters, 1], -1)
+        return parameters, value.squeeze(-1)
+
+
+class Narrow(ActorCritic):
+    """An ActorCritic whose standard deviation cannot be set."""
+
+    def __init__(self, observation_space, action_space) -> None:
+        super().__init__(observation_space, action_space, log_std_init=-8.0)
+
+
+OTHERS = {
+    "std_collapsed": partial(pendulum, policy=partial(OwnNetwork, log_std=-8.0)),
+    "actions_clipped": partial(pendulum, env=Far, policy=OwnNetwork),
+    "critic_not_learning": partial(pendulum, policy=OwnNetwork, vf_coef=0.0, iterations=80, update_epochs=1),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_parameter_of_actor_critic_is_advised_for_another_network(fit, name):
+    findings = {finding["name"]: finding for finding in monitor(fit(OTHERS[name]())).findings}
+    finding = findings[name]
+    for parameter in ActorCritic.__init__.__annotations__:
+        assert not re.search(rf"\b{parameter}\b", f"{finding['key']} {finding['advice']}")
+    assert finding["key"] == REMEDIES[name].other_key
+    assert "network" in finding["advice"]
+
+
+def test_no_parameter_is_advised_that_a_subclass_of_actor_critic_does_not_take(fit):
+    (finding,) = monitor(fit(pendulum(policy=Narrow))).findings
+    assert (finding["name"], finding["key"]) == ("std_collapsed", "--model.ent_coef")
 
 
 # --- healthy runs -----------------------------------------------------------------------------------------------------

@@ -318,7 +318,7 @@ def test_all_metrics_are_logged_once_per_rollout_over_environment_steps(fit, env
         "rollout/reward_mean", "rollout/reward_std", "rollout/reward_min", "rollout/reward_max", "rollout/value_mean",
     }  # fmt: skip
     if env == "Pendulum-v1":
-        names |= {"train/std"}
+        names |= {"train/std", "rollout/clipped_actions"}
     assert [step for step, _ in logger.rows] == [1024, 2048, 3072, 4096]
     assert set(logger.rows[-1][1]) == names
     assert all(math.isfinite(value) for value in logger.rows[-1][1].values())

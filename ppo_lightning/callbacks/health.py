@@ -1,5 +1,6 @@
 """The monitor that says what is wrong with a run, and changes it where it is asked to."""
 
+import inspect
 import json
 import math
 import statistics
@@ -15,7 +16,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from typing_extensions import override
 
 from ppo_lightning.callbacks.adaptive_lr import AdaptiveLearningRate
@@ -36,7 +37,7 @@ from ppo_lightning.health import (
     mean,
 )
 from ppo_lightning.parameters import Linear
-from ppo_lightning.policy import Policy
+from ppo_lightning.policy import ActorCritic, Policy
 from ppo_lightning.ranks import fingerprint
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
 from ppo_lightning.spaces import choices, leaves
@@ -138,6 +139,7 @@ class HealthMonitor(Callback):
         self._folder: Path | None = None
         self._skipped = 0.0
         self._critic_parameters: list[Parameter] = []
+        self._network_parameters: frozenset[str] = frozenset()
         self._forget()
 
     def _forget(self) -> None:
@@ -219,6 +221,7 @@ class HealthMonitor(Callback):
         self._critic_parameters = cast(
             Policy, pl_module.policy
         ).critic_parameters  # to find them takes as long as to look
+        self._network_parameters = _configurable(cast(Policy, pl_module.policy).network)
         if module.policy_version != self.iterations:  # another run than the one that was looked at
             self._forget()
 
@@ -236,7 +239,8 @@ class HealthMonitor(Callback):
     ) -> None:
         module, metrics, t = cast(Learns, pl_module), trainer.callback_metrics, self.thresholds
         self.steps, self.iterations = module.num_env_steps, module.policy_version
-        row = Row(self.iterations, *[metrics[name].item() if name in metrics else math.nan for name in METRICS])
+        numbers = {field: metrics[name].item() if name in metrics else math.nan for name, field in METRICS.items()}
+        row = Row(self.iterations, **numbers)
         if not row.explained_variance >= t.explained_variance_alert:
             looks = self.iterations % max(1, t.window // 3) == 0
             looked = {**look(batch), "frozen": self._is_frozen(pl_module)} if looks else {"blind": math.nan}
@@ -370,6 +374,7 @@ class HealthMonitor(Callback):
             frozen = [name for name, value in pl_module.named_parameters() if not value.requires_grad]
             if frozen:
                 evidence += f"; {len(frozen)} parameters are frozen (requires_grad is false), {frozen[0]} the first"
+        key, advice = remedy.for_network(self._network_parameters)
         finding = Finding(
             name=symptom.name,
             since_step=self.steps,
@@ -378,8 +383,8 @@ class HealthMonitor(Callback):
             value=_finite(symptom.value),
             healthy=remedy.healthy(self.thresholds),
             evidence=evidence,
-            advice=remedy.advice,
-            key=remedy.key,
+            advice=advice,
+            key=key,
         )
         self.findings.append(finding)
         if pl_module is not None:
@@ -450,6 +455,16 @@ def _apply(act: Act, trainer: Trainer, module: Learns) -> None:
     else:
         for group in trainer.optimizers[0].param_groups:
             group["initial_lr"] *= act["factor"]
+
+
+def _configurable(network: Module) -> frozenset[str]:
+    """Parameters of :class:`ActorCritic` that the network's class takes; none of another network."""
+    if not isinstance(network, ActorCritic):
+        return frozenset()
+    known = inspect.signature(ActorCritic).parameters.keys()
+    own = inspect.signature(type(network)).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+    return frozenset(known if passes_on else known & own.keys())
 
 
 def _told(act: Act) -> str:

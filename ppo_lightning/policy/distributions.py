@@ -88,6 +88,10 @@ class ActionDistribution(ABC):
         """Standard deviations [B, d] where the family has them, else None."""
         return None
 
+    def clipped(self, action: Any) -> Tensor | None:
+        """Which actions [*B, …] have a component outside the bounds, [*B] bool; None where :meth:`decode` clips nothing."""
+        return None
+
     def describe(self) -> str:
         """A name that two distributions share exactly when they read parameters alike."""
         return type(self).__name__
@@ -284,6 +288,14 @@ class DiagonalGaussian(ActionDistribution):
     def std(self, parameters: Tensor) -> Tensor:
         return parameters.chunk(2, -1)[1].exp()
 
+    @override
+    def clipped(self, action: Tensor) -> Tensor | None:
+        if not (self.space.bounded_below.any() or self.space.bounded_above.any()):
+            return None
+        low, high = (_bound(self, name, action.device) for name in ("low", "high"))
+        outside = (action < low) | (action > high)
+        return outside.reshape(*outside.shape[: outside.ndim - low.ndim], -1).any(-1)
+
 
 @dataclass(frozen=True, eq=False)
 class SquashedGaussian(DiagonalGaussian):
@@ -309,6 +321,10 @@ class SquashedGaussian(DiagonalGaussian):
     @override
     def decode(self, action: Tensor) -> Tensor:
         return between_bounds((action.tanh() + 1) / 2, self)
+
+    @override
+    def clipped(self, action: Tensor) -> None:
+        return None
 
 
 def log_slope_of_tanh(u: Tensor) -> Tensor:
@@ -595,6 +611,12 @@ class Joint(ActionDistribution):
         deviations = [part.std(described[name]) for name, part in self.parts.items()]
         known = [deviation for deviation in deviations if deviation is not None]
         return torch.cat(known, -1) if known else None
+
+    @override
+    def clipped(self, action: Mapping[str, Tensor]) -> Tensor | None:
+        parts = [part.clipped(action[name]) for name, part in self.parts.items()]
+        known = [part for part in parts if part is not None]
+        return torch.stack(known).any(0) if known else None
 
 
 # --- which for which space ---------------------------------------------------------------------------------------------
