@@ -7,28 +7,31 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jsonargparse import Namespace
-from lightning import LightningModule, Trainer
+from lightning import LightningModule, Trainer, seed_everything
 from lightning.fabric.utilities.logger import _flatten_dict
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
+from ppo_lightning.arguments import ConfigFile, Parser
 from ppo_lightning.checkpoint import CHOICES, KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
 from ppo_lightning.compiled import ROWS
-from ppo_lightning.errors import InputError, said_in_one_sentence
+from ppo_lightning.errors import InputError, refused_settings, said_in_one_sentence
 from ppo_lightning.loggers import LIGHTNINGS_OWN, beside_the_folder, refuse_unusable, wandb_run_ends
 from ppo_lightning.plot import draw_learning_curve
 from ppo_lightning.ppo import PPO
 from ppo_lightning.runs import REPORT
+from ppo_lightning.trainer import refuse_impossible, refuse_unwritable
 
 
 class RunWriter(ExperimentWriter):
@@ -145,6 +148,13 @@ class PPOCLI(LightningCLI):
         return {name: known[name] for name in ("fit", "validate", "test")}
 
     @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose errors are one sentence."""
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="path of a YAML file; later ones win")
+        return parser
+
+    @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Trainer and model; PPO makes its own data."""
         parser.add_lightning_class_args(Trainer, "trainer")
@@ -222,10 +232,30 @@ class PPOCLI(LightningCLI):
         """The hyperparameters of the checkpoint are in already, below what was given here."""
 
     @override
+    def _set_seed(self) -> None:
+        """Seed the global generators, silently: the run prints its seed when it starts."""
+        seed = self._get(self.config, "seed_everything")
+        if seed is False:
+            return
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything must lie between 0 and {2**32 - 1}, got {seed}")
+        seed_everything(seed, workers=True, verbose=False)
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Make the model and the Trainer; what a library refuses about their settings becomes one sentence."""
+        with refused_settings():
+            super().instantiate_classes()
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer with loggers in one folder per run; those that the user gave log beside them."""
         config = self._get(self.config_init, "trainer")
         given, root = config["logger"], config["default_root_dir"] or "."
+        refuse_impossible(config)
+        if self.subcommand == "fit":
+            for key, folder in _folders(config, root):
+                refuse_unwritable(key, folder)
         if given in (None, True):
             kwargs["logger"] = self._loggers(root)
         elif given is not False and self.subcommand == "fit":
@@ -282,6 +312,16 @@ class PPOCLI(LightningCLI):
             print(f"  watch        tensorboard --logdir {run.parent}")
         if model.interrupted is not None:
             sys.exit(128 + model.interrupted)
+
+
+def _folders(config: Any, root: str) -> Iterator[tuple[str, str | Path]]:
+    """Folders that a run writes to, and the keys that name them."""
+    loggers, callbacks = (one if isinstance(one, list) else [one] for one in (config["logger"], config["callbacks"]))
+    yield "trainer.default_root_dir", root
+    yield from (("trainer.logger", one.save_dir) for one in loggers if isinstance(one, Logger) and one.save_dir)
+    yield from (
+        ("trainer.callbacks", one.dirpath) for one in callbacks if isinstance(one, ModelCheckpoint) and one.dirpath
+    )
 
 
 OPTIONS: dict[str, Any] = {

@@ -1,6 +1,5 @@
 """``ppo-lightning report``: one page about one run, or about several side by side."""
 
-import argparse
 import html
 import json
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ppo_lightning.arguments import PlainParser
 from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.errors import InputError, said_in_one_sentence
 from ppo_lightning.pictures import (
@@ -53,7 +53,7 @@ class Group:
 
 def main(words: list[str]) -> None:
     """Run the command: read runs, draw a page, say where it is."""
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="ppo-lightning report",
         description="Draw a page about one run, or several side by side. Runs that differ in their seed alone are drawn as "
         "one curve, the mean over seeds with its 95 % interval.",
@@ -75,8 +75,8 @@ def main(words: list[str]) -> None:
         help="settings that tell groups apart, such as clip_range or model.env; default all of them; 'run' takes each run "
         "alone",
     )
-    given = parser.parse_args(words)
     with said_in_one_sentence():
+        given = parser.parse_args(words)
         if not can_draw():
             raise InputError('a report is drawn by matplotlib: pip install "ppo-lightning[plot]"')
         folders = [folder for place in given.runs for folder in run_folders(place)]

@@ -1,10 +1,19 @@
 """What PPO asks of Lightning's Trainer: which settings, which callbacks, and when its hooks matter."""
 
+import difflib
 import inspect
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 from lightning import Callback
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -14,6 +23,7 @@ from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
+    StrategyRegistry,
 )
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from torch.distributed.constants import default_pg_timeout
@@ -49,6 +59,97 @@ def shorten_timeout(trainer: Any) -> None:
         strategy._timeout = DDP_TIMEOUT
 
 
+SHARDING = ("fsdp", "deepspeed", "model_parallel")
+"""Beginnings of the names of strategies that shard parameters."""
+
+
+def refuse_impossible(settings: Mapping[str, Any]) -> None:
+    """Refuse names and numbers of a Trainer that this machine or PPO cannot use, before the Trainer is made.
+
+    Args:
+        settings: arguments of the Trainer by name.
+
+    Raises:
+        InputError: a strategy or accelerator that does not exist here, more processes than the machine can run, or several
+            machines without an address.
+    """
+    strategy, accelerator, devices = (settings[name] for name in ("strategy", "accelerator", "devices"))
+    strategies = StrategyRegistry.available_strategies()
+    if isinstance(strategy, str) and strategy.startswith(SHARDING):
+        raise sharding(strategy)
+    if isinstance(strategy, str) and strategy != "auto" and strategy not in strategies:
+        raise InputError(
+            f"trainer.strategy {strategy} does not exist: {_nearest(strategy, ['auto', *strategies], 'take ddp or auto')}"
+        )
+    accelerators = AcceleratorRegistry.available_accelerators()
+    if isinstance(accelerator, str) and accelerator not in (*accelerators, "auto", "gpu"):
+        near = _nearest(accelerator, ["auto", "gpu", *accelerators], "take cpu, gpu or auto")
+        raise InputError(f"trainer.accelerator {accelerator} does not exist: {near}")
+    names = ("cuda", "mps") if accelerator == "gpu" else (accelerator,)
+    if isinstance(accelerator, str) and accelerator != "auto":
+        if not any(AcceleratorRegistry[name]["accelerator"].is_available() for name in names):
+            raise InputError(f"trainer.accelerator {accelerator}: this machine has none: take cpu or auto")
+        limit = max(8, PROCESSES_PER_CORE * (os.cpu_count() or 1))
+        if accelerator == "cpu" and str(devices).isdecimal() and int(devices) > limit:
+            raise InputError(
+                f"trainer.devices {devices} are more processes than {os.cpu_count()} cores can run: take {limit} or fewer"
+            )
+    clusters = (SLURMEnvironment, LSFEnvironment, TorchElasticEnvironment)
+    alone = "MASTER_ADDR" not in os.environ and not any(cluster.detect() for cluster in clusters)
+    if settings["num_nodes"] > 1 and not settings["plugins"] and alone:
+        raise InputError(
+            f"trainer.num_nodes {settings['num_nodes']} waits for other machines, which need the address of the first: set "
+            "MASTER_ADDR, MASTER_PORT and NODE_RANK on each of them; on one machine leave num_nodes out"
+        )
+    if settings["barebones"]:
+        raise InputError(
+            "trainer.barebones switches off the log and the checkpoints, which each run of the command line writes: leave it "
+            "out"
+        )
+
+
+PROCESSES_PER_CORE = 4
+"""Beyond which processes on the CPU are taken for a mistake."""
+
+
+def _nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    known = sorted(known, key=len)
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.8) or [one for one in known if name.startswith(one)]
+    near = near or difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
+def sharding(name: str) -> InputError:
+    """What to raise for a strategy that shards parameters."""
+    return InputError(
+        f"strategy {name} shards parameters, which PPO's policies are too small for and its several backward passes per "
+        "batch do not allow: use ddp"
+    )
+
+
+def refuse_unwritable(key: str, folder: str | Path) -> None:
+    """Refuse a folder in which nothing can be written; nothing is left there.
+
+    Args:
+        key: that names the folder.
+        folder: which need not exist; those of other file systems (s3://…) are not looked at.
+
+    Raises:
+        InputError: it is a file, or cannot be written to.
+    """
+    path = Path(folder).absolute()
+    if "://" in str(folder):
+        return
+    there = next(place for place in [path, *path.parents] if place.exists())
+    if not there.is_dir():
+        raise InputError(f"{key} {folder}: {there} is a file: give a folder")
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"{key} {folder} cannot be written to ({error.strerror}): give another folder") from error
+
+
 def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
     """Refuse settings under which PPO would silently be something else.
 
@@ -66,9 +167,15 @@ def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
             "16-mixed"
         )
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise sharding(type(trainer.strategy).__name__)
+    if trainer.val_check_interval not in (None, 1.0):
         raise InputError(
-            f"strategy {type(trainer.strategy).__name__} shards parameters, which PPO's policies are too small for and "
-            "its several backward passes per batch do not allow: use ddp"
+            f"val_check_interval={trainer.val_check_interval} would count the batches of an epoch, which has one: set the "
+            "model's eval_interval, in iterations"
+        )
+    if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch < 1:
+        raise InputError(
+            f"check_val_every_n_epoch must be 1 or more, got {trainer.check_val_every_n_epoch}: set the model's eval_interval"
         )
     if trainer.strategy.root_device.type == "mps" and running_moments:
         raise InputError("running statistics are float64, which this device has not: use --trainer.accelerator cpu")

@@ -172,6 +172,128 @@ def test_bad_input_is_one_sentence_and_a_failure(flags, sentence):
     assert "\n" not in message
 
 
+FILES = {
+    "typo.yaml": "model:\n  env: CartPole-v1\n  num_env: 3\n",
+    "section.yaml": "modle:\n  env: CartPole-v1\n",
+    "wrong.yaml": "model:\n  env: CartPole-v1\n  num_envs: abc\n",
+    "policy.yaml": "model:\n  env: CartPole-v1\n  policy: {class_path: ppo_lightning.ActorCritic, init_args: {hidden: [3]}}\n",
+    "list.yaml": "- 1\n- 2\n",
+    "empty.yaml": "",
+    "broken.yaml": "model: {env: [\n",
+    "null.yaml": "model:\n",
+    "space.yaml": "model.gamma: [0.9, 0.99]\n",
+    "none.py": "import gymnasium\nclass Env(gymnasium.Env):\n    pass\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("fit --model.num_env 3", "fit has no option --model.num_env: did you mean --model.num_envs?"),
+        ("fit --n_envs 3", "fit has no option --n_envs: did you mean --model.num_envs?"),
+        ("fit --learning_rate 3", "fit has no option --learning_rate: did you mean --model.optimizer.lr?"),
+        ("test --trainer.device 3", "test has no option --trainer.device: did you mean --trainer.devices?"),
+        (
+            "fit --model.policy.hidden 3",
+            "has no key hidden (ppo_lightning.ActorCritic): did you mean model.policy.hidden_s",
+        ),
+        ("fit --model.num_envs abc", "model.num_envs must be a whole number, got 'abc'"),
+        ("fit --model.optimizer.lr abc", "model.optimizer.lr must be a number or"),
+        ("fit --trainer.max_epochs abc", "trainer.max_epochs must be a whole number or null, got 'abc'"),
+        (
+            "fit --model.vectorization asyncc",
+            "must be one of sync, async, vector_entry_point, got 'asyncc': did you mean async?",
+        ),
+        (
+            "fit --model.optimizer Adamm",
+            "model.optimizer must be the import path of an Optimizer, got 'Adamm': did you mean Adam?",
+        ),
+        ("fit --model.policy no.module.Net", "model.policy: cannot import no.module.Net (No module named 'no'"),
+        ("fit --model.policy ppo_lightning.ActorCriti", "did you mean ppo_lightning.ActorCritic?"),
+        ("fit --trainer.callbacks Foo", "trainer.callbacks must be a list of import paths or"),
+        (
+            "fit --trainer.callbacks EarlyStopping",
+            "lightning.pytorch.callbacks.EarlyStopping needs monitor: give --trainer",
+        ),
+        (
+            "fit --trainer.callbacks ModelCheckpoint --trainer.callbacks.save_top_k -5",
+            "Invalid value for save_top_k=-5",
+        ),
+        ("fit --trainer.logger Foo", "trainer.logger must be the import path of a Logger"),
+        ("fit --trainer.strategy ddp_typo", "trainer.strategy ddp_typo does not exist: did you mean ddp?"),
+        ("fit --trainer.strategy fsdp", "strategy fsdp shards parameters"),
+        ("fit --trainer.accelerator tpu", "trainer.accelerator tpu: this machine has none: take cpu or auto"),
+        ("fit --trainer.devices 0", "`Trainer(devices='0')` value is not a valid input"),
+        ("fit --trainer.devices 1000", "trainer.devices 1000 are more processes than"),
+        ("fit --trainer.num_nodes 2", "trainer.num_nodes 2 waits for other machines"),
+        ("fit --trainer.precision half", "trainer.precision must be one of 64, 32"),
+        ("fit --trainer.val_check_interval 3", "val_check_interval=3 would count the batches"),
+        ("fit --trainer.check_val_every_n_epoch 0", "check_val_every_n_epoch must be 1 or more, got 0"),
+        ("fit --trainer.default_root_dir typo.yaml", "trainer.default_root_dir typo.yaml: "),
+        ("fit --trainer.default_root_dir /proc/runs", "trainer.default_root_dir /proc/runs cannot be written to"),
+        ("fit --seed_everything -1", "seed_everything must lie between 0 and 4294967295, got -1"),
+        ("fit --model.env none.Env", "env=Env has no observation_space"),
+        ("fit --model.env ALE/Pong-v5", "until ale_py is imported: write ale_py:ALE/Pong-v5"),
+        ("fit --model.env ale_py:ALE/Pongg-v5", "did you mean ale_py:ALE/Pong-v5"),
+        ("fit --config folder", "config folder is a folder: give a YAML file"),
+        ("fit --config typ.yaml", "there is no config file typ.yaml: did you mean typo.yaml?"),
+        ("fit --config typo.yaml", "typo.yaml: there is no key model.num_env: did you mean model.num_envs?"),
+        ("fit --config section.yaml", "section.yaml: there is no key modle.env: did you mean model.env?"),
+        ("fit --config wrong.yaml", "wrong.yaml: model.num_envs must be a whole number, got 'abc'"),
+        ("fit --config policy.yaml", "policy.yaml: model.policy has no key hidden"),
+        ("fit --config list.yaml", "config list.yaml holds a list instead of keys and values"),
+        ("fit --config empty.yaml", "config empty.yaml holds nothing instead of keys and values"),
+        ("fit --config broken.yaml", "config broken.yaml is no plain YAML"),
+        ("fit --config null.yaml", "config null.yaml has no value for model"),
+        ("fit --config bytes.yaml", "config bytes.yaml is no text in UTF-8"),
+        ("fit --config", "--config needs a value"),
+        ("validate", "validate needs model.env"),
+        ("fitt", "there is no command 'fitt': did you mean fit?"),
+        ("--model.env CartPole-v1 fit", "--model.env stands before the command: write the command first"),
+        ("report", "report needs RUN"),
+        ("report . --ot page.html", "report has no option --ot: did you mean --out?"),
+        ("sweep --config typo.yaml", "sweep needs --space"),
+        ("sweep --config typo.yaml --space space.yaml", "typo.yaml: there is no key model.num_env"),
+        ("sweep --config typo.yaml --space bytes.yaml", "bytes.yaml cannot be read as YAML"),
+        (
+            "sweep --config typo.yaml --space space.yaml --trails 3",
+            "sweep has no option --trails: did you mean --trials?",
+        ),
+        ("sweep --config typo.yaml --space space.yaml --sampler tpee", "got 'tpee': did you mean tpe?"),
+        ("", "there is no command: give one of fit, validate, test, report, sweep"),
+    ],
+)
+def test_a_mistake_is_one_sentence_on_stderr(line, sentence, capsys, monkeypatch, tmp_path):
+    from ppo_lightning.__main__ import main
+
+    for name, text in FILES.items():
+        Path(name).write_text(text)
+    Path("bytes.yaml").write_bytes(b"model:\n  env: \xff\xfe\n")
+    Path("folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    words = line.split()
+    own = SMALL if words[:1] == ["fit"] and "--config" not in words else []
+    monkeypatch.setattr(sys, "argv", ["ppo-lightning", *words[:1], *own, *words[1:]])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    code = caught.value.code
+    text = code if isinstance(code, str) else capsys.readouterr().err
+    assert code not in (0, None)
+    assert text.startswith("error: ")
+    assert sentence in text
+    assert len(text.splitlines()) == 1
+    assert not Path("lightning_logs").exists()
+
+
+def test_an_error_in_a_users_own_callback_keeps_its_traceback(monkeypatch, tmp_path):
+    Path("mine.py").write_text(
+        "import lightning\nclass Mine(lightning.Callback):\n    def __init__(self):\n        raise ValueError('mine')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="mine"):
+        main(["fit", *SMALL, "--trainer.callbacks+=mine.Mine"])
+
+
 def test_a_wrong_type_is_refused(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["fit", *SMALL, "--model.gamma", "high"])

@@ -179,7 +179,7 @@ def of(distribution: str, low: object, high: object) -> dict:
         ({"model.gamma": [datetime.date(2020, 1, 1)]}, "may hold text, numbers, lists and mappings"),
         (of("uniform", 0.5, 0.9) | {"model.num_steps": {"distribution": "uniform", "min": 16, "max": 64}}, "num_steps"),
         ({"model.clip_range.start": [0.1, 0.2], "model.clip_range": [0.1]}, "model.clip_range.start is a part of"),
-        ({"model.vectorization": ["sync", "asink"]}, "space: Parser key"),
+        ({"model.vectorization": ["sync", "asink"]}, "space: model.vectorization must be one of sync, async"),
     ],
 )
 def test_a_space_that_cannot_be_searched_is_refused_in_one_sentence(space, said):

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import difflib
-import importlib
+import importlib.util
 import inspect
 import multiprocessing
 import re
@@ -39,6 +39,16 @@ EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "ale_py": "atari", "minigrid": "
 FLAGS = frozenset({bool, np.bool_})
 NUMBERS = frozenset({float, int, np.float64, np.float32, np.int64})
 """Types of flags and rewards that need no second look."""
+
+PACKAGES = {
+    "ALE/": "ale_py",
+    "MiniGrid-": "minigrid",
+    "BabyAI-": "minigrid",
+    "dm_control/": "shimmy",
+    "Meta-World/": "metaworld",
+    "gym_pusht/": "gym_pusht",
+}
+"""Beginnings of the ids that a package registers when it is imported."""
 
 RESTARTED = "ppo_lightning_restarted"
 """Where an environment says in its info why it was made anew."""
@@ -151,12 +161,21 @@ class EnvMaker:
                 if not self.is_instance:
                     made.close()
                 raise
-            return made.single_observation_space, made.single_action_space, made
+            return self._space(made, "single_observation_space"), self._space(made, "single_action_space"), made
         for wrapper in () if isinstance(self.env, str) else self.wrappers:
             made = wrapper(made)
         made.close()
         refuse_running_statistics(made, self.name)
-        return made.observation_space, made.action_space, None
+        return self._space(made, "observation_space"), self._space(made, "action_space"), None
+
+    def _space(self, made: VectorEnv | Env, name: str) -> gym.Space[Any]:
+        space = getattr(made, name, None)
+        if not isinstance(space, gym.Space):
+            raise InputError(
+                f"env={self.name} has no {name} ({space!r}): set it in its __init__ to one of gymnasium.spaces, such as Box "
+                "or Discrete"
+            )
+        return space
 
     def __call__(self, num_envs: int, first: int = 0) -> VectorEnv:
         """Make ``num_envs`` environments as one vector; a VectorEnv that comes with a number of its own keeps it.
@@ -536,11 +555,20 @@ def find_spec(env_id: str) -> EnvSpec:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
         base = re.sub(r"-v\d+$", "", name).lower()
         versions = [other for other in known if re.sub(r"-v\d+$", "", other).lower() == base]
-        matches = ", ".join(dict.fromkeys([*versions, *close]))
+        prefix = f"{module}:" if module else ""
+        matches = ", ".join(f"{prefix}{match}" for match in dict.fromkeys([*versions, *close]))
+        package = next((package for begin, package in PACKAGES.items() if name.startswith(begin)), None)
+        if package is not None and package != module:
+            extra = (
+                f"pip install {package}" if package not in EXTRAS else f'pip install "ppo-lightning[{EXTRAS[package]}]"'
+            )
+            install = "" if importlib.util.find_spec(package) else f" after {extra}"
+            raise InputError(
+                f"there is no environment {name!r} until {package} is imported: write {package}:{name}{install}"
+            ) from error
         hint = f"did you mean {matches}?" if matches else "list what is there with gymnasium.pprint_registry()"
-        raise InputError(
-            f"there is no environment {name!r}: {hint} (one of another package is written package:{name})"
-        ) from error
+        elsewhere = "" if module else f" (one of another package is written package:{name})"
+        raise InputError(f"there is no environment {name!r}: {hint}{elsewhere}") from error
 
 
 @contextlib.contextmanager

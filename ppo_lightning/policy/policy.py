@@ -1,6 +1,7 @@
 """Everything between an observation as the environment gives it and an action as the rollout keeps it."""
 
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -73,7 +74,16 @@ class Policy(nn.Module):
         self.value_normalizer = None if popart is None else ValueNormalizer(popart.beta)
         if isinstance(network, nn.Module | str) or not callable(network):
             raise InputError(f"policy must be a callable (observation_space, action_space) -> module, got {network!r}")
-        self.network = network(observation_space, action_space)
+        try:
+            self.network = network(observation_space, action_space)
+        except InputError:
+            raise
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise InputError(
+                f"making the policy raised {type(error).__name__}: {error} ({where.filename}, line {where.lineno}); check its "
+                "arguments"
+            ) from error
         if not isinstance(self.network, nn.Module) or not any(True for _ in self.network.parameters()):
             raise InputError(
                 f"policy made a {type(self.network).__name__}: it must return a torch.nn.Module with parameters to learn"

@@ -1,19 +1,20 @@
 """``python -m ppo_lightning sweep``."""
 
-import argparse
+import difflib
 import signal
 import sys
 from types import FrameType
 from typing import NoReturn
 
-from ppo_lightning.errors import said_in_one_sentence
+from ppo_lightning.arguments import PlainParser
+from ppo_lightning.errors import InputError, said_in_one_sentence
 from ppo_lightning.sweep.search import sweep
 from ppo_lightning.sweep.trials import DIRECTIONS
 
 
 def main(words: list[str]) -> None:
     """Run a sweep; what the user can mend is said in one sentence, with exit status 1."""
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="ppo-lightning sweep",
         description="Search for hyperparameters with Optuna. All other options, such as --model.total_steps 50000, are "
         "those of fit. The same command goes on with a sweep that was stopped.",
@@ -34,15 +35,29 @@ def main(words: list[str]) -> None:
     add("--study", help="name (default: the config's)")
     add("--storage", help="URL of a database, or a file.journal that machines share (default: in the folder)")
     add("--folder", help="of results (default: sweeps/STUDY)")
-    given, flags = parser.parse_known_args(words)
-    given.config, flags = given.config[0], [*(f"--config={file}" for file in given.config[1:]), *flags]
     signal.signal(signal.SIGTERM, _leave)
     with said_in_one_sentence():
+        given, flags = parser.parse_known_args(words)
+        _refuse_misspelt(flags, [action.option_strings[-1] for action in parser._actions])
+        given.config, flags = given.config[0], [*(f"--config={file}" for file in given.config[1:]), *flags]
         try:
             sweep(**vars(given), flags=flags)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
+
+
+def _refuse_misspelt(flags: list[str], options: list[str]) -> None:
+    """Refuse a misspelt option of the sweep, before ``fit`` refuses it with a key of its own as the nearest.
+
+    Raises:
+        InputError: the first that is nearly an option of the sweep; those of ``fit`` have dots, or are --seed_everything.
+    """
+    for flag in flags:
+        name = flag.partition("=")[0]
+        near = difflib.get_close_matches(name, options, 1, cutoff=0.75)
+        if name.startswith("--") and "." not in name and near:
+            raise InputError(f"sweep has no option {name}: did you mean {near[0]}?")
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -95,7 +95,10 @@ def sweep(
     place = (Path("sweeps") / study if folder is None else Path(folder)).resolve()
     base = _full_config(config, flags)
     _check_space(ranges, base)
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder {place} cannot be made ({error.strerror}): give another one") from error
     opened = _open(storage or f"sqlite:///{place / 'study.db'}", study, objectives)
     described = {key: vars(of) for key, of in ranges.items()}
     search = {"objective": objectives, "metric": metric, "threshold": threshold, "seeds": seeds}
@@ -147,9 +150,7 @@ def _check(
         raise InputError("sampler cmaes needs two ranges of numbers or more in the space: take tpe or random")
 
 
-def _full_config(
-    config: str | Path | Mapping[str, Any], flags: Sequence[str] = (), what: str = "config"
-) -> dict[str, Any]:
+def _full_config(config: str | Path | Mapping[str, Any], flags: Sequence[str] = (), what: str = "") -> dict[str, Any]:
     """A config with all defaults, as ``fit`` has it.
 
     Raises:
@@ -159,15 +160,13 @@ def _full_config(
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "config.yaml"
             file.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-            return _full_config(file, flags, what)
-    said, complaint = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
-        try:
-            PPOCLI(PPO, **OPTIONS, args=["fit", f"--config={config}", *flags, "--print_config"])
-        except SystemExit as end:
-            if end.code:
-                message = " ".join(complaint.getvalue().rpartition("error: ")[2].split())
-                raise InputError(f"{what}: {message}") from None
+            try:
+                return _full_config(file, flags)
+            except InputError as error:
+                raise InputError(what + str(error).removeprefix(f"{file}: ")) from error
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):  # which follows the config that it prints
+        PPOCLI(PPO, **OPTIONS, args=["fit", f"--config={config}", *flags, "--print_config"])
     return yaml.safe_load(said.getvalue())
 
 
@@ -181,7 +180,7 @@ def _check_space(space: Space, config: dict[str, Any]) -> None:
     examples = {key: of.examples() for key, of in space.items()}
     for index in range(max(map(len, examples.values()))):
         tried = with_values(config, {key: values[index % len(values)] for key, values in examples.items()})
-        full = _full_config(tried, what="space")
+        full = _full_config(tried, what="space: ")
         try:
             check_numbers(full["model"])
         except InputError as error:

@@ -134,7 +134,7 @@ def read_space(space: str | Path | Mapping[str, Any]) -> dict[str, Range | Choic
     if not isinstance(space, Mapping):
         try:
             space = yaml.safe_load(Path(space).read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{where} cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(space, Mapping) or not space:
         raise InputError(
