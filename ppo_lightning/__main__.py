@@ -1,17 +1,50 @@
 """``python -m ppo_lightning``: ``report`` and ``sweep`` have doors of their own, all else is LightningCLI's (cli.py)."""
 
+import os
+import signal
 import sys
 from importlib import import_module
+from types import FrameType
 
 DOORS = ("report", "sweep")
 """Modules whose ``main`` takes the rest of the words."""
 
 
+def run(words: list[str]) -> None:
+    """Run a command.
+
+    Args:
+        words: of the command line, without the program's name.
+    """
+    door = words[0] if words and words[0] in DOORS else "cli"
+    main = import_module(f"ppo_lightning.{door}").main
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    main(words[1:] if door in DOORS else words)
+
+
 def main() -> None:
-    """The console script."""
-    words = sys.argv[1:]
-    door = words.pop(0) if words and words[0] in DOORS else "cli"
-    import_module(f"ppo_lightning.{door}").main(words)
+    """The console script; an interrupt ends it with status 130 at any time."""
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so in a shell's background
+    if interruptible:
+        signal.signal(
+            signal.SIGINT, _end
+        )  # imports have nothing to clean up, and some libraries catch KeyboardInterrupt
+    try:
+        run(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut the run down, with status 1
+            sys.exit(128 + signal.SIGINT)
+        raise
+    finally:
+        if interruptible:
+            signal.signal(signal.SIGINT, _end)  # only the interpreter's own end is left
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

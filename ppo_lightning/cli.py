@@ -301,17 +301,16 @@ class PPOCLI(LightningCLI):
         episodes = model.rollouts.episodes
         mean = episodes.means().get("rollout/ep_rew_mean")
         returns = "" if mean is None else f", mean return {mean:.1f} over {len(episodes.window)} episodes"
-        stopped = (
-            "" if model.interrupted is None else f", stopped by {model.interrupted.name}: --ckpt_path last goes on"
-        )
+        signalled = model.interrupted or model.signalled  # the latter alone where it came after the last iteration
+        stopped = "" if signalled is None else f", stopped by {signalled.name}: --ckpt_path last goes on"
         print(f"\ntrained {model.num_env_steps:,} environment steps{returns}{stopped}")
         for name, place in places.items():
             if place is not None and place.exists():
                 print(f"  {name:<12} {place}")
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             print(f"  watch        tensorboard --logdir {run.parent}")
-        if model.interrupted is not None:
-            sys.exit(128 + model.interrupted)
+        if signalled is not None:
+            sys.exit(128 + signalled)
 
 
 def _folders(config: Any, root: str) -> Iterator[tuple[str, str | Path]]:

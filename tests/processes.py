@@ -1,11 +1,15 @@
 """Processes of a test, forked from it: what they need is imported already."""
 
+import logging
 import os
+import signal
 import socket
+import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
@@ -51,6 +55,69 @@ def forked(function: Callable[[int], Any], world_size: int = 2, env: dict[str, A
     for file in files:
         file.unlink(missing_ok=True)
     return results
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    status: int | None
+    """Exit status, or the negative number of the signal that ended it; None where it ran past its time and was killed."""
+    output: str
+    error: str
+    """What it wrote on its standard streams."""
+
+
+def command(words: list[str], before: Callable[[], Any] | None = None, timeout_s: float = 120) -> Ended:
+    """Run ``ppo-lightning`` in a process that is forked from this one, in the present folder.
+
+    Args:
+        words: of the command line.
+        before: runs first, in that process.
+        timeout_s: after which it is killed, with all processes that it has started.
+    """
+    files = [Path(name).absolute() for name in (".output", ".error")]
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        sys.stdout, sys.stderr = (file.open("w", buffering=1) for file in files)
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stderr.fileno(), 2)
+        for logger in map(logging.getLogger, ["lightning.pytorch", "lightning.fabric"]):
+            logger.handlers = [logging.StreamHandler()]
+        os._exit(_status(words, before))
+    deadline = time.monotonic() + timeout_s
+    ended = status = 0
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.02)
+        ended, status = os.waitpid(process, os.WNOHANG)
+    if not ended:
+        os.killpg(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    return Ended(os.waitstatus_to_exitcode(status) if ended else None, *(file.read_text() for file in files))
+
+
+def _status(words: list[str], before: Callable[[], Any] | None) -> int:
+    """What Python's own end would make of a command: its exit status, with the last words on the standard error."""
+    from ppo_lightning.__main__ import main
+
+    sys.argv = ["ppo-lightning", *words]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        if before is not None:
+            before()
+        main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
 
 
 def fit(model: PPO, **kwargs: Any) -> lightning.Trainer:

@@ -20,7 +20,7 @@ LAYERS = [
     {"envs", "policy", "advantage", "loss"},
     {"diagnostics", "clock", "snapshot", "gradients", "resume", "shared_sums", "ranks", "history", "health"},
     {"spaces"},
-    {"parameters"},
+    {"parameters", "arguments"},
     {"metric_names"},
     {"errors"},
 ]

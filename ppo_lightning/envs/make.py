@@ -7,10 +7,12 @@ import importlib.util
 import inspect
 import multiprocessing
 import re
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing import forkserver
 from typing import Any, Literal, get_args
 
 import gymnasium as gym
@@ -249,6 +251,13 @@ class EnvMaker:
         # Forking a process that runs threads can deadlock the child: workers come from a clean server that has
         # imported this package once. Scripts need `if __name__ == "__main__":`, as with any such workers.
         multiprocessing.get_context("forkserver").set_forkserver_preload(["ppo_lightning.envs"])
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # which the server would take while it imports
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return Workers(makers, first)
 
 

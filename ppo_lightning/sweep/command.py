@@ -35,11 +35,11 @@ def main(words: list[str]) -> None:
     add("--study", help="name (default: the config's)")
     add("--storage", help="URL of a database, or a file.journal that machines share (default: in the folder)")
     add("--folder", help="of results (default: sweeps/STUDY)")
-    signal.signal(signal.SIGTERM, _leave)
     with said_in_one_sentence():
         given, flags = parser.parse_known_args(words)
         _refuse_misspelt(flags, [action.option_strings[-1] for action in parser._actions])
         given.config, flags = given.config[0], [*(f"--config={file}" for file in given.config[1:]), *flags]
+        signal.signal(signal.SIGTERM, _leave)
         try:
             sweep(**vars(given), flags=flags)
         except KeyboardInterrupt:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from processes import command
 
-from ppo_lightning import PPO
+from ppo_lightning import PPO, cli
 from ppo_lightning.callbacks import Interrupts
 
 LAST = Path("lightning_logs/version_0/checkpoints/last.ckpt")
@@ -194,3 +196,68 @@ def test_slurm_requeues_after_the_iteration_and_the_requeued_run_goes_on(fit, mo
     model = PPO(**SMALL)
     fit(model, plugins=[SLURMEnvironment()])
     torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+IMPORTS = """
+import os, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch._C":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+"""
+
+
+@pytest.mark.parametrize("command", ["fit", "report", "sweep"])
+def test_ctrl_c_during_imports_ends_with_130_and_no_traceback(command, tmp_path):
+    Path("sitecustomize.py").write_text(IMPORTS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-m", "ppo_lightning", command], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (130, "")
+
+
+class StopsIn(Callback):
+    """Sends this process SIGINT in a hook."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+
+
+def interrupted_before(function, times=1):
+    """A function that is called after this process has received SIGINT."""
+
+    def interrupted(*given, **named):
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*given, **named)
+
+    return interrupted
+
+
+PATCHES = {
+    "parsing": (cli.PPOCLI, "parse_arguments"),
+    "the connection of signals": (_SignalConnector, "teardown"),
+    "the plot": (cli, "draw_learning_curve"),
+    "the validation": (PPO, "validation_step"),
+}
+
+
+@pytest.mark.parametrize("where", ["on_fit_end", "teardown", "twice", *PATCHES])
+def test_ctrl_c_at_any_time_ends_a_command_with_130_and_no_traceback(where):
+    words = [*FLAGS, "--model.total_steps", "64"]
+    if where == "the validation":
+        words[0] = "validate"
+    elif where not in PATCHES and where != "twice":
+        words += ["--trainer.callbacks+=test_signals.StopsIn", f"--trainer.callbacks.hook={where}"]
+
+    def patch():
+        place, name = PATCHES["the plot" if where == "twice" else where]
+        setattr(place, name, interrupted_before(getattr(place, name), 2 if where == "twice" else 1))
+
+    ended = command(words, patch if where in PATCHES or where == "twice" else None)
+    assert ended.status == 130, ended.output + ended.error
+    assert "Traceback" not in ended.output + ended.error
