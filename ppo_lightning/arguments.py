@@ -109,7 +109,7 @@ def read_config(given: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"config {given} is no plain YAML ({_joined(str(error))}): correct it there") from error
     if isinstance(read, dict) and all(isinstance(key, str) for key in read):
-        if list(read.values()) == [None]:  # jsonargparse takes such a file for a text
+        if text.strip() in (f"{key}:" for key in read):  # jsonargparse takes such a file for a text
             raise InputError(f"config {given} has no value for {next(iter(read))}: give one, or take the key out")
         return read
     if not is_file:

@@ -26,7 +26,7 @@ from typing_extensions import override
 from ppo_lightning.arguments import ConfigFile, Parser
 from ppo_lightning.checkpoint import CHOICES, KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
 from ppo_lightning.compiled import ROWS
-from ppo_lightning.errors import InputError, refused_settings, said_in_one_sentence
+from ppo_lightning.errors import InputError, UsageError, refused_settings, said_in_one_sentence
 from ppo_lightning.loggers import LIGHTNINGS_OWN, beside_the_folder, refuse_unusable, wandb_run_ends
 from ppo_lightning.plot import draw_learning_curve
 from ppo_lightning.ppo import PPO
@@ -167,7 +167,11 @@ class PPOCLI(LightningCLI):
         given = sys.argv[1:] if args is None else args
         checkpoint_seed = path = None
         if isinstance(given, dict | Namespace) or not {"-h", "--help"} & set(given):
-            path, named = self._checkpoint_and_keys(given)
+            try:
+                path, named = self._checkpoint_and_keys(given)
+            except UsageError:
+                _parse(parser, given)  # its message knows the model's own types
+                raise
             if path is not None:
                 checkpoint = read_checkpoint(path)
                 checkpoint_seed = checkpoint[KEY]["seed"]

@@ -101,10 +101,28 @@ def refuse_impossible(settings: Mapping[str, Any]) -> None:
             f"trainer.num_nodes {settings['num_nodes']} waits for other machines, which need the address of the first: set "
             "MASTER_ADDR, MASTER_PORT and NODE_RANK on each of them; on one machine leave num_nodes out"
         )
+    refuse_intervals(settings["val_check_interval"], settings["check_val_every_n_epoch"])
     if settings["barebones"]:
         raise InputError(
             "trainer.barebones switches off the log and the checkpoints, which each run of the command line writes: leave it "
             "out"
+        )
+
+
+def refuse_intervals(val_check_interval: float | None, check_val_every_n_epoch: int | None) -> None:
+    """Refuse intervals of evaluation that an epoch of one batch cannot have.
+
+    Raises:
+        InputError: batches within an epoch, or fewer than one epoch.
+    """
+    if val_check_interval not in (None, 1.0):
+        raise InputError(
+            f"val_check_interval={val_check_interval} would count the batches of an epoch, which has one: set the model's "
+            "eval_interval, in iterations"
+        )
+    if check_val_every_n_epoch is not None and check_val_every_n_epoch < 1:
+        raise InputError(
+            f"check_val_every_n_epoch must be 1 or more, got {check_val_every_n_epoch}: set the model's eval_interval"
         )
 
 
@@ -168,15 +186,7 @@ def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
         )
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise sharding(type(trainer.strategy).__name__)
-    if trainer.val_check_interval not in (None, 1.0):
-        raise InputError(
-            f"val_check_interval={trainer.val_check_interval} would count the batches of an epoch, which has one: set the "
-            "model's eval_interval, in iterations"
-        )
-    if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch < 1:
-        raise InputError(
-            f"check_val_every_n_epoch must be 1 or more, got {trainer.check_val_every_n_epoch}: set the model's eval_interval"
-        )
+    refuse_intervals(trainer.val_check_interval, trainer.check_val_every_n_epoch)
     if trainer.strategy.root_device.type == "mps" and running_moments:
         raise InputError("running statistics are float64, which this device has not: use --trainer.accelerator cpu")
 

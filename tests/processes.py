@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import multiprocessing
 
 from ppo_lightning import PPO
+from ppo_lightning.__main__ import DOORS, main
 
 
 def free_port() -> int:
@@ -75,6 +77,8 @@ def command(words: list[str], before: Callable[[], Any] | None = None, timeout_s
         before: runs first, in that process.
         timeout_s: after which it is killed, with all processes that it has started.
     """
+    for door in ("cli", *DOORS):  # once, for all
+        import_module(f"ppo_lightning.{door}")
     files = [Path(name).absolute() for name in (".output", ".error")]
     process = os.fork()
     if process == 0:
@@ -98,8 +102,6 @@ def command(words: list[str], before: Callable[[], Any] | None = None, timeout_s
 
 def _status(words: list[str], before: Callable[[], Any] | None) -> int:
     """What Python's own end would make of a command: its exit status, with the last words on the standard error."""
-    from ppo_lightning.__main__ import main
-
     sys.argv = ["ppo-lightning", *words]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

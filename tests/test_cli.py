@@ -281,6 +281,7 @@ def test_a_mistake_is_one_sentence_on_stderr(line, sentence, capsys, monkeypatch
     assert text.startswith("error: ")
     assert sentence in text
     assert len(text.splitlines()) == 1
+    assert not Path("lightning_logs").exists()
 
 
 def test_an_error_in_a_users_own_callback_keeps_its_traceback(monkeypatch, tmp_path):
@@ -544,3 +545,9 @@ def test_the_config_of_a_resumed_run_repeats_it_from_its_start(monkeypatch):
 def contents(folder: Path | str = ".") -> dict[Path, bytes]:
     """All files below a folder, and all folders."""
     return {path: path.read_bytes() if path.is_file() else b"" for path in Path(folder).rglob("*")}
+
+
+def test_random_command_lines_succeed_or_end_in_one_sentence():
+    from random_command_lines import faults
+
+    assert [fault for fault in faults(seed=2, count=15) if fault is not None] == []
