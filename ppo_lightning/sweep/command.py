@@ -39,12 +39,14 @@ def main(words: list[str]) -> None:
         given, flags = parser.parse_known_args(words)
         _refuse_misspelt(flags, [action.option_strings[-1] for action in parser._actions])
         given.config, flags = given.config[0], [*(f"--config={file}" for file in given.config[1:]), *flags]
-        signal.signal(signal.SIGTERM, _leave)
+        before = signal.signal(signal.SIGTERM, _leave)
         try:
             sweep(**vars(given), flags=flags)
         except KeyboardInterrupt:
             print("\nstopped: the same command goes on", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _refuse_misspelt(flags: list[str], options: list[str]) -> None:
