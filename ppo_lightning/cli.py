@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import logging
 import os
 import random
 import sys
@@ -355,10 +354,7 @@ def main(args: list[str] | None = None) -> None:
         sys.path.insert(0, os.getcwd())  # as `python -m` does, so that configs can name modules that lie here
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # until it is known how much there is to do
-    # Lightning 2.6.6 advertises its cloud, and asks torch 2.13's pytree in a way that torch calls deprecated.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
+    # Lightning 2.6.6 asks torch 2.13's pytree in a way that torch calls deprecated.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
     with said_in_one_sentence(), wandb_run_ends():
         PPOCLI(PPO, **OPTIONS, args=args)

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -44,6 +45,16 @@ from ppo_lightning.callbacks import (
     refuse_evaluation_monitors,
 )
 from ppo_lightning.errors import InputError
+
+
+def is_no_advertisement(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning is about the run, and not about Lightning's cloud."""
+    return not record.getMessage().startswith("💡 Tip:")
+
+
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+    is_no_advertisement
+)  # a Trainer advertises when made
 
 GRADIENT_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 

@@ -1,12 +1,16 @@
 """A progress bar that counts environment steps."""
 
+import contextlib
+import logging
 import sys
 import time
-from typing import Any, Protocol, cast
+from collections.abc import Iterator
+from typing import Any, Protocol, TextIO, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from tqdm.contrib import DummyTqdmFile
 from typing_extensions import override
 
 
@@ -25,10 +29,46 @@ class Progresses(Protocol):
         ...
 
 
+class AboveBar(DummyTqdmFile):
+    """A standard stream whose lines are written above the bar; tqdm compares streams to find the bars on the same screen."""
+
+    def __eq__(self, other: object) -> bool:
+        return self.wrapped is getattr(other, "_wrapped", other)
+
+    __hash__ = object.__hash__
+
+    @property
+    def wrapped(self) -> TextIO:
+        """The stream itself."""
+        return cast(Any, self)._wrapped
+
+
+@contextlib.contextmanager
+def lines_above_bar() -> Iterator[None]:
+    """Write whatever is printed, warned or logged within above the bar, each line on its own."""
+    streams: dict[Any, Any] = {sys.stdout: AboveBar(sys.stdout), sys.stderr: AboveBar(sys.stderr)}
+    loggers = [
+        logging.root,
+        *(one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)),
+    ]
+    with contextlib.ExitStack() as restored:
+        for handler in (handler for logger in loggers for handler in logger.handlers):
+            if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
+                restored.callback(handler.setStream, handler.stream)
+                handler.setStream(streams[handler.stream])
+        restored.enter_context(contextlib.redirect_stdout(streams[sys.stdout]))
+        restored.enter_context(contextlib.redirect_stderr(streams[sys.stderr]))
+        yield
+
+
 class StepProgressBar(TQDMProgressBar):
     """One bar for the whole run: environment steps, steps per second, time left, mean return."""
 
     INTERVAL_S = 0.2  # seconds between redraws: drawing costs more than a short iteration
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._streams = contextlib.ExitStack()
 
     @override
     def init_train_tqdm(self) -> Tqdm:
@@ -59,6 +99,8 @@ class StepProgressBar(TQDMProgressBar):
     def on_train_start(self, *_: Any) -> None:
         super().on_train_start()
         self._drawn = 0.0
+        if not self.is_disabled and not hasattr(self.train_progress_bar, "container"):  # which is a notebook's widget
+            self._streams.enter_context(lines_above_bar())
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -83,6 +125,18 @@ class StepProgressBar(TQDMProgressBar):
     def on_train_end(self, *args: Any) -> None:
         self._draw(self.trainer.lightning_module)
         super().on_train_end(*args)
+        self._streams.close()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the bar as it is, and let what follows begin on a line of its own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
+        self._streams.close()
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_streams": contextlib.ExitStack()}
 
     def _draw(self, pl_module: LightningModule) -> None:
         self._drawn = time.monotonic()
