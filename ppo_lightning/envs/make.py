@@ -427,8 +427,15 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
             terminated, truncated = self._flag("terminated", terminated), self._flag("truncated", truncated)
         if type(info) is not dict:
             info = self._dict(given)
-        info = _unreserved(info)
-        self._check("step", observation)
+        if info:
+            info = _unreserved(info)
+        if (
+            type(observation) is not np.ndarray
+            or observation.shape != self._shape
+            or observation.dtype != self._dtype
+            or not self._is_array
+        ):
+            self._check("step", observation)
         if self._make is not None:
             self._last = copy.deepcopy(observation)
         if terminated or truncated:
@@ -509,13 +516,6 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         )
 
     def _check(self, where: str, observation: Any) -> None:
-        if (
-            self._is_array
-            and isinstance(observation, np.ndarray)
-            and observation.shape == self._shape
-            and observation.dtype == self._dtype
-        ):
-            return
         problem = wrong_part(observation, self.observation_space)
         if problem is not None:
             raise EnvironmentFault(
