@@ -6,7 +6,7 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,14 +19,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from ppo_lightning.arguments import ConfigFile, Parser
 from ppo_lightning.checkpoint import CHOICES, KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
 from ppo_lightning.compiled import ROWS
 from ppo_lightning.errors import InputError, UsageError, refused_settings, said_in_one_sentence
-from ppo_lightning.loggers import LIGHTNINGS_OWN, beside_the_folder, refuse_unusable, wandb_run_ends
+from ppo_lightning.loggers import (
+    LIGHTNINGS_OWN,
+    Tolerant,
+    TolerantCSVLogger,
+    TolerantTensorBoardLogger,
+    beside_the_folder,
+    refuse_unusable,
+    wandb_run_ends,
+)
 from ppo_lightning.plot import draw_learning_curve
 from ppo_lightning.ppo import PPO
 from ppo_lightning.runs import REPORT
@@ -43,34 +51,7 @@ class RunWriter(ExperimentWriter):
             self.metrics_keys = file.read_text().partition("\n")[0].strip().split(",")
 
 
-class Lenient:
-    """A logger that gives up where it cannot write, with a warning: a full disk is no reason to lose a run."""
-
-    _gave_up = False
-
-    def _attempt(self, call: Callable[[], Any]) -> None:
-        if self._gave_up:
-            return
-        try:
-            call()
-        except OSError as error:
-            self._gave_up = True
-            rank_zero_warn(f"{type(self).__name__} stops logging, since it cannot write ({error}): training goes on")
-
-    def save(self) -> None:
-        """Write what is logged."""
-        self._attempt(super().save)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def finalize(self, status: str) -> None:
-        """Write the rest."""
-        self._attempt(lambda: super(Lenient, self).finalize(status))  # pyright: ignore[reportAttributeAccessIssue]
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log the numbers of an iteration."""
-        self._attempt(lambda: super(Lenient, self).log_metrics(metrics, step))  # pyright: ignore[reportAttributeAccessIssue]
-
-
-class RunBoard(Lenient, TensorBoardLogger):
+class RunBoard(TolerantTensorBoardLogger):
     """TensorBoard's event file of a run, with its hyperparameters beside its returns."""
 
     METRICS = ("eval/mean_reward", "rollout/ep_rew_mean")
@@ -84,13 +65,13 @@ class RunBoard(Lenient, TensorBoardLogger):
         # Lightning writes them to events with a value of each metric only, which would be a first point of its curve.
         plain = self._sanitize_params(_flatten_dict(dict(params)))
         for summary in hparams(plain, dict.fromkeys(self.METRICS, 0.0)):
-            self._attempt(partial(self._write, summary))
+            self.attempt(partial(self._write, summary))
 
     def _write(self, summary: Any) -> None:
         self.experiment._get_file_writer().add_summary(summary)
 
 
-class RunCSVLogger(Lenient, CSVLogger):
+class RunCSVLogger(TolerantCSVLogger):
     """``metrics.csv`` of a run, resumed or not, on disk within 20 rows."""
 
     ROWS = 20
@@ -105,7 +86,7 @@ class RunCSVLogger(Lenient, CSVLogger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self._attempt(lambda: self.experiment.log_metrics(metrics, step))
+        self.attempt(lambda: self.experiment.log_metrics(metrics, step))
         if len(self.experiment.metrics) >= self.ROWS:
             self.save()
 
@@ -310,6 +291,9 @@ class PPOCLI(LightningCLI):
         for name, place in places.items():
             if place is not None and place.exists():
                 print(f"  {name:<12} {place}")
+        for logger in trainer.loggers:
+            if isinstance(logger, Tolerant) and logger.stopped_by is not None:
+                print(f"  incomplete   {type(logger).__name__} stopped logging: {logger.stopped_by}")
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             print(f"  watch        tensorboard --logdir {run.parent}")
         if signalled is not None:

@@ -71,5 +71,11 @@ def refused_settings() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> InputError | None:
-    cause = error.__cause__ or error.__context__
-    return cause if cause is None or isinstance(cause, InputError) else _cause(cause)
+    seen: set[int] = set()  # an error that is raised twice can be its own context
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, InputError):
+            return cause
+    return None

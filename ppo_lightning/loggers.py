@@ -3,13 +3,16 @@
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ppo_lightning.errors import InputError
 
@@ -123,3 +126,62 @@ def _finish(before: Any, exit_code: int) -> None:
     run = _wandb_run()
     if run is not None and run is not before:
         run.finish(exit_code=exit_code)
+
+
+class Tolerant:
+    """A logger that stops logging where it cannot write, with a warning: a full disk does not end a run."""
+
+    stopped_by: OSError | None = None
+    """Why it stopped."""
+
+    def attempt(self, call: Callable[[], Any]) -> None:
+        """Call what writes, unless writing has failed before."""
+        if self.stopped_by is not None:
+            return
+        try:
+            call()
+        except (OSError, ValueError) as error:
+            # TensorBoard's thread keeps the error for the next call, and Lightning raises a ValueError from it.
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
+                raise
+            self.stopped_by = cause
+            rank_zero_warn(f"{type(self).__name__} stops logging, since it cannot write ({cause}): training continues")
+
+    def save(self) -> None:
+        """Write what is logged."""
+        self.attempt(super().save)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def finalize(self, status: str) -> None:
+        """Write the rest."""
+        self.attempt(lambda: super(Tolerant, self).finalize(status))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log the numbers of an iteration."""
+        self.attempt(lambda: super(Tolerant, self).log_metrics(metrics, step))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class TolerantTensorBoardLogger(Tolerant, TensorBoardLogger):
+    """Lightning's, which stops logging where it cannot write."""
+
+
+class TolerantCSVLogger(Tolerant, CSVLogger):
+    """Lightning's, which stops logging where it cannot write."""
+
+
+def tolerant(logger: Logger) -> Logger:
+    """The same logger, which stops logging where it cannot write, if it is one of Lightning's that write files."""
+    kind = {TensorBoardLogger: TolerantTensorBoardLogger, CSVLogger: TolerantCSVLogger}.get(type(logger))
+    if isinstance(logger, TensorBoardLogger) and getattr(threading.excepthook, "func", None) is not _report_of_others:
+        threading.excepthook = partial(_report_of_others, threading.excepthook)
+    if kind is None:
+        return logger
+    same = kind.__new__(kind)
+    same.__dict__ = logger.__dict__  # one state, whichever of the two the user looks at
+    return same
+
+
+def _report_of_others(report: Callable[[Any], Any], error: threading.ExceptHookArgs) -> None:
+    """Print what ends a thread, unless it is TensorBoard's and cannot write: its logger warns of that."""
+    if not (isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")):
+        report(error)

@@ -1,7 +1,11 @@
 """The learning curve of a run, as a picture."""
 
+import io
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.errors import InputError
 from ppo_lightning.pictures import can_draw
 from ppo_lightning.runs import read_run
@@ -36,5 +40,10 @@ def draw_learning_curve(run: Path | str) -> Path | None:
     axes.grid(alpha=0.3)
     axes.legend()
     picture = Path(run) / "learning_curve.png"
-    figure.savefig(picture, dpi=150)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150)
+    try:
+        write_atomically(picture, buffer.getvalue())
+    except OSError as error:  # a full disk
+        rank_zero_warn(f"{picture} could not be written ({error})")
     return picture

@@ -62,7 +62,7 @@ from ppo_lightning.errors import InputError, ProcessFault
 from ppo_lightning.evaluation import evaluate_episodes, said, summarize
 from ppo_lightning.gradients import Guard, clip_by_norm
 from ppo_lightning.history import Records, summarize_records
-from ppo_lightning.loggers import described_run, name_of
+from ppo_lightning.loggers import described_run, name_of, tolerant
 from ppo_lightning.loss import LossTerms, PPOLoss, normalized
 from ppo_lightning.metric_names import MetricNames, renamed
 from ppo_lightning.metrics import Update, merged, norms_of, row_of
@@ -333,6 +333,7 @@ class PPO(LightningModule):
         """Agree on a seed, refuse what would mislead, and replace Lightning's defaults by those that suit PPO."""
         trainer: Any = self.trainer
         trainer.strategy.checkpoint_io = verified(trainer.strategy.checkpoint_io)
+        trainer.loggers = [tolerant(logger) for logger in trainer.loggers]
         log_over_environment_steps(trainer)
         self.seed = trainer.strategy.broadcast(self._known_seed())
         if stage != "fit":

@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     StrategyRegistry,
 )
-from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
@@ -225,7 +225,7 @@ class _StepLoop(_TrainingEpochLoop):
         return vars(self)["_batches_that_stepped"] if steps is None else steps
 
     @_batches_that_stepped.setter
-    def _batches_that_stepped(self, value: int) -> None:
+    def _batches_that_stepped(self, value: int) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         vars(self)["_batches_that_stepped"] = value
 
 
@@ -236,9 +236,10 @@ class _StepLogger(_LoggerConnector):
     @override
     def should_update_logs(self) -> bool:
         """Whether ``log_every_n_steps``, which counts iterations, asks for what was logged in this one."""
-        loop, every = self.trainer._active_loop, self.trainer.log_every_n_steps
+        trainer = cast(Any, self.trainer)
+        loop, every = trainer._active_loop, trainer.log_every_n_steps
         if isinstance(loop, _FitLoop) and every:
-            return loop.epoch_loop.batch_progress.total.ready % every == 0 or self.trainer.should_stop
+            return loop.epoch_loop.batch_progress.total.ready % every == 0 or trainer.should_stop
         return super().should_update_logs
 
     @override

@@ -108,7 +108,7 @@ class CallbackSchedule(EvaluationCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the callbacks act that monitor a metric."""
         callbacks = _all(trainer)
-        first = trainer.fit_loop.epoch_progress.current.processed <= 1
+        first = cast(Any, trainer.fit_loop.epoch_progress.current).processed <= 1
         logs_next = first and _has_hooks(pl_module, "on_train_epoch_end")
         evaluates = trainer.enable_validation and not self._has_evaluated
         beside = not self._has_evaluated and any(isinstance(one, AsyncEvaluation) for one in callbacks)

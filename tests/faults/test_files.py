@@ -19,12 +19,13 @@ import processes
 import pytest
 import torch
 from lightning import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from ppo_lightning import PPO
-from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, checkpoints
+from ppo_lightning import PPO, ppo
+from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, PPOCallback, checkpoints
 from ppo_lightning.checkpoint import VerifiedCheckpointIO, newest_checkpoint, read_checkpoint
 from ppo_lightning.cli import main
-from ppo_lightning.errors import InputError
+from ppo_lightning.errors import InputError, said_in_one_sentence
 
 SMALL = {"num_envs": 4, "num_steps": 32, "num_minibatches": 2, "update_epochs": 1, "num_eval_episodes": 1}
 
@@ -285,6 +286,28 @@ def test_a_checkpoint_that_was_asked_for_is_not_lost_in_silence(tmp_path, fit):
     room(resource.RLIM_INFINITY)  # before anything is said of this test, into whatever file
     assert steps_in("mine.ckpt") == 128
     assert [path.name for path in tmp_path.iterdir()] == ["mine.ckpt"]
+
+
+@pytest.mark.usefixtures("_room")
+@pytest.mark.filterwarnings("ignore:.*could not be written", "ignore:no report was drawn")  # of other files
+@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+def test_a_logger_whose_disk_is_full_stops_and_training_continues(tmp_path, fit, kind, monkeypatch, capsys):
+    monkeypatch.setattr(ppo, "LOGS_SAVED_S", 0.0)  # in each iteration
+    logger = kind(tmp_path)
+    model = PPO("CartPole-v1", total_steps=40 * 128, **SMALL)
+    fills = PPOCallback(on_iteration_end=lambda trainer, *_: room(1_000) if trainer.current_epoch == 5 else None)
+    with pytest.warns(UserWarning, match=f"{kind.__name__} stops logging, since it cannot write .*File too large"):
+        fit(model, logger=logger, callbacks=[fills], log_every_n_steps=1)
+    assert model.num_env_steps == 40 * 128
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_error_that_is_its_own_context_reaches_the_user():
+    """As TensorBoard raises it: the same error again and again, each time within the one before."""
+    full, wrapped = OSError("no space left"), ValueError("cannot be logged")
+    wrapped.__cause__, full.__context__ = full, wrapped
+    with pytest.raises(ValueError, match="cannot be logged"), said_in_one_sentence():
+        raise wrapped
 
 
 def test_a_full_disk_of_the_first_process_holds_up_no_other():
