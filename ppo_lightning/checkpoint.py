@@ -52,6 +52,9 @@ KINDS = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRSche
 PACKAGES = ("ppo_lightning", "torch", "gymnasium", "ale_py", "minigrid")
 """Kinds of classes that a checkpoint may name, and the packages that it may import."""
 
+PLACE = re.compile(r"(path|dir|directory|directorie|folder|filename)s?(_|$)|(^|_)(file|url|uri)s?(_|$)")
+"""In names of arguments that take files or folders."""
+
 TRAINING_ONLY = ("optimizer", "lr_scheduler")
 """Hyperparameters that a policy can act without."""
 
@@ -278,7 +281,7 @@ def refuse_names(hyperparameters: Mapping[str, Any], given: Container[str] = ())
 
     A checkpoint may come from anywhere, and under the command line its hyperparameters hold names that are imported and
     called. It may name classes of networks, optimisers, schedulers, environments and wrappers, of the packages that every
-    run stands on or of modules that are imported already; and registered environments.
+    run stands on or of modules that are imported already; and registered environments. It may not name files or folders.
 
     Args:
         hyperparameters: of a checkpoint.
@@ -299,12 +302,25 @@ def foreign_names(hyperparameters: Mapping[str, Any]) -> dict[str, list[str]]:
     """Hyperparameters with what they hold that a checkpoint may not name; the user must give them again."""
     found = {
         name: [word for word in _words(value) if not (_is_inert(word) if name == "env_kwargs" else _may_be_named(word))]
+        + list(_places(value))
         for name, value in hyperparameters.items()
         if name != "_instantiator"
     }
     if not isinstance(hyperparameters.get("env_kwargs"), dict | None):  # jsonargparse would read a file of this name
         found["env_kwargs"] = [str(hyperparameters["env_kwargs"])]
     return {name: words for name, words in found.items() if words}
+
+
+def _places(value: object) -> Iterator[str]:
+    """Strings in a hyperparameter that stand where an argument takes a file or folder."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key != "class_path" and PLACE.search(str(key).lower()) and not isinstance(item, Mapping):
+                yield from _words(item)
+            yield from _places(item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _places(item)
 
 
 def _words(value: object) -> Iterator[str]:
@@ -323,8 +339,8 @@ def _is_name(key: object) -> bool:
 
 
 def _is_inert(word: str) -> bool:
-    """Whether jsonargparse leaves a string alone where anything may stand: what a class_path names it imports."""
-    return "class_path" not in word
+    """Whether a string is harmless where anything may stand: jsonargparse imports what a class_path names."""
+    return "class_path" not in word and (word in gym.registry or re.search(r"[/\\]|^~|^\.+$", word) is None)
 
 
 def _may_be_named(word: str) -> bool:

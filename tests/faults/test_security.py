@@ -191,6 +191,43 @@ def test_a_checkpoint_may_not_name_what_is_called(name, plain, fit, tmp_path):
     assert nothing_ran(tmp_path)
 
 
+RECORDER = {"class_path": "gymnasium.wrappers.RecordVideo", "init_args": {"video_folder": "elsewhere"}}
+PLACES = {
+    "a wrapper that writes videos": {"wrappers": [RECORDER]},
+    "its folder among further arguments": {
+        "wrappers": [{**RECORDER, "init_args": {}, "dict_kwargs": {"video_folder": "a"}}]
+    },
+    "a file for the environment": {"env_kwargs": {"xml_file": "robot.xml"}},
+    "a folder for the environment, under any name": {"env_kwargs": {"recordings": {"to": "../elsewhere"}}},
+    "a list of files": {"env_kwargs": {"scene_paths": ["one", "two"]}},
+    "a home": {"env_kwargs": {"where": "~"}},
+    "a network's file": {"policy": {"class_path": "ppo_lightning.ActorCritic", "init_args": {"logdir": "elsewhere"}}},
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_checkpoint_may_not_name_files_and_folders(name, plain, fit, tmp_path):
+    (key,) = PLACES[name]
+    Path("bad.ckpt").write_bytes(sealed({**plain, "hyper_parameters": {**plain["hyper_parameters"], **PLACES[name]}}))
+    before = set(tmp_path.rglob("*"))
+    for words in (["validate"], ["fit", "--model.total_steps=128"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*words, "--ckpt_path", "bad.ckpt", *FLAGS])
+        assert str(caught.value.code).startswith(f"error: the checkpoint's {key} is ")
+    assert f"the checkpoint's {key} is" in refused(by_loading, Path("bad.ckpt"), fit)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_may_be_given_again(plain):
+    recorder = {**RECORDER, "init_args": {"video_folder": "theirs", "disable_logger": True}}
+    named = {**plain["hyper_parameters"], "wrappers": [recorder], "env_kwargs": {"render_mode": "rgb_array"}}
+    Path("named.ckpt").write_bytes(sealed({**plain, "hyper_parameters": named}))
+    Path("again.yaml").write_text("model: {wrappers: []}")
+    main(["validate", "--config", "again.yaml", "--ckpt_path", "named.ckpt", *FLAGS])
+    assert PPO.load_from_checkpoint("named.ckpt", wrappers=()).hparams["env_kwargs"] == {"render_mode": "rgb_array"}
+    assert not Path("theirs").exists()
+
+
 @pytest.mark.parametrize("place", ["hparams", "module_arguments", "dotted"])
 def test_hyperparameters_have_one_place(place, plain, fit, tmp_path):
     evil = {"env": "evil.make"}
