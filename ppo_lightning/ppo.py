@@ -24,7 +24,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from lightning import Callback, LightningModule
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ppo_lightning.advantage import discounted_return, generalized_advantage
-from ppo_lightning.callbacks import Interrupts, checkpoint_paths
+from ppo_lightning.callbacks import Interrupts, begin_writing, checkpoint_paths, defer_writing
 from ppo_lightning.callbacks.events import tell
 from ppo_lightning.checkpoint import (
     KEY,
@@ -88,6 +88,7 @@ from ppo_lightning.streams import random_state, restore_random_state
 from ppo_lightning.trainer import (
     attach_callbacks,
     begin_iterations_whole,
+    find_checkpoints,
     gradient_hooks,
     log_over_environment_steps,
     refuse_what_misleads,
@@ -293,6 +294,8 @@ class PPO(LightningModule):
         self._paused: dict[str, Any] | None = None
         """State of the optimiser and of this process after the last fit."""
         self._clock = Clock()
+        self.run_folder: Path | None = None
+        """Where the last fit kept its files, which another fit of this model may replace."""
         self.records = Records()
         """What the run was like so far; kept by :class:`~ppo_lightning.callbacks.RunSummary`."""
         self._grad_norms: list[Tensor] = []
@@ -316,6 +319,13 @@ class PPO(LightningModule):
 
     # --- Lightning's hooks, in the order of a run ---------------------------------------------------------------------
 
+    @LightningModule.trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Attach a Trainer, and let it find the checkpoints of earlier runs."""
+        cast(Any, LightningModule.trainer).fset(self, trainer)
+        if isinstance(trainer, Trainer):
+            find_checkpoints(trainer)
+
     @override
     def configure_callbacks(self) -> list[Callback]:
         """What every run needs: the bar, best and last checkpoint, and the end of all simulators.
@@ -326,6 +336,7 @@ class PPO(LightningModule):
             self.trainer, self.iterations_between_evaluations, evaluates=self.env_maker.again() is not None
         )
         shorten_timeout(self.trainer)  # before processes meet
+        defer_writing(self.trainer, self)
         return []
 
     @override
@@ -377,6 +388,7 @@ class PPO(LightningModule):
                 "raise total_steps to go on"
             )
             self.trainer.should_stop = True
+        begin_writing(self.trainer, self)
 
     @override
     def on_train_epoch_start(self) -> None:

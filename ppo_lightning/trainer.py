@@ -26,7 +26,9 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     StrategyRegistry,
 )
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
@@ -35,15 +37,18 @@ from ppo_lightning.callbacks import (
     BestCheckpoint,
     CallbackSchedule,
     CloseEnvironments,
+    DeferredLoggers,
     FinalEvaluation,
     HealthMonitor,
     Interrupts,
     LastCheckpoint,
+    RunFolder,
     RunSummary,
     StepProgressBar,
     WatchProcesses,
     refuse_evaluation_monitors,
 )
+from ppo_lightning.checkpoint import CHOICES, newest_checkpoint
 from ppo_lightning.errors import InputError
 
 
@@ -265,6 +270,31 @@ def _env_steps(trainer: Any) -> int | None:
     return cast("int | None", getattr(trainer.lightning_module, "num_env_steps", None))
 
 
+class CheckpointFinder(_CheckpointConnector):
+    """Takes ``last`` and ``best`` as the command line does, in a Trainer that has not trained.
+
+    Lightning looks in the Trainer's own, new folder: it finds nothing, and starts from scratch. The path is known as
+    ``trainer.ckpt_path`` before anything is set up.
+    """
+
+    @override
+    def _select_ckpt_path(self, state_fn: TrainerFn, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer = self.trainer
+        savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        if ckpt_path in CHOICES and not trainer.global_step and not any(one.best_model_path for one in savers):
+            ckpt_path = str(newest_checkpoint(trainer.default_root_dir, ckpt_path))
+        self._ckpt_path = super()._select_ckpt_path(state_fn, ckpt_path, *args, **kwargs)
+        return self._ckpt_path
+
+
+def find_checkpoints(trainer: Any) -> None:
+    """Let a Trainer find checkpoints by :class:`CheckpointFinder`."""
+    if type(trainer._checkpoint_connector) is _CheckpointConnector:
+        finder = CheckpointFinder(trainer)
+        vars(finder).update(vars(trainer._checkpoint_connector))
+        trainer._checkpoint_connector = finder
+
+
 def begin_iterations_whole(trainer: Any) -> None:
     """Let a run that goes on from within an iteration (after a crash, or from ``best.ckpt``) begin another one.
 
@@ -302,7 +332,7 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
         if evaluates:
             needed.append(BestCheckpoint())
         needed.append(LastCheckpoint(save_interval))
-    needed.append(RunSummary())
+    needed += [RunSummary(), DeferredLoggers(), RunFolder()]
     kept = [callback for callback in trainer.callbacks if not any(callback is default for default in defaults)]
     callbacks = kept + [new for new in needed if not any(isinstance(own, type(new)) for own in kept)]
     trainer.callbacks = sorted(callbacks, key=_position)
@@ -310,6 +340,10 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
 
 def _position(callback: Callback) -> int:
     """Where a callback stands among all; callbacks of the same position keep their order."""
+    if isinstance(callback, DeferredLoggers):
+        return -1  # before any other setup looks for the loggers
+    if isinstance(callback, RunFolder):
+        return 8  # it is free once all have written
     if isinstance(callback, FinalEvaluation):
         return 0  # what others do at the end of training can use the evaluation
     if isinstance(callback, RunSummary):

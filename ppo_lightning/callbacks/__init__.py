@@ -20,6 +20,10 @@ from ppo_lightning.callbacks.interrupts import Interrupts as Interrupts
 from ppo_lightning.callbacks.notebook import NotebookDisplay as NotebookDisplay
 from ppo_lightning.callbacks.processes import WatchProcesses as WatchProcesses
 from ppo_lightning.callbacks.progress import StepProgressBar as StepProgressBar
+from ppo_lightning.callbacks.run_folder import DeferredLoggers as DeferredLoggers
+from ppo_lightning.callbacks.run_folder import RunFolder as RunFolder
+from ppo_lightning.callbacks.run_folder import begin_writing as begin_writing
+from ppo_lightning.callbacks.run_folder import defer_writing as defer_writing
 from ppo_lightning.callbacks.stages import Stage as Stage
 from ppo_lightning.callbacks.stages import Stages as Stages
 from ppo_lightning.callbacks.summary import RunSummary as RunSummary

@@ -1,0 +1,210 @@
+"""The folder of a run: opened after every check has passed, for one run at a time, and never another run's."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from filelock import FileLock, Timeout
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from ppo_lightning.callbacks.checkpoints import RunCheckpoint
+from ppo_lightning.checkpoint import BEST, LAST, PREVIOUS
+from ppo_lightning.errors import InputError
+from ppo_lightning.runs import SUMMARY
+
+LOCK = ".lock"
+"""Locked while a run writes to its folder; the operating system unlocks it when the process ends, however it ends."""
+
+CHECKPOINTS = (LAST, BEST, PREVIOUS)
+"""Files that only the run that wrote them may replace, beside its summary."""
+
+
+class Trains(Protocol):
+    """A module that remembers where its files are."""
+
+    run_folder: Path | None
+
+
+class DeferredLoggers(Callback):
+    """Keeps the loggers from the Trainer until Lightning has passed the place where it opens their files.
+
+    Lightning opens them before any ``setup``, so that a run that is refused would have written already. Only where the first
+    logger is TensorBoard's or a CSVLogger: the folder of others is known only once they are open.
+    """
+
+    def __init__(self) -> None:
+        self._loggers: list[Logger] = []
+        self._places_profile = False
+
+    def take(self, trainer: Trainer) -> None:
+        """Take the loggers, before the Trainer sets itself up."""
+        if _has_folder(trainer):
+            self._loggers, trainer.loggers = trainer.loggers, []
+            self._places_profile = (
+                getattr(cast(Any, trainer).profiler, "dirpath", "") is None
+            )  # it would follow the loggers
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._give_back(trainer)
+        if self._places_profile:
+            cast(Any, trainer).profiler.dirpath = trainer.log_dir
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._give_back(trainer)
+
+    def _give_back(self, trainer: Trainer) -> None:
+        if self._loggers:
+            trainer.loggers, self._loggers = self._loggers, []
+
+
+class RunFolder(Callback):
+    """Holds a run's folder for one process at a time, and refuses a folder that holds another run.
+
+    The first process locks a file in it; a process that was killed leaves no lock. A model that is fitted again, or that
+    resumes a checkpoint of the folder, replaces its own files. Without a logger, a run whose ``default_root_dir`` holds
+    another run gets ``version_N`` in it.
+    """
+
+    def __init__(self) -> None:
+        self._root: str | None = None
+        self._lock: FileLock | None = None
+
+    def choose(self, trainer: Trainer, module: Trains) -> None:
+        """Give a run without a logger a folder of its own, before callbacks look for it."""
+        given = self._root or str(trainer.default_root_dir)
+        if trainer.loggers or not _writers(trainer) or "://" in given:
+            return
+        self._root, root = given, Path(given).resolve()
+        cast(Any, trainer)._default_root_dir = str(_free_folder(root, _resumed(trainer), module.run_folder))
+
+    def open(self, trainer: Trainer, module: Trains) -> None:
+        """Lock the folder, then let the loggers open their files; all processes together.
+
+        Raises:
+            InputError: another process trains in the folder, or it holds another run.
+        """
+        place = self._place(trainer)
+        if place is not None:
+            folder = Path(place).resolve()
+            if not folder.exists():  # a CSVLogger warns of a folder that holds a lock
+                _open_loggers(trainer)
+            refusal = self._hold(folder, _resumed(trainer), module.run_folder) if trainer.is_global_zero else None
+            refusal = trainer.strategy.broadcast(refusal)
+            if refusal is not None:
+                raise InputError(refusal)
+            module.run_folder = folder
+        _open_loggers(trainer)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _place(self, trainer: Trainer) -> str | None:
+        """The run's folder; None where nothing is written, or to another file system."""
+        writers = _writers(trainer)
+        if _has_folder(trainer) or (writers and not trainer.loggers):
+            place = trainer.log_dir  # all processes ask: the answer is broadcast
+        else:
+            place = next((str(one.dirpath) for one in writers if isinstance(one, RunCheckpoint)), None)
+            place = None if place is None else place.removesuffix("/checkpoints")
+        return None if place is None or "://" in place else place
+
+    def _hold(self, folder: Path, resumed: Path | None, own: Path | None) -> str | None:
+        """Lock a folder; the reason why it cannot be used, where there is one."""
+        if folder not in (resumed, own) and _holds_a_run(folder):
+            return (
+                f"{folder} holds another run, whose files this one would replace: give a new Trainer, another version or "
+                "folder, or resume that run with ckpt_path"
+            )
+        lock = FileLock(folder / LOCK, timeout=0, thread_local=False, fallback_to_soft=False)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            return f"another process trains in {folder}: wait until it ends, or stop it first"
+        except OSError as error:
+            rank_zero_warn(f"{folder} cannot be locked ({error}): make sure that no other process trains there")
+        else:
+            self._lock = lock
+        return None
+
+    def _release(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            Path(lock.lock_file).unlink(missing_ok=True)  # while it is locked: who waits for it finds out
+            lock.release()
+
+
+def defer_writing(trainer: Trainer, module: Trains) -> None:
+    """Write nothing to the run's folder until :func:`begin_writing`."""
+    for callback in cast(Any, trainer).callbacks:
+        if isinstance(callback, RunFolder) and trainer.training:
+            callback.choose(trainer, module)
+        elif isinstance(callback, DeferredLoggers):
+            callback.take(trainer)
+
+
+def begin_writing(trainer: Trainer, module: Trains) -> None:
+    """Open the run's folder: every check has passed.
+
+    Raises:
+        InputError: as :meth:`RunFolder.open`.
+    """
+    for callback in cast(Any, trainer).callbacks:
+        if isinstance(callback, RunFolder):
+            callback.open(trainer, module)
+
+
+def _open_loggers(trainer: Trainer) -> None:
+    for logger in sorted(trainer.loggers, key=lambda logger: not isinstance(logger, WandbLogger)):  # as Lightning does
+        getattr(logger, "experiment", None)
+
+
+def _has_folder(trainer: Trainer) -> bool:
+    return bool(trainer.loggers) and isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger)
+
+
+def _writers(trainer: Trainer) -> list[Callback]:
+    """Callbacks that write to the run's folder."""
+    return [one for one in cast(Any, trainer).callbacks if isinstance(one, RunCheckpoint | SaveConfigCallback)]
+
+
+def _resumed(trainer: Trainer) -> Path | None:
+    """Folder of the run whose checkpoint is resumed, where that is in such a folder."""
+    path = Path(str(trainer.ckpt_path)).resolve()
+    return path.parent.parent if trainer.ckpt_path and path.is_file() and path.parent.name == "checkpoints" else None
+
+
+def _holds_a_run(folder: Path) -> bool:
+    """Whether a run that has trained left its results here."""
+    summary = folder / SUMMARY
+    if any((folder / "checkpoints" / name).is_file() for name in CHECKPOINTS):
+        return True
+    try:
+        return summary.is_file() and json.loads(summary.read_text())["global_step"] > 0
+    except (ValueError, KeyError, TypeError):  # of another maker
+        return True
+
+
+def _free_folder(root: Path, resumed: Path | None, own: Path | None) -> Path:
+    """Where a run without a logger keeps its files: where it kept them before, else where no run does."""
+    for folder in (resumed, own):
+        if folder is not None and (
+            folder == root or (folder.name.startswith("version_") and folder.is_relative_to(root))
+        ):
+            return folder
+    folder, number = root, 0
+    while _holds_a_run(folder) or (folder / "config.yaml").exists():  # the command line writes it there, too
+        number += 1
+        folder = root / f"version_{number}"
+    return folder
