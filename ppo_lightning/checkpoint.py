@@ -54,6 +54,8 @@ PACKAGES = ("ppo_lightning", "torch", "gymnasium", "ale_py", "minigrid")
 
 PLACE = re.compile(r"(path|dir|directory|directorie|folder|filename)s?(_|$)|(^|_)(file|url|uri)s?(_|$)")
 """In names of arguments that take files or folders."""
+ANNEALED = "annealed_lr"
+"""Key of a parameter group: the learning rate that PPO set last; None where callbacks set it."""
 
 TRAINING_ONLY = ("optimizer", "lr_scheduler")
 """Hyperparameters that a policy can act without."""
@@ -433,6 +435,46 @@ def refuse_weights_alone(checkpoint: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_other_optimizer(
+    checkpoint: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> None:
+    """Refuse to resume with an optimizer or scheduler that cannot continue the checkpoint's state.
+
+    Args:
+        checkpoint: that is to be resumed.
+        optimizer: of this run.
+        scheduler: of this run, where there is one. A run may add or leave out a scheduler.
+
+    Raises:
+        InputError: the classes differ, or the parameter groups.
+    """
+    ours, (state, *_) = checkpoint[KEY], checkpoint["optimizer_states"]
+    kind, theirs = type(optimizer).__name__, next(iter(ours.get("optimizer", [])), None)
+    # Older files do not name the class, but classes have different numbers.
+    numbers = {key for key, value in optimizer.defaults.items() if not isinstance(value, bool | None)}
+    if theirs != kind if theirs else not numbers <= state["param_groups"][0].keys():
+        raise InputError(
+            f"the checkpoint was trained with {f'optimizer {theirs}' if theirs else 'another optimizer'}, this run has {kind}, "
+            "which cannot continue its state: resume with the same optimizer, or give the weights alone to a new fit by "
+            "PPO.load_from_checkpoint"
+        )
+    sizes = [[len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"the checkpoint's optimizer has parameter groups of {sizes[0]} tensors, this run's has {sizes[1]}: give the "
+            "optimizer and the modules of the run"
+        )
+    if scheduler is not None and checkpoint["lr_schedulers"]:
+        kind, theirs = type(scheduler).__name__, next(iter(ours.get("lr_scheduler", [])), None)
+        if theirs != kind if theirs else checkpoint["lr_schedulers"][0].keys() != scheduler.state_dict().keys():
+            raise InputError(
+                f"the checkpoint was trained with {f'lr_scheduler {theirs}' if theirs else 'another lr_scheduler'}, this "
+                f"run has {kind}, which cannot continue its state: resume with the same lr_scheduler"
+            )
+
+
 def refuse_missing(ours: Mapping[str, Any], given: Container[str]) -> list[str]:
     """Hyperparameters that the checkpoint could not hold and that were not given again, and that acting needs not.
 
@@ -488,6 +530,7 @@ class RunSettings:
         self.schedulers = [] if scheduler is None else _with_parts(scheduler)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+            group[ANNEALED] = group["lr"]
         self.groups = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
         self.constants = [
             {key: value for key, value in vars(part).items() if key not in self.COUNTED and _is_plain(value)}
@@ -502,11 +545,11 @@ class RunSettings:
                 this run's schedule begins anew.
         """
         for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
-            rate = own["lr"]
-            if scheduled and group["initial_lr"] != 0:
+            rate, is_a_callbacks = own["lr"], group.get(ANNEALED, group["lr"]) != group["lr"]
+            if (scheduled or is_a_callbacks) and group["initial_lr"] != 0:
                 rate = group["lr"] * (own["initial_lr"] / group["initial_lr"])
             group.update(own)
-            group["lr"] = rate
+            group["lr"], group[ANNEALED] = rate, None if is_a_callbacks and not self.schedulers else rate
         for part, constants in zip(self.schedulers, self.constants, strict=True):
             vars(part).update(constants)
 

@@ -216,6 +216,8 @@ def why_not(policy: Policy, optimizer: torch.optim.Optimizer, precision: str) ->
         return "the optimizer uses amsgrad or maximize"
     if not set(learnt) <= set(group["params"]):
         return "the optimizer has not all of the policy's parameters"
+    if any(one.requires_grad for one in set(group["params"]) - set(policy.parameters())):
+        return "the optimizer has parameters beside the policy's"
     if len({one.dtype for one in learnt}) != 1:
         return "the policy's parameters have several dtypes, or all are frozen"
     if any(one._backward_hooks or one._post_accumulate_grad_hooks for one in learnt):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,7 +27,6 @@ from gymnasium.vector import VectorEnv
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tensordict import TensorDict
@@ -38,6 +37,7 @@ from ppo_lightning.advantage import discounted_return, generalized_advantage
 from ppo_lightning.callbacks import Interrupts, begin_writing, checkpoint_paths, defer_writing
 from ppo_lightning.callbacks.events import tell
 from ppo_lightning.checkpoint import (
+    ANNEALED,
     KEY,
     RunSettings,
     missing,
@@ -46,6 +46,7 @@ from ppo_lightning.checkpoint import (
     read_verified,
     refuse_missing,
     refuse_names,
+    refuse_other_optimizer,
     refuse_other_policy,
     refuse_other_spaces,
     refuse_weights_alone,
@@ -79,7 +80,7 @@ from ppo_lightning.parameters import popart as as_popart
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
 from ppo_lightning.prediction import predict
 from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, cut_up, different, fingerprint
-from ppo_lightning.resume import described, own_state
+from ppo_lightning.resume import carry_over, described, own_state
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
 from ppo_lightning.shared_sums import SharedSums, sums_over_processes
 from ppo_lightning.snapshot import Snapshot
@@ -91,8 +92,10 @@ from ppo_lightning.trainer import (
     find_checkpoints,
     gradient_hooks,
     log_over_environment_steps,
+    refuse_longer_run,
     refuse_what_misleads,
     replace_defaults,
+    set_global_step,
     shorten_timeout,
     steps_concern_nobody,
 )
@@ -306,11 +309,19 @@ class PPO(LightningModule):
         """Loss and samples of the gradient that is computed."""
         self._accumulated = False
         """Gradients of a part of the current minibatch are there already."""
-        self._by_graph = False
-        """The current update was taken by :attr:`compiled`."""
+        self._learnt: list[nn.Parameter] = []
+        """Parameters of the optimizer: an update clips, checks and restores them."""
+        self._ignored: list[nn.Parameter] = []
+        """Parameters that require gradients and that the optimizer left out when training started."""
+        self._unreached: list[str] = []
+        """Names of learnt parameters beside the policy that no gradient has reached yet in this fit."""
+        self._halves = torch.zeros(0)
+        """[2, P] of :attr:`_learnt`, as :meth:`Policy.halves_of`."""
         self._steps_alone = False
         self._was_scheduled = True
         self._trained_with_masks = self._said_that_masks_miss = False
+        self._resumed: dict[str, Any] | None = None
+        """The checkpoint that a fit resumes, until it has its optimizer."""
         self._saved_logs = 0.0
         self.learning_rate = 0.0
         """Of the update that is logged."""
@@ -350,6 +361,8 @@ class PPO(LightningModule):
         if stage != "fit":
             return
         refuse_what_misleads(trainer, running_moments=bool(self.policy.moments or self.return_moments))
+        remaining = self.total_steps - self.num_env_steps
+        refuse_longer_run(trainer, ceil(remaining / (self.num_steps * self.num_envs * self._world_size)))
         self._check_val_every_n_epoch = trainer.check_val_every_n_epoch
         replace_defaults(trainer, self.iterations_between_evaluations)
         if self.env_maker.again() is None:
@@ -364,20 +377,24 @@ class PPO(LightningModule):
         """The optimiser over all parameters, and the scheduler where one was given."""
         if self._missing:
             raise missing(self._missing[0])
-        optimizer = self.optimizer(self.policy.parameters())
+        optimizer = self.optimizer(self.parameters())
         scheduler = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise InputError(
                 "lr_scheduler ReduceLROnPlateau waits for a metric, schedules here run on iterations: take another"
             )
-        self._settings = RunSettings(optimizer, scheduler)
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     @override
     def on_fit_start(self) -> None:
         """Seed this process's own stream, and leave at once where nothing is left to train."""
+        scheduler = next((config.scheduler for config in self.trainer.lr_scheduler_configs), None)
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            refuse_other_optimizer(resumed, self._optimizer, scheduler)
         rank_zero_info(f"seed {self.seed}")
         self._hparams_initial = self._described()  # which Lightning gives to loggers next
+        self._settings = RunSettings(self._optimizer, scheduler)
         self.generator.manual_seed(self._stream("training", self.num_env_steps))
         self.restarts.count = 0
         self.guard.reset()
@@ -404,9 +421,10 @@ class PPO(LightningModule):
     @override
     def on_train_start(self) -> None:
         """Go on where the run was; find out whether a gradient step concerns anybody else."""
-        begin_iterations_whole(self.trainer)
+        begin_iterations_whole(self.trainer, self.policy_version)
         self._go_on()
         self._settings.restore(scheduled=self._was_scheduled)
+        self._adopt(self._optimizer, begins=True)
         self._add_up = sums_over_processes(self.trainer, self._learnt)
         hooks = gradient_hooks(self.trainer, self, PPO)
         owner = getattr(self._add_up, "__self__", None)
@@ -414,6 +432,61 @@ class PPO(LightningModule):
         averages = self._shared is not None and self._shared.averages
         self._steps_alone = steps_concern_nobody(self.trainer, averages=averages) and not hooks
         self.prepare(self._optimizer, hooks)
+
+    def _adopt(self, optimizer: torch.optim.Optimizer, *, begins: bool = False) -> bool:
+        """Take the optimizer's parameters as those that updates change; whether they are others than before.
+
+        Args:
+            optimizer: of the next update.
+            begins: training starts here. Later a parameter that the optimizer does not have is an error.
+
+        Raises:
+            InputError: a module was replaced or added during training, and the optimizer does not train it.
+        """
+        learnt = [one for group in optimizer.param_groups for one in group["params"]]
+        trained = {id(one) for one in learnt}
+        ignored = [one for one in self.parameters() if one.requires_grad and id(one) not in trained]
+        changed = [*map(id, learnt)] != [*map(id, self._learnt)]
+        known = {id(one) for one in self._ignored}
+        added = [one for one in ignored if id(one) not in known]
+        if added and begins:
+            rank_zero_info(f"the optimizer does not train {self._names_of(added)}")
+        elif added:
+            raise InputError(
+                f"{self._names_of(added)} came during training, and the optimizer does not train it: replace modules "
+                "between two fits, or give their parameters to trainer.optimizers[0].add_param_group as well"
+            )
+        if changed and not begins and self._world_size > 1:
+            raise InputError(
+                "the optimizer's parameters changed during training on several processes, whose gradients are averaged "
+                "over the parameters of its start: change them between two fits"
+            )
+        if changed:
+            self.policy.check_again()
+            own = {id(one) for one in self.policy.parameters()}
+            self._halves = self.policy.halves_of(learnt)
+            self._unreached = [
+                name for name, one in self.named_parameters() if id(one) in trained - own and one.requires_grad
+            ]
+            self._learnt = learnt
+        self._ignored = ignored
+        return changed
+
+    def _names_of(self, parameters: Sequence[nn.Parameter]) -> str:
+        wanted = {id(one) for one in parameters}
+        return ", ".join(name for name, one in self.named_parameters() if id(one) in wanted)
+
+    def _warn_of_unreached(self) -> None:
+        """Warn once of learnt modules beside the policy that the loss does not use."""
+        if not self._unreached or not any(one.grad is not None for one in self._learnt):
+            return
+        names, self._unreached = set(self._unreached), []
+        without = [name for name, one in self.named_parameters() if name in names and one.grad is None]
+        if without:
+            rank_zero_warn(
+                f"{', '.join(without)} did not receive a gradient in the first update and will not learn: use the module "
+                "in the loss, or freeze it by requires_grad_(False)"
+            )
 
     def prepare(self, optimizer: torch.optim.Optimizer, hooks: Sequence[str] = ()) -> None:
         """Compile the update, if that is asked for and possible.
@@ -426,6 +499,7 @@ class PPO(LightningModule):
         if not self.compiles:
             return
         reason = why_not(self.policy, optimizer, "" if self._trainer is None else str(self.trainer.precision))
+        self.policy.check_again()
         own = [name for name in _STEP if getattr(type(self), name) is not getattr(PPO, name)]
         if own:
             reason = f"{type(self).__name__} has {' and '.join(own)} of its own"
@@ -442,7 +516,10 @@ class PPO(LightningModule):
     @torch.no_grad()
     def on_train_batch_start(self, batch: TensorDict, batch_idx: int) -> None:
         """Add ``advantage`` and ``value_target`` [T, N] to the rollout, in place."""
-        self._before.keep([*self._learnt, *self.buffers()], self._optimizer if self._trainer is not None else None)
+        optimizer = None if self._trainer is None else self._optimizer
+        if optimizer is not None and self._adopt(optimizer):
+            self.prepare(optimizer, gradient_hooks(self.trainer, self, PPO))
+        self._before.keep([*(self._learnt or self.parameters()), *self.buffers()], optimizer)
         if batch["policy_version"] != self.policy_version:
             raise InputError(
                 f"the rollout was collected with policy {batch['policy_version']}, this is policy {self.policy_version}: "
@@ -469,20 +546,18 @@ class PPO(LightningModule):
     @override
     def training_step(self, batch: TensorDict, batch_idx: int) -> None:
         """Update the policy on the rollout; then count, log, and say when to stop."""
-        started = time.perf_counter()
+        started, steps = time.perf_counter(), self.trainer.global_step
         self.anneal(self._optimizer)
         self.learning_rate = self._optimizer.param_groups[0]["lr"]
         self._tell("on_update_start", batch)
         update = self.update(batch, self.descend)
         self._in_use = None
+        self._warn_of_unreached()
         self._tell("on_update_end", update)
-        if self._by_graph:
-            optimizer = cast(LightningOptimizer, self.optimizers())
-            optimizer.zero_grad()
-            optimizer.step()  # without gradients it does nothing, but Lightning counts it
         self.count(batch, update.epochs)
         self.rollouts.pending = False
         self._before.forget()
+        set_global_step(self.trainer, steps + 1)
         if self.lr_scheduler is not None:
             cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers()).step()
         metrics = self.metrics(batch, update, seconds=time.perf_counter() - started)
@@ -499,8 +574,6 @@ class PPO(LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients, unscaled by now in any precision; never step on one that is not finite."""
-        if self._by_graph:
-            return
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # a fused optimiser would do it within its step: too late for clipping
@@ -596,6 +669,8 @@ class PPO(LightningModule):
             "observation_space": describe(self.observation_space),
             "action_space": describe(self.action_space),
             "distribution": self.policy.distribution.describe(),
+            "optimizer": [type(one).__name__ for one in self.trainer.optimizers],
+            "lr_scheduler": [type(config.scheduler).__name__ for config in self.trainer.lr_scheduler_configs],
             "seed": self.seed,
             "episodes": list(self.rollouts.episodes.window),
             "not_saved": self._not_saved,
@@ -614,6 +689,7 @@ class PPO(LightningModule):
         refuse_other_policy(checkpoint, self.state_dict(), self.policy.distribution.describe())
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             refuse_weights_alone(checkpoint)
+            self._resumed = checkpoint
         self._was_scheduled = bool(checkpoint.get("lr_schedulers"))
         self._trained_with_masks = ours.get("masked", False)
         self._goes_on, self._paused = ours["processes"], None
@@ -634,6 +710,8 @@ class PPO(LightningModule):
             begun = never_begun is None or len(never_begun) != self._world_size
             self._paused = {
                 "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+                "parameters": [one for group in self._optimizer.param_groups for one in group["params"]],
+                "kind": type(self._optimizer),
                 "schedulers": [config.scheduler.state_dict() for config in self.trainer.lr_scheduler_configs],
                 **(self._run_state() if begun else cast(Any, never_begun)[self._rank]),
             }
@@ -662,9 +740,16 @@ class PPO(LightningModule):
         paused, self._paused = self._paused, None
         if paused is not None:
             states = [paused] * self._world_size  # each process has its own
-            self._optimizer.load_state_dict(paused["optimizer"])
-            for config, state in zip(self.trainer.lr_scheduler_configs, paused["schedulers"], strict=True):
-                config.scheduler.load_state_dict(state)
+            if type(self._optimizer) is paused["kind"]:
+                carry_over(paused["optimizer"], paused["parameters"], self._optimizer)
+            else:
+                kind = type(self._optimizer).__name__
+                rank_zero_info(
+                    f"the last fit used {paused['kind'].__name__}, this one uses {kind}: it starts without state"
+                )
+            for config, state in zip(self.trainer.lr_scheduler_configs, paused["schedulers"], strict=False):
+                if state.keys() == config.scheduler.state_dict().keys():
+                    config.scheduler.load_state_dict(state)
         if states is None:
             return
         self.rollouts.saved = None
@@ -691,7 +776,7 @@ class PPO(LightningModule):
         loss = self.current_loss()
         self._grad_norms.clear()
         self._part_norms.clear()
-        self._accumulated = self._by_graph = False
+        self._accumulated = False
         cuts = self._cut_up(batch)
         if self.compiled is not None:
             update = self._update_by_graph(self.compiled, batch, loss, cuts)
@@ -746,7 +831,7 @@ class PPO(LightningModule):
             self.compiled = None
         else:
             if passes.finite:
-                self._by_graph, self.guard.in_a_row = True, 0
+                self.guard.in_a_row = 0
                 self._grad_norms.extend(passes.norms[:, 0])
                 stopped = len(passes.norms) < len(passes.terms)
                 return Update(loss, passes.terms, passes.epochs, passes.minibatches, passes.norms, stopped)
@@ -798,15 +883,36 @@ class PPO(LightningModule):
     def anneal(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rate of this iteration, where no scheduler does: from its initial value linearly to 0.
 
-        Where a callback steers it, it is the rate of the first parameter group; others keep their ratio to that one.
+        Where a callback steers it, it is the rate of the first parameter group; others keep their ratio to that one. A
+        group whose rate something else has set since the last iteration keeps it: the optimizer notes so, and checkpoints
+        with it.
+
+        Raises:
+            InputError: a callback steers the rate, and something else has set it too.
         """
-        if self.lr_schedule is not None:
-            rate, first = self.lr_schedule.at(self.progress_share), optimizer.param_groups[0]["initial_lr"]
-            for group in optimizer.param_groups:
-                group["lr"] = rate * (group["initial_lr"] / first)
-        elif self.lr_scheduler is None:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * (1 - self.progress_share)
+        if self.lr_schedule is None and self.lr_scheduler is not None:
+            return
+        for index, group in enumerate(optimizer.param_groups):
+            group.setdefault("initial_lr", group["lr"])
+            if group.setdefault(ANNEALED, group["lr"]) not in (None, group["lr"]):
+                if self.lr_schedule is not None:
+                    raise InputError(
+                        f"two callbacks set the learning rate of parameter group {index}: {group[ANNEALED]:g} was set by "
+                        f"Stages, AdaptiveLearningRate or HealthMonitor, and {group['lr']:g} by another one; remove one"
+                    )
+                group[ANNEALED] = None
+                rank_zero_info(
+                    f"the learning rate of parameter group {index} was set to {group['lr']:g} by a callback: the linear "
+                    "schedule ends here, and the rate stays what callbacks set"
+                )
+            if group[ANNEALED] is None:
+                continue
+            if self.lr_schedule is None:
+                rate = group["initial_lr"] * (1 - self.progress_share)
+            else:
+                ratio = group["initial_lr"] / optimizer.param_groups[0]["initial_lr"]
+                rate = self.lr_schedule.at(self.progress_share) * ratio
+            group["lr"] = group[ANNEALED] = rate
 
     @torch.no_grad()
     def samples(self, batch: TensorDict) -> TensorDict:
@@ -860,18 +966,16 @@ class PPO(LightningModule):
         return not value <= 1.5 * self.target_kl  # NaN has diverged too
 
     def descend(self, loss: Tensor, last: bool = True) -> None:
-        """One gradient step. Lightning counts the first of each iteration, so that ``global_step`` counts iterations.
+        """One gradient step, which Lightning does not count: ``global_step`` counts iterations.
 
         Args:
             loss: of a minibatch, or of a part of it.
             last: it is the last part: clip and step. Of the others the gradients are only added up.
         """
-        optimizer = cast(LightningOptimizer, self.optimizers())
-        first, begun, self._accumulated = not self._grad_norms, self._accumulated, not last
-        alone = self._steps_alone and not first
+        optimizer, begun, self._accumulated = self._optimizer, self._accumulated, not last
         if not begun:
-            optimizer.optimizer.zero_grad() if alone else optimizer.zero_grad()
-        if alone:
+            optimizer.zero_grad()
+        if self._steps_alone:
             loss.backward()
             if last and self._shared is not None:
                 self._shared.average_gradients(self._learnt)
@@ -882,13 +986,11 @@ class PPO(LightningModule):
                 self.manual_backward(loss)
         if not last:
             return
-        if first:
-            optimizer.step()
-        elif alone:
+        if self._steps_alone:
             self.clip_gradients_by_norm()
-            optimizer.optimizer.step()
+            optimizer.step()
         else:
-            self.trainer.strategy.optimizer_step(optimizer.optimizer, _nothing)
+            self.trainer.strategy.optimizer_step(optimizer, _nothing)
 
     def clip_gradients_by_norm(self, scaler: Any = None) -> None:
         """Scale all gradients together down to ``max_grad_norm``, and keep the norm that they had.
@@ -912,7 +1014,7 @@ class PPO(LightningModule):
         """[K, 3] of :class:`Update`."""
         if not self._part_norms:
             return torch.zeros(0, 3)
-        halves = self.policy.halves.to(self._part_norms[0])
+        halves = self._halves.to(self._part_norms[0])
         return torch.cat(
             [torch.stack(self._grad_norms)[:, None], (torch.stack(self._part_norms).square() @ halves.T).sqrt()], 1
         )
@@ -978,7 +1080,7 @@ class PPO(LightningModule):
         window = EpisodeStatistics.WINDOW
         episodes = self.rollouts.episodes
         finished = torch.cat([episodes.finished, episodes.steps[:, None]], 1)[-window:]
-        prints = fingerprint(self.policy.parameters()) if compares else (0, 0)
+        prints = fingerprint(self._learnt) if compares else (0, 0)
         says = bool(self.rollouts.logged)
         numbers = [int(valid.sum()), len(finished), self.signalled or 0, *prints, says]
         packed = torch.zeros(len(numbers) + 5 * window, dtype=torch.float64)  # on the CPU: not every device has float64
@@ -1293,8 +1395,10 @@ class PPO(LightningModule):
             group.setdefault("initial_lr", group["lr"])
         self.anneal(optimizer)
         self.learning_rate = optimizer.param_groups[0]["lr"]
+        self._adopt(optimizer, begins=True)
         update = self.update(rollout, partial(self._descend_alone, optimizer))
         self._in_use = None
+        self._warn_of_unreached()
         self.count(rollout, update.epochs)
         self.rollouts.pending = False
         self._before.forget()
@@ -1416,10 +1520,6 @@ class PPO(LightningModule):
             yield
 
     # --- inside -------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _learnt(self) -> list[nn.Parameter]:
-        return list(self.policy.parameters())  # to walk through all modules takes as long as to clip
 
     @property
     def _rank(self) -> int:

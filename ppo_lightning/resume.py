@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 
@@ -32,3 +33,21 @@ def own_state(states: Sequence[Mapping[str, Any]], rank: int, world_size: int, e
         rank_zero_info(f"environments begin anew: they were {own['environment']}, and are {environment}")
         return None
     return own
+
+
+def carry_over(saved: Mapping[str, Any], parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer the state of another one, for those parameters that both have.
+
+    Args:
+        saved: ``state_dict`` of the other.
+        parameters: of the other, in their order.
+        optimizer: of the same class; parameters that the other one did not have begin without state.
+    """
+    places = {id(one): place for place, one in enumerate(parameters)}
+    groups = optimizer.state_dict()["param_groups"]
+    learnt = [one for group in optimizer.param_groups for one in group["params"]]
+    known = {new: places[id(one)] for new, one in enumerate(learnt) if id(one) in places}
+    if len(groups) == len(saved["param_groups"]):
+        groups = [{**old, "params": new["params"]} for old, new in zip(saved["param_groups"], groups, strict=True)]
+    state = {new: saved["state"][old] for new, old in known.items() if old in saved["state"]}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -15,7 +15,15 @@ from lightning.fabric.plugins.environments.lsf import LSFEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import (
@@ -184,12 +192,43 @@ def refuse_unwritable(key: str, folder: str | Path) -> None:
         raise InputError(f"{key} {folder} cannot be written to ({error.strerror}): give another folder") from error
 
 
+def refuse_longer_run(trainer: Any, iterations: int) -> None:
+    """Refuse a least length of training beyond the budget.
+
+    Args:
+        trainer: of the run.
+        iterations: that ``total_steps`` leaves to train.
+
+    Raises:
+        InputError: ``min_epochs`` or ``min_steps`` is more than that.
+    """
+    budget = trainer.current_epoch + max(0, iterations)
+    for name, least in (("min_epochs", trainer.min_epochs), ("min_steps", trainer.min_steps)):
+        if least is not None and least > budget and not trainer.fast_dev_run:
+            raise InputError(
+                f"{name}={least} would train beyond total_steps, which is reached after {budget} iterations: raise "
+                f"total_steps, or leave {name} out"
+            )
+
+
 def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
     """Refuse settings under which PPO would silently be something else.
 
     Raises:
-        InputError: optimiser steps as a budget, a precision that rounds counters, or a strategy that shards.
+        InputError: optimiser steps as a budget, a callback that sets the learning rate by Lightning's automatic
+            optimisation, a precision that rounds counters, or a strategy that shards.
     """
+    for callback in trainer.callbacks:
+        if isinstance(callback, StochasticWeightAveraging):
+            raise InputError(
+                "StochasticWeightAveraging sets the learning rate by a scheduler that manual optimisation does not step: "
+                "use lightning.pytorch.callbacks.WeightAveraging, and lr_scheduler for the rate"
+            )
+        if isinstance(callback, LearningRateFinder):
+            raise InputError(
+                "LearningRateFinder needs automatic optimisation, PPO optimises by itself: search by ppo-lightning sweep, "
+                "or let AdaptiveLearningRate follow the divergence"
+            )
     if trainer.max_steps not in (None, -1) and not trainer.fast_dev_run:
         raise InputError(
             f"max_steps={trainer.max_steps} would count optimiser steps, and stop the schedules short: set total_steps, in "
@@ -295,15 +334,27 @@ def find_checkpoints(trainer: Any) -> None:
         trainer._checkpoint_connector = finder
 
 
-def begin_iterations_whole(trainer: Any) -> None:
+def begin_iterations_whole(trainer: Any, iterations: int) -> None:
     """Let a run that goes on from within an iteration (after a crash, or from ``best.ckpt``) begin another one.
 
     Lightning would go on within it, without the ``on_train_epoch_start`` in which callbacks prepare a rollout.
+
+    Args:
+        trainer: of the run.
+        iterations: that the model has trained; old checkpoints counted more steps where an update was broken off.
     """
+    set_global_step(trainer, min(trainer.global_step, iterations))
     progress = trainer.fit_loop.epoch_progress
     for count in (progress.total, progress.current):
         count.ready = count.started = count.processed
     trainer.fit_loop.reset_restart_stage()
+
+
+def set_global_step(trainer: Any, count: int) -> None:
+    """Set ``trainer.global_step``, in which Lightning would count the calls of its optimizer's ``step``."""
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    for one in (progress.total, progress.current):
+        one.ready = one.completed = count
 
 
 def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,11 +100,25 @@ class Policy(nn.Module):
         self._has_halves = all(callable(getattr(type(self.network), half, None)) for half in ("actor", "critic"))
         self.is_joint = bool(self.state_size or not self._has_halves or getattr(self.network, "shared", False) is True)
         """Acting gives the values, too: with memory, and where policy and value have layers in common."""
+        self._spaces = observation_space, action_space
         self._check(observation_space, action_space)
 
+    def check_again(self) -> None:
+        """Check the network as at construction, where modules were replaced, added or removed since.
+
+        Raises:
+            InputError: the network's output does not fit the spaces any more.
+        """
+        if [*map(id, self.parameters())] != [*map(id, self._checked)]:
+            self._check(*self._spaces)
+
     def _check(self, observation_space: Space[Any], action_space: Space[Any]) -> None:
+        self._checked = list(self.parameters())
+        """Parameters that :attr:`halves` is about."""
+        device = self._checked[0].device
+
         def two(space: Space[Any]) -> Tensor:
-            return torch.from_numpy(lowest(space)).expand(2, *lowest(space).shape)
+            return torch.from_numpy(lowest(space)).expand(2, *lowest(space).shape).to(device)
 
         spaces, name = leaves(observation_space), type(self.network).__name__
         observation = {key: two(leaf) for key, leaf in spaces.items()}
@@ -113,7 +127,8 @@ class Policy(nn.Module):
                 features = self.features(observation[""] if list(spaces) == [""] else observation)
                 if self.state_size:
                     features = tree_map(lambda leaf: leaf.unsqueeze(0), features)
-                    start, state = torch.ones(1, 2, dtype=torch.bool), torch.zeros(2, self.state_size)
+                    start = torch.ones(1, 2, dtype=torch.bool, device=device)
+                    state = torch.zeros(2, self.state_size, device=device)
                     parameters, value, state = self.network(features, state, start)
                     fits, parameters, value = state.shape == (2, self.state_size), parameters[0], value[0]
                 else:
@@ -121,8 +136,8 @@ class Policy(nn.Module):
                     if self._has_halves:
                         halves = self.network.actor(features), self.network.critic(features)  # pyright: ignore[reportCallIssue]
                         fits = all(map(torch.allclose, halves, (parameters, value)))
-            got = tuple(parameters.shape), tuple(value.shape)
-            reached = [self._reached(output) for output in (parameters, self._value(value))]
+                got = tuple(parameters.shape), tuple(value.shape)
+                reached = [self._reached(output) for output in (parameters, self._value(value))]
         except Exception as error:
             raise InputError(
                 f"the network {name} raised {type(error).__name__} on 2 observations of {describe(observation_space)}: "
@@ -138,6 +153,11 @@ class Policy(nn.Module):
             )
         self.halves = torch.tensor(reached, dtype=torch.float32)
         """[2, P] 1 for each of the parameters that the action depends on, and for those that the value depends on."""
+
+    def halves_of(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """[2, P] of :attr:`halves` for parameters of any order; 0 for those that are not the policy's."""
+        columns = {id(one): column for one, column in zip(self._checked, self.halves.unbind(1), strict=True)}
+        return torch.stack([columns.get(id(one), torch.zeros(2)) for one in parameters], 1)
 
     @property
     def critic_parameters(self) -> list[nn.Parameter]:

@@ -1,0 +1,464 @@
+"""What an update changes: which parameters, by which learning rate, and how it is counted."""
+
+import warnings
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from lightning import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from torch import nn
+from torch.testing import assert_close
+
+from ppo_lightning import PPO, ActorCritic, InputError
+from ppo_lightning.callbacks import AdaptiveLearningRate, PPOCallback, Stage, Stages
+from ppo_lightning.loss import PPOLoss
+
+SMALL = {"num_envs": 2, "num_steps": 16, "total_steps": 128, "update_epochs": 2, "num_minibatches": 2}
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def weights(module) -> torch.Tensor:
+    return torch.cat([one.detach().flatten() for one in module.parameters()])
+
+
+class At(PPOCallback):
+    """Calls a function in a hook, once, after so many iterations."""
+
+    def __init__(self, hook, iteration, function):
+        super().__init__()
+        self.iteration, self.function, self.called = iteration, function, False
+        setattr(self, hook, self.call)
+
+    def call(self, trainer, pl_module, *_):
+        if pl_module.policy_version == self.iteration and not self.called:
+            self.called = True
+            self.function(trainer, pl_module)
+
+
+def fails(*_):
+    raise ZeroDivisionError
+
+
+# --- how it is counted -------------------------------------------------------------------------------------------------
+
+
+class Fragile(PPO):
+    """Fails within an update, after so many minibatches of an iteration."""
+
+    def __init__(self, *args, iteration, minibatch, **kwargs):
+        self.place, self.taken = (iteration, minibatch), 0
+        super().__init__(*args, **kwargs)
+
+    def descend(self, loss, last=True):
+        if self.policy_version == self.place[0]:
+            if self.taken == self.place[1]:
+                self.place = (-1, 0)
+                raise ZeroDivisionError
+            self.taken += 1
+        super().descend(loss, last)
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["alone", "by the strategy"])
+@pytest.mark.parametrize("iteration", [0, 2])
+def test_an_update_that_was_broken_off_is_not_counted_and_changes_nothing(fit, iteration, hooked, tmp_path):
+    class Hooked(Callback):
+        def on_before_optimizer_step(self, *args):
+            pass
+
+    callbacks = [Hooked()] if hooked else []
+    torch.manual_seed(0)
+    model = Fragile("CartPole-v1", iteration=iteration, minibatch=1, optimizer=sgd, **SMALL)
+    torch.manual_seed(0)
+    whole = PPO("CartPole-v1", optimizer=sgd, **SMALL)
+    fit(whole, max_epochs=iteration)
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, limit_val_batches=0, callbacks=callbacks,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(model)
+    assert model.taken == 1
+    assert trainer.global_step == int(model.iterations) == iteration
+    assert_close(weights(model), weights(whole), rtol=0, atol=0)
+    trainer.fit(model)
+    assert trainer.global_step == int(model.iterations) == 4
+    assert model.num_env_steps == 128
+    files = list(Path(tmp_path).rglob("last.ckpt"))
+    assert len(files) == 1
+    saved = torch.load(files[0], weights_only=True)
+    assert saved["global_step"] == int(saved["state_dict"]["iterations"]) == 4
+
+
+def test_an_update_whose_first_minibatch_is_skipped_counts_once(fit):
+    class Poisoned(PPO):
+        def current_loss(self):
+            loss, left = super().current_loss(), [int(self.iterations) == 1]
+
+            class Loss(PPOLoss):
+                def __call__(self, batch, evaluate):
+                    terms = super().__call__(batch, evaluate)
+                    if left.pop() if left else False:
+                        return terms._replace(loss=terms.loss * torch.nan, approx_kl=terms.approx_kl * torch.nan)
+                    return terms
+
+            return Loss(**vars(loss))
+
+    model = Poisoned("CartPole-v1", target_kl=0.1, non_finite="skip", **SMALL)
+    trainer = fit(model)
+    assert model.guard.skipped == 1
+    assert trainer.global_step == trainer.current_epoch == int(model.iterations) == 4
+
+
+@pytest.mark.parametrize("kind", ["steps of its own", "hook"])
+def test_iterations_are_counted_whatever_a_step_does(fit, kind):
+    class Own(PPO):
+        def descend(self, loss, last=True):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    model = (Own if kind == "steps of its own" else PPO)("CartPole-v1", **SMALL)
+    trainer = fit(model, callbacks=[At("on_before_optimizer_step", 0, lambda *_: None)])
+    assert trainer.global_step == int(model.iterations) == 4
+
+
+def test_a_file_that_counted_a_broken_off_update_twice_is_resumed_with_the_iterations(fit, tmp_path):
+    model = PPO("CartPole-v1", **SMALL)
+    trainer = fit(model, max_epochs=2)
+    trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed += 1
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["global_step"] == 3
+    model = PPO("CartPole-v1", **SMALL)
+    trainer = fit(model, ckpt_path=tmp_path / "a.ckpt")
+    assert trainer.global_step == int(model.iterations) == 4
+
+
+# --- which parameters --------------------------------------------------------------------------------------------------
+
+
+def new_head(_, model):
+    torch.manual_seed(5)
+    model.policy.network.value_head = nn.Linear(64, 1)
+
+
+def new_head_and_group(trainer, model):
+    new_head(trainer, model)
+    trainer.optimizers[0].add_param_group({"params": list(model.policy.network.value_head.parameters())})
+
+
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_head_replaced_between_two_fits_is_learnt_clipped_and_rolled_back(fit, compiles):
+    model = PPO("CartPole-v1", **SMALL, max_grad_norm=1e-4, compile=compiles,
+                optimizer=partial(torch.optim.Adam, lr=1.0, eps=1.0, fused=True))  # fmt: skip
+    fit(model, max_epochs=2)
+    before = weights(model.policy.network.actor_trunk)
+    new_head(None, model)
+    start = weights(model.policy.network.value_head)
+    trainer = fit(model, max_epochs=1)
+    change = (weights(model.policy.network.value_head) - start).abs().max()
+    assert 0 < change < 1e-3  # with eps 1 a step is in proportion to the gradient
+    assert 0 < (weights(model.policy.network.actor_trunk) - before).abs().max() < 1e-3
+    assert model.trainer.callback_metrics["train/critic_grad_norm"] > 1e-3  # before clipping
+    steps = {name: int(trainer.optimizers[0].state[one]["step"]) for name, one in model.policy.named_parameters()}
+    assert {steps.pop("network.value_head.weight"), steps.pop("network.value_head.bias")} == {4}
+    assert set(steps.values()) == {12}
+    kept = weights(model.policy)
+    with pytest.raises(ZeroDivisionError):
+        fit(model, callbacks=[At("on_train_batch_end", 3, lambda *_: None), At("on_update_end", 3, fails)])
+    assert_close(weights(model.policy), kept, rtol=0, atol=0)
+
+
+def test_a_head_that_does_not_fit_is_refused_at_the_next_fit(fit):
+    model = PPO("CartPole-v1", **SMALL)
+    fit(model, max_epochs=1)
+    model.policy.network.value_head = nn.Linear(64, 2)
+    with pytest.raises(InputError, match="ActorCritic"):
+        fit(model, max_epochs=1)
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_epoch_end"])
+def test_a_head_replaced_during_training_needs_a_parameter_group(fit, hook):
+    with pytest.raises(InputError, match=r"value_head.weight.*add_param_group"):
+        fit(PPO("CartPole-v1", **SMALL), callbacks=[At(hook, 1, new_head)])
+    model = PPO("CartPole-v1", **SMALL, max_grad_norm=1e-4, optimizer=sgd)
+    head = []
+
+    def look(trainer, model):
+        head.append(weights(model.policy.network.value_head))
+
+    fit(model, callbacks=[At(hook, 1, new_head_and_group), At("on_train_batch_start", 1 + (hook[-1] == "d"), look)])
+    assert 0 < (weights(model.policy.network.value_head) - head[0]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_a_new_parameter_group_is_rolled_back_with_the_others(fit, extended):
+    model = PPO("CartPole-v1", **SMALL)
+    before, steps = [], {}
+    callbacks = [
+        At("on_train_batch_start", 1, lambda *_: before.append(weights(model.policy))),
+        At("on_update_end", 1, fails),
+    ]
+    if extended:
+        callbacks.insert(0, At("on_train_epoch_start", 1, new_head_and_group))
+    with pytest.raises(ZeroDivisionError):
+        fit(model, callbacks=callbacks)
+    assert_close(weights(model.policy), before[0], rtol=0, atol=0)
+
+    def look(trainer, model):
+        state = trainer.optimizers[0].state
+        steps.update({name: int(state[one].get("step", 0)) for name, one in model.policy.named_parameters()})
+
+    fit(model, callbacks=[At("on_iteration_start", 1, look)])
+    new = {"network.value_head.weight", "network.value_head.bias"} if extended else set()
+    assert {name for name, taken in steps.items() if taken == 0} == new
+    assert {taken for name, taken in steps.items() if name not in new} == {4}
+
+
+class Beside(PPO):
+    """Has a module beside the policy, which its loss uses or does not."""
+
+    def __init__(self, *args, uses, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.head, self.uses = nn.Linear(4, 1), uses
+
+    def current_loss(self):
+        loss, head, uses = super().current_loss(), self.head, self.uses
+
+        class Loss(PPOLoss):
+            def __call__(self, batch, evaluate):
+                terms = super().__call__(batch, evaluate)
+                own = 100 * (head(batch["observation"]) - 1).square().mean() if uses else 0.0
+                return terms._replace(loss=terms.loss + own)
+
+        return Loss(**vars(loss))
+
+
+def test_a_module_beside_the_policy_learns_where_the_loss_uses_it(fit, tmp_path):
+    torch.manual_seed(0)
+    model = Beside("CartPole-v1", uses=True, **SMALL)
+    before = weights(model.head)
+    fit(model).save_checkpoint(tmp_path / "a.ckpt")
+    assert ((weights(model.head) - before).abs() > 1e-4).all()
+    again = Beside("CartPole-v1", uses=True, **{**SMALL, "total_steps": 256})
+    fit(again, ckpt_path=tmp_path / "a.ckpt")
+    assert int(again.iterations) == 8
+
+
+def test_a_module_beside_the_policy_is_clipped_and_rolled_back_too(fit):
+    model = Beside("CartPole-v1", uses=True, **SMALL, max_grad_norm=1e-4, optimizer=sgd)
+    before = weights(model.head)
+    fit(model, max_epochs=1)
+    assert 0 < (weights(model.head) - before).abs().max() < 1e-3
+    kept = weights(model)
+    with pytest.raises(ZeroDivisionError):
+        fit(model, callbacks=[At("on_update_end", 1, fails)])
+    assert_close(weights(model), kept, rtol=0, atol=0)
+
+
+def test_a_module_that_receives_no_gradient_is_named_once(fit):
+    with pytest.warns(UserWarning, match=r"head.weight, head.bias did not receive a gradient") as told:
+        fit(Beside("CartPole-v1", uses=False, **SMALL))
+    assert len([one for one in told if "gradient" in str(one.message)]) == 1
+    frozen = Beside("CartPole-v1", uses=False, **SMALL)
+    frozen.head.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*gradient")
+        fit(frozen)
+
+
+def test_the_compiled_update_leaves_modules_beside_the_policy_to_the_eager_one(fit):
+    model = Beside("CartPole-v1", uses=True, compile=True, **SMALL)
+    before = weights(model.head)
+    with pytest.warns(UserWarning, match="since the optimizer has parameters beside the policy's"):
+        fit(model)
+    assert ((weights(model.head) - before).abs() > 1e-4).all()
+
+
+def test_an_optimizer_of_a_subclass_says_what_is_learnt(fit):
+    class Two(PPO):
+        def configure_optimizers(self):
+            network = self.policy.network
+            groups = [network.value_head, network.action_head, network.actor_trunk, network.critic_trunk]
+            return torch.optim.SGD([{"params": list(one.parameters())} for one in groups], lr=1.0)
+
+    model = Two("CartPole-v1", **SMALL, max_grad_norm=1e-4)
+    before = weights(model)
+    trainer = fit(model)
+    assert 0 < (weights(model) - before).abs().max() < 1e-3
+    assert len(trainer.optimizers[0].param_groups) == 4
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert metrics["train/actor_grad_norm"] > 0
+    assert metrics["train/grad_norm"] ** 2 == pytest.approx(
+        metrics["train/actor_grad_norm"] ** 2 + metrics["train/critic_grad_norm"] ** 2, rel=0.1
+    )
+
+
+def test_another_optimizer_in_the_next_fit_begins_without_state(fit):
+    model = PPO("CartPole-v1", **SMALL)
+    fit(model, max_epochs=1)
+    model.optimizer = sgd
+    trainer = fit(model, max_epochs=1)
+    assert type(trainer.optimizers[0]) is torch.optim.SGD
+    assert "betas" not in trainer.optimizers[0].param_groups[0]
+
+
+def test_layers_may_be_frozen_and_released_between_iterations(fit):
+    model = PPO("CartPole-v1", **SMALL, optimizer=partial(torch.optim.Adam, lr=1e-2))
+    trunk, seen = model.policy.network.critic_trunk, []
+    freeze = At("on_train_epoch_start", 1, lambda *_: trunk.requires_grad_(False))
+    release = At("on_train_epoch_start", 2, lambda *_: trunk.requires_grad_(True))
+    look = [At("on_train_batch_start", i, lambda *_: seen.append(weights(trunk))) for i in range(4)]
+    fit(model, callbacks=[freeze, release, *look])
+    moved = [bool((one != other).any()) for one, other in pairwise(seen)]
+    assert moved == [True, False, True]
+
+
+def test_a_network_with_dropout_may_have_halves():
+    class Dropping(ActorCritic):
+        def __init__(self, *spaces):
+            super().__init__(*spaces)
+            self.action_head = nn.Sequential(nn.Dropout(0.5), self.action_head)
+
+    model = PPO("CartPole-v1", policy=Dropping, **SMALL)
+    assert model.policy.training
+
+
+# --- by which learning rate ---------------------------------------------------------------------------------------------
+
+
+class Sets(Callback):
+    """Sets the learning rate of a parameter group, in a hook, at some iterations."""
+
+    def __init__(self, hook, rates, group=0):
+        self.rates, self.group = rates, group
+        setattr(self, hook, self.set)
+
+    def set(self, trainer, pl_module, *_):
+        if pl_module.policy_version in self.rates:
+            trainer.optimizers[0].param_groups[self.group]["lr"] = self.rates[pl_module.policy_version]
+
+
+def rates_of(fit, model, *callbacks, **kwargs) -> list[float]:
+    """The learning rate of each iteration, as it is when a step is taken."""
+    seen = []
+    look = PPOCallback(on_update_end=lambda trainer, *_: seen.append(trainer.optimizers[0].param_groups[0]["lr"]))
+    fit(model, callbacks=[*callbacks, look], **kwargs)
+    return seen
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_batch_start"])
+def test_a_rate_that_a_callback_sets_is_the_rate(fit, hook):
+    model = PPO("CartPole-v1", **SMALL)
+    assert rates_of(fit, model, Sets(hook, {1: 1e-4, 3: 5e-5})) == [3e-4, 1e-4, 1e-4, 5e-5]
+    assert model.learning_rate == 5e-5
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+def test_a_rate_that_a_callback_sets_before_training_counts(fit, hook):
+    rates = rates_of(fit, PPO("CartPole-v1", **SMALL), Sets(hook, {0: 1e-3}))
+    expected = [1e-3, 7.5e-4, 5e-4, 2.5e-4] if hook == "on_fit_start" else [1e-3] * 4
+    assert rates == pytest.approx(expected)
+
+
+def test_the_rate_of_one_group_may_be_a_callbacks_and_the_other_follows_the_schedule(fit):
+    def two(parameters):
+        first, *others = parameters
+        return torch.optim.Adam([{"params": [first]}, {"params": others, "lr": 1e-4}], lr=1e-3)
+
+    model = PPO("CartPole-v1", **SMALL, optimizer=two)
+    assert rates_of(fit, model, Sets("on_train_epoch_start", {1: 1e-5}, group=1)) == pytest.approx(
+        [1e-3, 7.5e-4, 5e-4, 2.5e-4]
+    )
+    assert model.trainer.optimizers[0].param_groups[1]["lr"] == 1e-5
+
+
+def test_a_resumed_run_has_the_rate_that_a_callback_had_set(fit):
+    sets = {1: 1e-4}
+    whole = PPO("CartPole-v1", **SMALL)
+    save = At("on_train_epoch_end", 2, lambda trainer, _: trainer.save_checkpoint("at.ckpt"))
+    assert rates_of(fit, whole, Sets("on_train_epoch_start", sets), save) == [3e-4, 1e-4, 1e-4, 1e-4]
+    resumed = PPO("CartPole-v1", **SMALL)
+    assert rates_of(fit, resumed, Sets("on_train_epoch_start", sets), ckpt_path="at.ckpt") == [1e-4, 1e-4]
+    assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+def test_a_rate_that_is_set_between_updates_by_hand_is_the_rate():
+    model = PPO("CartPole-v1", **SMALL)
+    optimizer, rates = torch.optim.Adam(model.policy.parameters(), lr=1e-3), []
+    for index in range(4):
+        if index == 2:
+            optimizer.param_groups[0]["lr"] = 1e-4
+        model.learn(model.collect(), optimizer)
+        rates.append(model.learning_rate)
+    assert rates == pytest.approx([1e-3, 7.5e-4, 1e-4, 1e-4])
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [Stages([Stage(learning_rate=1e-3)]), AdaptiveLearningRate()],
+    ids=["stages", "adaptive"],
+)
+def test_two_callbacks_that_set_the_rate_are_refused(fit, owner):
+    with pytest.raises(InputError, match=r"two callbacks set the learning rate of parameter group 0: .* and 1e-05"):
+        fit(PPO("CartPole-v1", **SMALL), callbacks=[owner, Sets("on_train_epoch_start", {1: 1e-5})])
+
+
+@pytest.mark.parametrize("start", [2, 0.5])
+def test_stochastic_weight_averaging_is_refused(fit, start):
+    with pytest.raises(InputError, match="WeightAveraging, and lr_scheduler for the rate"):
+        fit(
+            PPO("CartPole-v1", **SMALL),
+            callbacks=[StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=start)],
+            max_epochs=4,
+        )
+
+
+@pytest.mark.parametrize("name", ["min_epochs", "min_steps"])
+def test_a_least_length_beyond_total_steps_is_refused(fit, name):
+    with pytest.raises(InputError, match=f"{name}=5 would train beyond total_steps, which is reached after 4 iter"):
+        fit(PPO("CartPole-v1", **SMALL), **{name: 5})
+    model = PPO("CartPole-v1", **SMALL)
+    assert fit(model, **{name: 4}).global_step == int(model.iterations) == 4
+
+
+OTHERS = {
+    "SGD": (partial(torch.optim.SGD, lr=1e-3), r"optimizer.*, this run has SGD, which cannot continue"),
+    "AdamW": (partial(torch.optim.AdamW, lr=1e-3), r"optimizer Adam, this run has AdamW"),
+    "RMSprop": (partial(torch.optim.RMSprop, lr=1e-3), "RMSprop"),
+    "groups": (lambda ps: torch.optim.Adam([{"params": [one]} for one in ps]), r"groups of \[12\] tensors, .*\[1, 1, "),
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["", "a file that does not name it"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_optimizer_than_the_checkpoints_is_refused(fit, tmp_path, name, old):
+    if old and name == "AdamW":
+        pytest.skip("its numbers are Adam's")
+    factory, message = OTHERS[name]
+    trainer = fit(PPO("CartPole-v1", **SMALL), max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    if old:
+        contents = torch.load(tmp_path / "a.ckpt", weights_only=True)
+        del contents["ppo_lightning"]["optimizer"]
+        trainer.strategy.save_checkpoint(contents, tmp_path / "a.ckpt")
+    model = PPO("CartPole-v1", **SMALL, optimizer=factory)
+    with pytest.raises(InputError, match=message):
+        fit(model, ckpt_path=tmp_path / "a.ckpt")
+    assert int(PPO.load_from_checkpoint(tmp_path / "a.ckpt", optimizer=factory).iterations) == 2  # to act
+
+
+def test_another_scheduler_than_the_checkpoints_is_refused(fit, tmp_path):
+    step, cosine = (partial(one, **given) for one, given in (
+        (torch.optim.lr_scheduler.StepLR, {"step_size": 1}), (torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": 4}),
+    ))  # fmt: skip
+    fit(PPO("CartPole-v1", **SMALL, lr_scheduler=step), max_epochs=2).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="lr_scheduler StepLR, this run has CosineAnnealingLR"):
+        fit(PPO("CartPole-v1", **SMALL, lr_scheduler=cosine), ckpt_path=tmp_path / "a.ckpt")
