@@ -184,6 +184,7 @@ def serve(descriptor: int, parent: int) -> None:
     evaluation: Evaluation
     specs, precision, evaluation = cloudpickle.load(sys.stdin.buffer)
     torch.set_float32_matmul_precision(precision)
+    evaluation.policy.eval()
     for spec in specs:
         gym.registry.setdefault(spec.id, spec)
     connection = Connection(descriptor)

@@ -77,7 +77,7 @@ from ppo_lightning.parameters import (
     schedule,
 )
 from ppo_lightning.parameters import popart as as_popart
-from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments
+from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments, in_eval_mode
 from ppo_lightning.prediction import predict
 from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, cut_up, different, fingerprint
 from ppo_lightning.resume import carry_over, described, own_state
@@ -95,6 +95,7 @@ from ppo_lightning.trainer import (
     refuse_longer_run,
     refuse_what_misleads,
     replace_defaults,
+    restore_modes,
     set_global_step,
     shorten_timeout,
     steps_concern_nobody,
@@ -699,7 +700,8 @@ class PPO(LightningModule):
         self.rollouts.episodes.window.extend(tuple(episode) for episode in ours["episodes"])
 
     def rewind(self) -> None:
-        """Take back what an update that did not end has changed, so that what is saved is the end of an iteration."""
+        """Take back what an update or an evaluation that did not end has changed: the end of an iteration is saved."""
+        restore_modes(self.trainer)
         self._before.restore()
         self._pause()
 
@@ -1262,7 +1264,7 @@ class PPO(LightningModule):
                 f"predict got no action_mask, though the policy was trained with masks of {self.env_maker.name}: all actions "
                 "are allowed, also those that are impossible; pass action_mask as the environment gives it"
             )
-        with self.autocast():
+        with in_eval_mode(self.policy), self.autocast():
             return predict(
                 self.policy,
                 self.observation_space,
@@ -1317,7 +1319,7 @@ class PPO(LightningModule):
             with streams_of_their_own(self.seed):
                 environments = self.supply.for_evaluation(min(self.num_envs, share))
             try:
-                with self.autocast():
+                with in_eval_mode(self.policy), self.autocast():
                     episodes[:share] = evaluate_episodes(
                         self.policy,
                         environments,

@@ -350,6 +350,12 @@ def begin_iterations_whole(trainer: Any, iterations: int) -> None:
     trainer.fit_loop.reset_restart_stage()
 
 
+def restore_modes(trainer: Any) -> None:
+    """Put submodules back into the modes that they had before an evaluation that was interrupted."""
+    if trainer.evaluating:
+        trainer._evaluation_loop._module_mode.restore(trainer.lightning_module)
+
+
 def set_global_step(trainer: Any, count: int) -> None:
     """Set ``trainer.global_step``, in which Lightning would count the calls of its optimizer's ``step``."""
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, ActorCritic, InputError
+from ppo_lightning import PPO, InputError
 from ppo_lightning.callbacks import AdaptiveLearningRate, PPOCallback, Stage, Stages
 from ppo_lightning.loss import PPOLoss
 
@@ -319,16 +319,6 @@ def test_layers_may_be_frozen_and_released_between_iterations(fit):
     fit(model, callbacks=[freeze, release, *look])
     moved = [bool((one != other).any()) for one, other in pairwise(seen)]
     assert moved == [True, False, True]
-
-
-def test_a_network_with_dropout_may_have_halves():
-    class Dropping(ActorCritic):
-        def __init__(self, *spaces):
-            super().__init__(*spaces)
-            self.action_head = nn.Sequential(nn.Dropout(0.5), self.action_head)
-
-    model = PPO("CartPole-v1", policy=Dropping, **SMALL)
-    assert model.policy.training
 
 
 # --- by which learning rate ---------------------------------------------------------------------------------------------

@@ -13,3 +13,4 @@ from ppo_lightning.policy.policy import CLIP as CLIP
 from ppo_lightning.policy.policy import Network as Network
 from ppo_lightning.policy.policy import Policy as Policy
 from ppo_lightning.policy.policy import Step as Step
+from ppo_lightning.policy.policy import in_eval_mode as in_eval_mode

@@ -2,7 +2,8 @@
 
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -123,7 +124,8 @@ class Policy(nn.Module):
         spaces, name = leaves(observation_space), type(self.network).__name__
         observation = {key: two(leaf) for key, leaf in spaces.items()}
         try:
-            with torch.enable_grad():
+            # Without dropout, so that outputs can be compared; cuDNN has no gradient of memory in evaluation mode.
+            with nullcontext() if self.state_size else in_eval_mode(self), torch.enable_grad():
                 features = self.features(observation[""] if list(spaces) == [""] else observation)
                 if self.state_size:
                     features = tree_map(lambda leaf: leaf.unsqueeze(0), features)
@@ -314,6 +316,19 @@ class Policy(nn.Module):
         if noise is None:
             return Step(self.distribution.mode(parameters), parameters, value, state)
         return Step(self.distribution.sample(parameters, noise), parameters, value, state)
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off; afterwards each submodule is in the mode that it was in."""
+    training = [one for one in module.modules() if one.training]
+    if training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for one in training:
+            one.training = True
 
 
 class Step(NamedTuple):
