@@ -54,7 +54,9 @@ class History:
             self.best = self.last
         if self.count % self.every:
             return
-        for name in metrics.keys() - self.columns.keys():
+        for name in metrics:  # in this order, which a set would not have: files do not depend on the hash seed
+            if name in self.columns:
+                continue
             self.columns[name] = array("d", [math.nan] * len(self.steps))
         self.steps.append(step)
         for name, column in self.columns.items():

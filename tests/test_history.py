@@ -52,6 +52,13 @@ def test_what_is_not_a_number_is_never_best_and_is_left_out_of_rows():
     assert history.rows()[0] == {"step": 1, "loss": 1.0}
 
 
+def test_metrics_keep_the_order_in_which_they_came():
+    history = History("reward")
+    names = [f"metric_{index}" for index in range(50)]
+    history.add(1, dict.fromkeys(names, 1.0))
+    assert history.state()["names"] == names
+
+
 def test_a_metric_may_come_later_and_go():
     history = History("reward")
     history.add(1, {"loss": 1.0})

@@ -81,7 +81,7 @@ class InfoLog:
             carry[done] = 0.0
 
     def _add(self, info: Mapping[str, Any], like: Any, counts: Any) -> None:
-        for key in self.keys.intersection(info):
+        for key in filter(self.keys.__contains__, info):  # in the order of info: the set's own depends on the hash seed
             for name, value, given in _named(info, key):
                 self._take(key, name, numbers_of(value, like), mask_of(given, like), counts)
 

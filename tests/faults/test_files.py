@@ -342,3 +342,50 @@ def test_the_clock_saves_too(tmp_path, fit, monkeypatch):
 def test_minutes_are_more_than_none():
     with pytest.raises(InputError, match="minutes must be more than 0"):
         LastCheckpoint(minutes=0)
+
+
+@pytest.mark.long
+def test_the_contents_of_checkpoints_have_an_order_that_does_not_depend_on_the_hash_seed(tmp_path):
+    """Keys of all dictionaries, and all strings in lists, of two runs that differ by their hash seed alone."""
+    trains = """
+import lightning, torch
+from functools import partial
+from ppo_lightning import PPO, PopArt
+from ppo_lightning.callbacks import Curriculum, Level, RolloutDetails, Stage, Stages
+from probes import Spaces
+
+class Logs(Spaces):
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        parts = {f"part_{index}": float(index) for index in range(20)}
+        numbers = {f"key_{index}": index for index in range(20)}
+        return observation, reward, terminated, truncated, {**info, **numbers, "reward_components": parts}
+
+lightning.seed_everything(1, verbose=False)
+model = PPO(
+    partial(Logs, "both", "dict", True), num_envs=2, num_steps=16, total_steps=64, popart=PopArt(),
+    normalize_observation=True, normalize_reward=True, log_info=[f"key_{index}" for index in range(20)],
+)
+callbacks = [Curriculum([Level()]), Stages([Stage()]), RolloutDetails()]
+trainer = lightning.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False)
+trainer.fit(model)
+trainer.save_checkpoint("end.ckpt")
+"""
+    orders = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
+        subprocess.run([sys.executable, "-c", trains], cwd=folder, env=environment, check=True, timeout=200)
+        text = repr(_order(torch.load(folder / "end.ckpt", weights_only=True)))
+        orders.append(text.replace(str(folder), "").replace(f"/{seed}/", "/"))
+    assert orders[0] == orders[1]
+
+
+def _order(contents):
+    if isinstance(contents, dict):
+        return [(key, _order(value)) for key, value in contents.items()]
+    if isinstance(contents, list | tuple):
+        return [_order(value) for value in contents]
+    return contents if isinstance(contents, str) else type(contents).__name__
