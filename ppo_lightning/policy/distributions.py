@@ -646,18 +646,28 @@ def action_distribution(
     raise InputError(f"there is no distribution over the action space {space!r}")
 
 
+def _refuse_continuous(family: Family, space: Space[Any]) -> None:
+    if family != "normal":
+        raise InputError(
+            f"distribution {family} is for continuous actions, the action space {space} has none: leave distribution out"
+        )
+
+
 @action_distribution.register
 def _(space: Discrete, family: Family = "normal", **options: Any) -> ActionDistribution:
+    _refuse_continuous(family, space)
     return Categorical(int(space.n), int(space.start), space.dtype)
 
 
 @action_distribution.register
 def _(space: MultiDiscrete, family: Family = "normal", **options: Any) -> ActionDistribution:
+    _refuse_continuous(family, space)
     return MultiCategorical(space.shape, tuple(space.nvec.flatten().tolist()), as_int64(space.start), space.dtype)
 
 
 @action_distribution.register
 def _(space: MultiBinary, family: Family = "normal", **options: Any) -> ActionDistribution:
+    _refuse_continuous(family, space)
     return MultiCategorical(space.shape, (2,) * math.prod(space.shape), 0, space.dtype)
 
 
@@ -687,7 +697,13 @@ def _(
     entropy_weights: Mapping[str, float] | None = None,
     **options: Any,
 ) -> ActionDistribution:
-    parts = {name: action_distribution(leaf, family, **options) for name, leaf in leaves(space).items()}
+    spaces = leaves(space)
+    if not any(isinstance(leaf, Box) for leaf in spaces.values()):
+        _refuse_continuous(family, space)
+    parts = {
+        name: action_distribution(leaf, family if isinstance(leaf, Box) else "normal", **options)
+        for name, leaf in spaces.items()
+    }
     weights = dict(entropy_weights or {})
     unknown = weights.keys() - parts.keys()
     if unknown:
