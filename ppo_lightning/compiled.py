@@ -469,7 +469,7 @@ class CompiledUpdate:
             advantage[rows] = normalized(advantage[rows], valid)
             samples = {**samples, "advantage": advantage}
         total = len(rows) if valid is None else int(valid.sum())
-        sizes = [size for size in cut(len(rows), chunks) if size]
+        sizes = cut(len(rows), min(chunks, len(rows)))
         sums: list[Tensor] = []
         for part, own in zip(
             rows.split(sizes), [None] * len(sizes) if valid is None else valid.split(sizes), strict=True

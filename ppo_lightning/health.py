@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from ppo_lightning.errors import InputError
+from ppo_lightning.parameters import INDEX, Limit, check_fields
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         """Refuse what would never or always be an alert."""
-        if self.window < 2:
-            raise InputError(f"HealthMonitor: thresholds.window must be 2 or more iterations, got {self.window}")
+        window = Limit("be 2 or more iterations", lambda value: value >= 2)
+        check_fields(self, "HealthMonitor: thresholds.{}", window=window, warmup_iterations=INDEX)
         if not 0 < self.lr_factor < 1 < self.ent_coef_factor:
             raise InputError(
                 f"HealthMonitor: thresholds.lr_factor must lie between 0 and 1 and ent_coef_factor above 1, got "

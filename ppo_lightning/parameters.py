@@ -1,15 +1,296 @@
-"""Numbers that the user gives: their limits, and coefficients that change over a run."""
+"""Parameters that the user gives: their types and limits, and coefficients that change over a run."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
-from numbers import Real
-from typing import Any, TypeVar, cast, get_args
+import inspect
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cache, partial, wraps
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.metric_names import MetricNames
 
 T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# --- types and limits --------------------------------------------------------------------------------------------------
+
+
+class Limit(NamedTuple):
+    """Which values of a parameter are allowed beyond its type; of a list, which elements."""
+
+    rule: str
+    """The rest of the sentence "<name> must …"."""
+    accepts: Callable[[Any], bool]
+
+
+COUNT = Limit("be a whole number of 1 or more", lambda value: value >= 1)
+INDEX = Limit("be a whole number of 0 or more", lambda value: value >= 0)
+ONE_OR_MORE = Limit("be 1 or more", lambda value: value >= 1)
+SHARE = Limit("lie between 0 and 1", lambda value: 0 <= value <= 1)
+POSITIVE_OR_OFF = Limit("be more than 0 (or null to turn it off)", lambda value: value > 0)
+FINITE = Limit("be finite", math.isfinite)
+FINITE_NOT_NEGATIVE = Limit("be zero or more and finite", lambda value: 0 <= value < math.inf)
+SECONDS = Limit("be more than 0 and at most 1,000,000 (seconds)", lambda value: 0 < value <= 1e6)
+
+
+def checked(label: str = "{}", /, *, skip: Collection[str] = (), **limits: Limit) -> Callable[[Function], Function]:
+    """Decorator for what users call: arguments have the types that the signature states, or an InputError names the first.
+
+    NumPy and torch scalars become plain Python values, which checkpoints can hold, also within lists and dictionaries. A
+    float that is a whole number becomes an int where an int is due (``total_steps=1e6``). A bool is no number, a number no
+    bool, and a string neither.
+
+    Args:
+        label: how messages name a parameter; ``{}`` stands for its own name.
+        skip: parameters that the function checks itself.
+        limits: by parameter.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+
+        @wraps(function)
+        def checking(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            given = {name: value for name, value in bound.arguments.items() if name not in skip}
+            bound.arguments.update(converted(function, given, label, limits))
+            return function(*bound.args, **bound.kwargs)
+
+        checking.__dict__["__signature__"] = signature  # inspect.getfullargspec, which Lightning uses, needs it
+        return cast(Function, checking)
+
+    return decorate
+
+
+def converted(
+    owner: Any, given: Mapping[str, Any], label: str = "{}", limits: Mapping[str, Limit] | None = None
+) -> dict[str, Any]:
+    """Values as the annotations of a function or class state them.
+
+    Args:
+        owner: has the annotations; what has none passes as it is.
+        given: values by name.
+        label: how messages name one, as of :func:`checked`.
+        limits: by name.
+
+    Raises:
+        InputError: a value has another type, or is outside its limit.
+    """
+    hints, limits = _hints(owner), limits or {}
+    return {
+        name: _checked(label.format(name), value, hints[name], limits.get(name)) if name in hints else value
+        for name, value in given.items()
+    }
+
+
+def check_fields(instance: Any, label: str = "{}", **limits: Limit) -> None:
+    """The same for the fields of a dataclass, in its ``__post_init__``.
+
+    Raises:
+        InputError: a field has another type, or is outside its limit.
+    """
+    kind = type(instance)
+    for name, value in converted(
+        kind, {one.name: getattr(instance, one.name) for one in fields(kind)}, label, limits
+    ).items():
+        object.__setattr__(instance, name, value)
+
+
+_hints = cache(get_type_hints)
+
+_MISMATCH: Any = object()
+
+
+def _checked(name: str, value: Any, hint: Any, limit: Limit | None) -> Any:
+    found = _converted(name, value, hint)
+    if found is _MISMATCH:
+        is_built = any(member in BUILT for member in _members(hint))
+        says = (
+            f"must {limit.rule}"
+            if limit and not is_built
+            else f"{'takes' if is_built else 'must be'} {_described(hint)}"
+        )
+        kind = "" if value is None or is_number(value) else f" ({type(value).__name__})"
+        raise InputError(f"{name} {says}, got {shown(value)}{kind}")
+    numbers = found if isinstance(found, list | tuple) else [found]
+    if limit is not None and not all(limit.accepts(number) for number in numbers if is_number(number)):
+        raise InputError(f"{name} must {limit.rule}, got {shown(value)}")
+    if type(found) is int and abs(found) >= 2**63:  # counters are int64
+        raise InputError(f"{name} must be less than 2⁶³, got {shown(value)}")
+    return found
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """Of a union its alternatives; of another annotation itself."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    """A value as its annotation states, plain where it can be; _MISMATCH where it has another type."""
+    members = _members(hint)
+    if len(members) > 1:
+        found = (_converted(name, value, member) for member in members)
+        return next((one for one in found if one is not _MISMATCH), _MISMATCH)
+    value, origin, inner = _scalar(value), get_origin(hint) or hint, get_args(hint)
+    if origin in _PLAIN:
+        return _PLAIN[origin](value)
+    if origin is Literal:
+        return str.__str__(value) if isinstance(value, str) and value in inner else _MISMATCH
+    if origin in (Sequence, list, tuple):
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+            return _MISMATCH
+        if origin is tuple and len(value) != len(inner):
+            return _MISMATCH
+        each = inner if origin is tuple else inner * len(value)
+        items = [_converted(name, item, kind) for item, kind in zip(value, each, strict=True)]
+        if any(item is _MISMATCH for item in items):
+            return _MISMATCH
+        return items if isinstance(value, list) and origin is not tuple else tuple(items)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            return _MISMATCH
+        items = {str.__str__(key): _converted(name, item, inner[1]) for key, item in value.items()}
+        return _MISMATCH if any(item is _MISMATCH for item in items.values()) else items
+    if origin is Callable:
+        return value if callable(value) else _MISMATCH
+    if origin is type:
+        return value if isinstance(value, type) and issubclass(value, inner[0]) else _MISMATCH
+    if origin in BUILT and isinstance(value, Mapping):  # as a checkpoint holds it
+        if not _required(origin) <= value.keys() <= _hints(origin).keys():
+            return _MISMATCH
+        try:
+            return origin(**value)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+    return value if isinstance(value, origin) else _MISMATCH
+
+
+def _required(kind: type) -> set[str]:
+    parameters = inspect.signature(kind).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+
+
+def _scalar(value: Any) -> Any:
+    """A NumPy or torch scalar, or array without dimensions, as a plain Python value; anything else as it is."""
+    return value.item() if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0 else value
+
+
+def _whole(value: Any) -> Any:
+    is_whole = is_number(value) and (isinstance(value, Integral) or (math.isfinite(value) and value == int(value)))
+    return int(value) if is_whole else _MISMATCH
+
+
+def _real(value: Any) -> Any:
+    if not is_number(value):
+        return _MISMATCH
+    if type(value) is int and abs(value) < 2**63:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return _MISMATCH
+
+
+def _plain(value: Any) -> Any:
+    """Any value, with plain Python values in the place of scalars, within dictionaries, lists and tuples too."""
+    if type(value) is dict:
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return _scalar(value)
+
+
+_PLAIN: dict[Any, Callable[[Any], Any]] = {
+    Any: _plain,
+    NoneType: lambda value: None if value is None else _MISMATCH,
+    bool: lambda value: value if isinstance(value, bool) else _MISMATCH,
+    int: _whole,
+    float: _real,
+    str: lambda value: str.__str__(value) if isinstance(value, str) else _MISMATCH,
+}
+
+_NAMES = {NoneType: "null", int: "a whole number", float: "a number", str: "a string"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "strings"}
+
+
+def _described(hint: Any) -> str:
+    """What an annotation allows, in words."""
+    words = [word for member in _members(hint) for word in _words(member)]
+    listed = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    chooses = bool not in _members(hint) and any(get_origin(member) is Literal for member in _members(hint))
+    return f"one of {listed}" if chooses and len(words) > 2 else listed
+
+
+def _words(hint: Any) -> list[str]:
+    origin, inner = get_origin(hint) or hint, get_args(hint)
+    if origin is Literal:
+        return list(map(str, inner))
+    if origin is bool:
+        return ["true", "false"]
+    if origin is Callable:
+        return ["a callable"]
+    if origin is type:
+        return [f"a subclass of {inner[0].__name__}"]
+    if origin is tuple:
+        return [f"{len(inner)} {_plural(inner[0])}"]
+    if origin in (Sequence, list):
+        return [f"a list of {_plural(inner[0])}"]
+    if origin in (dict, Mapping):
+        values = "" if inner[1] is Any else f" and {_plural(inner[1])} as values"
+        return [f"a dictionary with strings as keys{values}"]
+    return [BUILT.get(origin) or _NAMES.get(origin) or f"a {origin.__name__}"]
+
+
+def _plural(hint: Any) -> str:
+    if get_origin(hint) is Callable:
+        return "callables"
+    return _PLURALS.get(hint) or f"{hint.__name__} objects"
+
+
+def shown(value: Any) -> str:
+    """A value for a message: on one line, and not longer than one."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}…"
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+LIMITS = {
+    **dict.fromkeys(
+        (
+            "num_envs",
+            "num_steps",
+            "total_steps",
+            "update_epochs",
+            "num_minibatches",
+            "minibatch_chunks",
+            "sequence_length",
+            "eval_interval",
+            "num_eval_episodes",
+        ),
+        COUNT,
+    ),
+    **dict.fromkeys(("gamma", "gae_lambda"), SHARE),
+    **dict.fromkeys(("clip_range_vf", "max_grad_norm", "target_kl"), POSITIVE_OR_OFF),
+    **dict.fromkeys(("clip_range", "ent_coef", "vf_coef"), FINITE_NOT_NEGATIVE),
+    "env_restarts": INDEX,
+    "env_timeout_s": SECONDS,
+}
+"""Of the hyperparameters of PPO."""
+
+
+# --- coefficients ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -20,6 +301,10 @@ class Linear:
     """Value of the first iteration, in the coefficient's own unit."""
     end: float = 0.0
     """Value after the last iteration."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no finite number."""
+        check_fields(self, "{} of Linear", start=FINITE, end=FINITE)
 
     def at(self, progress: float) -> float:
         """Value where ``progress`` (0 to 1) of the environment steps are behind."""
@@ -35,60 +320,23 @@ class PopArt:
 
     def __post_init__(self) -> None:
         """Refuse a weight that is none."""
-        if not (_is_number(self.beta) and 0 < self.beta <= 1):
-            raise InputError(f"popart.beta must lie between 0 and 1, got {self.beta!r}")
+        check_fields(self, "popart.{}", beta=Limit("lie between 0 and 1", lambda value: 0 < value <= 1))
 
 
-def schedule(name: str, value: float | Linear | Mapping[str, float]) -> Linear:
-    """A coefficient as a schedule: a number is constant, ``{start: …, end: …}`` is what a checkpoint holds of a line.
+BUILT: dict[Any, str] = {Linear: "start and end", PopArt: "PopArt(beta=…), {beta: …}"}
+"""Dataclasses that a dictionary of their fields can stand for, and how messages describe them."""
+
+
+def schedule(name: str, value: float | Linear) -> Linear:
+    """A coefficient as a schedule: a number is constant.
 
     Raises:
         InputError: a value on the way would be negative.
     """
-    if isinstance(value, Mapping):
-        if not {"start"} <= value.keys() <= {"start", "end"}:
-            raise InputError(f"{name} takes a number or start and end, got {dict(value)}")
-        value = Linear(**value)
     line = value if isinstance(value, Linear) else Linear(value, value)
     if not (line.start >= 0 and line.end >= 0):
         raise InputError(f"{name} must be zero or more, got {value}")
     return line
-
-
-def check_numbers(given: Mapping[str, Any]) -> None:
-    """Refuse hyperparameters outside their limits.
-
-    Args:
-        given: hyperparameters of PPO by name.
-
-    Raises:
-        InputError: the first that cannot be used.
-    """
-    for name in COUNTS:
-        value = given[name]
-        if value is not None and not (_is_number(value) and value >= 1 and value == int(value)):
-            raise InputError(f"{name} must be a whole number of 1 or more, got {value!r}")
-    for name in SHARES:
-        if not (_is_number(given[name]) and 0 <= given[name] <= 1):
-            raise InputError(f"{name} must lie between 0 and 1, got {given[name]!r}")
-    for name in LIMITS:
-        if given[name] is not None and not (_is_number(given[name]) and given[name] > 0):
-            raise InputError(f"{name} must be more than 0 (or null to turn it off), got {given[name]!r}")
-    if not (isinstance(given["normalize_advantage"], bool) or given["normalize_advantage"] == "all_ranks"):
-        raise InputError(f"normalize_advantage must be true, false or all_ranks, got {given['normalize_advantage']!r}")
-    if not isinstance(given["compile"], bool):
-        raise InputError(f"compile must be true or false, got {given['compile']!r}")
-    if given["non_finite"] not in ("raise", "skip"):
-        raise InputError(f"non_finite must be raise or skip, got {given['non_finite']!r}")
-    if given["metric_names"] not in get_args(MetricNames):
-        raise InputError(f"metric_names must be one of {get_args(MetricNames)}, got {given['metric_names']!r}")
-    if isinstance(given["log_info"], str) or not all(isinstance(key, str) for key in given["log_info"]):
-        raise InputError(f"log_info must be a list of keys, got {given['log_info']!r}")
-    restarts = given["env_restarts"]
-    if not (_is_number(restarts) and restarts >= 0 and restarts == int(restarts)):
-        raise InputError(f"env_restarts must be a whole number of 0 or more, got {restarts!r}")
-    if not (_is_number(given["vf_coef"]) and given["vf_coef"] >= 0):
-        raise InputError(f"vf_coef must be zero or more, got {given['vf_coef']!r}")
 
 
 def check_samples(num_steps: int, num_envs: int, num_minibatches: int) -> None:
@@ -103,6 +351,34 @@ def check_samples(num_steps: int, num_envs: int, num_minibatches: int) -> None:
             f"num_steps · num_envs = {num_steps} · {num_envs} = {samples} samples cannot be cut into num_minibatches = "
             f"{num_minibatches}: lower num_minibatches or raise num_steps"
         )
+
+
+ADDRESSABLE = 2**47
+"""Bytes of memory that a process can have at most."""
+
+
+def check_memory(needs: Mapping[str, int], available: int = ADDRESSABLE) -> None:
+    """Refuse parameters that need more memory than there is.
+
+    Args:
+        needs: bytes, by the parameter that they come from.
+        available: bytes.
+
+    Raises:
+        InputError: one needs more.
+    """
+    for name, size in needs.items():
+        if size > available:
+            raise InputError(
+                f"{name} needs {size / 1e9:,.0f} GB of memory, which is more than {available / 1e9:,.0f} GB: lower it"
+            )
+
+
+def physical_memory() -> int:
+    """Bytes of this machine's memory, where the system reports them."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return ADDRESSABLE
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_sequences(
@@ -152,29 +428,81 @@ def plain_factory(factory: T) -> T:
     return factory
 
 
-def popart(value: PopArt | Mapping[str, float] | None) -> PopArt | None:
-    """PopArt's numbers, from what a checkpoint holds of them too."""
-    if isinstance(value, Mapping) and value.keys() <= {"beta"}:
-        return PopArt(**value)
-    if not isinstance(value, PopArt | None):
-        raise InputError(f"popart takes PopArt(beta=…), {{beta: …}} or null, got {value!r}")
-    return value
+# --- what factories return ---------------------------------------------------------------------------------------------
 
 
-COUNTS = (
-    "num_envs",
-    "num_steps",
-    "total_steps",
-    "update_epochs",
-    "num_minibatches",
-    "minibatch_chunks",
-    "sequence_length",
-    "eval_interval",
-    "num_eval_episodes",
-)
-SHARES = ("gamma", "gae_lambda")
-LIMITS = ("clip_range_vf", "max_grad_norm", "target_kl", "env_timeout_s")
+def make_optimizer(factory: Callable[..., Any], parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that ``factory`` makes for the parameters.
+
+    Raises:
+        InputError: it raises, or returns what cannot train them.
+    """
+    with calling("optimizer", "(parameters) -> torch.optim.Optimizer"):
+        made = factory(iter(parameters))
+    if not isinstance(made, torch.optim.Optimizer):
+        raise InputError(f"optimizer returned {shown(made)}: it must return a torch.optim.Optimizer")
+    kind, own = type(made).__name__, {id(one) for one in parameters}
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if isinstance(made, torch.optim.SparseAdam) or (closure is not None and closure.default is closure.empty):
+        raise InputError(
+            f"optimizer {kind} needs sparse gradients or several losses per step: use another, such as Adam"
+        )
+    if any(id(one) not in own for group in made.param_groups for one in group["params"]):
+        raise InputError(
+            f"optimizer returned {kind} over parameters that are not the model's: use the ones it is given"
+        )
+    for group in made.param_groups:
+        rate = _scalar(group.get("lr"))
+        if not (is_number(rate) and 0 <= rate < math.inf):
+            raise InputError(
+                f"optimizer {kind} has the learning rate {shown(rate)}: it must be zero or more and finite"
+            )
+    return made
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def make_scheduler(
+    factory: Callable[..., Any] | None, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """The scheduler that ``factory`` makes for the optimizer; None without a factory.
+
+    Raises:
+        InputError: it raises, or returns what does not schedule this optimizer by iterations.
+    """
+    if factory is None:
+        return None
+    with calling("lr_scheduler", "(optimizer) -> torch.optim.lr_scheduler.LRScheduler"):
+        made = factory(optimizer)
+    if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise InputError(
+            "lr_scheduler ReduceLROnPlateau waits for a metric, schedules here run on iterations: take another"
+        )
+    if not isinstance(made, torch.optim.lr_scheduler.LRScheduler):
+        raise InputError(f"lr_scheduler returned {shown(made)}: it must return a torch.optim.lr_scheduler.LRScheduler")
+    if getattr(made, "optimizer", optimizer) is not optimizer:
+        raise InputError("lr_scheduler returned a scheduler of another optimizer: use the one it is given")
+    return made
+
+
+def check_length(scheduler: torch.optim.lr_scheduler.LRScheduler, iterations: int) -> None:
+    """Refuse a scheduler that raises when it is stepped beyond its own number of steps, before the run's last iteration.
+
+    Raises:
+        InputError: it has fewer steps than the run has iterations.
+    """
+    if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR) and scheduler.total_steps < iterations:
+        raise InputError(
+            f"lr_scheduler OneCycleLR ends after {scheduler.total_steps} steps, and the run has {iterations} iterations: give "
+            f"it total_steps={iterations}"
+        )
+
+
+@contextmanager
+def calling(name: str, signature: str) -> Iterator[None]:
+    """Name a factory of the user in what it raises."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of the user's own function
+        text = " ".join(str(error).split())
+        raise InputError(f"{name} raised {type(error).__name__}: {text}; it must be a callable {signature}") from error

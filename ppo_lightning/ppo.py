@@ -68,15 +68,21 @@ from ppo_lightning.loss import LossTerms, PPOLoss, normalized
 from ppo_lightning.metric_names import MetricNames, renamed
 from ppo_lightning.metrics import Update, merged, norms_of, row_of
 from ppo_lightning.parameters import (
+    LIMITS,
+    ONE_OR_MORE,
     Linear,
     PopArt,
-    check_numbers,
+    check_length,
+    check_memory,
     check_samples,
     check_sequences,
+    checked,
+    make_optimizer,
+    make_scheduler,
+    physical_memory,
     plain_factory,
     schedule,
 )
-from ppo_lightning.parameters import popart as as_popart
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments, in_eval_mode
 from ppo_lightning.prediction import predict
 from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, cut_up, different, fingerprint
@@ -84,7 +90,7 @@ from ppo_lightning.resume import carry_over, described, own_state
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
 from ppo_lightning.shared_sums import SharedSums, sums_over_processes
 from ppo_lightning.snapshot import Snapshot
-from ppo_lightning.spaces import MASK, check_mask, cut, describe, rows_of, without_mask
+from ppo_lightning.spaces import MASK, check_mask, cut, describe, leaves, rows_of, storage, without_mask
 from ppo_lightning.streams import random_state, restore_random_state
 from ppo_lightning.trainer import (
     attach_callbacks,
@@ -179,6 +185,7 @@ class PPO(LightningModule):
     iterations: Tensor
     n_updates: Tensor
 
+    @checked(skip=["env"], **LIMITS)
     def __init__(
         self,
         env: str | Callable[..., VectorEnv] | Callable[..., gym.Env] | VectorEnv,
@@ -222,7 +229,6 @@ class PPO(LightningModule):
         self.automatic_optimization = False
         given = {name: value for name, value in locals().items() if name in _PARAMETERS}
         self._remember_hyperparameters(given)
-        check_numbers(given)
         self.env_maker = EnvMaker(
             plain_factory(resolve(env)),
             env_kwargs or {},
@@ -234,20 +240,20 @@ class PPO(LightningModule):
             self.env_maker,
             num_envs,
             timeout_s=env_timeout_s,
-            restarts=int(env_restarts),
+            restarts=env_restarts,
             log_info=tuple(log_info),
         )
         self.observation_space, self.action_space = self.supply.observation_space, self.supply.action_space
         check_mask(self.observation_space, self.action_space)
         seen = without_mask(self.observation_space)
         self.num_envs = self.supply.num_envs
-        self.num_steps = int(num_steps)
-        self.total_steps = int(total_steps)
+        self.num_steps = num_steps
+        self.total_steps = total_steps
         self.gamma = gamma
         self.gae_lambda = gae_lambda
-        self.update_epochs = int(update_epochs)
-        self.num_minibatches = int(num_minibatches)
-        self.minibatch_chunks = int(minibatch_chunks)
+        self.update_epochs = update_epochs
+        self.num_minibatches = num_minibatches
+        self.minibatch_chunks = minibatch_chunks
         self.clip_range = schedule("clip_range", clip_range)
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
@@ -273,14 +279,17 @@ class PPO(LightningModule):
         self.compiled: CompiledUpdate | None = None
         """The update in one graph, where ``compile`` is on and nothing prevents it; made when training starts."""
         check_samples(self.num_steps, self.num_envs, self.num_minibatches)
+        check_memory(self._memory_needs())
 
-        self.policy = Policy(seen, self.action_space, policy, normalize_observation, as_popart(popart))
+        self.policy = Policy(seen, self.action_space, policy, normalize_observation, popart)
         self.clip_reward = clip_reward
         self.sequence_length = self._sequences_of(sequence_length, self.num_steps)
         self.return_moments = RunningMoments(()) if normalize_reward else None
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.int64))
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
+
+        self._make_optimizer()  # refuses mistakes now; the run makes its own in configure_optimizers
 
         self.seed: int | None = None
         self.generator = torch.Generator()
@@ -378,13 +387,19 @@ class PPO(LightningModule):
         """The optimiser over all parameters, and the scheduler where one was given."""
         if self._missing:
             raise missing(self._missing[0])
-        optimizer = self.optimizer(self.parameters())
-        scheduler = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        if not self.policy.halves.any():
             raise InputError(
-                "lr_scheduler ReduceLROnPlateau waits for a metric, schedules here run on iterations: take another"
+                f"the outputs of the network {type(self.policy.network).__name__} depend on none of its parameters that "
+                "learn: there is nothing to train"
             )
+        optimizer, scheduler = self._make_optimizer()
+        if scheduler is not None:
+            check_length(scheduler, ceil(self.total_steps / (self.num_steps * self.num_envs * self._world_size)))
         return optimizer if scheduler is None else ([optimizer], [scheduler])
+
+    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+        optimizer = make_optimizer(self.optimizer, list(self.parameters()))
+        return optimizer, make_scheduler(self.lr_scheduler, optimizer)
 
     @override
     def on_fit_start(self) -> None:
@@ -864,7 +879,7 @@ class PPO(LightningModule):
         valid = minibatch.get("valid", None)
         if loss.normalize_advantage:  # by the moments of the whole minibatch
             minibatch["advantage"] = normalized(minibatch["advantage"], valid)
-        chunks = minibatch.split([size for size in cut(len(minibatch), self.minibatch_chunks) if size])
+        chunks = minibatch.split(cut(len(minibatch), min(self.minibatch_chunks, len(minibatch))))
         counts = [len(chunk) if valid is None else int(chunk["valid"].sum()) for chunk in chunks]
         shares = [count / sum(counts) for count in counts]
         return replace(loss, normalize_advantage=False), list(zip(chunks, shares, strict=True))
@@ -1275,6 +1290,7 @@ class PPO(LightningModule):
                 action_mask=action_mask,
             )
 
+    @checked(num_episodes=ONE_OR_MORE)
     def evaluate(self, num_episodes: int | None = None, deterministic: bool | None = None) -> dict[str, float]:
         """Run exactly ``num_episodes`` episodes on environments of their own, shared among all processes.
 
@@ -1294,8 +1310,6 @@ class PPO(LightningModule):
             InputError: the environment was given as a VectorEnv that cannot be made again.
         """
         wanted = self.num_eval_episodes if num_episodes is None else num_episodes
-        if wanted < 1:
-            raise InputError(f"num_episodes must be 1 or more, got {wanted}")
         return self._evaluate(wanted, self.eval_deterministic if deterministic is None else deterministic, "evaluation")
 
     def evaluation_seed(self, purpose: str = "evaluation") -> int:
@@ -1428,6 +1442,8 @@ class PPO(LightningModule):
 
     def make_environments(self) -> Environments | Halves:
         """The environments to train on; worker processes in two halves."""
+        if self.device.type == "cpu":
+            check_memory(self._memory_needs(), physical_memory())
         environments = self.supply.for_training()
         if environments.inserts_rows and self.sequence_length == 1:
             environments.close()
@@ -1490,6 +1506,16 @@ class PPO(LightningModule):
         if self.rollouts.environments is not None:
             self._check_rows(self.rollouts.environments, num_steps)
         return self._sequences_of(self.hparams["sequence_length"], num_steps)
+
+    def _memory_needs(self) -> dict[str, int]:
+        samples = self.num_steps * self.num_envs
+        seen = [storage(leaf) for leaf in leaves(self.observation_space).values()]
+        sample = sum(math.prod(shape) * dtype.itemsize for shape, dtype in seen)
+        return {
+            f"num_steps · num_envs = {self.num_steps} · {self.num_envs}": samples * sample,
+            f"update_epochs = {self.update_epochs}": self.update_epochs * samples * 8,  # the order of each epoch
+            f"num_eval_episodes = {self.num_eval_episodes}": self.num_eval_episodes * 32,
+        }
 
     def _sequences_of(self, given: int | None, num_steps: int) -> int | None:
         memory = bool(self.policy.state_size)

@@ -1,5 +1,7 @@
 """What users get wrong, and what other packages do: one sentence each, or the right thing."""
 
+import inspect
+import math
 import warnings
 from functools import partial
 
@@ -7,15 +9,32 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from probes import Recall, Scripted, Spaces
 from test_masks import ByMethod, InInfo, InObservation
 from torch import nn
+from torch.optim import lr_scheduler as schedulers
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, ActorCritic, EnvironmentFault, InputError, PopArt
+from ppo_lightning import PPO, ActorCritic, EnvironmentFault, InputError, Linear, NatureCNN, PopArt
+from ppo_lightning.callbacks import (
+    AdaptiveLearningRate,
+    AsyncEvaluation,
+    Curriculum,
+    EvaluationVideo,
+    HardwareMonitor,
+    HealthMonitor,
+    LastCheckpoint,
+    Level,
+    RolloutDetails,
+    RunSummary,
+    Stage,
+    Stages,
+    Thresholds,
+)
 from ppo_lightning.policy import Policy
 from ppo_lightning.policy.distributions import action_distribution
 from ppo_lightning.spaces import leaves
@@ -302,6 +321,269 @@ def test_what_makes_no_network_is_refused():
 def test_popart_takes_popart(value):
     with pytest.raises(InputError, match="popart takes PopArt"):
         PPO("CartPole-v1", popart=value, **SMALL)
+
+
+# --- types: what no parameter takes, and what each takes ------------------------------------------------------------------
+
+HYPERPARAMETERS = [name for name in inspect.signature(PPO).parameters if name != "env"]
+NUMBERS = ("num_steps", "gamma", "clip_range", "ent_coef", "vf_coef", "max_grad_norm", "env_timeout_s", "total_steps")
+
+
+@pytest.mark.parametrize("name", HYPERPARAMETERS)
+@pytest.mark.parametrize("value", ["false", "0.1", b"1", object, {1: 2}, {"x": object()}, [[]], 1j, nn.Linear(1, 1)])
+def test_each_hyperparameter_refuses_values_of_other_types(name, value):
+    with pytest.raises(InputError) as caught:
+        PPO("CartPole-v1", **{**SMALL, name: value})
+    assert name in str(caught.value) or "CartPole-v1" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["0.1", True, [0.5], math.nan, -1, {"start": "1"}, np.array([0.5]), 10**400])
+def test_a_number_is_finite_and_no_bool_string_or_list(name, value):
+    with pytest.raises(InputError, match=f"^{name}"):
+        PPO("CartPole-v1", **{**SMALL, name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalize_reward": "false"}, "normalize_reward must be true or false, got 'false'"),
+        ({"eval_deterministic": 1}, "eval_deterministic must be true or false, got 1"),
+        ({"num_envs": True}, "num_envs must be a whole number of 1 or more, got True"),
+        ({"gamma": None}, "gamma must lie between 0 and 1, got None"),
+        ({"gamma": "0.9"}, r"gamma must lie between 0 and 1, got '0.9' \(str\)"),
+        ({"vf_coef": math.inf}, "vf_coef must be zero or more and finite, got inf"),
+        ({"env_timeout_s": math.inf}, r"env_timeout_s must be more than 0 and at most 1,000,000 \(seconds\), got inf"),
+        ({"wrappers": gym.wrappers.TimeLimit}, "wrappers must be a list of callables, got <class"),
+        ({"log_info": "lap"}, "log_info must be a list of strings, got 'lap'"),
+        ({"env_kwargs": [1]}, r"env_kwargs must be a dictionary with strings as keys or null, got \[1\]"),
+        ({"clip_range": {"start": "x"}}, "clip_range: start of Linear must be finite, got 'x'"),
+        ({"popart": True}, "popart takes PopArt.* or null, got True"),
+        ({"optimizer": "Adam"}, "optimizer must be a callable, got 'Adam'"),
+        ({"lr_scheduler": 3}, "lr_scheduler must be a callable or null, got 3"),
+        (
+            {"vectorization": "x" * 1000},
+            "vectorization must be one of sync, async or vector_entry_point, got 'x{90,99}…",
+        ),
+        ({"total_steps": 2**63}, "total_steps must be less than 2⁶³"),
+        ({"num_steps": 10**14}, "num_steps · num_envs = .* needs .* GB of memory"),
+        ({"update_epochs": 10**14}, "update_epochs = .* needs .* GB of memory"),
+        ({"num_eval_episodes": 10**14}, "num_eval_episodes = .* needs .* GB of memory"),
+    ],
+)
+def test_messages_name_the_parameter_what_is_allowed_and_what_was_given(options, message):
+    with pytest.raises(InputError, match=message):
+        PPO("CartPole-v1", **{**SMALL, **options})
+
+
+def test_rollouts_beyond_the_memory_of_the_machine_are_refused_before_environments_are_made():
+    model = PPO("CartPole-v1", num_envs=10**9, num_steps=1000)
+    with pytest.raises(InputError, match="GB of memory"):
+        model.collect()
+
+
+def test_a_whole_float_is_a_whole_number(fit):
+    model = PPO("CartPole-v1", **{**SMALL, "total_steps": 1e3, "num_steps": 16.0})
+    assert (model.total_steps, model.num_steps, model.hparams["total_steps"]) == (1000, 16, 1000)
+    assert type(model.num_steps) is type(model.hparams["total_steps"]) is int
+
+
+def test_numpy_and_torch_scalars_become_plain_numbers_that_checkpoints_hold(fit, tmp_path):
+    class Pole(CartPoleEnv):
+        def __init__(self, length, forces):
+            assert type(length) is float
+            assert [type(force) for force in forces["list"]] == [float, int]
+            super().__init__()
+
+    scalars = {
+        "gamma": np.float32(0.5), "num_steps": np.int64(16), "normalize_reward": np.bool_(True),
+        "vf_coef": torch.tensor(0.25), "max_grad_norm": np.array(0.75), "clip_range": Linear(np.float64(0.5), np.float16(0.25)),
+        "popart": PopArt(np.float32(0.5)), "log_info": [np.str_("lap")], "vectorization": np.str_("sync"),
+        "total_steps": np.float64(64.0), "sequence_length": None, "eval_interval": np.uint8(3),
+        "env_kwargs": {"length": np.float32(0.5), "forces": {"list": (np.float64(0.5), np.int32(1))}},
+    }  # fmt: skip
+    model = PPO(Pole, **{"num_envs": np.int32(2), **scalars})
+    fit(model).save_checkpoint(tmp_path / "scalars.ckpt")
+    held = torch.load(tmp_path / "scalars.ckpt", weights_only=True)["hyper_parameters"]
+    assert (held["gamma"], held["num_steps"], held["normalize_reward"]) == (0.5, 16, True)
+    assert held["clip_range"] == {"start": 0.5, "end": 0.25}
+    assert held["env_kwargs"] == {"length": 0.5, "forces": {"list": (0.5, 1)}}
+    again = PPO.load_from_checkpoint(tmp_path / "scalars.ckpt", env=Pole)
+    assert (again.gamma, again.max_grad_norm, again.vf_coef) == (0.5, 0.75, 0.25)
+
+
+# --- what factories return -----------------------------------------------------------------------------------------------
+
+OTHER = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda params: None, "optimizer returned None: it must return a torch.optim.Optimizer"),
+        (lambda params: torch.optim.SGD, "optimizer returned <class"),
+        (
+            lambda: None,
+            r"optimizer raised TypeError: .*; it must be a callable \(parameters\) -> torch.optim.Optimizer",
+        ),
+        (lambda params: torch.optim.SGD(OTHER.parameters(), 0.1), "SGD over parameters that are not the model's"),
+        (torch.optim.LBFGS, "optimizer LBFGS needs sparse gradients or several losses per step"),
+        (torch.optim.SparseAdam, "optimizer SparseAdam needs sparse gradients"),
+        (partial(torch.optim.Adam, lr=math.inf), "Adam has the learning rate inf"),
+        (partial(torch.optim.Adam, lr="fast"), "optimizer raised TypeError"),
+        (partial(torch.optim.Adam, rate=1), "optimizer raised TypeError: .*unexpected keyword argument 'rate'"),
+    ],
+)
+def test_what_optimizer_returns_is_checked_at_construction(optimizer, message):
+    with pytest.raises(InputError, match=message):
+        PPO("CartPole-v1", optimizer=optimizer, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("lr_scheduler", "message"),
+    [
+        (lambda optimizer: None, "lr_scheduler returned None: it must return a torch.optim.lr_scheduler.LRScheduler"),
+        (lambda optimizer: optimizer, "lr_scheduler returned Adam"),
+        (lambda optimizer: schedulers.StepLR, "lr_scheduler returned <class"),
+        (schedulers.StepLR, r"lr_scheduler raised TypeError: .*; it must be a callable \(optimizer\)"),
+        (schedulers.ReduceLROnPlateau, "ReduceLROnPlateau waits for a metric"),
+        (lambda _: schedulers.StepLR(torch.optim.SGD(OTHER.parameters()), 1), "a scheduler of another optimizer"),
+    ],
+)
+def test_what_lr_scheduler_returns_is_checked_at_construction(lr_scheduler, message):
+    with pytest.raises(InputError, match=message):
+        PPO("CartPole-v1", lr_scheduler=lr_scheduler, **SMALL)
+
+
+def test_a_scheduler_that_ends_before_the_run_is_refused_before_training(fit):
+    short = partial(schedulers.OneCycleLR, max_lr=1e-3, total_steps=1)
+    with pytest.raises(InputError, match="lr_scheduler OneCycleLR ends after 1 steps, and the run has 2 iterations"):
+        fit(PPO("CartPole-v1", lr_scheduler=short, **SMALL))
+    fit(PPO("CartPole-v1", lr_scheduler=partial(short, total_steps=2), **SMALL))
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", CartPoleEnv])
+@pytest.mark.parametrize(
+    ("wrapper", "message"),
+    [
+        (lambda env: None, "among wrappers returned None: it must return a gymnasium.Env"),
+        (lambda env: "env", "among wrappers returned 'env'"),
+        (lambda: None, "raised TypeError: .*check env, env_kwargs and wrappers"),
+        (gym.wrappers.TimeLimit, "raised TypeError: .*check env, env_kwargs and wrappers"),
+    ],
+)
+def test_what_wrappers_return_is_checked_at_construction(env, wrapper, message):
+    with pytest.raises(InputError, match=message):
+        PPO(env, wrappers=[wrapper], **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (lambda: None, "made a NoneType: it must return a gymnasium.vector.VectorEnv or a gymnasium.Env"),
+        (gym.Env, "Env has no observation_space: set it, to a gymnasium.Space"),
+        (VectorEnv, "VectorEnv has no single_observation_space: set it"),
+        ("CartPole-v1\n", "there is no environment 'CartPole-v1"),
+        (["CartPole-v1"], "env must be a Gymnasium id"),
+    ],
+)
+def test_what_makes_no_environment_is_refused(env, message):
+    with pytest.raises(InputError, match=message) as caught:
+        PPO(env, **SMALL)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (
+            lambda observation_space: None,
+            r"policy raised TypeError: .*; it must be a callable \(observation_space, action_",
+        ),
+        (partial(ActorCritic, hidden=(8,)), "policy raised TypeError: .*unexpected keyword argument 'hidden'"),
+        (partial(ActorCritic, hidden_sizes=(10**12,)), "policy raised RuntimeError: .*"),
+        (partial(ActorCritic, layer_norm="false"), r"layer_norm must be true or false, got 'false' \(str\)"),
+        (partial(ActorCritic, activation=nn.Tanh()), "activation must be a subclass of Module, got Tanh"),
+        (partial(ActorCritic, activation=nn.Linear), "policy raised TypeError"),
+        (partial(ActorCritic, hidden_sizes=(1.5,)), "hidden_sizes must be 1 or more"),
+        (partial(ActorCritic, log_std_init=None), "log_std_init must be finite, got None"),
+        (partial(ActorCritic, log_std_range=(1,)), "log_std_range must be finite"),
+        (
+            partial(ActorCritic, encoders={"": 3}),
+            "encoders must be a dictionary with strings as keys and callables as values",
+        ),
+        (partial(ActorCritic, actor_keys="state"), "actor_keys must be a list of strings or null, got 'state'"),
+        (partial(ActorCritic, memory="lstm", memory_size=True), "memory_size must be 1 or more, got True"),
+        (partial(ActorCritic, entropy_weights={"a": "1"}), "entropy_weights must be a dictionary"),
+    ],
+)
+def test_what_policy_takes_and_returns_is_checked_at_construction(policy, message):
+    with pytest.raises(InputError, match=message) as caught:
+        PPO("CartPole-v1", policy=policy, **SMALL)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_whose_outputs_depend_on_no_parameter_is_refused_before_training(fit):
+    class Constant(nn.Module):
+        def __init__(self, observation_space, action_space):
+            super().__init__()
+            self.unused = nn.Linear(1, 1)
+
+        def forward(self, observation):
+            return torch.zeros(len(observation), 2), torch.zeros(len(observation))
+
+    with pytest.raises(InputError, match="the outputs of the network Constant depend on none of its parameters"):
+        fit(PPO("CartPole-v1", policy=Constant, **SMALL))
+
+
+# --- the other constructors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Linear("0.1"), r"start of Linear must be finite, got '0.1' \(str\)"),
+        (lambda: Linear(math.inf), "start of Linear must be finite, got inf"),
+        (lambda: PopArt(None), "popart.beta must lie between 0 and 1, got None"),
+        (lambda: LastCheckpoint(minutes="5"), "LastCheckpoint: minutes must be more than 0"),
+        (
+            lambda: LastCheckpoint(every_n_epochs=0),
+            "LastCheckpoint: every_n_epochs must be a whole number of 1 or more",
+        ),
+        (lambda: HealthMonitor(act="false"), "HealthMonitor: act must be true or false"),
+        (lambda: HealthMonitor(thresholds={}), "HealthMonitor: thresholds must be a Thresholds or null, got {}"),
+        (lambda: Thresholds(approx_kl=0.1), "HealthMonitor: thresholds.approx_kl must be 2 numbers, got 0.1"),
+        (lambda: AsyncEvaluation(every=True), "AsyncEvaluation: every must be more than 0"),
+        (lambda: AsyncEvaluation(deterministic="no"), "AsyncEvaluation: deterministic must be true, false or null"),
+        (lambda: AsyncEvaluation(timeout_s=math.inf), "AsyncEvaluation: timeout_s must be more than 0 and at most"),
+        (lambda: Curriculum(Level()), "Curriculum: levels must be a list of Level objects"),
+        (lambda: Curriculum([Level]), "Curriculum: levels must be a list of Level objects"),
+        (lambda: Level(attributes=3), "attributes of a Curriculum's Level must be a dictionary"),
+        (
+            lambda: Level(from_steps=-1),
+            "from_steps of a Curriculum's Level must be a whole number of 0 or more, got -1",
+        ),
+        (lambda: Level(metric="x", at_least="1"), "at_least of a Curriculum's Level must be finite"),
+        (lambda: Stages([Stage]), "Stages: stages must be a list of Stage objects"),
+        (lambda: Stage(from_share="x"), "from_share of a Stage must lie between 0 and 1"),
+        (lambda: Stage(freeze=[3]), r"freeze of a Stage must be a list of strings, got \[3\]"),
+        (lambda: Stage(learning_rate="1e-3"), "learning_rate of a Stage takes a number, start and end or null"),
+        (lambda: AdaptiveLearningRate(desired_kl="x"), "AdaptiveLearningRate: desired_kl must be finite"),
+        (lambda: EvaluationVideo(folder=3), "EvaluationVideo: folder must be a string, a Path or null, got 3"),
+        (lambda: EvaluationVideo(fps="30"), "EvaluationVideo: fps must be 1 or more, got '30'"),
+        (lambda: HardwareMonitor(interval_s=None), "HardwareMonitor: interval_s must be 0 or more seconds, got None"),
+        (lambda: RunSummary(report=1), "RunSummary: report must be true or false, got 1"),
+        (lambda: RolloutDetails("x"), "RolloutDetails: observation_names must be a list of strings or null"),
+        (
+            lambda: NatureCNN(Box(0, 255, (36, 36), np.uint8), features="x"),
+            "features of NatureCNN must be a whole number",
+        ),
+    ],
+)
+def test_values_and_callbacks_check_their_arguments(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from ppo_lightning.callbacks.stages import Stages
 from ppo_lightning.errors import InputError
-from ppo_lightning.parameters import Linear
+from ppo_lightning.parameters import FINITE, Linear, checked
 
 
 class Anneals(Protocol):
@@ -42,6 +42,7 @@ class AdaptiveLearningRate(Callback):
         InputError: a number cannot be used, or the learning rate is given by something else, too.
     """
 
+    @checked("AdaptiveLearningRate: {}", desired_kl=FINITE, factor=FINITE, min_lr=FINITE, max_lr=FINITE)
     def __init__(
         self, desired_kl: float = 0.01, factor: float = 1.5, min_lr: float = 1e-5, max_lr: float = 1e-2
     ) -> None:

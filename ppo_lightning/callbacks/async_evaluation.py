@@ -22,6 +22,7 @@ from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation import Evaluates
 from ppo_lightning.evaluator import Evaluation, Evaluator, EvaluatorLost
 from ppo_lightning.history import Records
+from ppo_lightning.parameters import SECONDS, Limit, checked
 
 
 class EvaluatesBeside(Evaluates, Protocol):
@@ -54,6 +55,9 @@ class Taken(NamedTuple):
     """What ``best.ckpt`` holds if this is the best; None where no checkpoints are kept."""
 
 
+_COUNT = Limit("be more than 0 (a whole number)", lambda value: value > 0)
+
+
 class AsyncEvaluation(Callback):
     """Evaluates snapshots in another process while training goes on, in the place of evaluations that training waits for.
 
@@ -78,6 +82,7 @@ class AsyncEvaluation(Callback):
     PATIENCE_S = 3.0
     """Seconds that a run which was interrupted or failed waits for the evaluation that is under way."""
 
+    @checked("AsyncEvaluation: {}", every=_COUNT, episodes=_COUNT, timeout_s=SECONDS)
     def __init__(
         self,
         every: int | None = None,
@@ -85,9 +90,6 @@ class AsyncEvaluation(Callback):
         deterministic: bool | None = None,
         timeout_s: float = 600.0,
     ) -> None:
-        for name, value in (("every", every), ("episodes", episodes), ("timeout_s", timeout_s)):
-            if value is not None and not value > 0:
-                raise InputError(f"AsyncEvaluation: {name} must be more than 0, got {value}")
         self.every, self.episodes, self.deterministic, self.timeout_s = every, episodes, deterministic, timeout_s
         self._packed = b""
         self._evaluator: Evaluator | None = None

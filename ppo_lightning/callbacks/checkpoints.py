@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from ppo_lightning.checkpoint import ON_EXCEPTION, PREVIOUS, read_checkpoint, read_verified, resumes_exactly
 from ppo_lightning.errors import InputError
+from ppo_lightning.parameters import COUNT, Limit, checked
 
 
 class Rewinds(Protocol):
@@ -148,9 +149,12 @@ class LastCheckpoint(RunCheckpoint):
         InputError: ``minutes`` is not more than 0.
     """
 
+    @checked(
+        "LastCheckpoint: {}",
+        every_n_epochs=COUNT,
+        minutes=Limit("be more than 0 (.inf for never)", lambda value: value > 0),
+    )
     def __init__(self, every_n_epochs: int = 1, minutes: float = 5.0) -> None:
-        if not minutes > 0:
-            raise InputError(f"LastCheckpoint: minutes must be more than 0 (.inf for never), got {minutes}")
         super().__init__(
             filename="last",
             every_n_epochs=every_n_epochs,

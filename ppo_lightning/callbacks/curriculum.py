@@ -12,6 +12,7 @@ from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation
 from ppo_lightning.callbacks.events import EvaluationCallback
 from ppo_lightning.envs import Setting
 from ppo_lightning.errors import InputError
+from ppo_lightning.parameters import FINITE, INDEX, ONE_OR_MORE, check_fields, checked
 from ppo_lightning.rollout import RolloutDataset
 
 
@@ -41,6 +42,9 @@ class Level:
 
     def __post_init__(self) -> None:
         """Refuse bounds of nothing, and a metric without bounds."""
+        check_fields(
+            self, "{} of a Curriculum's Level", from_steps=INDEX, at_least=FINITE, at_most=FINITE, times=ONE_OR_MORE
+        )
         if (self.metric is None) != (self.at_least is None and self.at_most is None):
             raise InputError(
                 f"a Level of a Curriculum has metric {self.metric}, at_least {self.at_least} and at_most {self.at_most}: "
@@ -51,8 +55,6 @@ class Level:
                 f"a Level of a Curriculum waits for {self.metric} of at_least {self.at_least} and at_most {self.at_most}: no "
                 "number is both, correct one of them"
             )
-        if self.times < 1:
-            raise InputError(f"times of a Curriculum's Level must be 1 or more, got {self.times}")
 
     @property
     def is_conditional(self) -> bool:
@@ -99,6 +101,7 @@ class Curriculum(EvaluationCallback):
             will not be.
     """
 
+    @checked("Curriculum: {}")
     def __init__(self, levels: Sequence[Level], evaluation: bool = False) -> None:
         if not levels or levels[0].is_conditional:
             raise InputError(

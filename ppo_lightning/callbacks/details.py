@@ -14,6 +14,7 @@ from ppo_lightning.callbacks.events import PPOCallback
 from ppo_lightning.errors import InputError
 from ppo_lightning.loss import CLIPPED
 from ppo_lightning.metrics import Update
+from ppo_lightning.parameters import INDEX, checked
 from ppo_lightning.policy import Policy, RunningMoments
 from ppo_lightning.spaces import feature_shape, is_image, leaves
 
@@ -33,6 +34,7 @@ class RolloutDetails(PPOCallback):
         max_dimensions: of observations with more, no dimension is logged alone (count).
     """
 
+    @checked("RolloutDetails: {}", max_dimensions=INDEX)
     def __init__(self, observation_names: Sequence[str] | None = None, max_dimensions: int = 64) -> None:
         super().__init__()
         self.observation_names, self.max_dimensions = observation_names, max_dimensions

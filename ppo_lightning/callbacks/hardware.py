@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
+from ppo_lightning.parameters import Limit, checked
 
 
 class Logs(Protocol):
@@ -93,9 +94,8 @@ class HardwareMonitor(Callback):
         InputError: ``interval_s`` is negative, or psutil is not installed when training starts.
     """
 
+    @checked("HardwareMonitor: {}", interval_s=Limit("be 0 or more seconds", lambda value: value >= 0))
     def __init__(self, interval_s: float = 0.5) -> None:
-        if not interval_s >= 0:
-            raise InputError(f"HardwareMonitor: interval_s must be 0 or more seconds, got {interval_s}")
         self.interval_s = interval_s
         self.hardware: Hardware | None = None
         """What measures, while training."""

@@ -36,7 +36,7 @@ from ppo_lightning.health import (
     look,
     mean,
 )
-from ppo_lightning.parameters import Linear
+from ppo_lightning.parameters import Linear, checked
 from ppo_lightning.policy import ActorCritic, Policy
 from ppo_lightning.ranks import fingerprint
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
@@ -132,6 +132,7 @@ class HealthMonitor(Callback):
         InputError: ``act`` is on beside an lr_scheduler, AdaptiveLearningRate or Stages, or a threshold cannot be used.
     """
 
+    @checked("HealthMonitor: {}")
     def __init__(self, act: bool = False, thresholds: Thresholds | None = None) -> None:
         self.act = act
         self.thresholds = Thresholds() if thresholds is None else thresholds

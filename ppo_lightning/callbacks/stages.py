@@ -11,7 +11,16 @@ from torch import nn
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.parameters import Linear, schedule
+from ppo_lightning.parameters import (
+    FINITE_NOT_NEGATIVE,
+    INDEX,
+    ONE_OR_MORE,
+    SHARE,
+    Linear,
+    check_fields,
+    checked,
+    schedule,
+)
 
 
 @dataclass(frozen=True)
@@ -37,14 +46,12 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Refuse two beginnings, and numbers out of their limits."""
-        if self.from_steps is not None and self.from_share is not None:
-            raise InputError("a Stage begins at from_steps or at from_share, not at both: leave one of them out")
-        if self.from_share is not None and not 0 <= self.from_share <= 1:
-            raise InputError(f"from_share of a Stage must lie between 0 and 1, got {self.from_share}")
-        if self.num_steps is not None and self.num_steps < 1:
-            raise InputError(f"num_steps of a Stage must be 1 or more, got {self.num_steps}")
         if isinstance(self.freeze, str):
             raise InputError(f"freeze of a Stage is a list of patterns: write [{self.freeze}]")
+        rates = dict.fromkeys(("learning_rate", *COEFFICIENTS), FINITE_NOT_NEGATIVE)
+        check_fields(self, "{} of a Stage", from_steps=INDEX, from_share=SHARE, num_steps=ONE_OR_MORE, **rates)
+        if self.from_steps is not None and self.from_share is not None:
+            raise InputError("a Stage begins at from_steps or at from_share, not at both: leave one of them out")
         for name in ("learning_rate", *COEFFICIENTS):
             if (value := getattr(self, name)) is not None:
                 schedule(f"{name} of a Stage", value)
@@ -98,6 +105,7 @@ class Stages(Callback):
         InputError: the stages are out of order, set what something else sets, or name no part of the policy.
     """
 
+    @checked("Stages: {}")
     def __init__(self, stages: Sequence[Stage]) -> None:
         if not stages or stages[0].from_steps or stages[0].from_share:
             raise InputError(

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.history import Records
+from ppo_lightning.parameters import checked
 from ppo_lightning.pictures import draw_report
 from ppo_lightning.runs import SUMMARY
 
@@ -49,6 +50,7 @@ class RunSummary(Callback):
         report: draw ``report.html``.
     """
 
+    @checked("RunSummary: {}")
     def __init__(self, report: bool = True) -> None:
         self.report = report
         self._records = Records()

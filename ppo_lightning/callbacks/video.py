@@ -30,6 +30,7 @@ from ppo_lightning.envs import Environments, EnvMaker
 from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.evaluation import Evaluates, evaluate_episodes
+from ppo_lightning.parameters import ONE_OR_MORE, checked
 from ppo_lightning.spaces import without_mask
 
 MAX_FRAMES = 1000
@@ -184,12 +185,10 @@ class EvaluationVideo(Callback):
         InputError: a number is not positive.
     """
 
+    @checked("EvaluationVideo: {}", every=ONE_OR_MORE, episodes=ONE_OR_MORE, fps=ONE_OR_MORE)
     def __init__(
         self, every: int = 1, episodes: int = 1, folder: str | Path | None = None, fps: int | None = None
     ) -> None:
-        for name, value in (("every", every), ("episodes", episodes), ("fps", fps)):
-            if value is not None and value < 1:
-                raise InputError(f"EvaluationVideo: {name} must be 1 or more, got {value}")
         self.every, self.episodes, self.folder, self.fps = every, episodes, folder, fps
         self._evaluations = 0
         self._gave_up = False

@@ -29,6 +29,7 @@ from ppo_lightning.envs.third_party import adapted
 from ppo_lightning.envs.values import set_values, time_limit
 from ppo_lightning.envs.workers import Workers
 from ppo_lightning.errors import EnvironmentFault, InputError
+from ppo_lightning.parameters import shown
 from ppo_lightning.spaces import MASK
 
 Env = gym.Env[Any, Any]
@@ -96,7 +97,9 @@ class EnvMaker:
                 "makes one"
             )
         if not (isinstance(self.env, str | VectorEnv) or callable(self.env)):
-            raise InputError(f"env must be a Gymnasium id, a VectorEnv or a callable that makes one, got {self.env!r}")
+            raise InputError(
+                f"env must be a Gymnasium id, a VectorEnv or a callable that makes one, got {shown(self.env)}"
+            )
         if self.vectorization == "vector_entry_point" and self.wrappers:
             raise InputError(
                 "wrappers go around single environments, vectorization=vector_entry_point has none: "
@@ -164,18 +167,16 @@ class EnvMaker:
                     made.close()
                 raise
             return self._space(made, "single_observation_space"), self._space(made, "single_action_space"), made
-        for wrapper in () if isinstance(self.env, str) else self.wrappers:
-            made = wrapper(made)
+        made = made if isinstance(self.env, str) else self._wrapped(made)
         made.close()
         refuse_running_statistics(made, self.name)
         return self._space(made, "observation_space"), self._space(made, "action_space"), None
 
-    def _space(self, made: VectorEnv | Env, name: str) -> gym.Space[Any]:
+    def _space(self, made: Any, name: str) -> gym.Space[Any]:
         space = getattr(made, name, None)
         if not isinstance(space, gym.Space):
             raise InputError(
-                f"env={self.name} has no {name} ({space!r}): set it in its __init__ to one of gymnasium.spaces, such as Box "
-                "or Discrete"
+                f"env={self.name} has no {name}: set it, to a gymnasium.Space such as Box or Discrete, in its __init__"
             )
         return space
 
@@ -224,17 +225,24 @@ class EnvMaker:
     def _wrapped_call(self) -> Env:
         made = self._call(1)
         assert isinstance(made, gym.Env)
+        return self._wrapped(made)
+
+    def _wrapped(self, env: Env) -> Env:
         for wrapper in self.wrappers:
-            made = wrapper(made)
-        return made
+            with making(self.name):
+                made: Any = wrapper(env)
+            if not isinstance(made, gym.Env):
+                raise InputError(
+                    f"{shown(wrapper)} among wrappers returned {shown(made)}: it must return a gymnasium.Env"
+                )
+            env = made
+        return env
 
     def _single(self, spec: EnvSpec) -> Env:
         with making(spec.id):
             # Gymnasium's own passive checker only warns, and costs a call per step: Watched checks instead.
             env = gym.make(spec, disable_env_checker=True, **self.env_kwargs)
-            for wrapper in self.wrappers:
-                env = wrapper(env)
-        return env
+        return self._wrapped(env)
 
     def _vectorize(self, make: Callable[[], Env], num_envs: int, first: int) -> VectorEnv:
         # What environments draw from shared streams when they are made is the run's, and each worker's own.
@@ -576,7 +584,7 @@ def find_spec(env_id: str) -> EnvSpec:
                 f"there is no environment {name!r} until {package} is imported: write {package}:{name}{install}"
             ) from error
         hint = f"did you mean {matches}?" if matches else "list what is there with gymnasium.pprint_registry()"
-        elsewhere = "" if module else f" (one of another package is written package:{name})"
+        elsewhere = "" if module else f" (one of another package is written package:{name.strip() or 'Name-v0'})"
         raise InputError(f"there is no environment {name!r}: {hint}{elsewhere}") from error
 
 

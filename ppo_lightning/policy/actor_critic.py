@@ -3,16 +3,18 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, singledispatch
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from gymnasium import Space
+from gymnasium.spaces import Box
 from torch import Tensor, nn
 from torch.nn.functional import linear as linear_function
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
+from ppo_lightning.parameters import FINITE, ONE_OR_MORE, Limit, checked
 from ppo_lightning.policy.distributions import (
     ActionDistribution,
     DiagonalGaussian,
@@ -59,6 +61,13 @@ class ActorCritic(nn.Module):
         InputError: an option does not suit the spaces.
     """
 
+    @checked(
+        hidden_sizes=Limit("be 1 or more (a list of whole numbers)", lambda size: size >= 1),
+        memory_size=ONE_OR_MORE,
+        log_std_init=FINITE,
+        log_std_range=FINITE,
+        sde_sample_freq=ONE_OR_MORE,
+    )
     def __init__(
         self,
         observation_space: Space[Any],
@@ -83,24 +92,24 @@ class ActorCritic(nn.Module):
         super().__init__()
         if shared and (actor_keys is not None or critic_keys is not None):
             raise InputError("shared: true gives policy and value the same input: leave out actor_keys and critic_keys")
-        if memory is not None and memory not in get_args(Kind):
-            raise InputError(f"memory must be one of {get_args(Kind)} or null, got {memory!r}")
-        if sde_sample_freq < 1:
-            raise InputError(f"sde_sample_freq must be 1 or more, got {sde_sample_freq}")
-        if distribution not in get_args(Family):
-            raise InputError(f"distribution must be one of {get_args(Family)}, got {distribution!r}")
         low, high = log_std_range
         if not low < high:
             raise InputError(f"log_std_range must rise, got {tuple(log_std_range)}")
         if not low <= log_std_init <= high:
             raise InputError(f"log_std_init = {log_std_init} must lie within log_std_range = {tuple(log_std_range)}")
+        boxes = any(isinstance(space, Box) for space in leaves(action_space).values())
+        has_std = boxes and distribution != "beta"
+        options = {"state_dependent_std": state_dependent_std, "log_std_init": log_std_init}
+        idle = [name for name, value in options.items() if value and not has_std]
+        if idle:
+            kind = "beta" if boxes else "discrete actions"
+            raise InputError(
+                f"{idle[0]} is for the standard deviations of normal, tanh and gsde, which {kind} do not have: leave it out"
+            )
         if entropy_weights and children(action_space) is None:
             raise InputError(
                 f"entropy_weights are for the parts of a Dict or Tuple, the action space is {action_space}"
             )
-        for name, sizes in {"hidden_sizes": hidden_sizes, "memory_size": [memory_size]}.items():
-            if sizes is not None and not (isinstance(sizes, Sequence) and all(size >= 1 for size in sizes)):
-                raise InputError(f"{name} must be 1 or more (hidden_sizes: a list of such), got {sizes}")
 
         def trunk(keys: Sequence[str] | None, option: str) -> Trunk:
             spaces = select(leaves(observation_space), keys, option)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
+from ppo_lightning.parameters import COUNT, FINITE_NOT_NEGATIVE, checked
 from ppo_lightning.spaces import channels_are_last, feature_shape, is_image
 
 Encoder = Callable[[Space[Any]], nn.Module]
@@ -49,6 +50,7 @@ class MLP(nn.Module):
         layer_norm: normalise each layer's output before its activation.
     """
 
+    @checked("{} of MLP", hidden_sizes=COUNT)
     def __init__(
         self,
         space: Space[Any],
@@ -150,6 +152,7 @@ class NatureCNN(ImageEncoder):
         channels: whether channels come before or after the pixels; auto sees it by the shape.
     """
 
+    @checked("{} of NatureCNN", features=COUNT, scale=FINITE_NOT_NEGATIVE)
     def __init__(self, space: Space[Any], features: int = 512, scale: float = 0.0, channels: Channels = "auto") -> None:
         super().__init__(space, scale, channels, smallest=36)
         self.layers = nn.Sequential(
@@ -180,6 +183,7 @@ class ImpalaCNN(ImageEncoder):
         channels: whether channels come before or after the pixels; auto sees it by the shape.
     """
 
+    @checked("{} of ImpalaCNN", depths=COUNT, features=COUNT, scale=FINITE_NOT_NEGATIVE)
     def __init__(
         self,
         space: Space[Any],

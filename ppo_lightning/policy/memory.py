@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ppo_lightning.parameters import COUNT, checked
+
 Kind = Literal["lstm", "gru"]
 
 
@@ -22,6 +24,7 @@ class Memory(nn.Module):
         size: H, size of an output. The state's size S is 2 H for an LSTM (hidden, then cell), H for a GRU.
     """
 
+    @checked("{} of Memory", inputs=COUNT, size=COUNT)
     def __init__(self, kind: Kind, inputs: int, size: int) -> None:
         super().__init__()
         self.is_lstm = kind == "lstm"

@@ -1,7 +1,6 @@
 """Everything between an observation as the environment gives it and an action as the rollout keeps it."""
 
 import math
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.parameters import PopArt
+from ppo_lightning.parameters import PopArt, calling, shown
 from ppo_lightning.policy.distributions import ActionDistribution, action_distribution
 from ppo_lightning.policy.moments import RunningMoments, ValueNormalizer
 from ppo_lightning.spaces import Tree, describe, encoder, feature_shape, is_image, leaves, lowest, tree_map
@@ -75,17 +74,10 @@ class Policy(nn.Module):
         self.value_normalizer = None if popart is None else ValueNormalizer(popart.beta)
         if isinstance(network, nn.Module | str) or not callable(network):
             raise InputError(f"policy must be a callable (observation_space, action_space) -> module, got {network!r}")
-        try:
+        with calling("policy", "(observation_space, action_space) -> network"):
             self.network = network(observation_space, action_space)
-        except InputError:
-            raise
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            raise InputError(
-                f"making the policy raised {type(error).__name__}: {error} ({where.filename}, line {where.lineno}); check its "
-                "arguments"
-            ) from error
-        if not isinstance(self.network, nn.Module) or not any(True for _ in self.network.parameters()):
+        learns = isinstance(self.network, nn.Module) and any(one.requires_grad for one in self.network.parameters())
+        if not learns:
             raise InputError(
                 f"policy made a {type(self.network).__name__}: it must return a torch.nn.Module with parameters to learn"
             )
@@ -96,7 +88,12 @@ class Policy(nn.Module):
                 "ppo_lightning.action_distribution(action_space, …)"
             )
         self.distribution = own or action_distribution(action_space)
-        self.state_size = int(getattr(self.network, "state_size", 0))
+        self.state_size = getattr(self.network, "state_size", 0)
+        if type(self.state_size) is not int or self.state_size < 0:
+            raise InputError(
+                f"the network {type(self.network).__name__} has a state_size of {shown(self.state_size)}: it must be a whole "
+                "number of 0 or more"
+            )
         # Layers may well be called actor and critic; what counts as half of the network is a method of its class.
         self._has_halves = all(callable(getattr(type(self.network), half, None)) for half in ("actor", "critic"))
         self.is_joint = bool(self.state_size or not self._has_halves or getattr(self.network, "shared", False) is True)

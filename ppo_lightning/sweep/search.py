@@ -14,7 +14,7 @@ import yaml
 
 from ppo_lightning.cli import OPTIONS, PPOCLI
 from ppo_lightning.errors import InputError
-from ppo_lightning.parameters import check_numbers
+from ppo_lightning.parameters import LIMITS, converted
 from ppo_lightning.ppo import PPO
 from ppo_lightning.sweep.results import OWN, Sought, leave_results, show
 from ppo_lightning.sweep.runs import Watched
@@ -182,7 +182,7 @@ def _check_space(space: Space, config: dict[str, Any]) -> None:
         tried = with_values(config, {key: values[index % len(values)] for key, values in examples.items()})
         full = _full_config(tried, what="space: ")
         try:
-            check_numbers(full["model"])
+            converted(PPO.__init__, {name: full["model"][name] for name in LIMITS}, limits=LIMITS)
         except InputError as error:
             raise InputError(f"space: {error}") from error
 
