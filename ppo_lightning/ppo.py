@@ -99,6 +99,7 @@ from ppo_lightning.trainer import (
     gradient_hooks,
     log_over_environment_steps,
     refuse_longer_run,
+    refuse_unsupported,
     refuse_what_misleads,
     replace_defaults,
     restore_modes,
@@ -353,6 +354,7 @@ class PPO(LightningModule):
 
         Lightning's own default bar and checkpoint give way; callbacks that the user made stay.
         """
+        refuse_unsupported(self.trainer, self)
         attach_callbacks(
             self.trainer, self.iterations_between_evaluations, evaluates=self.env_maker.again() is not None
         )
@@ -532,6 +534,11 @@ class PPO(LightningModule):
     @torch.no_grad()
     def on_train_batch_start(self, batch: TensorDict, batch_idx: int) -> None:
         """Add ``advantage`` and ``value_target`` [T, N] to the rollout, in place."""
+        if not (isinstance(batch, TensorDict) and "policy_version" in batch):
+            raise InputError(
+                f"training got a batch of another loader ({type(batch).__name__}), and PPO collects its own rollouts: leave "
+                "train_dataloaders out of Trainer.fit"
+            )
         optimizer = None if self._trainer is None else self._optimizer
         if optimizer is not None and self._adopt(optimizer):
             self.prepare(optimizer, gradient_hooks(self.trainer, self, PPO))

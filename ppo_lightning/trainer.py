@@ -10,14 +10,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
-from lightning import Callback
+from lightning import Callback, LightningModule
 from lightning.fabric.plugins.environments.lsf import LSFEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     Checkpoint,
     EarlyStopping,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
     RichProgressBar,
@@ -37,6 +39,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
@@ -244,6 +247,51 @@ def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
     refuse_intervals(trainer.val_check_interval, trainer.check_val_every_n_epoch)
     if trainer.strategy.root_device.type == "mps" and running_moments:
         raise InputError("running statistics are float64, which this device has not: use --trainer.accelerator cpu")
+
+
+def refuse_unsupported(trainer: Any, module: LightningModule) -> None:
+    """Refuse features of Lightning that PPO has another way for, before Lightning's own checks of them.
+
+    Raises:
+        InputError: it names what to use.
+    """
+    if trainer.state.fn == TrainerFn.PREDICTING:
+        raise InputError(
+            "Trainer.predict needs a loader of batches, and PPO takes its observations from environments: use "
+            "model.predict(observation), or model.evaluate() for whole episodes"
+        )
+    if module._compiler_ctx is not None or module._compiled_call_impl is not None:
+        if module._compiler_ctx is not None:
+            to_uncompiled(module)  # so that the same model can be trained
+        module._compiled_call_impl = None
+        raise InputError(
+            "torch.compile of the whole module does not speed up PPO and compiles Lightning's hooks: give PPO(…, "
+            "compile=True), and the Trainer the module itself"
+        )
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    for callback in trainer.callbacks:
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            if callback._early_exit:  # a Tuner attached it, and would leave it there
+                trainer.callbacks.remove(callback)
+            raise InputError(
+                f"{type(callback).__name__} (Tuner.lr_find, Tuner.scale_batch_size) tries values on batches of fixed data, "
+                "which PPO does not have: search with `ppo-lightning sweep` (docs/sweeps.md)"
+            )
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise InputError(
+                "GradientAccumulationScheduler has no effect on PPO's own updates: set minibatch_chunks of PPO"
+            )
+    if trainer.accumulate_grad_batches != 1:
+        raise InputError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} of the Trainer has no effect on PPO's own updates: "
+            f"set minibatch_chunks={trainer.accumulate_grad_batches} of PPO"
+        )
+    if trainer.gradient_clip_val:
+        raise InputError(
+            f"gradient_clip_val={trainer.gradient_clip_val} of the Trainer has no effect on PPO's own updates: set "
+            "max_grad_norm of PPO"
+        )
 
 
 def replace_defaults(trainer: Any, evaluation_interval: int) -> None:

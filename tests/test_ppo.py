@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.tuner import Tuner
 from probes import ActionMustMatch, ConstantReward, Target
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
@@ -856,6 +865,57 @@ def test_refuses_a_value(kwargs, message):
 def test_refuses_trainer_settings_that_mislead(fit, kwargs):
     with pytest.raises(InputError, match=next(iter(kwargs))):
         fit(PPO("CartPole-v1", **SMALL), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"accumulate_grad_batches": 4}, r"accumulate_grad_batches=4 .*: set minibatch_chunks=4 of PPO"),
+        ({"gradient_clip_val": 0.5}, "gradient_clip_val=0.5 .*: set max_grad_norm of PPO"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "set minibatch_chunks of PPO"),
+        ({"callbacks": [LearningRateFinder()]}, "LearningRateFinder .*`ppo-lightning sweep`"),
+        ({"callbacks": [BatchSizeFinder()]}, "BatchSizeFinder .*`ppo-lightning sweep`"),
+    ],
+)
+def test_features_of_lightning_that_ppo_does_otherwise_name_what_to_use(fit, kwargs, message):
+    with pytest.raises(InputError, match=message):
+        fit(PPO("CartPole-v1", **SMALL), **kwargs)
+
+
+def test_a_compiled_module_is_refused_and_can_be_trained_itself(fit):
+    model = PPO("CartPole-v1", **SMALL)
+    with pytest.raises(InputError, match=r"give PPO\(…, compile=True\)"):
+        fit(torch.compile(model))
+    fit(model)
+    other = PPO("CartPole-v1", **SMALL)
+    nn.Module.compile(other)
+    with pytest.raises(InputError, match=r"give PPO\(…, compile=True\)"):
+        fit(other)
+    fit(other)
+
+
+@pytest.mark.parametrize("search", ["lr_find", "scale_batch_size"])
+def test_searches_of_the_tuner_name_the_sweep_and_leave_the_trainer_usable(search, tmp_path):
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0
+    )
+    model = PPO("CartPole-v1", **SMALL)
+    with pytest.raises(InputError, match="`ppo-lightning sweep`"):
+        getattr(Tuner(trainer), search)(model)
+    trainer.fit(model)
+    assert model.num_env_steps == 512
+
+
+def test_predict_of_the_trainer_names_that_of_the_model():
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(InputError, match=r"use model.predict\(observation\)"):
+        trainer.predict(PPO("CartPole-v1", **SMALL), torch.utils.data.DataLoader(torch.zeros(8, 4)))
+
+
+def test_batches_of_a_loader_of_ones_own_are_refused():
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(InputError, match="leave train_dataloaders out"):
+        trainer.fit(PPO("CartPole-v1", **SMALL), torch.utils.data.DataLoader(torch.zeros(8, 4)))
 
 
 def test_refuses_fsdp(monkeypatch):
