@@ -1,15 +1,17 @@
 """Every family against torch.distributions, or against numerical integration where torch has no answer."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from test_borders import SMALL, Anything
 from torch import distributions as td
 from torch.testing import assert_close
 
-from ppo_lightning import ActorCritic, InputError
+from ppo_lightning import PPO, ActorCritic, InputError
 from ppo_lightning.policy.distributions import LOWEST, action_distribution
 from ppo_lightning.spaces import choices
 
@@ -333,3 +335,39 @@ def test_log_std_is_clamped_and_can_come_back(family, state_dependent):
             blocked = (init > high and sign < 0) or (init < low and sign > 0)
             if family != "gsde":
                 assert bool((gradient == 0).all()) == blocked
+
+
+# --- continuous distributions over discrete actions ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["tanh", "beta", "gsde"])
+@pytest.mark.parametrize(
+    "space",
+    [
+        Discrete(2),
+        MultiDiscrete([2, 3]),
+        MultiBinary(2),
+        Dict({"a": Discrete(2)}),
+        Tuple((Discrete(2), MultiBinary(2))),
+    ],
+)
+def test_continuous_distributions_are_refused_where_no_action_is_continuous(family, space):
+    for make in (
+        lambda: action_distribution(space, family),
+        lambda: PPO(partial(Anything, None, space), policy=partial(ActorCritic, distribution=family), **SMALL),
+    ):
+        with pytest.raises(InputError, match=f"distribution {family} is for continuous actions, the action space"):
+            make()
+
+
+@pytest.mark.parametrize("options", [{"state_dependent_std": True}, {"log_std_init": -1.0}])
+def test_options_of_standard_deviations_are_refused_where_there_are_none(options):
+    with pytest.raises(InputError, match=f"{next(iter(options))} is for .*leave it out"):
+        PPO("CartPole-v1", policy=partial(ActorCritic, **options), **SMALL)
+    with pytest.raises(InputError, match=f"{next(iter(options))} is for .*leave it out"):
+        PPO("Pendulum-v1", policy=partial(ActorCritic, distribution="beta", **options), **SMALL)
+
+
+def test_a_continuous_distribution_is_for_the_continuous_parts_of_actions(fit):
+    space = Dict({"arm": Box(-1, 1, (2,)), "tool": Discrete(3)})
+    fit(PPO(partial(Anything, None, space), policy=partial(ActorCritic, distribution="tanh"), **SMALL))
