@@ -13,7 +13,10 @@ PACKAGE = Path(__file__).parent
 
 
 class InputError(ValueError):
-    """Something the user gave (a parameter, a space, a checkpoint) that cannot be used."""
+    """Something the user gave (a parameter, a space, a checkpoint) that cannot be used; its message is one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # spaces and arrays are shown on several lines
 
 
 class UsageError(InputError):
