@@ -115,6 +115,9 @@ class PPO(LightningModule):
     One epoch is one policy iteration: a rollout of ``num_steps`` steps in each environment, its advantages, and
     ``update_epochs`` passes of shuffled minibatches over it. ``total_steps`` is the only budget.
 
+    Values have the types below: a bool is no number, and a string is neither. A float that is whole is accepted as a whole
+    number (``total_steps=1e6``), and NumPy and torch scalars become plain numbers.
+
     Args:
         env: Gymnasium id ("module:Id-v0" imports the module first), a VectorEnv, or a callable that makes one (or one
             single environment); in YAML a class by class_path, or a function as package.module.name. A VectorEnv's own

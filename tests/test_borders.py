@@ -14,6 +14,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from probes import Recall, Scripted, Spaces
+from random_constructor_calls import outcomes
 from test_masks import ByMethod, InInfo, InObservation
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
@@ -584,6 +585,11 @@ def test_a_network_whose_outputs_depend_on_no_parameter_is_refused_before_traini
 def test_values_and_callbacks_check_their_arguments(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_random_constructor_calls_end_in_success_or_one_sentence():
+    found = outcomes(seed=1, count=25, trains=0.3)
+    assert not found["failed"], "\n\n".join(found["failed"])
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------------
