@@ -83,7 +83,7 @@ from ppo_lightning.parameters import (
     plain_factory,
     schedule,
 )
-from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments, in_eval_mode
+from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments, ValueNormalizer, in_eval_mode
 from ppo_lightning.prediction import predict
 from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, cut_up, different, fingerprint
 from ppo_lightning.resume import carry_over, described, own_state
@@ -106,6 +106,7 @@ from ppo_lightning.trainer import (
     set_global_step,
     shorten_timeout,
     steps_concern_nobody,
+    take_averages_out,
 )
 
 
@@ -545,7 +546,7 @@ class PPO(LightningModule):
         optimizer = None if self._trainer is None else self._optimizer
         if optimizer is not None and self._adopt(optimizer):
             self.prepare(optimizer, gradient_hooks(self.trainer, self, PPO))
-        self._before.keep([*(self._learnt or self.parameters()), *self.buffers()], optimizer)
+        self._before.keep([*(self._learnt or self.parameters()), *dict(super().named_buffers()).values()], optimizer)
         if batch["policy_version"] != self.policy_version:
             raise InputError(
                 f"the rollout was collected with policy {batch['policy_version']}, this is policy {self.policy_version}: "
@@ -631,7 +632,11 @@ class PPO(LightningModule):
 
     def _log_evaluation(self, purpose: str) -> None:
         started = time.perf_counter()
-        statistics = self._evaluate(self.num_eval_episodes, self.eval_deterministic, purpose)
+        try:
+            statistics = self._evaluate(self.num_eval_episodes, self.eval_deterministic, purpose)
+        except BaseException:
+            take_averages_out(self.trainer)
+            raise
         # All processes have gathered the same statistics; sync_dist tells Lightning so.
         renames = bool(self.loggers) and self.metric_names != "sb3"
         self.log_dict(statistics, sync_dist=self.trainer.world_size > 1, logger=False if renames else None)
@@ -685,6 +690,12 @@ class PPO(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a policy needs beyond weights: what it was trained on, and with which seed."""
         checkpoint["hyper_parameters"]["total_steps"] = self.total_steps  # it may have been raised since
+        # A callback may have put averages in the place of weights; counters and statistics are those of the run.
+        weights = dict(
+            [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
+        ).keys()
+        own = {name: value for name, value in self.state_dict().items() if name not in weights}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
         own = self._run_state()
         states = [own]
         if self._world_size > 1 and not self._without_others:  # every process comes here, one of them writes
@@ -702,6 +713,22 @@ class PPO(LightningModule):
             "not_saved": self._not_saved,
             "masked": self._trained_with_masks,
         }
+
+    @override
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Buffers that are weights: all but counters, other whole numbers, and running statistics.
+
+        What averages or exchanges weights (``WeightAveraging``, ``AveragedModel``) walks through ``parameters()`` and
+        ``buffers()``. The average of a counter is no counter, and moments fit no other count. ``state_dict`` has all.
+        """
+        kinds = RunningMoments | ValueNormalizer
+        statistics = [one for module in self.modules() if isinstance(module, kinds) for one in module.buffers()]
+        left_out = {id(one) for one in statistics}
+        for name, one in super().named_buffers(prefix, recurse, remove_duplicate):
+            if one.is_floating_point() and id(one) not in left_out:
+                yield name, one
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -1590,6 +1617,14 @@ class PPO(LightningModule):
         # A generator does not survive the way into a spawned process, nor does the tensor that holds its state.
         state["generator"] = self.generator.get_state().numpy().tobytes()
         return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PPO":
+        """A copy with weights and counters of its own; a VectorEnv that the user made is the same in both."""
+        if self.env_maker.is_instance:
+            memo[id(self.env_maker.env)] = self.env_maker.env
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:

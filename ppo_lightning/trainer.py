@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
     StochasticWeightAveraging,
     TQDMProgressBar,
+    WeightAveraging,
 )
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -221,6 +222,14 @@ def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
         InputError: optimiser steps as a budget, a callback that sets the learning rate by Lightning's automatic
             optimisation, a precision that rounds counters, or a strategy that shards.
     """
+    kinds = [type(callback) for callback in trainer.callbacks]
+    if any(issubclass(kind, AsyncEvaluation) for kind in kinds) and any(
+        issubclass(kind, WeightAveraging) for kind in kinds
+    ):
+        raise InputError(
+            "AsyncEvaluation evaluates the weights of training, WeightAveraging saves averaged ones: leave AsyncEvaluation "
+            "out, so that evaluations and best.ckpt are about the same weights"
+        )
     for callback in trainer.callbacks:
         if isinstance(callback, StochasticWeightAveraging):
             raise InputError(
@@ -402,6 +411,13 @@ def restore_modes(trainer: Any) -> None:
     """Put submodules back into the modes that they had before an evaluation that was interrupted."""
     if trainer.evaluating:
         trainer._evaluation_loop._module_mode.restore(trainer.lightning_module)
+
+
+def take_averages_out(trainer: Any) -> None:
+    """Let ``WeightAveraging`` exchange averaged weights for those of training, after an evaluation was interrupted."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, WeightAveraging) and trainer.validating:
+            callback.on_validation_epoch_end(trainer, trainer.lightning_module)
 
 
 def set_global_step(trainer: Any, count: int) -> None:
