@@ -146,7 +146,7 @@ class Tolerant:
             if not isinstance(cause, OSError):
                 raise
             self.stopped_by = cause
-            rank_zero_warn(f"{type(self).__name__} stops logging, since it cannot write ({cause}): training continues")
+            rank_zero_warn(f"{type(self).__name__} stops logging, since it cannot write ({cause}): training goes on")
 
     def save(self) -> None:
         """Write what is logged."""

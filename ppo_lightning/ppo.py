@@ -586,6 +586,8 @@ class PPO(LightningModule):
         self._before.forget()
         set_global_step(self.trainer, steps + 1)
         if self.lr_scheduler is not None:
+            # Torch's scheduler looks for a call of the optimizer's step, which a compiled update does not make.
+            cast(Any, self._optimizer)._opt_called = True
             cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers()).step()
         metrics = self.metrics(batch, update, seconds=time.perf_counter() - started)
         self.log_metrics(metrics)

@@ -564,11 +564,16 @@ def test_a_second_config_changes_the_first_as_with_fit(monkeypatch):
     assert seen == [("a.yaml", ["--config=b.yaml", "--model.gamma", "0.9"])]
 
 
-def test_bad_input_ends_the_command_with_one_sentence(tmp_path, monkeypatch):
+def test_bad_input_ends_the_command_with_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     with pytest.raises(SystemExit) as end:
         main(command(tmp_path, "--model.gama", "3"))
-    assert str(end.value.code) == "error: config: unrecognized arguments: --model.gama 3"
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "--model.gama" in error
+    assert "did you mean --model.gamma?" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("metric", ["eval/mean_reward", "rollout/ep_rew_mean"])

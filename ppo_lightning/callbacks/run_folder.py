@@ -94,7 +94,9 @@ class RunFolder(Callback):
             folder = Path(place).resolve()
             if not folder.exists():  # a CSVLogger warns of a folder that holds a lock
                 _open_loggers(trainer)
-            refusal = self._hold(folder, _resumed(trainer), module.run_folder) if trainer.is_global_zero else None
+            # Loggers without a folder (W&B, MLflow) leave checkpoints where the user's Trainer has always put them.
+            own = module.run_folder if _has_folder(trainer) or not trainer.loggers else folder
+            refusal = self._hold(folder, _resumed(trainer), own) if trainer.is_global_zero else None
             refusal = trainer.strategy.broadcast(refusal)
             if refusal is not None:
                 raise InputError(refusal)

@@ -163,7 +163,7 @@ def _full_config(config: str | Path | Mapping[str, Any], flags: Sequence[str] = 
             try:
                 return _full_config(file, flags)
             except InputError as error:
-                raise InputError(what + str(error).removeprefix(f"{file}: ")) from error
+                raise InputError((what or "config: ") + str(error).removeprefix(f"{file}: ")) from error
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):  # which follows the config that it prints
         PPOCLI(PPO, **OPTIONS, args=["fit", f"--config={config}", *flags, "--print_config"])
