@@ -522,7 +522,8 @@ def test_two_processes_log_what_one_would_of_both_rollouts(mode):
     finished = torch.cat([first["finished"], second["finished"]])
     one.policy.load_state_dict(first["learnt"])
     with torch.no_grad():
-        row = row_of(both, update, one.policy.std(both[-1]), finished, 0)
+        clipped = one.policy.distribution.clipped(both["action"])
+        row = row_of(both, update, one.policy.std(both[-1]), finished, 0, clipped)
     for name, value in merged(row[None]).items():
         if name in first["metrics"]:
             assert first["metrics"][name] == second["metrics"][name], name
