@@ -446,14 +446,13 @@ class PPO(LightningModule):
         begin_iterations_whole(self.trainer, self.policy_version)
         self._go_on()
         self._settings.restore(scheduled=self._was_scheduled)
-        self._adopt(self._optimizer, begins=True)
-        self._add_up = sums_over_processes(self.trainer, self._learnt)
         hooks = gradient_hooks(self.trainer, self, PPO)
+        self.prepare(self._optimizer, hooks)
+        self._add_up = sums_over_processes(self.trainer, self._learnt)
         owner = getattr(self._add_up, "__self__", None)
         self._shared = owner if isinstance(owner, SharedSums) else None
         averages = self._shared is not None and self._shared.averages
         self._steps_alone = steps_concern_nobody(self.trainer, averages=averages) and not hooks
-        self.prepare(self._optimizer, hooks)
 
     def _adopt(self, optimizer: torch.optim.Optimizer, *, begins: bool = False) -> bool:
         """Take the optimizer's parameters as those that updates change; whether they are others than before.
@@ -511,12 +510,13 @@ class PPO(LightningModule):
             )
 
     def prepare(self, optimizer: torch.optim.Optimizer, hooks: Sequence[str] = ()) -> None:
-        """Compile the update, if that is asked for and possible.
+        """Clip, check and restore the parameters of ``optimizer`` in each update; compile it if asked for and possible.
 
         Args:
-            optimizer: over the policy's parameters.
+            optimizer: of the updates to come.
             hooks: classes that want to see each gradient, which a compiled step does not show.
         """
+        self._adopt(optimizer, begins=True)
         self.compiled = None
         if not self.compiles:
             return

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -244,13 +245,16 @@ def room(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-@pytest.fixture
-def _room():
-    yield
-    room(resource.RLIM_INFINITY)
+@contextmanager
+def full_disk_ends():
+    """Around a test: pytest writes its result into a file that may be longer than the limit."""
+    try:
+        yield
+    finally:
+        room(resource.RLIM_INFINITY)
 
 
-@pytest.mark.usefixtures("_room")
+@full_disk_ends()
 def test_a_full_disk_keeps_the_old_files_and_training(tmp_path, fit):
     disk, best = FillsTheDisk({3, 4}), BestCheckpoint()
     model = PPO("CartPole-v1", total_steps=6 * 128, eval_interval=1, **SMALL)
@@ -264,7 +268,7 @@ def test_a_full_disk_keeps_the_old_files_and_training(tmp_path, fit):
     assert [steps_in(folder / name) for name in ("previous.ckpt", "last.ckpt")] == [5 * 128, 6 * 128]
 
 
-@pytest.mark.usefixtures("_room")
+@full_disk_ends()
 def test_a_score_that_could_not_be_saved_is_not_the_best(tmp_path, fit, monkeypatch):
     scores = iter([1.0, 3.0, 2.0])
     monkeypatch.setattr(PPO, "_evaluate", lambda self, *given: {"eval/mean_reward": next(scores)})
@@ -276,19 +280,19 @@ def test_a_score_that_could_not_be_saved_is_not_the_best(tmp_path, fit, monkeypa
     assert steps_in(tmp_path / "checkpoints/best.ckpt") == 3 * 128
 
 
-@pytest.mark.usefixtures("_room")
+@full_disk_ends()
 def test_a_checkpoint_that_was_asked_for_is_not_lost_in_silence(tmp_path, fit):
     trainer = fit(PPO("CartPole-v1", total_steps=128, **SMALL))
     trainer.save_checkpoint("mine.ckpt")
     room(20_000)
     with pytest.raises(OSError, match="File too large"):
         trainer.save_checkpoint("mine.ckpt")
-    room(resource.RLIM_INFINITY)  # before anything is said of this test, into whatever file
+    room(resource.RLIM_INFINITY)
     assert steps_in("mine.ckpt") == 128
     assert [path.name for path in tmp_path.iterdir()] == ["mine.ckpt"]
 
 
-@pytest.mark.usefixtures("_room")
+@full_disk_ends()
 @pytest.mark.filterwarnings("ignore:.*could not be written", "ignore:no report was drawn")  # of other files
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
 def test_a_logger_whose_disk_is_full_stops_and_training_continues(tmp_path, fit, kind, monkeypatch, capsys):
