@@ -1,7 +1,8 @@
-"""A run of several processes of which one raises, dies or hangs: ``python failing_job.py RANK FAULT TIMEOUT_S``."""
+"""A run of several processes of which one raises, dies, hangs or is stopped: ``python failing_job.py RANK FAULT TIMEOUT_S``."""
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -37,6 +38,9 @@ class Fails(Callback):
                 case "hang":
                     time.sleep(self.hang_s)
                     os._exit(1)
+                case "freeze":
+                    subprocess.Popen(["sh", "-c", f"sleep {self.hang_s}; kill -KILL {os.getpid()}"])
+                    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def run(fault: Fails, devices: int = 2) -> None:

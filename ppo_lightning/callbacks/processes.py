@@ -108,6 +108,15 @@ class WatchProcesses(Callback):
 
     def _blame(self, rank: int, world_size: int, exception: Exception) -> str:
         """One sentence for each process that is at fault, as far as the store can tell; else what was heard of it."""
+        answer: list[str] = []
+        asking = threading.Thread(target=lambda: answer.append(self._ask(rank, world_size, exception)), daemon=True)
+        asking.start()
+        asking.join(3 * self.PATIENCE_S)  # a store has timeouts, and waits without one to hear that its server got them
+        if answer:
+            return answer[0]
+        return "process 0, which the others meet at, does not answer: it hangs"
+
+    def _ask(self, rank: int, world_size: int, exception: Exception) -> str:
         store, others = self._store, [other for other in range(world_size) if other != rank]
         store.set_timeout(timedelta(seconds=self.PATIENCE_S))
         try:

@@ -1,4 +1,4 @@
-"""F21: one process raises, dies or hangs; the others end soon, and say which it was."""
+"""F21: one process raises, dies, hangs or is stopped; the others end soon, and say which it was."""
 
 import itertools
 import os
@@ -14,19 +14,23 @@ from failing_job import Fails
 from processes import forked
 
 ROOT = Path(__file__).parent.parent.parent
-CASES = list(itertools.product((0, 1), ("raise", "kill", "hang")))
+CASES = list(itertools.product((0, 1), ("raise", "kill", "hang", "freeze")))
 SAYS = {
     "raise": "process {}: ZeroDivisionError: the pole is at infinity",
     "kill": r"process {}( has not been heard of since iteration [12] \(\d s ago\): it died|, .* does not answer: it is gone"
     r"| ended where)",  # where the store is gone with the first process
     "hang": r"process {} has not been heard of since iteration [123] \(\d s ago\): it died or hangs",
+    "freeze": r"process {}( has not been heard of since iteration [123] \(\d s ago\): it died or hangs"
+    r"|, .* does not answer: it hangs)",  # where the store is within the process that is stopped
 }
 
 
 @pytest.mark.parametrize(("rank", "fault"), CASES)
 def test_the_process_that_is_left_names_the_other(rank, fault):
     """Whoever started the processes: each of them ends by itself."""
-    results = forked(lambda _: failing_job.run(Fails(rank, fault, timeout_s=1.0, hang_s=2.5)))
+    results = forked(
+        lambda _: failing_job.run(Fails(rank, fault, timeout_s=1.0, hang_s=12.0 if fault == "freeze" else 2.5))
+    )
     survivor, failed = results[1 - rank], results[rank]
     assert (failed is None) == (fault != "raise")
     last = survivor.strip().splitlines()[-1]
