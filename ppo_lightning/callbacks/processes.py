@@ -1,5 +1,6 @@
 """One process of several fails: which, and why."""
 
+import atexit
 import os
 import signal
 import socket
@@ -72,6 +73,11 @@ class WatchProcesses(Callback):
     """Seconds that the processes which hear of a fault give each other to write so."""
 
     _written = 0.0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        atexit.unregister(_end_process_group)
+        atexit.register(_end_process_group)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,6 +157,12 @@ class WatchProcesses(Callback):
         until = time.time() + self.PATIENCE_S
         while rank == 0 and time.time() < until and not all(self._store.check([f"left {other}"]) for other in living):
             time.sleep(0.01)
+
+
+def _end_process_group() -> None:
+    """End gloo's threads as long as there is an interpreter: a thread that frees a tensor after it aborts the process."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _died(host: str, pid: str) -> bool:

@@ -68,7 +68,7 @@ class StepProgressBar(TQDMProgressBar):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._streams = contextlib.ExitStack()
+        self._lines_above = contextlib.ExitStack()
 
     @override
     def init_train_tqdm(self) -> Tqdm:
@@ -99,8 +99,9 @@ class StepProgressBar(TQDMProgressBar):
     def on_train_start(self, *_: Any) -> None:
         super().on_train_start()
         self._drawn = 0.0
-        if not self.is_disabled and not hasattr(self.train_progress_bar, "container"):  # which is a notebook's widget
-            self._streams.enter_context(lines_above_bar())
+        bar = self.train_progress_bar
+        if not (bar.disable or hasattr(bar, "container")):  # which is a notebook's widget
+            self._lines_above.enter_context(lines_above_bar())
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -125,18 +126,18 @@ class StepProgressBar(TQDMProgressBar):
     def on_train_end(self, *args: Any) -> None:
         self._draw(self.trainer.lightning_module)
         super().on_train_end(*args)
-        self._streams.close()
+        self._lines_above.close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the bar as it is, and let what follows begin on a line of its own."""
         if self._train_progress_bar is not None:
             self._train_progress_bar.close()
-        self._streams.close()
+        self._lines_above.close()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_streams": contextlib.ExitStack()}
+        return {**super().__getstate__(), "_lines_above": contextlib.ExitStack()}
 
     def _draw(self, pl_module: LightningModule) -> None:
         self._drawn = time.monotonic()

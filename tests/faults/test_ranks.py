@@ -1,7 +1,9 @@
 """Several processes are one: an update of two ranks is that of one process on the samples of both."""
 
+import atexit
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import lightning
 import pytest
@@ -216,3 +218,23 @@ def test_processes_wait_minutes_unless_the_user_says_otherwise(given, expected):
         return distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
 
     assert [timeout.total_seconds() for timeout in forked(run)] == [expected, expected]
+
+
+# --- the end -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_threads_of_a_process_group_end_before_the_interpreter():
+    """One that frees a tensor later would abort its process: terminate called without an active exception."""
+
+    def run(rank: int) -> list[bool]:
+        atexit._clear()  # what pytest has there
+        fit(PPO("CartPole-v1", num_envs=2, num_steps=8, total_steps=32), strategy="ddp", devices=2)
+        ran = any("gloo" in name for name in threads())
+        atexit._run_exitfuncs()
+        return [ran, any("gloo" in name for name in threads())]
+
+    assert forked(run) == [[True, False], [True, False]]
+
+
+def threads() -> list[str]:
+    return [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
