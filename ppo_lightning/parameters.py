@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -437,7 +438,7 @@ def make_optimizer(factory: Callable[..., Any], parameters: Sequence[nn.Paramete
     Raises:
         InputError: it raises, or returns what cannot train them.
     """
-    with calling("optimizer", "(parameters) -> torch.optim.Optimizer"):
+    with calling("optimizer", "(parameters)"):
         made = factory(iter(parameters))
     if not isinstance(made, torch.optim.Optimizer):
         raise InputError(f"optimizer returned {shown(made)}: it must return a torch.optim.Optimizer")
@@ -451,12 +452,7 @@ def make_optimizer(factory: Callable[..., Any], parameters: Sequence[nn.Paramete
         raise InputError(
             f"optimizer returned {kind} over parameters that are not the model's: use the ones it is given"
         )
-    for group in made.param_groups:
-        rate = _scalar(group.get("lr"))
-        if not (is_number(rate) and 0 <= rate < math.inf):
-            raise InputError(
-                f"optimizer {kind} has the learning rate {shown(rate)}: it must be zero or more and finite"
-            )
+    _check_rates(f"optimizer {kind} has", made)
     return made
 
 
@@ -470,7 +466,7 @@ def make_scheduler(
     """
     if factory is None:
         return None
-    with calling("lr_scheduler", "(optimizer) -> torch.optim.lr_scheduler.LRScheduler"):
+    with calling("lr_scheduler", "(optimizer)"):
         made = factory(optimizer)
     if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise InputError(
@@ -481,6 +477,27 @@ def make_scheduler(
     if getattr(made, "optimizer", optimizer) is not optimizer:
         raise InputError("lr_scheduler returned a scheduler of another optimizer: use the one it is given")
     return made
+
+
+def try_schedule(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> None:
+    """Take the first step of a schedule, of which many say only there that their numbers make no sense.
+
+    Raises:
+        InputError: it raises, or gives no learning rate.
+    """
+    if scheduler is None:
+        return
+    with calling("lr_scheduler", "(optimizer)"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no gradient step came before
+        scheduler.step()
+    _check_rates(f"lr_scheduler {type(scheduler).__name__} gives", optimizer)
+
+
+def _check_rates(source: str, optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        rate = _scalar(group.get("lr"))
+        if not (is_number(rate) and 0 <= rate < math.inf):
+            raise InputError(f"{source} the learning rate {shown(rate)}: it must be zero or more and finite")
 
 
 def check_length(scheduler: torch.optim.lr_scheduler.LRScheduler, iterations: int) -> None:
@@ -498,11 +515,11 @@ def check_length(scheduler: torch.optim.lr_scheduler.LRScheduler, iterations: in
 
 @contextmanager
 def calling(name: str, signature: str) -> Iterator[None]:
-    """Name a factory of the user in what it raises."""
+    """Name a factory of the user, and what it is called with, in what it raises."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # of the user's own function
         text = " ".join(str(error).split())
-        raise InputError(f"{name} raised {type(error).__name__}: {text}; it must be a callable {signature}") from error
+        raise InputError(f"{name}{signature} raised {type(error).__name__}: {text}") from error

@@ -82,6 +82,7 @@ from ppo_lightning.parameters import (
     physical_memory,
     plain_factory,
     schedule,
+    try_schedule,
 )
 from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments, ValueNormalizer, in_eval_mode
 from ppo_lightning.prediction import predict
@@ -233,7 +234,6 @@ class PPO(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         given = {name: value for name, value in locals().items() if name in _PARAMETERS}
-        self._remember_hyperparameters(given)
         self.env_maker = EnvMaker(
             plain_factory(resolve(env)),
             env_kwargs or {},
@@ -241,6 +241,7 @@ class PPO(LightningModule):
             vectorization,
             restarts=env_restarts > 0,
         )
+        self._remember_hyperparameters(given)
         self.supply = Supply(
             self.env_maker,
             num_envs,
@@ -294,7 +295,7 @@ class PPO(LightningModule):
         self.register_buffer("iterations", torch.zeros((), dtype=torch.int64))
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
 
-        self._make_optimizer()  # refuses mistakes now; the run makes its own in configure_optimizers
+        try_schedule(*self._make_optimizer())  # refuses mistakes now; the run makes its own in configure_optimizers
 
         self.seed: int | None = None
         self.generator = torch.Generator()

@@ -424,16 +424,16 @@ OTHER = nn.Linear(2, 2)
     [
         (lambda params: None, "optimizer returned None: it must return a torch.optim.Optimizer"),
         (lambda params: torch.optim.SGD, "optimizer returned <class"),
-        (
-            lambda: None,
-            r"optimizer raised TypeError: .*; it must be a callable \(parameters\) -> torch.optim.Optimizer",
-        ),
+        (lambda: None, r"optimizer\(parameters\) raised TypeError: "),
         (lambda params: torch.optim.SGD(OTHER.parameters(), 0.1), "SGD over parameters that are not the model's"),
         (torch.optim.LBFGS, "optimizer LBFGS needs sparse gradients or several losses per step"),
         (torch.optim.SparseAdam, "optimizer SparseAdam needs sparse gradients"),
         (partial(torch.optim.Adam, lr=math.inf), "Adam has the learning rate inf"),
-        (partial(torch.optim.Adam, lr="fast"), "optimizer raised TypeError"),
-        (partial(torch.optim.Adam, rate=1), "optimizer raised TypeError: .*unexpected keyword argument 'rate'"),
+        (partial(torch.optim.Adam, lr="fast"), r"optimizer\(parameters\) raised TypeError"),
+        (
+            partial(torch.optim.Adam, rate=1),
+            r"optimizer\(parameters\) raised TypeError: .*unexpected keyword argument 'rate'",
+        ),
     ],
 )
 def test_what_optimizer_returns_is_checked_at_construction(optimizer, message):
@@ -447,7 +447,9 @@ def test_what_optimizer_returns_is_checked_at_construction(optimizer, message):
         (lambda optimizer: None, "lr_scheduler returned None: it must return a torch.optim.lr_scheduler.LRScheduler"),
         (lambda optimizer: optimizer, "lr_scheduler returned Adam"),
         (lambda optimizer: schedulers.StepLR, "lr_scheduler returned <class"),
-        (schedulers.StepLR, r"lr_scheduler raised TypeError: .*; it must be a callable \(optimizer\)"),
+        (schedulers.StepLR, r"lr_scheduler\(optimizer\) raised TypeError: "),
+        (partial(schedulers.StepLR, step_size=0), r"lr_scheduler\(optimizer\) raised ZeroDivisionError"),
+        (partial(schedulers.ExponentialLR, gamma=math.nan), "ExponentialLR gives the learning rate nan"),
         (schedulers.ReduceLROnPlateau, "ReduceLROnPlateau waits for a metric"),
         (lambda _: schedulers.StepLR(torch.optim.SGD(OTHER.parameters()), 1), "a scheduler of another optimizer"),
     ],
@@ -487,6 +489,7 @@ def test_what_wrappers_return_is_checked_at_construction(env, wrapper, message):
         (VectorEnv, "VectorEnv has no single_observation_space: set it"),
         ("CartPole-v1\n", "there is no environment 'CartPole-v1"),
         (["CartPole-v1"], "env must be a Gymnasium id"),
+        (np.zeros((2, 2)), "env must be a Gymnasium id"),
     ],
 )
 def test_what_makes_no_environment_is_refused(env, message):
@@ -498,15 +501,18 @@ def test_what_makes_no_environment_is_refused(env, message):
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
+        (lambda observation_space: None, r"policy\(observation_space, action_space\) raised TypeError: "),
         (
-            lambda observation_space: None,
-            r"policy raised TypeError: .*; it must be a callable \(observation_space, action_",
+            partial(ActorCritic, hidden=(8,)),
+            r"policy\(observation_space, action_space\) raised TypeError: .*unexpected keyword argument 'hidden'",
         ),
-        (partial(ActorCritic, hidden=(8,)), "policy raised TypeError: .*unexpected keyword argument 'hidden'"),
-        (partial(ActorCritic, hidden_sizes=(10**12,)), "policy raised RuntimeError: .*"),
+        (
+            partial(ActorCritic, hidden_sizes=(10**12,)),
+            r"policy\(observation_space, action_space\) raised RuntimeError: .*",
+        ),
         (partial(ActorCritic, layer_norm="false"), r"layer_norm must be true or false, got 'false' \(str\)"),
         (partial(ActorCritic, activation=nn.Tanh()), "activation must be a subclass of Module, got Tanh"),
-        (partial(ActorCritic, activation=nn.Linear), "policy raised TypeError"),
+        (partial(ActorCritic, activation=nn.Linear), r"policy\(observation_space, action_space\) raised TypeError"),
         (partial(ActorCritic, hidden_sizes=(1.5,)), "hidden_sizes must be 1 or more"),
         (partial(ActorCritic, log_std_init=None), "log_std_init must be finite, got None"),
         (partial(ActorCritic, log_std_range=(1,)), "log_std_range must be finite"),

@@ -90,12 +90,11 @@ def test_a_gpu_has_its_memory_and_where_the_driver_tells_its_use(monkeypatch):
         assert one.read().keys() == measured.keys()  # and says so once
 
 
-def test_lightnings_own_monitor_counts_batches(fit):
-    """Why there is one of ours: everything else is logged at environment steps."""
+def test_lightnings_own_monitor_logs_at_environment_steps(fit):
     logger = Memory()
     fit(PPO("CartPole-v1", **SMALL), logger=logger, callbacks=[DeviceStatsMonitor()])
     steps = [step for step, row in logger.rows if "DeviceStatsMonitor.on_train_batch_end/cpu_percent" in row]
-    assert steps == [0, 1, 2, 3, 4]
+    assert steps == [128, 256, 384, 512, 640]
 
 
 def test_without_psutil_a_sentence_says_what_to_install(fit, monkeypatch):

@@ -83,8 +83,8 @@ class Hardware:
 class HardwareMonitor(Callback):
     """Logs the use of processors and memory at the end of each iteration, at its environment step.
 
-    (Lightning's DeviceStatsMonitor counts batches on its x-axis, measures twice per batch, logs all sixty of CUDA's
-    memory statistics instead of the GPU's use, and needs a logger.) What is logged is of the first process; each has its own
+    (Lightning's DeviceStatsMonitor measures twice per batch, logs all sixty of CUDA's memory statistics instead of the
+    GPU's use, and needs a logger.) What is logged is of the first process; each has its own
     in ``callback_metrics``.
 
     Args:

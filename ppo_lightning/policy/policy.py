@@ -74,7 +74,7 @@ class Policy(nn.Module):
         self.value_normalizer = None if popart is None else ValueNormalizer(popart.beta)
         if isinstance(network, nn.Module | str) or not callable(network):
             raise InputError(f"policy must be a callable (observation_space, action_space) -> module, got {network!r}")
-        with calling("policy", "(observation_space, action_space) -> network"):
+        with calling("policy", "(observation_space, action_space)"):
             self.network = network(observation_space, action_space)
         learns = isinstance(self.network, nn.Module) and any(one.requires_grad for one in self.network.parameters())
         if not learns:
