@@ -379,11 +379,27 @@ class Narrow(ActorCritic):
         super().__init__(observation_space, action_space, log_std_init=-8.0)
 
 
+class Sharp(ActorCritic):
+    """A Beta distribution of next to no width; keywords of ActorCritic can be set."""
+
+    def __init__(self, *spaces, **kwargs) -> None:
+        super().__init__(*spaces, distribution="beta", **kwargs)
+        for module in self.action_head.modules():
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.constant_(module.bias, 1e5)
+
+
 OTHERS = {
     "std_collapsed": partial(pendulum, policy=partial(OwnNetwork, log_std=-8.0)),
     "actions_clipped": partial(pendulum, env=Far, policy=OwnNetwork),
     "critic_not_learning": partial(pendulum, policy=OwnNetwork, vf_coef=0.0, iterations=80, update_epochs=1),
 }
+
+
+def test_no_standard_deviation_to_begin_with_is_advised_for_a_beta_distribution(fit):
+    (finding,) = (one for one in monitor(fit(pendulum(policy=Sharp))).findings if one["name"] == "std_collapsed")
+    assert finding["key"] == "--model.ent_coef"
+    assert "log_std_init" not in finding["advice"]
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -38,6 +38,7 @@ from ppo_lightning.health import (
 )
 from ppo_lightning.parameters import Linear, checked
 from ppo_lightning.policy import ActorCritic, Policy
+from ppo_lightning.policy.distributions import DiagonalGaussian, Joint
 from ppo_lightning.ranks import fingerprint
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
 from ppo_lightning.spaces import choices, leaves
@@ -462,7 +463,11 @@ def _configurable(network: Module) -> frozenset[str]:
     """Parameters of :class:`ActorCritic` that the network's class takes; none of another network."""
     if not isinstance(network, ActorCritic):
         return frozenset()
-    known = inspect.signature(ActorCritic).parameters.keys()
+    known = set(inspect.signature(ActorCritic).parameters)
+    distribution = network.distribution
+    parts = distribution.parts.values() if isinstance(distribution, Joint) else [distribution]
+    if not any(isinstance(part, DiagonalGaussian) for part in parts):
+        known.remove("log_std_init")
     own = inspect.signature(type(network)).parameters
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
     return frozenset(known if passes_on else known & own.keys())
