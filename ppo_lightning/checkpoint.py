@@ -435,6 +435,20 @@ def refuse_weights_alone(checkpoint: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_fewer_epochs(checkpoint: Mapping[str, Any], max_epochs: int | None) -> None:
+    """Refuse to resume a run that has more iterations than ``max_epochs`` of the Trainer allows in all.
+
+    Raises:
+        InputError: so it is.
+    """
+    trained = checkpoint["global_step"]
+    if max_epochs not in (None, -1) and trained > max_epochs:
+        raise InputError(
+            f"the checkpoint has {trained} iterations, and max_epochs={max_epochs} counts all of a run: raise it, or leave it "
+            "out"
+        )
+
+
 def refuse_other_optimizer(
     checkpoint: Mapping[str, Any],
     optimizer: torch.optim.Optimizer,
@@ -459,6 +473,13 @@ def refuse_other_optimizer(
             f"the checkpoint was trained with {f'optimizer {theirs}' if theirs else 'another optimizer'}, this run has {kind}, "
             "which cannot continue its state: resume with the same optimizer, or give the weights alone to a new fit by "
             "PPO.load_from_checkpoint"
+        )
+    names = ("amsgrad", "centered", *(["momentum"] if isinstance(optimizer, torch.optim.RMSprop) else []))
+    lacking = [name for name in names if optimizer.defaults.get(name) and not state["param_groups"][0].get(name)]
+    if lacking:
+        raise InputError(
+            f"the checkpoint's {kind} was trained without {lacking[0]}, whose state this run's needs: resume with the same "
+            "options, or give the weights alone to a new fit by PPO.load_from_checkpoint"
         )
     sizes = [[len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)]
     if sizes[0] != sizes[1]:

@@ -7,11 +7,13 @@ import random
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.fabric.utilities.logger import _flatten_dict
@@ -158,10 +160,11 @@ class PPOCLI(LightningCLI):
                 self._set_hyperparameters(path, checkpoint.get("hyper_parameters", {}), named)
         self.config = _parse(parser, given)
         config = self.config[self.config.subcommand]
+        _refuse_values_in_the_place_of_keys(config)
         if path is not None:
             config.ckpt_path = path
         refuse_unusable(config.trainer.logger)
-        if config.seed_everything is True:
+        if config.seed_everything is True or config.seed_everything is None:
             # Lightning would take 0. Processes started by this one find its seed in their environment.
             drawn = random.SystemRandom().randrange(2**31) if checkpoint_seed is None else checkpoint_seed
             config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED", drawn))
@@ -180,8 +183,11 @@ class PPOCLI(LightningCLI):
             _parse(outline.parser, given, defaults=defaults, _skip_validation=True) for defaults in (True, False)
         )
         config, explicit = with_defaults[with_defaults.subcommand], without[without.subcommand].get("model", {})
+        _refuse_values_in_the_place_of_keys(config)
         named = {name for name in names if name in explicit or config.model[name] is not None}
         path = config.ckpt_path
+        if path == "":
+            raise InputError("ckpt_path is empty: give a file, last or best, or null for none")
         if path in CHOICES:
             path = newest_checkpoint(config.trainer.default_root_dir or ".", path)
         return None if path is None else str(path), named
@@ -340,8 +346,16 @@ def main(args: list[str] | None = None) -> None:
         torch.set_num_threads(1)  # until it is known how much there is to do
     # Lightning 2.6.6 asks torch 2.13's pytree in a way that torch calls deprecated.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
+    # Defaults of Lightning's callbacks are members of enumerations, for which YAML has no word.
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
     with said_in_one_sentence(), wandb_run_ends():
         PPOCLI(PPO, **OPTIONS, args=args)
+
+
+def _refuse_values_in_the_place_of_keys(config: Namespace) -> None:
+    for name in ("model", "trainer"):
+        if not isinstance(config[name], Namespace):
+            raise InputError(f"{name} must hold keys with values (such as model.env), got {config[name]!r}")
 
 
 def _parse(parser: LightningArgumentParser, given: list[str] | dict[str, Any] | Namespace, **how: Any) -> Namespace:

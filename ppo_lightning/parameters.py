@@ -1,5 +1,6 @@
 """Parameters that the user gives: their types and limits, and coefficients that change over a run."""
 
+import difflib
 import inspect
 import math
 import os
@@ -60,7 +61,10 @@ def checked(label: str = "{}", /, *, skip: Collection[str] = (), **limits: Limit
 
         @wraps(function)
         def checking(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise InputError(_unbound(function, signature, kwargs, error)) from error
             given = {name: value for name, value in bound.arguments.items() if name not in skip}
             bound.arguments.update(converted(function, given, label, limits))
             return function(*bound.args, **bound.kwargs)
@@ -69,6 +73,15 @@ def checked(label: str = "{}", /, *, skip: Collection[str] = (), **limits: Limit
         return cast(Function, checking)
 
     return decorate
+
+
+def _unbound(function: Any, signature: inspect.Signature, kwargs: Mapping[str, Any], error: TypeError) -> str:
+    owner, known = function.__qualname__.removesuffix(".__init__"), list(signature.parameters)
+    unknown = next((name for name in kwargs if name not in known), None)
+    if unknown is None:
+        return f"{owner}: {error}"
+    near = difflib.get_close_matches(unknown, known, 1)
+    return f"{owner} has no parameter {unknown}" + (f": did you mean {near[0]}?" if near else "")
 
 
 def converted(

@@ -44,6 +44,7 @@ from ppo_lightning.checkpoint import (
     plain_contents,
     plain_data,
     read_verified,
+    refuse_fewer_epochs,
     refuse_missing,
     refuse_names,
     refuse_other_optimizer,
@@ -745,6 +746,7 @@ class PPO(LightningModule):
         refuse_other_policy(checkpoint, self.state_dict(), self.policy.distribution.describe())
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             refuse_weights_alone(checkpoint)
+            refuse_fewer_epochs(checkpoint, self.trainer.max_epochs)
             self._resumed = checkpoint
         self._was_scheduled = bool(checkpoint.get("lr_schedulers"))
         self._trained_with_masks = ours.get("masked", False)

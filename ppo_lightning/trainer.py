@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     Checkpoint,
     EarlyStopping,
@@ -220,7 +221,7 @@ def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
 
     Raises:
         InputError: optimiser steps as a budget, a callback that sets the learning rate by Lightning's automatic
-            optimisation, a precision that rounds counters, or a strategy that shards.
+            optimisation, parts of a batch, a precision that rounds counters, or a strategy that shards.
     """
     kinds = [type(callback) for callback in trainer.callbacks]
     if any(issubclass(kind, AsyncEvaluation) for kind in kinds) and any(
@@ -245,6 +246,19 @@ def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
         raise InputError(
             f"max_steps={trainer.max_steps} would count optimiser steps, and stop the schedules short: set total_steps, in "
             "environment steps (max_epochs ends a run after so many iterations)"
+        )
+    for name in ("limit_train_batches", "limit_val_batches"):
+        limit = getattr(trainer, name)
+        if (isinstance(limit, float) and limit != 1.0) or (name == "limit_train_batches" and limit == 0):
+            what = "a rollout is" if name == "limit_train_batches" else "an evaluation is"
+            raise InputError(
+                f"{name}={limit} would cut what has one batch: {what} whole; leave it out (max_epochs ends a run early, "
+                "limit_val_batches=0 switches evaluations off)"
+            )
+    if trainer.overfit_batches:
+        raise InputError(
+            f"overfit_batches={trainer.overfit_batches} repeats batches of fixed data, and PPO collects each rollout by its "
+            "present policy: leave it out"
         )
     if str(trainer.precision) not in ("32-true", "16-mixed", "bf16-mixed"):
         raise InputError(
@@ -286,6 +300,11 @@ def refuse_unsupported(trainer: Any, module: LightningModule) -> None:
             raise InputError(
                 f"{type(callback).__name__} (Tuner.lr_find, Tuner.scale_batch_size) tries values on batches of fixed data, "
                 "which PPO does not have: search with `ppo-lightning sweep` (docs/sweeps.md)"
+            )
+        if isinstance(callback, BackboneFinetuning) and not hasattr(module, "backbone"):
+            raise InputError(
+                f"{type(callback).__name__} freezes module.backbone, which PPO does not have: freeze parameters by "
+                "ppo_lightning.callbacks.Stages (docs/steering.md)"
             )
         if isinstance(callback, GradientAccumulationScheduler):
             raise InputError(

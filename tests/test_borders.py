@@ -661,6 +661,29 @@ def test_games_that_begin_anew_with_each_life_are_refused():
     model.close_environments()
 
 
+def test_predict_warns_of_floats_outside_of_their_space_as_training_does():
+    model = PPO(partial(Spaces, "flat"), **SMALL)
+    inside = np.full(3, 1.0, np.float32)
+    model.predict(inside)
+    with pytest.warns(UserWarning, match=r"predict was given observations outside of Box\(-1.0, 1.0"):
+        model.predict(255 * inside)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_env": 2}, "PPO has no parameter num_env: did you mean num_envs?"),
+        ({"zzz": 2}, "PPO has no parameter zzz"),
+    ],
+)
+def test_a_parameter_that_does_not_exist_is_named_with_the_nearest(options, message):
+    with pytest.raises(InputError) as caught:
+        PPO("CartPole-v1", **options)
+    assert str(caught.value) == message
+    with pytest.raises(InputError, match="PPO: missing a required argument: 'env'"):
+        PPO()
+
+
 def test_predict_says_that_an_episode_starts():
     class Initial(nn.Module):
         """Its state begins at 5, not at 0."""

@@ -37,6 +37,15 @@ def test_a_checkpoint_of_every_fourth_iteration_is_saved_whatever_the_evaluation
     assert {path.stem for path in Path("every").iterdir()} == {f"epoch={epoch}" for epoch in range(3, 24, 4)}
 
 
+@pytest.mark.parametrize(("every", "saved"), [(4, {4, 9, 14, 19}), (3, {4, 9, 14, 19}), (7, {9, 14})])
+def test_a_checkpoint_of_a_score_that_is_due_is_saved_at_the_next_evaluation(fit, every, saved):
+    checkpoint = ModelCheckpoint(
+        "scored", filename="{epoch}", monitor="eval/mean_reward", every_n_epochs=every, save_top_k=-1
+    )
+    fit_with_files(fit, make(iterations=20, eval_interval=5), checkpoint)
+    assert {path.stem for path in Path("scored").iterdir()} == {f"epoch={epoch}" for epoch in saved}
+
+
 @pytest.mark.parametrize(
     "when", [{"train_time_interval": timedelta(microseconds=1)}, {"every_n_train_steps": 1}, {"every_n_epochs": 1}]
 )

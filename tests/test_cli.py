@@ -182,6 +182,8 @@ FILES = {
     "empty.yaml": "",
     "broken.yaml": "model: {env: [\n",
     "null.yaml": "model:\n",
+    "number.yaml": "model: 3\n",
+    "trainer.yaml": "model: {env: CartPole-v1}\ntrainer: 3\n",
     "space.yaml": "model.gamma: [0.9, 0.99]\n",
     "none.py": "import gymnasium\nclass Env(gymnasium.Env):\n    pass\n",
 }
@@ -246,6 +248,9 @@ FILES = {
         ("fit --config empty.yaml", "config empty.yaml holds nothing instead of keys and values"),
         ("fit --config broken.yaml", "config broken.yaml is no plain YAML"),
         ("fit --config null.yaml", "config null.yaml has no value for model"),
+        ("fit --config number.yaml", "model must hold keys with values (such as model.env), got 3"),
+        ("fit --config trainer.yaml", "trainer must hold keys with values"),
+        ("fit --ckpt_path=", "ckpt_path is empty: give a file, last or best, or null"),
         ("fit --config bytes.yaml", "config bytes.yaml is no text in UTF-8"),
         ("fit --config", "--config needs a value"),
         ("validate", "validate needs model.env"),
@@ -286,6 +291,16 @@ def test_a_mistake_is_one_sentence_on_stderr(line, sentence, capsys, monkeypatch
     assert sentence in text
     assert len(text.splitlines()) == 1
     assert not Path("lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--config", "seed.yaml"], ["--trainer.callbacks", "Timer", "--trainer.callbacks.duration", "00:01:00:00"]],
+)
+def test_values_that_yaml_or_lightning_leave_open_train(flags):
+    Path("seed.yaml").write_text("model: {env: CartPole-v1}\nseed_everything:\n")
+    fit(*flags)
+    assert Path("lightning_logs/version_0/config.yaml").exists()
 
 
 def test_an_error_in_a_users_own_callback_keeps_its_traceback(monkeypatch, tmp_path):

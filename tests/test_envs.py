@@ -127,6 +127,7 @@ class Misbehaves(Parts):
 
 MISTAKES = {
     "reward of shape (1,)": (lambda o, r, te, tr, i: (o, np.array([r]), te, tr, i), "the reward ndarray (1,) float64 ["),
+    "reward as a tensor": (lambda o, r, te, tr, i: (o, torch.tensor([r]), te, tr, i), "the reward Tensor (1,) torch.float32 ["),
     "reward in a list": (lambda o, r, te, tr, i: (o, [r], te, tr, i), "the reward list [0.30"),
     "reward as text": (lambda o, r, te, tr, i: (o, "1.5", te, tr, i), "the reward '1.5' (str): return one number"),
     "complex reward": (lambda o, r, te, tr, i: (o, 1j, te, tr, i), "the reward complex: return one number"),
@@ -652,7 +653,9 @@ def test_predict_refuses_what_cannot_be_of_the_space(space, given, says):
     [
         (IMAGE, PIXELS.astype(np.float64)),
         (IMAGE, PIXELS.astype(np.int64)),
-        (PLACE, [3, -2]),  # outside of the bounds, as rollouts take it, too
+        pytest.param(
+            PLACE, [3, -2], marks=pytest.mark.filterwarnings("ignore:predict was given")
+        ),  # as rollouts take it
         (PLACE, np.array([0.5, -0.5])),
         (COUNTS, [1.0, -5.0]),
         (Discrete(4), 3.0),

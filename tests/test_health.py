@@ -384,9 +384,9 @@ class Sharp(ActorCritic):
 
     def __init__(self, *spaces, **kwargs) -> None:
         super().__init__(*spaces, distribution="beta", **kwargs)
-        for module in self.action_head.modules():
-            if isinstance(module, torch.nn.Linear):
-                torch.nn.init.constant_(module.bias, 1e5)
+        for layer in self.action_head.modules():
+            if isinstance(layer, torch.nn.Linear):
+                torch.nn.init.constant_(layer.bias, 1e5)
 
 
 OTHERS = {

@@ -452,3 +452,18 @@ def test_another_scheduler_than_the_checkpoints_is_refused(fit, tmp_path):
     fit(PPO("CartPole-v1", **SMALL, lr_scheduler=step), max_epochs=2).save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(InputError, match="lr_scheduler StepLR, this run has CosineAnnealingLR"):
         fit(PPO("CartPole-v1", **SMALL, lr_scheduler=cosine), ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (torch.optim.Adam, partial(torch.optim.Adam, amsgrad=True)),
+        (torch.optim.RMSprop, partial(torch.optim.RMSprop, centered=True)),
+        (torch.optim.RMSprop, partial(torch.optim.RMSprop, momentum=0.9)),
+    ],
+)
+def test_an_optimizer_whose_state_the_checkpoint_lacks_is_refused(fit, tmp_path, before, now):
+    options = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1}
+    fit(PPO("CartPole-v1", total_steps=32, optimizer=before, **options)).save_checkpoint(tmp_path / "at.ckpt")
+    with pytest.raises(InputError, match=r"was trained without (amsgrad|centered|momentum), whose state"):
+        fit(PPO("CartPole-v1", total_steps=64, optimizer=now, **options), ckpt_path=tmp_path / "at.ckpt")

@@ -210,6 +210,8 @@ def _is_due(checkpoint: ModelCheckpoint, trainer: Trainer) -> bool:
         return False
     if checkpoint._every_n_train_steps:
         return trainer.global_step % checkpoint._every_n_train_steps == 0
+    if checkpoint._every_n_epochs > 1 and _is_evaluated(checkpoint):  # which Lightning saves after evaluations alone
+        return (trainer.current_epoch + 1) % checkpoint._every_n_epochs == 0
     interval, since = checkpoint._train_time_interval, checkpoint._last_time_checked
     if interval is None or since is None:
         return False
@@ -226,5 +228,5 @@ def _hold(callback: Callback, trainer: Trainer) -> None:
 def _unknown(callback: Callback, name: str, trainer: Trainer) -> InputError:
     metrics = sorted(trainer.callback_metrics.keys() - {"step"})
     near = difflib.get_close_matches(name, {*metrics, *LATER, "eval/mean_reward"}, 1)
-    hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(metrics)}"
+    hint = f"did you mean {near[0]}?" if near else "take one of docs/metrics.md, such as rollout/ep_rew_mean"
     return InputError(f"{type(callback).__name__} monitors {name}, which this run does not log: {hint}")

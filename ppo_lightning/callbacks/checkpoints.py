@@ -164,10 +164,18 @@ class LastCheckpoint(RunCheckpoint):
         )
         self.minutes = minutes
         self._saved_at = time.monotonic()
+        self._started_at: int | None = None
+        """Iterations before this run; None until training starts."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._started_at = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
+        self._started_at = trainer.global_step
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,8 +195,9 @@ class LastCheckpoint(RunCheckpoint):
         Where that state lacks what a bit-exact resume needs (the environments within a rollout, the other ranks), and
         ``last.ckpt`` has it, the state gets a file of its own and ``last.ckpt`` stays.
         """
-        if trainer.global_step == 0 or not self._should_save_on_exception(trainer):
-            return
+        is_new = self._started_at is not None and trainer.global_step > self._started_at
+        if not is_new or not self._should_save_on_exception(trainer):
+            return  # the files hold what there is
         module = cast(Rewinds, pl_module)
         module.rewind()
         if trainer.is_global_zero:

@@ -1,6 +1,8 @@
 """Numbers that environments give in their info beside the reward: added up over a rollout, and over whole episodes."""
 
 from collections.abc import Mapping
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -218,7 +220,7 @@ def _number(one: Any) -> float:
         one = one[0]
     if isinstance(one, np.ndarray | Tensor) and np.prod(one.shape) == 1:
         one = one.item()
-    if not isinstance(one, int | float | np.bool_ | np.integer | np.floating):
+    if not isinstance(one, int | float | np.bool_ | np.integer | np.floating | Decimal | Fraction):
         return np.nan
     try:
         return float(one)

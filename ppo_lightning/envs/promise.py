@@ -345,7 +345,7 @@ def described(value: Any) -> str:
     if isinstance(value, np.ndarray | np.generic | Tensor):
         if not value.ndim:
             return f"{value.item()!r} ({kind})"
-        shown = f" {value.tolist()}" if np.size(value) <= SHOWN and value.dtype != object else ""
+        shown = f" {value.tolist()}" if np.prod(value.shape) <= SHOWN and value.dtype != object else ""
         return f"{kind} {tuple(value.shape)} {value.dtype}{shown}"
     if isinstance(value, str | int | float):
         return f"{value!r} ({kind})"

@@ -63,6 +63,12 @@ REFUSED = {
     "a file that does not exist": ["fit", "--ckpt_path", "nowhere.ckpt"],
     "optimiser steps as a budget": ["fit", "--ckpt_path", "last", "--trainer.max_steps", "3"],
     "a precision that rounds": ["fit", "--ckpt_path", "last", "--trainer.precision", "64-true"],
+    "fewer iterations than are trained": ["fit", "--ckpt_path=last", "--model.total_steps=256", "--trainer.max_epochs=1"],
+    "a part of a rollout": ["fit", "--ckpt_path=last", "--trainer.limit_train_batches=0.5"],
+    "no rollout": ["fit", "--ckpt_path=last", "--trainer.limit_train_batches=0"],
+    "a part of an evaluation": ["fit", "--ckpt_path=last", "--trainer.limit_val_batches=0.5"],
+    "the same batches again": ["fit", "--ckpt_path=last", "--trainer.overfit_batches=0.5"],
+    "a callback for networks with a backbone": ["fit", "--ckpt_path=last", "--trainer.callbacks=BackboneFinetuning"],
     "a scheduler that waits for a metric": [
         "fit", "--ckpt_path=last", "--model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"
     ],
@@ -272,3 +278,17 @@ def test_last_is_a_trainers_own_once_it_has_trained():
     train(default_root_dir="other")
     trainer.validate(PPO("CartPole-v1", **SMALL), ckpt_path="last", verbose=False)
     assert Path(trainer.ckpt_path).resolve() == Path(LAST).resolve()
+
+
+def test_a_resumed_run_that_fails_before_it_has_trained_leaves_its_checkpoints(tmp_path):
+    class Fails(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            raise ZeroDivisionError
+
+    train(default_root_dir=tmp_path)
+    (folder,) = Path().rglob("checkpoints")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert before
+    with pytest.raises(ZeroDivisionError):
+        train(PPO("CartPole-v1", total_steps=256, **SMALL), "last", default_root_dir=tmp_path, callbacks=[Fails()])
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
