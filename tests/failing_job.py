@@ -15,10 +15,13 @@ from torch import distributed
 from ppo_lightning import PPO
 
 
+FOREVER_S = 600.0
+
+
 class Fails(Callback):
     """Lets one process fail in the third iteration, with both processes' ids on disk."""
 
-    def __init__(self, rank: int, fault: str, timeout_s: float, hang_s: float = 600.0) -> None:
+    def __init__(self, rank: int, fault: str, timeout_s: float, hang_s: float = FOREVER_S) -> None:
         self.rank, self.fault, self.timeout_s, self.hang_s = rank, fault, timeout_s, hang_s
 
     def on_train_start(self, trainer, pl_module):
@@ -39,7 +42,8 @@ class Fails(Callback):
                     time.sleep(self.hang_s)
                     os._exit(1)
                 case "freeze":
-                    subprocess.Popen(["sh", "-c", f"sleep {self.hang_s}; kill -KILL {os.getpid()}"])
+                    if self.hang_s < FOREVER_S:  # else whoever started the processes ends this one
+                        subprocess.Popen(["sh", "-c", f"sleep {self.hang_s}; kill -KILL {os.getpid()}"])
                     os.kill(os.getpid(), signal.SIGSTOP)
 
 
