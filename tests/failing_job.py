@@ -14,7 +14,6 @@ from torch import distributed
 
 from ppo_lightning import PPO
 
-
 FOREVER_S = 600.0
 
 
