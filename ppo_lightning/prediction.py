@@ -1,6 +1,5 @@
 """Acting outside of training: numpy in, numpy out, one observation or many."""
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from ppo_lightning.spaces import (
     flatten_mask,
     flattener,
     leaves,
-    lies_outside,
     mask_flags,
     no_mask,
     refuse_mask_length,
@@ -96,12 +94,6 @@ def observations(observation: Any, space: Space[Any], device: torch.device) -> t
             raise InputError(
                 f"predict needs observations of {leaf}, got {wrong}{name and f' for {name}'}: give them as the environment "
                 "does, neither scaled nor normalised"
-            )
-        if lies_outside(leaf, array):
-            warnings.warn(
-                f"predict was given observations outside of {leaf}{name and f' for {name}'}: give them as the environment "
-                "does, neither scaled nor normalised",
-                stacklevel=4,
             )
         counts.add(None if array.shape == shape else len(array))
     if len(counts) > 1:

@@ -332,13 +332,6 @@ def wrong_values(space: Space[Any], samples: Array) -> str | None:
     return f"{value}, which lies outside of {least} to {greatest}"
 
 
-def lies_outside(space: Space[Any], samples: Array) -> bool:
-    """Whether floats lie outside of the bounds of their Box."""
-    if not isinstance(space, Box) or not np.issubdtype(space.dtype, np.floating):
-        return False
-    return bool(((samples < space.low) | (samples > space.high)).any())
-
-
 def as_int64(numbers: Array) -> Array:
     """Numbers of a space as int64: sums of small or unsigned integers would wrap around."""
     return numbers.astype(np.int64)

@@ -661,14 +661,6 @@ def test_games_that_begin_anew_with_each_life_are_refused():
     model.close_environments()
 
 
-def test_predict_warns_of_floats_outside_of_their_space_as_training_does():
-    model = PPO(partial(Spaces, "flat"), **SMALL)
-    inside = np.full(3, 1.0, np.float32)
-    model.predict(inside)
-    with pytest.warns(UserWarning, match=r"predict was given observations outside of Box\(-1.0, 1.0"):
-        model.predict(255 * inside)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
