@@ -502,10 +502,7 @@ def test_what_makes_no_environment_is_refused(env, message):
     ("policy", "message"),
     [
         (lambda observation_space: None, r"policy\(observation_space, action_space\) raised TypeError: "),
-        (
-            partial(ActorCritic, hidden=(8,)),
-            r"policy\(observation_space, action_space\) raised TypeError: .*unexpected keyword argument 'hidden'",
-        ),
+        (partial(ActorCritic, hidden=(8,)), r"ActorCritic has no parameter hidden: did you mean hidden_sizes\?"),
         (
             partial(ActorCritic, hidden_sizes=(10**12,)),
             r"policy\(observation_space, action_space\) raised RuntimeError: .*",
