@@ -249,7 +249,7 @@ def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
         )
     for name in ("limit_train_batches", "limit_val_batches"):
         limit = getattr(trainer, name)
-        if (isinstance(limit, float) and limit != 1.0) or (name == "limit_train_batches" and limit == 0):
+        if (limit not in (0, 1) and isinstance(limit, float)) or (name == "limit_train_batches" and limit == 0):
             what = "a rollout is" if name == "limit_train_batches" else "an evaluation is"
             raise InputError(
                 f"{name}={limit} would cut what has one batch: {what} whole; leave it out (max_epochs ends a run early, "

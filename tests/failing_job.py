@@ -41,7 +41,7 @@ class Fails(Callback):
                     time.sleep(self.hang_s)
                     os._exit(1)
                 case "freeze":
-                    if self.hang_s < FOREVER_S:  # else whoever started the processes ends this one
+                    if self.hang_s < FOREVER_S:  # else the launcher ends this one
                         subprocess.Popen(["sh", "-c", f"sleep {self.hang_s}; kill -KILL {os.getpid()}"])
                     os.kill(os.getpid(), signal.SIGSTOP)
 

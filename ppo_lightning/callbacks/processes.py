@@ -118,9 +118,9 @@ class WatchProcesses(Callback):
         asking = threading.Thread(target=lambda: answer.append(self._ask(rank, world_size, exception)), daemon=True)
         asking.start()
         asking.join(3 * self.PATIENCE_S)  # a store has timeouts, and waits without one to hear that its server got them
-        if answer:
-            return answer[0]
-        return "process 0, which the others meet at, does not answer: it hangs"
+        if asking.is_alive():
+            return "process 0, which the others meet at, does not answer: it hangs"
+        return answer[0] if answer else str(exception)
 
     def _ask(self, rank: int, world_size: int, exception: Exception) -> str:
         store, others = self._store, [other for other in range(world_size) if other != rank]

@@ -280,6 +280,11 @@ def test_last_is_a_trainers_own_once_it_has_trained():
     assert Path(trainer.ckpt_path).resolve() == Path(LAST).resolve()
 
 
+@pytest.mark.parametrize("limit", [0, 0.0])
+def test_either_zero_switches_evaluations_off(limit, tmp_path):
+    assert train(default_root_dir=tmp_path, limit_val_batches=limit).global_step == 2
+
+
 def test_a_resumed_run_that_fails_before_it_has_trained_leaves_its_checkpoints(tmp_path):
     class Fails(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
