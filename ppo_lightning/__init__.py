@@ -4,10 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppo_lightning.advantage import generalized_advantage as generalized_advantage
+    from ppo_lightning.algorithm.advantage import gae as gae
+    from ppo_lightning.algorithm.advantage import generalized_advantage as generalized_advantage
+    from ppo_lightning.algorithm.loss import LossCoefficients as LossCoefficients
+    from ppo_lightning.algorithm.loss import PPOLoss as PPOLoss
+    from ppo_lightning.callbacks import PPOCallback as PPOCallback
     from ppo_lightning.errors import EnvironmentFault as EnvironmentFault
     from ppo_lightning.errors import InputError as InputError
-    from ppo_lightning.loss import PPOLoss as PPOLoss
     from ppo_lightning.parameters import Linear as Linear
     from ppo_lightning.parameters import PopArt as PopArt
     from ppo_lightning.policy import MLP as MLP
@@ -24,9 +27,10 @@ __version__ = "0.1.0"
 
 MODULES = {
     "PPO": "ppo",
-    "PPOLoss": "loss",
+    "PPOCallback": "callbacks",
+    **dict.fromkeys(("LossCoefficients", "PPOLoss"), "algorithm.loss"),
+    **dict.fromkeys(("gae", "generalized_advantage"), "algorithm.advantage"),
     "RolloutDataset": "rollout",
-    "generalized_advantage": "advantage",
     **dict.fromkeys(("EnvironmentFault", "InputError"), "errors"),
     **dict.fromkeys(("Linear", "PopArt"), "parameters"),
     **dict.fromkeys(("MLP", "ActorCritic", "ImpalaCNN", "Memory", "NatureCNN"), "policy"),

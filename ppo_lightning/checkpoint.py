@@ -57,7 +57,7 @@ PLACE = re.compile(r"(path|dir|directory|directorie|folder|filename)s?(_|$)|(^|_
 ANNEALED = "annealed_lr"
 """Key of a parameter group: the learning rate that PPO set last; None where callbacks set it."""
 
-TRAINING_ONLY = ("optimizer", "lr_scheduler")
+TRAINING_ONLY = ("optimizer", "lr_scheduler", "loss", "advantage_estimator")
 """Hyperparameters that a policy can act without."""
 
 

@@ -24,9 +24,9 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from ppo_lightning.algorithm.compiler import MAX_SAMPLES
 from ppo_lightning.arguments import ConfigFile, Parser
 from ppo_lightning.checkpoint import CHOICES, KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
-from ppo_lightning.compiled import ROWS
 from ppo_lightning.errors import InputError, UsageError, refused_settings, said_in_one_sentence
 from ppo_lightning.loggers import (
     LIGHTNINGS_OWN,
@@ -331,7 +331,7 @@ def threads(model: PPO, processes: int) -> int:
     A smaller update hardly gains by a second thread, and where another process is busy waits for it: a 64-64 network took
     twenty times as long.
     """
-    samples = min(model.num_steps * model.num_envs // model.num_minibatches, ROWS)
+    samples = min(model.num_steps * model.num_envs // model.num_minibatches, MAX_SAMPLES)
     products = samples * sum(parameter.numel() for parameter in model.policy.parameters())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // processes) if products >= 10_000_000 else 1

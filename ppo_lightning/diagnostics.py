@@ -4,30 +4,6 @@ import torch
 from torch import Tensor
 
 
-def mean_of(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean of values [B] over those rows that are ``valid`` [B] bool; None is all of them."""
-    if valid is None:
-        return values.mean()
-    return torch.where(valid, values, 0.0).sum() / valid.sum().clamp_min(1)
-
-
-def approximate_kl(log_ratio: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Estimate of KL(old ‖ new), in nats: the mean of (ρ - 1) - log ρ, unbiased and never negative.
-
-    (Schulman 2020, "Approximating KL divergence", the estimator k₃.)
-
-    Args:
-        log_ratio: [B] log π_new(a|s) - log π_old(a|s) for actions drawn from π_old.
-        valid: [B] bool, the rows that count.
-    """
-    return mean_of(log_ratio.expm1() - log_ratio, valid)
-
-
-def clip_fraction(ratio: Tensor, clip_range: float, valid: Tensor | None = None) -> Tensor:
-    """Share of the samples [B] whose probability ratio left [1 - clip_range, 1 + clip_range] (dimensionless)."""
-    return mean_of(((ratio - 1).abs() > clip_range).float(), valid)
-
-
 def target_moments(value: Tensor, target: Tensor) -> Tensor:
     """What :func:`explained_variance` needs to know of values and targets [B]: one float64 row [5] for a gather.
 

@@ -1,39 +1,18 @@
 """What is logged of an iteration: one row of numbers per process, merged over all of them by one gather."""
 
-from typing import NamedTuple
-
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from ppo_lightning.algorithm.update import UpdateResult
 from ppo_lightning.diagnostics import explained_variance, target_moments
-from ppo_lightning.loss import KL, LossTerms, PPOLoss
 
-
-class Update(NamedTuple):
-    """What an update did."""
-
-    loss: PPOLoss
-    terms: Tensor
-    """[M, 7] :class:`LossTerms` of every minibatch, in order."""
-    epochs: int
-    """Passes that were begun."""
-    minibatches: int
-    """Minibatches of the last pass."""
-    norms: Tensor
-    """[K, 3] norms of the gradient of each step that was taken, before clipping: of all parameters, of those that the
-    action depends on, and of those that the value depends on."""
-    stopped: bool
-    """It ended early, since the divergence was too large."""
-
-
-_AVERAGED = len(LossTerms._fields) + 3
 _SUMMED = 9
 
 
 def row_of(
     batch: TensorDict,
-    update: Update,
+    update: UpdateResult,
     std: Tensor | None,
     finished: Tensor,
     restarts: int,
@@ -49,7 +28,7 @@ def row_of(
         restarts: environments that were made anew so far.
         clipped: [T, N] bool, the action has a component outside the bounds; None where the distribution clips nothing.
     """
-    table, valid = update.terms, batch["valid"]
+    table, valid = update.losses, batch["valid"]
     reward = batch["reward"][valid].double()
     # Not all that is terminal for what is learnt ends an episode: a lost life does not.
     truncated = int((batch["truncated"] & ~batch["terminated"]).sum())
@@ -57,8 +36,10 @@ def row_of(
     outside = reward.new_zeros(()) if clipped is None else clipped[valid].sum().double()
     own = [
         table.mean(0),
-        table[-update.minibatches :, KL].mean()[None],
-        table[-1, :1],
+        update.column("approx_kl")[-update.minibatches :].mean()[None]
+        if "approx_kl" in update.names
+        else table.new_zeros(1),
+        update.column("loss")[-1:],
         table.new_zeros(1) if std is None else std.mean()[None],
         torch.tensor([reward.numel(), *ends, restarts]),
         torch.stack([reward.sum(), reward.square().sum(), outside]),
@@ -68,17 +49,18 @@ def row_of(
     return torch.cat([part.double().cpu() for part in own])
 
 
-def merged(rows: Tensor) -> dict[str, float]:
+def merged(rows: Tensor, names: tuple[str, ...]) -> dict[str, float]:
     """The metrics of an iteration, under Stable-Baselines3's names where it has them and with its meanings.
 
     ``approx_kl`` averages the last pass, ``loss`` is the last minibatch, the others average all minibatches.
 
     Args:
         rows: [ranks, P] of :func:`row_of`.
+        names: of the scalars that the loss returned.
     """
-    kinds = rows.split([_AVERAGED, _SUMMED, 2, 5], 1)
+    kinds = rows.split([len(names) + 3, _SUMMED, 2, 5], 1)
     averaged = kinds[0].mean(0).tolist()
-    (_, policy_loss, value_loss, entropy, _, clipped, old_kl), (kl, last_loss, std) = averaged[:-3], averaged[-3:]
+    losses, (kl, last_loss, std) = dict(zip(names, averaged, strict=False)), averaged[-3:]
     steps, terminated, truncated, successes, failures, restarts, total, squares, outside = kinds[1].sum(0).tolist()
     highest, lowest = kinds[2].amax(0).tolist()
     count, target, missed = kinds[3][:, 0], kinds[3][:, 1], kinds[3][:, 2]
@@ -96,21 +78,17 @@ def merged(rows: Tensor) -> dict[str, float]:
         "rollout/value_mean": float((count * (target - missed)).sum() / count.sum()),
         "rollout/clipped_actions": outside / steps,
         "time/env_restarts": restarts,
-        "train/approx_kl": kl,
-        "train/old_approx_kl": old_kl,
-        "train/clip_fraction": clipped,
-        "train/entropy_loss": -entropy,
         "train/explained_variance": explained_variance(kinds[3]).item(),
+        **{f"train/{name}": value for name, value in losses.items()},
+        **({"train/approx_kl": kl} if "approx_kl" in losses else {}),
         "train/loss": last_loss,
-        "train/policy_gradient_loss": policy_loss,
-        "train/value_loss": value_loss,
         "train/std": std,
     }
 
 
-def norms_of(update: Update) -> dict[str, float]:
+def norms_of(update: UpdateResult) -> dict[str, float]:
     """Mean norms of the gradients whose norm was finite, which are the same in all processes; none without such."""
-    finite = update.norms[update.norms[:, 0].isfinite()]
+    finite = update.grad_norms[update.grad_norms[:, 0].isfinite()]
     if not len(finite):
         return {}
     names = ("train/grad_norm", "train/actor_grad_norm", "train/critic_grad_norm")

@@ -288,7 +288,7 @@ LIMITS = {
             "total_steps",
             "update_epochs",
             "num_minibatches",
-            "minibatch_chunks",
+            "gradient_accumulation_steps",
             "sequence_length",
             "eval_interval",
             "num_eval_episodes",

@@ -11,11 +11,9 @@ import sys
 import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, replace
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -33,13 +31,19 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ppo_lightning.advantage import discounted_return, generalized_advantage
+from ppo_lightning.algorithm.advantage import check_estimates, gae
+from ppo_lightning.algorithm.loss import Loss, LossCoefficients, PPOLoss
+from ppo_lightning.algorithm.minibatches import map_samples
+from ppo_lightning.algorithm.optimizer_step import NonFiniteGradient, NonFiniteGuard, TorchBackend
+from ppo_lightning.algorithm.reward_normalization import RewardNormalizer
+from ppo_lightning.algorithm.update import Updater, UpdateResult
 from ppo_lightning.callbacks import Interrupts, begin_writing, checkpoint_paths, defer_writing
 from ppo_lightning.callbacks.events import tell
 from ppo_lightning.checkpoint import (
     ANNEALED,
     KEY,
     RunSettings,
+    foreign_names,
     missing,
     plain_contents,
     plain_data,
@@ -54,20 +58,17 @@ from ppo_lightning.checkpoint import (
     verified,
 )
 from ppo_lightning.clock import Clock
-from ppo_lightning.compiled import CompiledUpdate, CompilerError, why_not
 from ppo_lightning.envs import Environments, EnvMaker, Halves, Setting, Supply, resolve
 from ppo_lightning.envs.info import Sums, added
 from ppo_lightning.envs.info import means as means_of
 from ppo_lightning.envs.state import as_tensors
 from ppo_lightning.envs.streams import streams_of_their_own
-from ppo_lightning.errors import InputError, ProcessFault
+from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation import evaluate_episodes, said, summarize
-from ppo_lightning.gradients import Guard, clip_by_norm
 from ppo_lightning.history import Records, summarize_records
 from ppo_lightning.loggers import described_run, name_of, tolerant
-from ppo_lightning.loss import LossTerms, PPOLoss, normalized
 from ppo_lightning.metric_names import MetricNames, renamed
-from ppo_lightning.metrics import Update, merged, norms_of, row_of
+from ppo_lightning.metrics import merged, norms_of, row_of
 from ppo_lightning.parameters import (
     LIMITS,
     ONE_OR_MORE,
@@ -85,14 +86,13 @@ from ppo_lightning.parameters import (
     schedule,
     try_schedule,
 )
-from ppo_lightning.policy import CLIP, ActorCritic, Policy, RunningMoments, ValueNormalizer, in_eval_mode
+from ppo_lightning.policy import ActorCritic, Policy, RunningMoments, ValueNormalizer, in_eval_mode
 from ppo_lightning.prediction import predict
-from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, cut_up, different, fingerprint
 from ppo_lightning.resume import carry_over, described, own_state
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
-from ppo_lightning.shared_sums import SharedSums, sums_over_processes
+from ppo_lightning.runs.ranks import CHECK_INTERVAL, LightningBackend, Ranks, can_bypass_strategy, fingerprint
 from ppo_lightning.snapshot import Snapshot
-from ppo_lightning.spaces import MASK, check_mask, cut, describe, leaves, rows_of, storage, without_mask
+from ppo_lightning.spaces import MASK, check_mask, describe, leaves, storage, without_mask
 from ppo_lightning.streams import random_state, restore_random_state
 from ppo_lightning.trainer import (
     attach_callbacks,
@@ -107,7 +107,6 @@ from ppo_lightning.trainer import (
     restore_modes,
     set_global_step,
     shorten_timeout,
-    steps_concern_nobody,
     take_averages_out,
 )
 
@@ -145,12 +144,16 @@ class PPO(LightningModule):
         popart: {beta} normalises what the critic learns while preserving its output; null does not.
         gamma: discount factor (per environment step, 0 to 1).
         gae_lambda: how far advantages look ahead: 0 is the one-step TD error, 1 the whole return (dimensionless, 0 to 1).
+        advantage_estimator: callable (rollout [T, N], *, gamma, gae_lambda) -> (advantage [T, N], value target [T, N]); in
+            YAML a function as package.module.name, or a class by class_path. ``reward`` is as it is learnt from.
         update_epochs: passes over each rollout (count).
         num_minibatches: pieces into which each pass cuts the rollout (count).
-        minibatch_chunks: parts in which the gradient of a minibatch is added up, where it does not fit memory whole; the
-            step is the same (count).
+        gradient_accumulation_steps: parts in which the gradient of a minibatch is accumulated, for one that does not fit into
+            memory whole; the step is the same (count).
         sequence_length: of a policy with memory, the steps into which rollouts are cut, so that minibatches keep time
             whole; null is num_steps (steps).
+        loss: module or callable (batch, evaluate, coefficients) -> scalars by name, of which loss is minimised and all are
+            logged as train/…; null is PPOLoss. Its parameters are trained with the policy's (docs/changing_the_algorithm.md).
         clip_range: change of an action's probability ratio beyond which the objective pays no more; a number, or
             {start, end} for a line over the run (dimensionless).
         clip_range_vf: change of a value beyond which the critic is not pulled, in (normalised) reward units; null does
@@ -209,10 +212,12 @@ class PPO(LightningModule):
         popart: PopArt | None = None,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
+        advantage_estimator: Callable[..., tuple[Tensor, Tensor]] = gae,
         update_epochs: int = 4,
         num_minibatches: int = 4,
-        minibatch_chunks: int = 1,
+        gradient_accumulation_steps: int = 1,
         sequence_length: int | None = None,
+        loss: nn.Module | Callable[..., Any] | None = None,
         clip_range: float | Linear = 0.2,
         clip_range_vf: float | None = None,
         normalize_advantage: bool | Literal["all_ranks"] = True,
@@ -260,14 +265,14 @@ class PPO(LightningModule):
         self.gae_lambda = gae_lambda
         self.update_epochs = update_epochs
         self.num_minibatches = num_minibatches
-        self.minibatch_chunks = minibatch_chunks
+        self.gradient_accumulation_steps = gradient_accumulation_steps
         self.clip_range = schedule("clip_range", clip_range)
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
         self.ent_coef = schedule("ent_coef", ent_coef)
         self.vf_coef = vf_coef
         self.max_grad_norm = max_grad_norm
-        self.guard = Guard(non_finite)
+        self.guard = NonFiniteGuard(non_finite)
         self.target_kl = target_kl
         self.lr_schedule: Linear | None = None
         """Learning rate by callbacks that steer, in the place of the line from the optimiser's own to 0."""
@@ -283,15 +288,26 @@ class PPO(LightningModule):
         self.metric_names = metric_names
         self.env_timeout_s = env_timeout_s
         self.compiles = compile
-        self.compiled: CompiledUpdate | None = None
-        """The update in one graph, where ``compile`` is on and nothing prevents it; made when training starts."""
         check_samples(self.num_steps, self.num_envs, self.num_minibatches)
         check_memory(self._memory_needs())
 
         self.policy = Policy(seen, self.action_space, policy, normalize_observation, popart)
-        self.clip_reward = clip_reward
+        self.loss: Loss = PPOLoss() if loss is None else plain_factory(loss)
+        self.advantage_estimator = plain_factory(advantage_estimator)
         self.sequence_length = self._sequences_of(sequence_length, self.num_steps)
-        self.return_moments = RunningMoments(()) if normalize_reward else None
+        self.reward_normalizer = RewardNormalizer(normalize=normalize_reward, sign=clip_reward, gamma=gamma)
+        self.updater = Updater(
+            self.policy,
+            self.loss,
+            update_epochs=update_epochs,
+            num_minibatches=num_minibatches,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            normalize_advantage=normalize_advantage,
+            target_kl=target_kl,
+            max_grad_norm=max_grad_norm,
+            guard=self.guard,
+            compile=compile,
+        )
         self.register_buffer("env_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.int64))
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
@@ -304,8 +320,7 @@ class PPO(LightningModule):
         self._goes_on: list[dict[str, Any]] | None = None
         """State of each process of the run that goes on here, until training starts."""
         self._before = Snapshot()
-        self._add_up: Callable[[Tensor], Any] = _nothing_to_add
-        self._shared: SharedSums | None = None
+        self.ranks = Ranks()
         self._without_others = False
         self.signalled: signal.Signals | None = None
         """The signal that asked this process to end."""
@@ -318,23 +333,6 @@ class PPO(LightningModule):
         """Where the last fit kept its files, which another fit of this model may replace."""
         self.records = Records()
         """What the run was like so far; kept by :class:`~ppo_lightning.callbacks.RunSummary`."""
-        self._grad_norms: list[Tensor] = []
-        """Of each step of the current update."""
-        self._part_norms: list[Tensor] = []
-        """[P] of each parameter, of each step of the current update that autograd took."""
-        self._in_use: tuple[PPOLoss, Any] | None = None
-        """Loss and samples of the gradient that is computed."""
-        self._accumulated = False
-        """Gradients of a part of the current minibatch are there already."""
-        self._learnt: list[nn.Parameter] = []
-        """Parameters of the optimizer: an update clips, checks and restores them."""
-        self._ignored: list[nn.Parameter] = []
-        """Parameters that require gradients and that the optimizer left out when training started."""
-        self._unreached: list[str] = []
-        """Names of learnt parameters beside the policy that no gradient has reached yet in this fit."""
-        self._halves = torch.zeros(0)
-        """[2, P] of :attr:`_learnt`, as :meth:`Policy.halves_of`."""
-        self._steps_alone = False
         self._was_scheduled = True
         self._trained_with_masks = self._said_that_masks_miss = False
         self._resumed: dict[str, Any] | None = None
@@ -351,6 +349,7 @@ class PPO(LightningModule):
     def trainer(self, trainer: Trainer | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Attach a Trainer, and let it find the checkpoints of earlier runs."""
         cast(Any, LightningModule.trainer).fset(self, trainer)
+        self.ranks = Ranks(trainer)
         if isinstance(trainer, Trainer):
             find_checkpoints(trainer)
 
@@ -378,9 +377,9 @@ class PPO(LightningModule):
         self.seed = trainer.strategy.broadcast(self._known_seed())
         if stage != "fit":
             return
-        refuse_what_misleads(trainer, running_moments=bool(self.policy.moments or self.return_moments))
+        refuse_what_misleads(trainer, running_moments=bool(self.policy.moments or self.reward_normalizer.moments))
         remaining = self.total_steps - self.num_env_steps
-        refuse_longer_run(trainer, ceil(remaining / (self.num_steps * self.num_envs * self._world_size)))
+        refuse_longer_run(trainer, ceil(remaining / (self.num_steps * self.num_envs * self.ranks.world_size)))
         self._check_val_every_n_epoch = trainer.check_val_every_n_epoch
         replace_defaults(trainer, self.iterations_between_evaluations)
         if self.env_maker.again() is None:
@@ -402,7 +401,7 @@ class PPO(LightningModule):
             )
         optimizer, scheduler = self._make_optimizer()
         if scheduler is not None:
-            check_length(scheduler, ceil(self.total_steps / (self.num_steps * self.num_envs * self._world_size)))
+            check_length(scheduler, ceil(self.total_steps / (self.num_steps * self.num_envs * self.ranks.world_size)))
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def _make_optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
@@ -449,92 +448,16 @@ class PPO(LightningModule):
         self._go_on()
         self._settings.restore(scheduled=self._was_scheduled)
         hooks = gradient_hooks(self.trainer, self, PPO)
-        self.prepare(self._optimizer, hooks)
-        self._add_up = sums_over_processes(self.trainer, self._learnt)
-        owner = getattr(self._add_up, "__self__", None)
-        self._shared = owner if isinstance(owner, SharedSums) else None
-        averages = self._shared is not None and self._shared.averages
-        self._steps_alone = steps_concern_nobody(self.trainer, averages=averages) and not hooks
-
-    def _adopt(self, optimizer: torch.optim.Optimizer, *, begins: bool = False) -> bool:
-        """Take the optimizer's parameters as those that updates change; whether they are others than before.
-
-        Args:
-            optimizer: of the next update.
-            begins: training starts here. Later a parameter that the optimizer does not have is an error.
-
-        Raises:
-            InputError: a module was replaced or added during training, and the optimizer does not train it.
-        """
-        learnt = [one for group in optimizer.param_groups for one in group["params"]]
-        trained = {id(one) for one in learnt}
-        ignored = [one for one in self.parameters() if one.requires_grad and id(one) not in trained]
-        changed = [*map(id, learnt)] != [*map(id, self._learnt)]
-        known = {id(one) for one in self._ignored}
-        added = [one for one in ignored if id(one) not in known]
-        if added and begins:
-            rank_zero_info(f"the optimizer does not train {self._names_of(added)}")
-        elif added:
-            raise InputError(
-                f"{self._names_of(added)} came during training, and the optimizer does not train it: replace modules "
-                "between two fits, or give their parameters to trainer.optimizers[0].add_param_group as well"
-            )
-        if changed and not begins and self._world_size > 1:
-            raise InputError(
-                "the optimizer's parameters changed during training on several processes, whose gradients are averaged "
-                "over the parameters of its start: change them between two fits"
-            )
-        if changed:
-            self.policy.check_again()
-            own = {id(one) for one in self.policy.parameters()}
-            self._halves = self.policy.halves_of(learnt)
-            self._unreached = [
-                name for name, one in self.named_parameters() if id(one) in trained - own and one.requires_grad
-            ]
-            self._learnt = learnt
-        self._ignored = ignored
-        return changed
-
-    def _names_of(self, parameters: Sequence[nn.Parameter]) -> str:
-        wanted = {id(one) for one in parameters}
-        return ", ".join(name for name, one in self.named_parameters() if id(one) in wanted)
-
-    def _warn_of_unreached(self) -> None:
-        """Warn once of learnt modules beside the policy that the loss does not use."""
-        if not self._unreached or not any(one.grad is not None for one in self._learnt):
-            return
-        names, self._unreached = set(self._unreached), []
-        without = [name for name, one in self.named_parameters() if name in names and one.grad is None]
-        if without:
-            rank_zero_warn(
-                f"{', '.join(without)} did not receive a gradient in the first update and will not learn: use the module "
-                "in the loss, or freeze it by requires_grad_(False)"
-            )
-
-    def prepare(self, optimizer: torch.optim.Optimizer, hooks: Sequence[str] = ()) -> None:
-        """Clip, check and restore the parameters of ``optimizer`` in each update; compile it if asked for and possible.
-
-        Args:
-            optimizer: of the updates to come.
-            hooks: classes that want to see each gradient, which a compiled step does not show.
-        """
-        self._adopt(optimizer, begins=True)
-        self.compiled = None
-        if not self.compiles:
-            return
-        reason = why_not(self.policy, optimizer, "" if self._trainer is None else str(self.trainer.precision))
-        self.policy.check_again()
-        own = [name for name in _STEP if getattr(type(self), name) is not getattr(PPO, name)]
-        if own:
-            reason = f"{type(self).__name__} has {' and '.join(own)} of its own"
-        if hooks:
-            reason = f"{', '.join(hooks)} has hooks around gradients"
-        try:
-            if reason is not None:
-                raise CompilerError(reason)
-            self.compiled = CompiledUpdate(self.policy, optimizer, self.max_grad_norm)
-        except CompilerError as error:
-            rank_zero_warn(f"compile: true has no effect on the update, since {error}")
+        self.ranks.share_memory([one for group in self._optimizer.param_groups for one in group["params"]])
+        bypass = can_bypass_strategy(self.trainer, self.ranks) and not hooks
+        self.updater.prepare(
+            self,
+            self._optimizer,
+            LightningBackend(self, self._optimizer, self.ranks, bypass=bypass),
+            world_size=self.ranks.world_size,
+            hooks=hooks,
+            precision=str(self.trainer.precision),
+        )
 
     @override
     @torch.no_grad()
@@ -546,9 +469,10 @@ class PPO(LightningModule):
                 "train_dataloaders out of Trainer.fit"
             )
         optimizer = None if self._trainer is None else self._optimizer
-        if optimizer is not None and self._adopt(optimizer):
-            self.prepare(optimizer, gradient_hooks(self.trainer, self, PPO))
-        self._before.keep([*(self._learnt or self.parameters()), *dict(super().named_buffers()).values()], optimizer)
+        if optimizer is not None:
+            self.updater.follow(optimizer)
+        trained = self.updater.parameters or self.parameters()
+        self._before.keep([*trained, *dict(super().named_buffers()).values()], optimizer)
         if batch["policy_version"] != self.policy_version:
             raise InputError(
                 f"the rollout was collected with policy {batch['policy_version']}, this is policy {self.policy_version}: "
@@ -557,20 +481,15 @@ class PPO(LightningModule):
         self._trained_with_masks |= MASK in batch
         self._tell("on_rollout_end", batch)
         done = batch["terminated"] | batch["truncated"]
-        advantage = generalized_advantage(
-            self.scale_reward(batch["reward"], done, batch["valid"]),
-            batch["state_value"],
-            batch["next_state_value"],
-            batch["terminated"],
-            done,
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
+        self.rollouts.discounted = self.reward_normalizer.update(
+            batch["reward"], done, batch["valid"], self.rollouts.discounted, self.ranks.gather
         )
-        batch["advantage"] = advantage
-        batch["value_target"] = advantage + batch["state_value"]
+        learnt_from = batch.copy().set("reward", self.reward_normalizer(batch["reward"]))
+        estimates = self.advantage_estimator(learnt_from, gamma=self.gamma, gae_lambda=self.gae_lambda)
+        batch["advantage"], batch["value_target"] = check_estimates(estimates, batch["reward"])
         if self.policy.value_normalizer is not None:
             targets = RunningMoments.batch_moments(batch["value_target"][batch["valid"]])
-            self.policy.value_normalizer.merge(self.gather(targets))
+            self.policy.value_normalizer.merge(self.ranks.gather(targets))
 
     @override
     def training_step(self, batch: TensorDict, batch_idx: int) -> None:
@@ -579,9 +498,7 @@ class PPO(LightningModule):
         self.anneal(self._optimizer)
         self.learning_rate = self._optimizer.param_groups[0]["lr"]
         self._tell("on_update_start", batch)
-        update = self.update(batch, self.descend)
-        self._in_use = None
-        self._warn_of_unreached()
+        update = self.update(batch)
         self._tell("on_update_end", update)
         self.count(batch, update.epochs)
         self.rollouts.pending = False
@@ -608,10 +525,8 @@ class PPO(LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # a fused optimiser would do it within its step: too late for clipping
-        if scaler is None:
-            self.clip_gradients_by_norm()
-        else:
-            self.clip_gradients_by_norm(scaler)
+        assert self.updater.eager is not None
+        self.updater.eager.clip(scaler)
 
     @override
     def on_fit_end(self) -> None:
@@ -702,8 +617,8 @@ class PPO(LightningModule):
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
         own = self._run_state()
         states = [own]
-        if self._world_size > 1 and not self._without_others:  # every process comes here, one of them writes
-            states = [own] * self._world_size
+        if self.ranks.world_size > 1 and not self._without_others:  # every process comes here, one of them writes
+            states = [own] * self.ranks.world_size
             torch.distributed.all_gather_object(states, own)
         checkpoint[KEY] = {
             "processes": as_tensors(states),
@@ -743,8 +658,12 @@ class PPO(LightningModule):
         """
         ours = refuse_other_spaces(checkpoint, self.observation_space, self.action_space, self.env_maker.name)
         self._missing = refuse_missing(ours, _passed.get().union(self._given))
+        fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if not fits and not any(name.startswith("loss.") for name in self.state_dict()):  # to act without it
+            weights = checkpoint["state_dict"].items()
+            checkpoint["state_dict"] = {name: one for name, one in weights if not name.startswith("loss.")}
         refuse_other_policy(checkpoint, self.state_dict(), self.policy.distribution.describe())
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if fits:
             refuse_weights_alone(checkpoint)
             refuse_fewer_epochs(checkpoint, self.trainer.max_epochs)
             self._resumed = checkpoint
@@ -766,13 +685,13 @@ class PPO(LightningModule):
         """Keep what another fit of this model goes on from."""
         if self.trainer.optimizers:
             never_begun, self._goes_on = self._goes_on, None
-            begun = never_begun is None or len(never_begun) != self._world_size
+            begun = never_begun is None or len(never_begun) != self.ranks.world_size
             self._paused = {
                 "optimizer": copy.deepcopy(self._optimizer.state_dict()),
                 "parameters": [one for group in self._optimizer.param_groups for one in group["params"]],
                 "kind": type(self._optimizer),
                 "schedulers": [config.scheduler.state_dict() for config in self.trainer.lr_scheduler_configs],
-                **(self._run_state() if begun else cast(Any, never_begun)[self._rank]),
+                **(self._run_state() if begun else cast(Any, never_begun)[self.ranks.rank]),
             }
             self.rollouts.saved = self._paused["rollouts"]
 
@@ -798,7 +717,7 @@ class PPO(LightningModule):
         states, self._goes_on = self._goes_on, None
         paused, self._paused = self._paused, None
         if paused is not None:
-            states = [paused] * self._world_size  # each process has its own
+            states = [paused] * self.ranks.world_size  # each process has its own
             if type(self._optimizer) is paused["kind"]:
                 carry_over(paused["optimizer"], paused["parameters"], self._optimizer)
             else:
@@ -812,7 +731,7 @@ class PPO(LightningModule):
         if states is None:
             return
         self.rollouts.saved = None
-        own = own_state(states, self._rank, self._world_size, described(self.hparams, self.num_envs))
+        own = own_state(states, self.ranks.rank, self.ranks.world_size, described(self.hparams, self.num_envs))
         if own is None:
             return
         restore_random_state(own["random"], self.generator)
@@ -824,117 +743,30 @@ class PPO(LightningModule):
 
     # --- the parts of a training step ---------------------------------------------------------------------------------
 
-    def update(self, batch: TensorDict, descend: "Descend") -> Update:
-        """Epochs of shuffled minibatches of the clipped objective (Schulman et al. 2017, algorithm 1).
+    def update(self, rollout: TensorDict) -> UpdateResult:
+        """Epochs of shuffled minibatches of the loss (Schulman et al. 2017, algorithm 1).
 
         Args:
-            batch: rollout [T, N] with advantages.
-            descend: takes one gradient step on a minibatch's loss; on that of a part only adds to the gradient, unless
-                it is the last.
+            rollout: [T, N] with advantages.
+
+        Raises:
+            FloatingPointError: a gradient is not finite, and such steps are not skipped.
         """
-        loss = self.current_loss()
-        self._grad_norms.clear()
-        self._part_norms.clear()
-        self._accumulated = False
-        cuts = self._cut_up(batch)
-        if self.compiled is not None:
-            update = self._update_by_graph(self.compiled, batch, loss, cuts)
-            if update is not None:
-                return update
-        samples = self.samples(batch)
-        advantage = samples["advantage"]
-        terms: list[LossTerms] = []
-        for epoch, order in enumerate(cuts.orders.to(samples.device)):
-            if cuts.moments is not None:
-                samples["advantage"] = cuts.advantage(advantage, epoch)
-            for minibatch, piece in enumerate(minibatches(samples, order, cuts.sizes)):
-                weight = cuts.weights[epoch][minibatch]
-                self._in_use = loss, piece
-                if self.minibatch_chunks > 1:
-                    of_chunk, chunks = self._chunks(loss, piece)
-                else:
-                    of_chunk, chunks = loss, [(piece, 1.0)]
-                parts: list[LossTerms] = []
-                for chunk, share in chunks:
-                    if parts:
-                        descend(parts[-1].loss, False)
-                    scored, share = of_chunk(chunk, self.policy.evaluate), weight * share
-                    parts.append(scored if share == 1.0 else LossTerms(*(share * term for term in scored)))
-                terms.append(
-                    parts[0]
-                    if len(parts) == 1
-                    else LossTerms(*(torch.stack(term).sum(0) for term in zip(*parts, strict=True)))
-                )
-                if self.diverged(terms[-1].approx_kl, first=len(terms) == 1):
-                    return Update(loss, _table(terms), epoch + 1, minibatch + 1, self._norms(), True)
-                descend(parts[-1].loss)
-        return Update(loss, _table(terms), self.update_epochs, self.num_minibatches, self._norms(), False)
-
-    def _update_by_graph(self, compiled: CompiledUpdate, batch: TensorDict, loss: PPOLoss, cuts: Cuts) -> Update | None:
-        """The same in one graph; None where it has to be taken step by step, with everything as it was."""
         try:
-            passes = compiled.run(
-                self._rows(batch),
-                batch["valid"].flatten(),
-                loss,
-                cuts,
-                chunks=self.minibatch_chunks,
-                target_kl=self.target_kl,
-                world_size=self._world_size,
-                add_up=self._add_up,
-            )
-        except CompilerError as error:
-            if self._world_size > 1:
-                raise InputError(f"compile: true fails in process {self._rank}, since {error}: turn it off") from error
-            rank_zero_warn(f"compile: true has no effect on the update, since {error}")
-            self.compiled = None
-        else:
-            if passes.finite:
-                self.guard.in_a_row = 0
-                self._grad_norms.extend(passes.norms[:, 0])
-                stopped = len(passes.norms) < len(passes.terms)
-                return Update(loss, passes.terms, passes.epochs, passes.minibatches, passes.norms, stopped)
-        compiled.restore()  # step by step, what is not finite is found and left out
-        return None
+            samples = self.training_samples(rollout)
+            result = self.updater.update(samples, self.coefficients, self.generator, self.ranks.gather)
+        except NonFiniteGradient as error:
+            raise FloatingPointError(self._dump_non_finite(error)) from None
+        self.updater.warn_of_unreached()
+        return result
 
-    def _cut_up(self, batch: TensorDict) -> Cuts:
-        """Shuffle and cut the rollout's samples, in the order in which :meth:`samples` has them."""
-        advantage, valid = batch["advantage"], batch["valid"]
-        counted = None
-        if self.policy.state_size:
-            advantage, counted = self._sequences(advantage), self._sequences(valid)
-        else:
-            advantage = advantage.flatten() if bool(valid.all()) else advantage[valid]
-        return cut_up(
-            advantage,
-            counted,
-            epochs=self.update_epochs,
-            num_minibatches=self.num_minibatches,
-            generator=self.generator,
-            world_size=self._world_size,
-            normalizes=self.normalize_advantage == "all_ranks",
-            gather=self.gather,
-        )
-
-    def _chunks(self, loss: PPOLoss, minibatch: TensorDict) -> tuple[PPOLoss, list[tuple[TensorDict, float]]]:
-        """A minibatch in ``minibatch_chunks`` parts with their shares of it, and the loss of a part."""
-        valid = minibatch.get("valid", None)
-        if loss.normalize_advantage:  # by the moments of the whole minibatch
-            minibatch["advantage"] = normalized(minibatch["advantage"], valid)
-        chunks = minibatch.split(cut(len(minibatch), min(self.minibatch_chunks, len(minibatch))))
-        counts = [len(chunk) if valid is None else int(chunk["valid"].sum()) for chunk in chunks]
-        shares = [count / sum(counts) for count in counts]
-        return replace(loss, normalize_advantage=False), list(zip(chunks, shares, strict=True))
-
-    def current_loss(self) -> PPOLoss:
-        """The loss of this iteration, its coefficients where their schedules are."""
+    @property
+    def coefficients(self) -> LossCoefficients:
+        """Of the loss in this iteration, where their schedules are."""
         progress = self.progress_share
-        return PPOLoss(
+        return LossCoefficients(
             clip_range=self.clip_range.at(progress),
             clip_range_vf=self.clip_range_vf,
-            # Over all ranks it is done before: no process sees the others' advantages.
-            normalize_advantage=self.normalize_advantage is True
-            or (self.normalize_advantage == "all_ranks" and self._world_size == 1),
             vf_coef=self.vf_coef,
             ent_coef=self.ent_coef.at(progress),
         )
@@ -974,156 +806,40 @@ class PPO(LightningModule):
             group["lr"] = group[ANNEALED] = rate
 
     @torch.no_grad()
-    def samples(self, batch: TensorDict) -> TensorDict:
-        """What passes are made over: the valid rows [B] of a rollout, or for a policy with memory sequences [B, L].
+    def training_samples(self, rollout: TensorDict) -> dict[str, Any]:
+        """Samples [T · N] of a rollout, or of a recurrent policy its sequences [B, L], by the rollout's keys.
 
-        Observations are as the network sees them and values as the loss compares them: normalised once, not per pass.
+        ``observation`` is what the network sees and values are as the loss compares them: normalised once, not per epoch.
+        ``valid`` is there only where some samples do not count.
         """
-        samples, valid = TensorDict(self._rows(batch), [batch.numel()]), batch["valid"].flatten()
-        if self.policy.state_size:
-            sequences = self._sequences(samples.view(batch.shape))
-            return sequences.exclude("valid") if bool(valid.all()) else sequences
-        return samples if bool(valid.all()) else samples[valid]
-
-    def _sequences(self, rows: Any) -> Any:
-        """A tensor or TensorDict [T, N] as sequences of environments [T · N / L, L]."""
-        length = cast(int, self.sequence_length)
-        return rows.view(-1, length, rows.shape[1]).transpose(1, 2).reshape(-1, length)
-
-    def _rows(self, batch: TensorDict) -> dict[str, Any]:
-        """All rows [T · N] of a rollout by name, valid or not."""
-        keys = ["action", "action_log_prob", "advantage", "value_target", "action_mask"]
-        if self.clip_range_vf is not None:
-            keys.append("state_value")
-        if self.policy.state_size:
-            keys += ["memory_state", "episode_start", "valid"]
-        samples = batch.select(*keys, strict=False).flatten().to_dict()
-        samples["observation"] = self.policy.features(batch["observation"].flatten(0, 1))
+        keys = [key for key in rollout.keys() if key not in ("observation", "policy_version")]  # noqa: SIM118
+        samples = rollout.select(*keys).flatten().to_dict()
+        samples["observation"] = self.policy.features(rollout["observation"].flatten(0, 1))
         if self.policy.value_normalizer is not None:
-            for key in {"value_target", "state_value"}.intersection(keys):
+            for key in ("value_target", "state_value"):
                 samples[key] = self.policy.value_normalizer.normalize(samples[key])
+        if bool(samples["valid"].all()):
+            del samples["valid"]
+        if self.policy.state_size:
+            length, num_envs = cast(int, self.sequence_length), rollout.shape[1]
+            samples = map_samples(lambda leaf: to_sequences(leaf, length, num_envs), samples)
         return samples
 
-    def diverged(self, approx_kl: Tensor, *, first: bool = False) -> bool:
-        """Whether the new policy is too far from the old, by Stable-Baselines3's rule; all processes agree.
-
-        Args:
-            approx_kl: of a minibatch (nats).
-            first: no step was taken since the rollout: what is not finite now is so for good.
-
-        Raises:
-            FloatingPointError: the policy gives no numbers, and that is not to be skipped.
-        """
-        if self.target_kl is None:
-            return False
-        if self._world_size > 1:  # not by strategy.reduce, which waits for everybody once more
-            approx_kl = approx_kl.view(1) / self._world_size
-            self._add_up(approx_kl)
-        value = approx_kl.item()
-        if first and not math.isfinite(value):
-            self._accepts(value)
-        return not value <= 1.5 * self.target_kl  # NaN has diverged too
-
-    def descend(self, loss: Tensor, last: bool = True) -> None:
-        """One gradient step, which Lightning does not count: ``global_step`` counts iterations.
-
-        Args:
-            loss: of a minibatch, or of a part of it.
-            last: it is the last part: clip and step. Of the others the gradients are only added up.
-        """
-        optimizer, begun, self._accumulated = self._optimizer, self._accumulated, not last
-        if not begun:
-            optimizer.zero_grad()
-        if self._steps_alone:
-            loss.backward()
-            if last and self._shared is not None:
-                self._shared.average_gradients(self._learnt)
-        elif last:
-            self.manual_backward(loss)
-        else:
-            with cast(Any, self.trainer.strategy).block_backward_sync() if self._world_size > 1 else nullcontext():
-                self.manual_backward(loss)
-        if not last:
-            return
-        if self._steps_alone:
-            self.clip_gradients_by_norm()
-            optimizer.step()
-        else:
-            self.trainer.strategy.optimizer_step(optimizer, _nothing)
-
-    def clip_gradients_by_norm(self, scaler: Any = None) -> None:
-        """Scale all gradients together down to ``max_grad_norm``, and keep the norm that they had.
-
-        Args:
-            scaler: of gradients, which leaves out those that it has scaled beyond what their type can hold.
-
-        Raises:
-            FloatingPointError: the norm is not finite, and that is not to be skipped; no step was taken.
-        """
-        norm, parts = clip_by_norm(self._learnt, self.max_grad_norm)
-        self._part_norms.append(parts)
-        value = norm.item()
-        overflows = scaler is not None and not math.isfinite(value) and scaler.get_scale() >= 1.0
-        if not overflows and not self._accepts(value):
-            for parameter in self._learnt:
-                parameter.grad = None  # which optimisers leave out
-        self._grad_norms.append(norm)
-
-    def _norms(self) -> Tensor:
-        """[K, 3] of :class:`Update`."""
-        if not self._part_norms:
-            return torch.zeros(0, 3)
-        halves = self._halves.to(self._part_norms[0])
-        return torch.cat(
-            [torch.stack(self._grad_norms)[:, None], (torch.stack(self._part_norms).square() @ halves.T).sqrt()], 1
-        )
-
-    def _accepts(self, norm: float) -> bool:
-        return self.guard.accepts(norm, int(self.iterations) + 1, self._dump)
-
-    def _dump(self, norm: float) -> Path:
-        """Write what a gradient was computed from, as plain tensors, and say where."""
-        trainer = self._trainer
+    def _dump_non_finite(self, error: NonFiniteGradient) -> str:
+        """Write what a gradient was computed from, as plain tensors; a sentence about it."""
+        trainer, iteration = self._trainer, int(self.iterations) + 1
         folder = Path("." if trainer is None else trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / ("non_finite.pt" if self._rank == 0 else f"non_finite_rank_{self._rank}.pt")
-        assert self._in_use is not None
-        loss, samples = self._in_use
-        contents = {
-            "norm": norm,
-            "iteration": int(self.iterations) + 1,
-            "samples": samples.to_dict() if isinstance(samples, TensorDict) else samples,
-            "policy": self.policy.state_dict(),
-            "loss": asdict(loss),
-        }
-        torch.save(contents, file)
-        if self._world_size > 1:
-            torch.distributed.barrier()  # the first process to end takes the others with it, and their files
-        return file
-
-    @torch.no_grad()
-    def scale_reward(self, reward: Tensor, done: Tensor, valid: Tensor) -> Tensor:
-        """Rewards [T, N] over the standard deviation of the discounted return, clipped at ±10; or their signs; or both.
-
-        The moments take in this rollout first: rewards do not enter the probability ratio, and in the first iteration
-        there would be nothing to scale by.
-        """
-        if self.return_moments is None:
-            return self.scaled(reward)
-        reward = reward.sign() if self.clip_reward else reward
-        carry = self.rollouts.discounted.to(reward.device)
-        total, self.rollouts.discounted = discounted_return(reward, done, carry, gamma=self.gamma)
-        self.rollouts.discounted = self.rollouts.discounted.nan_to_num(0.0, 0.0, 0.0)  # else for ever
-        self.return_moments.merge(self.gather(RunningMoments.batch_moments(total[valid])))
-        return self.scaled(reward)
-
-    def scaled(self, reward: Tensor) -> Tensor:
-        """Rewards as they are learnt from, by the moments as they are."""
-        if self.clip_reward:
-            reward = reward.sign()
-        if self.return_moments is None:
-            return reward
-        return (reward * (self.return_moments.variance.float() + 1e-8).rsqrt()).clamp(-CLIP, CLIP)
+        rank = self.ranks.rank
+        file = folder / ("non_finite.pt" if rank == 0 else f"non_finite_rank_{rank}.pt")
+        torch.save({"norm": error.norm, "iteration": iteration, **error.contents}, file)
+        self.ranks.barrier()  # the first process to end stops the others before they have written theirs
+        times = f" {error.consecutive} times in a row" if error.consecutive > 1 else ""
+        return (
+            f"the gradient's norm is {error.norm}{times} in iteration {iteration}, the step was not taken: lower the learning "
+            "rate, or look for observations or rewards of extreme size (normalize_observation, normalize_reward); "
+            f"{file} holds what it was computed from"
+        )
 
     @torch.no_grad()
     def count(self, batch: TensorDict, epochs: int) -> None:
@@ -1131,65 +847,36 @@ class PPO(LightningModule):
         valid = batch["valid"]
         if self.policy.moments is not None:
             seen = self.policy.numbers(batch["observation"][valid])
-            self.policy.moments.merge(self.gather(RunningMoments.batch_moments(seen)))
+            self.policy.moments.merge(self.ranks.gather(RunningMoments.batch_moments(seen)))
         self.iterations += 1
         self.n_updates += epochs
-        compares = self._world_size > 1 and self.policy_version % CHECK_INTERVAL == 0
+        compares = self.ranks.world_size > 1 and self.policy_version % CHECK_INTERVAL == 0
         # One gather for all that is counted: some numbers, then the newest episodes, padded to a full window.
         window = EpisodeStatistics.WINDOW
         episodes = self.rollouts.episodes
         finished = torch.cat([episodes.finished, episodes.steps[:, None]], 1)[-window:]
-        prints = fingerprint(self._learnt) if compares else (0, 0)
+        prints = fingerprint(self.updater.parameters) if compares else (0, 0)
         says = bool(self.rollouts.logged)
         numbers = [int(valid.sum()), len(finished), self.signalled or 0, *prints, says]
         packed = torch.zeros(len(numbers) + 5 * window, dtype=torch.float64)  # on the CPU: not every device has float64
         packed[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
         packed[len(numbers) : len(numbers) + finished.numel()] = finished.flatten()
-        rows = self.gather(packed).view(-1, len(packed))
+        rows = self.ranks.gather(packed).view(-1, len(packed))
         for row in rows:
             self.env_steps += int(row[0])
             if row[2]:
                 self.interrupted = signal.Signals(int(row[2]))
         ended = torch.cat([row[len(numbers) :].view(window, 5)[: int(row[1])] for row in rows])
-        if self._world_size > 1:  # as of one process: by step, then environment
+        if self.ranks.world_size > 1:  # as of one process: by step, then environment
             ended = ended[ended[:, 4].argsort(stable=True)]
         episodes.record(ended[:, :4])
         if compares:
-            self._refuse_difference(rows[:, 3:5])
+            self.ranks.check_in_sync(rows[:, 3:5], self.policy_version)
         if rows[:, 5].any():
-            self.rollouts.logged = self._of_all(self.rollouts.logged)
-
-    def _of_all(self, sums: Sums) -> Sums:
-        """What all processes added up; each may have heard of other names."""
-        if self._world_size == 1:
-            return sums
-        every = [sums] * self._world_size
-        torch.distributed.all_gather_object(every, sums)
-        return added(every)
-
-    def _refuse_difference(self, fingerprints: Tensor) -> None:
-        others = different(fingerprints)
-        if others:
-            raise ProcessFault(
-                f"after iteration {self.policy_version} the parameters of {_processes(others)} are not those of process 0: "
-                "something changes them on one process alone (a callback, a hook, a backward() of its own), or their "
-                "processors differ and round differently; remove it, or take machines of one kind, and "
-                "go on from the last checkpoint"
-            )
-
-    def gather(self, row: Tensor) -> Tensor:
-        """The rows [P] of all processes, [ranks, P]; of one process the row as it is."""
-        if self._world_size == 1:
-            return row
-        if self._shared is not None and self._shared.has_room(row):
-            return self._shared.gather(row)
-        sent = row.to(self.device).contiguous()
-        rows = [torch.empty_like(sent) for _ in range(self._world_size)]
-        torch.distributed.all_gather(rows, sent)
-        return torch.stack(rows).to(row.device)
+            self.rollouts.logged = added(self.ranks.gather_objects(self.rollouts.logged))
 
     @torch.no_grad()
-    def metrics(self, batch: TensorDict, update: Update, seconds: float) -> dict[str, float]:
+    def metrics(self, batch: TensorDict, update: UpdateResult, seconds: float) -> dict[str, float]:
         """What is logged of an iteration: of all processes, but for seconds, which are this one's (docs/metrics.md).
 
         Args:
@@ -1205,13 +892,13 @@ class PPO(LightningModule):
             **episodes,
             **means_of(self.rollouts.logged),
             **self._clock.iterated(self.num_env_steps),
-            **merged(self.gather(row).view(self._world_size, -1)),
+            **merged(self.ranks.gather(row).view(self.ranks.world_size, -1), update.names),
             **norms_of(update),
             "time/iterations": int(self.iterations),
             "time/total_timesteps": self.num_env_steps,
             "time/collect": self.rollouts.collect_seconds,
             "time/update": seconds,
-            "train/clip_range": update.loss.clip_range,
+            "train/clip_range": update.coefficients.clip_range,
             "train/learning_rate": self.learning_rate,
             "train/n_updates": int(self.n_updates),
             **self.steered,
@@ -1228,8 +915,8 @@ class PPO(LightningModule):
                 del metrics[name]
         if self.guard.skipped:
             metrics["train/skipped_steps"] = self.guard.skipped
-        if update.loss.clip_range_vf is not None:
-            metrics["train/clip_range_vf"] = update.loss.clip_range_vf
+        if update.coefficients.clip_range_vf is not None:
+            metrics["train/clip_range_vf"] = update.coefficients.clip_range_vf
         if self.target_kl is not None:
             metrics["train/early_stopped"] = float(update.stopped)
         return metrics
@@ -1256,7 +943,7 @@ class PPO(LightningModule):
         """``eval_interval``, or what makes 20 evaluations over the run."""
         if self.eval_interval is not None:
             return self.eval_interval
-        return max(1, ceil(self.total_steps / (self.num_steps * self.num_envs * self._world_size)) // 20)
+        return max(1, ceil(self.total_steps / (self.num_steps * self.num_envs * self.ranks.world_size)) // 20)
 
     @property
     def steps_per_eval_episode(self) -> int:
@@ -1264,7 +951,7 @@ class PPO(LightningModule):
 
         All episodes together take no more steps than the training between two evaluations.
         """
-        steps = self.iterations_between_evaluations * self.num_steps * self.num_envs * self._world_size
+        steps = self.iterations_between_evaluations * self.num_steps * self.num_envs * self.ranks.world_size
         return steps // self.num_eval_episodes
 
     def progress(self) -> dict[str, str]:
@@ -1365,10 +1052,10 @@ class PPO(LightningModule):
         self._clock.evaluated(seconds)
 
     def _evaluate(self, wanted: int, deterministic: bool, purpose: str) -> dict[str, float]:
-        world = self._world_size
+        world = self.ranks.world_size
         shares = [(wanted + world - 1 - rank) // world for rank in range(world)]
         logged: Sums = {}
-        share, seed = shares[self._rank], self.evaluation_seed(purpose)
+        share, seed = shares[self.ranks.rank], self.evaluation_seed(purpose)
         episodes = torch.zeros(shares[0], 5, dtype=torch.float64)
         if share:
             assert self.seed is not None
@@ -1389,9 +1076,9 @@ class PPO(LightningModule):
                 self.supply.close_evaluation()  # another evaluation makes new ones
                 raise
             logged = environments.logged.take_evaluation()
-        rows = self.gather(torch.cat([episodes.flatten(), episodes.new_tensor([bool(logged)])])).view(world, -1)
+        rows = self.ranks.gather(torch.cat([episodes.flatten(), episodes.new_tensor([bool(logged)])])).view(world, -1)
         if rows[:, -1].any():
-            logged = self._of_all(logged)
+            logged = added(self.ranks.gather_objects(logged))
         each = [row[:-1].view(-1, 5)[:own] for row, own in zip(rows, shares, strict=True)]
         return {**summarize(torch.cat(each)), **said(logged)}
 
@@ -1407,10 +1094,16 @@ class PPO(LightningModule):
         data = read_verified(checkpoint_path)
         contents = plain_contents(data, checkpoint_path)
         refuse_missing(contents[KEY], kwargs)
-        refuse_names(contents["hyper_parameters"], kwargs)
+        # Acting needs neither of these, and their names may be functions, which a file may not choose.
+        foreign = foreign_names(contents["hyper_parameters"]).keys() & {"loss", "advantage_estimator"} - kwargs.keys()
+        refuse_names(contents["hyper_parameters"], {*kwargs, *foreign})
         token = _passed.set(frozenset(kwargs))
         try:
-            return super().load_from_checkpoint(io.BytesIO(data), *args, **{**kwargs, "weights_only": True})
+            defaults = {name: _PARAMETERS[name] for name in foreign}
+            given = {**kwargs, **defaults, "weights_only": True}
+            model = super().load_from_checkpoint(io.BytesIO(data), *args, **given)
+            model._missing.extend(foreign)
+            return model
         except ArgumentError as error:  # of jsonargparse, which makes what the command line has saved
             raise InputError(
                 f"{checkpoint_path} has hyperparameters that PPO cannot use ({' '.join(str(error).split())}): give others"
@@ -1453,23 +1146,15 @@ class PPO(LightningModule):
             group.setdefault("initial_lr", group["lr"])
         self.anneal(optimizer)
         self.learning_rate = optimizer.param_groups[0]["lr"]
-        self._adopt(optimizer, begins=True)
-        update = self.update(rollout, partial(self._descend_alone, optimizer))
-        self._in_use = None
-        self._warn_of_unreached()
+        if self.updater.optimizer is optimizer:
+            self.updater.follow(optimizer)
+        else:
+            self.updater.prepare(self, optimizer, TorchBackend(optimizer))
+        update = self.update(rollout)
         self.count(rollout, update.epochs)
         self.rollouts.pending = False
         self._before.forget()
         return self.metrics(rollout, update, seconds=time.perf_counter() - started)
-
-    def _descend_alone(self, optimizer: torch.optim.Optimizer, loss: Tensor, last: bool = True) -> None:
-        if not self._accumulated:
-            optimizer.zero_grad()
-        self._accumulated = not last
-        loss.backward()
-        if last:
-            self.clip_gradients_by_norm()
-            optimizer.step()
 
     def keep_environments(self) -> None:
         """Keep the state of environments that are between two rollouts, before they are closed."""
@@ -1576,7 +1261,7 @@ class PPO(LightningModule):
         """Seed of this process's first environment; a run that goes on gets other episodes than the one before."""
         if self.seed is None:
             self.seed = self._known_seed()
-        return self.seed + self.num_env_steps + self._rank * self.num_envs
+        return self.seed + self.num_env_steps + self.ranks.rank * self.num_envs
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -1592,14 +1277,6 @@ class PPO(LightningModule):
     # --- inside -------------------------------------------------------------------------------------------------------
 
     @property
-    def _rank(self) -> int:
-        return self._trainer.global_rank if self._trainer is not None else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self._trainer.world_size if self._trainer is not None else 1
-
-    @property
     def _optimizer(self) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
 
@@ -1613,12 +1290,12 @@ class PPO(LightningModule):
     def _stream(self, purpose: str, step: int) -> int:
         """Seed of a stream of random numbers that no other purpose, process or moment of the run shares."""
         assert self.seed is not None
-        words = [self.seed, sum(purpose.encode()), self._rank, step]
+        words = [self.seed, sum(purpose.encode()), self.ranks.rank, step]
         return int(np.random.SeedSequence(words).generate_state(1)[0] >> 1)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        state = {**super().__getstate__(), "compiled": None}  # graphs stay where they are
+        state = {**super().__getstate__(), "ranks": Ranks()}
         # A generator does not survive the way into a spawned process, nor does the tensor that holds its state.
         state["generator"] = self.generator.get_state().numpy().tobytes()
         return state
@@ -1640,7 +1317,7 @@ class PPO(LightningModule):
     def _described(self) -> dict[str, Any]:
         """What loggers are told of a run."""
         named = {**self.hparams, **self._names, "total_steps": self.total_steps}
-        return described_run(named, self._optimizer, seed=self.seed, processes=self._world_size)
+        return described_run(named, self._optimizer, seed=self.seed, processes=self.ranks.world_size)
 
     def _remember_hyperparameters(self, given: dict[str, Any]) -> None:
         """Keep what is plain data in the checkpoint, and the names of what is not.
@@ -1665,44 +1342,13 @@ class PPO(LightningModule):
 LOGS_SAVED_S = 10.0
 """Seconds after which loggers write what they have: a run that is killed loses no more."""
 
-_STEP = ("descend", "diverged", "clip_gradients_by_norm")
-"""Methods that a compiled update does not call."""
-
-Descend = Callable[..., None]
-"""(loss, last=True) -> None, as :meth:`PPO.descend`."""
-
 _passed: ContextVar[frozenset[str]] = ContextVar("passed", default=frozenset())
 """Hyperparameters that load_from_checkpoint was given, be they equal to the defaults or not."""
 
 
-def _table(terms: list[LossTerms]) -> Tensor:
-    """Terms of M minibatches, [M, 7]."""
-    return torch.stack([term.detach() for row in terms for term in row]).view(len(terms), -1)
-
-
-def minibatches(samples: TensorDict, order: Tensor, sizes: list[int]) -> Iterable[TensorDict]:
-    """The samples in another order, cut into pieces: of pictures one by one, so that each finds the last one's memory."""
-    if samples.bytes() > 1 << 24:
-        return (take(samples, rows) for rows in order.split(sizes))
-    return take(samples, order).split(sizes)
-
-
-def take(samples: TensorDict, order: Tensor) -> TensorDict:
-    """The samples that ``order`` names."""
-    picked = samples.apply(lambda leaf: rows_of(leaf, order), batch_size=[len(order), *samples.batch_size[1:]])
-    return cast(TensorDict, picked)
-
-
-def _processes(ranks: list[int]) -> str:
-    return f"process {ranks[0]}" if len(ranks) == 1 else f"processes {', '.join(map(str, ranks))}"
-
-
-def _nothing() -> None:
-    return None
-
-
-def _nothing_to_add(tensor: Tensor) -> None:
-    """The sum over one process."""
+def to_sequences(rows: Tensor, length: int, num_envs: int) -> Tensor:
+    """A tensor [T · N, …] of T steps of N environments, as sequences [T · N / L, L, …] of single environments."""
+    return rows.view(-1, length, num_envs, *rows.shape[1:]).transpose(1, 2).reshape(-1, length, *rows.shape[1:])
 
 
 _PARAMETERS = {

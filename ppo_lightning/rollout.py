@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ppo_lightning.compiled import ROWS, CompilerError, compiled
+from ppo_lightning.algorithm.compiler import MAX_SAMPLES, CompilerError, compile_function
 from ppo_lightning.envs import Environments, Halves
 from ppo_lightning.envs.info import Sums, added
 from ppo_lightning.policy import Policy
@@ -249,7 +249,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         """Log-probabilities and values [T · N] in one pass."""
         pieces = self._pieces(observation)
         if self.learner.compiles and len(pieces) == 1:
-            score = self._score = self._score or compiled(policy.score, policy)
+            score = self._score = self._score or compile_function(policy.score, policy)
             try:
                 parts = [score(*part) for part in _in_cache((observation, action, mask))]
                 return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -287,11 +287,11 @@ class RolloutDataset(IterableDataset[TensorDict]):
 
 
 def _in_cache(trees: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Trees of tensors [B, …], or None, in parts of at most ``ROWS`` rows."""
+    """Trees of tensors [B, …], or None, in parts of at most ``MAX_SAMPLES`` rows."""
     leaf = next(iter(trees[0].values())) if isinstance(trees[0], Mapping) else trees[0]
-    if leaf.device.type != "cpu" or len(leaf) <= ROWS:
+    if leaf.device.type != "cpu" or len(leaf) <= MAX_SAMPLES:
         return [trees]
-    sizes = cut(len(leaf), -(-len(leaf) // ROWS))
+    sizes = cut(len(leaf), -(-len(leaf) // MAX_SAMPLES))
     ends = list(accumulate(sizes))
     places = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     return [

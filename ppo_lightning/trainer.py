@@ -35,7 +35,6 @@ from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
-    SingleDeviceStrategy,
     StrategyRegistry,
 )
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
@@ -308,12 +307,12 @@ def refuse_unsupported(trainer: Any, module: LightningModule) -> None:
             )
         if isinstance(callback, GradientAccumulationScheduler):
             raise InputError(
-                "GradientAccumulationScheduler has no effect on PPO's own updates: set minibatch_chunks of PPO"
+                "GradientAccumulationScheduler has no effect on PPO's own updates: set gradient_accumulation_steps of PPO"
             )
     if trainer.accumulate_grad_batches != 1:
         raise InputError(
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} of the Trainer has no effect on PPO's own updates: "
-            f"set minibatch_chunks={trainer.accumulate_grad_batches} of PPO"
+            f"set gradient_accumulation_steps={trainer.accumulate_grad_batches} of PPO"
         )
     if trainer.gradient_clip_val:
         raise InputError(
@@ -508,19 +507,6 @@ def is_default(callback: Callback) -> bool:
     parameters, fresh = inspect.signature(kind.__init__).parameters, vars(kind())
     names = [name for name in fresh if name.lstrip("_") in parameters]
     return all(vars(callback)[name] == fresh[name] for name in names)
-
-
-def steps_concern_nobody(trainer: Any, *, averages: bool = False) -> bool:
-    """Whether Lightning's calls around a gradient step do nothing beside hooks, at a tenth of a millisecond per minibatch.
-
-    That is so in one process, or where we average gradients ourselves, without a gradient scaler.
-
-    Args:
-        trainer: of the run.
-        averages: gradients of several processes are averaged without DDP.
-    """
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    return (averages or type(trainer.strategy) is SingleDeviceStrategy) and not scaled
 
 
 def gradient_hooks(trainer: Any, module: object, base: type) -> list[str]:

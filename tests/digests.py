@@ -98,7 +98,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "popart": {**PENDULUM, "popart": {"beta": 0.01}},
     "target_kl": {**PENDULUM, "target_kl": 1e-4, "update_epochs": 8},
     "clip_range_vf": {**PENDULUM, "clip_range_vf": 0.1, "clip_range": Linear(0.3, 0.1), "ent_coef": Linear(0.01, 0.0)},
-    "accumulation": {**PENDULUM, "minibatch_chunks": 3},
+    "accumulation": {**PENDULUM, "gradient_accumulation_steps": 3},
     "all_advantages": {**CARTPOLE, "normalize_advantage": "all_ranks", "max_grad_norm": None},
     "raw_advantages": {**CARTPOLE, "normalize_advantage": False, "vf_coef": 1.0, "gamma": 0.9, "gae_lambda": 1.0},
     "uneven_minibatches": {**CARTPOLE, "num_minibatches": 3},

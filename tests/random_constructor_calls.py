@@ -157,7 +157,7 @@ GOOD: dict[str, list[Callable[[], Any]]] = {
     "gae_lambda": [lambda: 0.0, lambda: 1.0, lambda: np.float64(0.95)],
     "update_epochs": [lambda: 1, lambda: 3],
     "num_minibatches": [lambda: 1, lambda: 3, lambda: 10**6, lambda: 16],
-    "minibatch_chunks": [lambda: 2, lambda: 3, lambda: 2**62],
+    "gradient_accumulation_steps": [lambda: 2, lambda: 3, lambda: 2**62],
     "sequence_length": [lambda: None, lambda: 2, lambda: 4, lambda: 8, lambda: 3],
     "clip_range": [lambda: Linear(0.2, 0.1), lambda: {"start": 0.3, "end": 0.1}, lambda: np.float32(0.2), lambda: 0],
     "clip_range_vf": [lambda: 0.2, lambda: None, lambda: math.inf, lambda: np.float32(0.1)],

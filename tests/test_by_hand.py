@@ -12,7 +12,7 @@ SMALL: dict[str, Any] = {"num_envs": 4, "num_steps": 32, "total_steps": 512, "nu
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {"env": "CartPole-v1"},
     "normalised, in chunks, with a limit": {
-        "env": "Pendulum-v1", "normalize_observation": True, "normalize_reward": True, "minibatch_chunks": 3,
+        "env": "Pendulum-v1", "normalize_observation": True, "normalize_reward": True, "gradient_accumulation_steps": 3,
         "target_kl": 0.001, "popart": {"beta": 0.01}, "ent_coef": 0.01,
     },
     "with memory, from an environment class": {

@@ -9,13 +9,13 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from lightning import Callback
+from ppo_lightning.compiled import CompilerError
+from ppo_lightning.loss import PPOLoss
 from probes import ConstantReward, Uneven
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError, PopArt
-from ppo_lightning.compiled import CompilerError
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
-from ppo_lightning.loss import PPOLoss
 from ppo_lightning.stepping import TensorStepper
 
 SIZE = {"num_envs": 4, "num_steps": 32}
@@ -326,7 +326,7 @@ def test_a_minibatch_in_parts_takes_the_same_steps(fit, options):
     models = []
     for chunks in (1, 3):
         lightning.seed_everything(1, verbose=False)
-        model = PPO(env, total_steps=2 * 128, minibatch_chunks=chunks, **SIZE, **options)
+        model = PPO(env, total_steps=2 * 128, gradient_accumulation_steps=chunks, **SIZE, **options)
         fit(model)
         models.append(model)
     assert_close(parameters(models[1]), parameters(models[0]), atol=1e-6, rtol=1e-6)
@@ -345,7 +345,7 @@ def test_parts_take_less_memory_at_once(fit):
                 seen.append(len(observation))
             return super().forward(observation, state, start)
 
-    model = PPO("CartPole-v1", total_steps=128, minibatch_chunks=4, policy=Watched, **SIZE)
+    model = PPO("CartPole-v1", total_steps=128, gradient_accumulation_steps=4, policy=Watched, **SIZE)
     seen.clear()  # of what the network was tried with
     fit(model)
     assert set(seen) == {8}

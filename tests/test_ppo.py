@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.tuner import Tuner
+from ppo_lightning.loss import LossTerms
 from probes import ActionMustMatch, ConstantReward, Target
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
@@ -29,7 +30,6 @@ from torch.testing import assert_close
 from ppo_lightning import PPO, ActorCritic, InputError, Linear, PopArt
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, StepProgressBar
 from ppo_lightning.clock import Clock
-from ppo_lightning.loss import LossTerms
 
 SMALL = {"num_envs": 4, "num_steps": 32, "total_steps": 512}
 
@@ -706,7 +706,7 @@ def test_all_options_are_tested_here_or_by_name():
 
     elsewhere = {
         "compile",
-        "minibatch_chunks",
+        "gradient_accumulation_steps",
         "eval_interval",
         "num_eval_episodes",
         "eval_deterministic",
@@ -870,9 +870,9 @@ def test_refuses_trainer_settings_that_mislead(fit, kwargs):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"accumulate_grad_batches": 4}, r"accumulate_grad_batches=4 .*: set minibatch_chunks=4 of PPO"),
+        ({"accumulate_grad_batches": 4}, r"accumulate_grad_batches=4 .*: set gradient_accumulation_steps=4 of PPO"),
         ({"gradient_clip_val": 0.5}, "gradient_clip_val=0.5 .*: set max_grad_norm of PPO"),
-        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "set minibatch_chunks of PPO"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "set gradient_accumulation_steps of PPO"),
         ({"callbacks": [LearningRateFinder()]}, "LearningRateFinder .*`ppo-lightning sweep`"),
         ({"callbacks": [BatchSizeFinder()]}, "BatchSizeFinder .*`ppo-lightning sweep`"),
     ],

@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 import torch
+from ppo_lightning.shared_sums import SharedSums
 from processes import fit, forked
 from torch import distributed
 
 from ppo_lightning import PPO, shared_sums
-from ppo_lightning.shared_sums import SharedSums
 
 SMALL = {"env": "CartPole-v1", "num_envs": 2, "num_steps": 16, "total_steps": 6 * 64}
 
@@ -61,7 +61,7 @@ def test_every_process_gets_the_rows_of_all_to_the_last_bit():
             assert (both == torch.tensor([[turn / 3], [(turn + 1) / 3]], dtype=torch.float64)).all()
 
 
-@pytest.mark.parametrize("more", [{}, {"minibatch_chunks": 2}, {"target_kl": 1e-3}])
+@pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2}, {"target_kl": 1e-3}])
 def test_training_is_the_same_by_memory_and_by_messages(more):
     def trains(shares):
         def run(rank):

@@ -39,8 +39,8 @@ from ppo_lightning.health import (
 from ppo_lightning.parameters import Linear, checked
 from ppo_lightning.policy import ActorCritic, Policy
 from ppo_lightning.policy.distributions import DiagonalGaussian, Joint
-from ppo_lightning.ranks import fingerprint
 from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
+from ppo_lightning.runs.ranks import fingerprint
 from ppo_lightning.spaces import choices, leaves
 
 

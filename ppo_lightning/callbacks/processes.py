@@ -18,7 +18,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import distributed
 from typing_extensions import override
 
-from ppo_lightning.shared_sums import ProcessMissing
+from ppo_lightning.runs.shared_memory import PeerLost
 
 BREATH_S = 30.0
 """Seconds after which the first process tells the others that it is busy beside training: they would give it up."""
@@ -138,7 +138,7 @@ class WatchProcesses(Callback):
             said = [store.get(f"end {other}").decode() for other in others if other not in silent]
             self._leave(rank, [other for other in others if other not in (dead or silent)])
         except distributed.DistError:
-            if isinstance(exception, ProcessMissing):
+            if isinstance(exception, PeerLost):
                 return str(exception)
             return "process 0, which the others meet at, does not answer: it is gone"
         if any(said):

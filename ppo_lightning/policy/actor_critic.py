@@ -155,6 +155,12 @@ class ActorCritic(nn.Module):
         """Distribution parameters [B, P] alone: all that acting needs, without memory."""
         return self.action_head(self.actor_trunk(observation))
 
+    def latent(self, observation: Tree, state: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        """What the action's head sees: [B, H], or with memory [L, B, H] (arguments as of :meth:`forward`)."""
+        if state is None or start is None:
+            return self.actor_trunk(observation)
+        return self.actor_trunk.unroll(observation, state[:, : self.actor_trunk.state_size], start)[0]
+
     def quick_actor(self) -> Callable[[Tensor], Tensor] | None:
         """What :meth:`actor` does, while parameters and hooks stay as they are; None where the network is no plain perceptron.
 

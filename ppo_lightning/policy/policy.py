@@ -248,6 +248,26 @@ class Policy(nn.Module):
         parameters, output = self.network(batch["observation"])
         return self._scores(parameters, output, batch["action"], batch.get("action_mask", None))
 
+    def latent(self, batch: TensorDict | Mapping[str, Any]) -> Tensor:
+        """The last hidden features of the network's actor, [B, H], or [B, L, H] of sequences.
+
+        Args:
+            batch: as of :meth:`evaluate`.
+
+        Raises:
+            InputError: the network has no method ``latent``.
+        """
+        latent = getattr(self.network, "latent", None)
+        if latent is None:
+            raise InputError(
+                f"evaluate.latent needs a method latent(features) -> [B, H], which the network {type(self.network).__name__} "
+                "does not have: add it"
+            )
+        if not self.state_size:
+            return latent(batch["observation"])
+        features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
+        return latent(features, batch["memory_state"][:, 0], batch["episode_start"].T).transpose(0, 1)
+
     def _evaluate_sequences(self, batch: TensorDict | Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
         state, start = batch["memory_state"][:, 0], batch["episode_start"].T

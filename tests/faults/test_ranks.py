@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, fingerprint
 from processes import fit, forked
 from tensordict import TensorDict
 from torch import distributed
@@ -17,7 +18,6 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic
 from ppo_lightning.errors import ProcessFault
-from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, fingerprint
 
 STEPS, ENVS = 12, 2
 SIZE = {"num_steps": STEPS, "num_envs": ENVS, "total_steps": 1000, "num_minibatches": 3, "update_epochs": 2}
@@ -98,7 +98,12 @@ def together(first: Cuts, second: Cuts) -> Cuts:
 CASES = {
     "plain": {},
     "all ranks": {"normalize_advantage": "all_ranks"},
-    "chunks": {"normalize_advantage": "all_ranks", "minibatch_chunks": 2, "clip_range_vf": 0.2, "ent_coef": 0.01},
+    "chunks": {
+        "normalize_advantage": "all_ranks",
+        "gradient_accumulation_steps": 2,
+        "clip_range_vf": 0.2,
+        "ent_coef": 0.01,
+    },
     "memory": {"policy": partial(ActorCritic, memory="gru"), "sequence_length": 4, "normalize_advantage": "all_ranks"},
     "stopped": {"target_kl": 0.15, "optimizer": partial(torch.optim.Adam, lr=1e-2)},
 }
