@@ -3,8 +3,8 @@
     python benchmarks/ours.py --workload w1 --steps 60000 --threads 1 --warm-up 4 [--eager] [--plain] [--bare] [--parts]
 
 --eager leaves the update uncompiled. --plain is the same loop without Lightning: the same rollouts, advantages, update
-function, metrics and logger. --bare leaves HealthMonitor and RunSummary out of Trainer.fit. --parts adds up where the time
-goes.
+function, metrics and logger. --bare leaves HealthMonitor, RunReport and RunSummary out of Trainer.fit.
+--parts adds up where the time goes.
 """
 
 import argparse
@@ -64,12 +64,12 @@ def fit(run: Run, words: list[str], seconds: dict[str, float], *, bare: bool) ->
     from lightning import Callback
 
     from ppo_lightning import cli
-    from ppo_lightning.callbacks import HealthMonitor, RunSummary
+    from ppo_lightning.callbacks import HealthMonitor, RunReport, RunSummary
 
     class Meter(Callback):
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             if bare:
-                kept = [own for own in trainer.callbacks if not isinstance(own, HealthMonitor | RunSummary)]
+                kept = [own for own in trainer.callbacks if not isinstance(own, HealthMonitor | RunReport | RunSummary)]
                 trainer.callbacks = kept
 
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:

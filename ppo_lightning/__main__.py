@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from types import FrameType
 
-DOORS = ("report", "sweep")
+DOORS = {"report": "tools.report", "sweep": "tools.sweep"}
 """Modules whose ``main`` takes the rest of the words."""
 
 
@@ -16,11 +16,11 @@ def run(words: list[str]) -> None:
     Args:
         words: of the command line, without the program's name.
     """
-    door = words[0] if words and words[0] in DOORS else "cli"
-    main = import_module(f"ppo_lightning.{door}").main
+    door = DOORS.get(words[0]) if words else None
+    main = import_module(f"ppo_lightning.{door or 'cli'}").main
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    main(words[1:] if door in DOORS else words)
+    main(words if door is None else words[1:])
 
 
 def main() -> None:

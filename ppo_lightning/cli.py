@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from typing_extensions import override
 
 from ppo_lightning.algorithm.compiler import MAX_SAMPLES
 from ppo_lightning.arguments import ConfigFile, Parser
+from ppo_lightning.callbacks import has_tools, load_tools
 from ppo_lightning.checkpoint import CHOICES, KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
 from ppo_lightning.errors import InputError, UsageError, refused_settings, said_in_one_sentence
 from ppo_lightning.loggers import (
@@ -37,9 +39,7 @@ from ppo_lightning.loggers import (
     refuse_unusable,
     wandb_run_ends,
 )
-from ppo_lightning.plot import draw_learning_curve
 from ppo_lightning.ppo import PPO
-from ppo_lightning.runs import REPORT
 from ppo_lightning.trainer import refuse_impossible, refuse_unwritable
 
 
@@ -285,7 +285,7 @@ class PPOCLI(LightningCLI):
             "logs": run if trainer.loggers else None,
             "checkpoints": run / "checkpoints",
             "plot": draw_learning_curve(run),
-            "report": run / REPORT,
+            "report": run / "report.html",
         }
         model = cast(PPO, self.model)
         episodes = model.rollouts.episodes
@@ -304,6 +304,11 @@ class PPOCLI(LightningCLI):
             print(f"  watch        tensorboard --logdir {run.parent}")
         if signalled is not None:
             sys.exit(128 + signalled)
+
+
+def draw_learning_curve(run: Path) -> Path | None:
+    """The path of ``learning_curve.png``, which ``tools`` draws into a run's folder; None where it draws none."""
+    return import_module("ppo_lightning.tools.plot").draw_learning_curve(run) if has_tools() else None
 
 
 def _folders(config: Any, root: str) -> Iterator[tuple[str, str | Path]]:
@@ -348,6 +353,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
     # Defaults of Lightning's callbacks are members of enumerations, for which YAML has no word.
     yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+    load_tools()
     with said_in_one_sentence(), wandb_run_ends():
         PPOCLI(PPO, **OPTIONS, args=args)
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+SUMMARY = "summary.json"
+"""File in a run's folder that holds :func:`summarize_records`."""
+
 LIMIT = 2048
 """Rows of a history: more than a picture has pixels, half a megabyte of numbers at the most."""
 

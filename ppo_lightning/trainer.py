@@ -51,13 +51,13 @@ from ppo_lightning.callbacks import (
     CloseEnvironments,
     DeferredLoggers,
     FinalEvaluation,
-    HealthMonitor,
     Interrupts,
     LastCheckpoint,
     RunFolder,
     RunSummary,
     StepProgressBar,
     WatchProcesses,
+    default_tools,
     refuse_evaluation_monitors,
 )
 from ppo_lightning.checkpoint import CHOICES, newest_checkpoint
@@ -459,7 +459,7 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
     defaults = [callback for callback in trainer.callbacks if is_default(callback)]
     needed: list[Callback] = [WatchProcesses()] if trainer.world_size > 1 else []
     needed += [CloseEnvironments(), Interrupts()]  # after the other, since it may take seconds
-    needed.append(HealthMonitor())  # before the bar, which ends in a line of its own, and what saves its state
+    needed += default_tools()  # before the bar, which ends in a line of its own, and what saves their state
     if any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults):
         needed.append(StepProgressBar())
     beside = any(isinstance(callback, AsyncEvaluation) for callback in trainer.callbacks)
@@ -479,6 +479,8 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
 
 def _position(callback: Callback) -> int:
     """Where a callback stands among all; callbacks of the same position keep their order."""
+    if hasattr(callback, "POSITION"):
+        return cast(Any, callback).POSITION
     if isinstance(callback, DeferredLoggers):
         return -1  # before any other setup looks for the loggers
     if isinstance(callback, RunFolder):

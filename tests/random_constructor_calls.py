@@ -217,7 +217,7 @@ VALUES = [
     getattr(all_callbacks, name)
     for name in (
         "AdaptiveLearningRate", "AsyncEvaluation", "BestCheckpoint", "Curriculum", "Dashboard", "EvaluationVideo",
-        "HardwareMonitor", "HealthMonitor", "LastCheckpoint", "Level", "RolloutDetails", "RunSummary", "Stage", "Stages",
+        "HardwareMonitor", "HealthMonitor", "LastCheckpoint", "Level", "RolloutDetails", "RunReport", "Stage", "Stages",
         "StepProgressBar", "Thresholds",
     )
 ] + [Linear, PopArt]  # fmt: skip

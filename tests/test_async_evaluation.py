@@ -30,7 +30,7 @@ from ppo_lightning.callbacks import AsyncEvaluation, BestCheckpoint, Curriculum,
 from ppo_lightning.checkpoint import read_checkpoint
 from ppo_lightning.envs import Restarts, Setting
 from ppo_lightning.evaluator import Evaluation, Evaluator, EvaluatorLost, _evaluate
-from ppo_lightning.sweep import progress
+from ppo_lightning.tools.sweep import progress
 
 
 class Kept(DummyLogger):

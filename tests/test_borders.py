@@ -31,7 +31,7 @@ from ppo_lightning.callbacks import (
     LastCheckpoint,
     Level,
     RolloutDetails,
-    RunSummary,
+    RunReport,
     Stage,
     Stages,
     Thresholds,
@@ -577,7 +577,7 @@ def test_a_network_whose_outputs_depend_on_no_parameter_is_refused_before_traini
         (lambda: EvaluationVideo(folder=3), "EvaluationVideo: folder must be a string, a Path or null, got 3"),
         (lambda: EvaluationVideo(fps="30"), "EvaluationVideo: fps must be 1 or more, got '30'"),
         (lambda: HardwareMonitor(interval_s=None), "HardwareMonitor: interval_s must be 0 or more seconds, got None"),
-        (lambda: RunSummary(report=1), "RunSummary: report must be true or false, got 1"),
+        (lambda: RunReport(enabled=1), "RunReport: enabled must be true or false, got 1"),
         (lambda: RolloutDetails("x"), "RolloutDetails: observation_names must be a list of strings or null"),
         (
             lambda: NatureCNN(Box(0, 255, (36, 36), np.uint8), features="x"),

@@ -191,8 +191,6 @@ def test_the_hidden_features_of_a_recurrent_policy_are_sequences():
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_term_on_the_policy_by_a_reference_of_its_own_has_a_gradient(compile):
     class Refers(PPOLoss):
-        policy: list = []
-
         def forward(self, batch, evaluate, coefficients):
             latent = self.policy[0].network.actor_trunk(batch["observation"])
             return {"loss": latent.square().mean()}

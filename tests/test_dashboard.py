@@ -18,8 +18,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from ppo_lightning import PPO
-from ppo_lightning.callbacks import Dashboard, HardwareMonitor, StepProgressBar, dashboard
-from ppo_lightning.callbacks.dashboard import (
+from ppo_lightning.callbacks import Dashboard, HardwareMonitor, StepProgressBar
+from ppo_lightning.cli import main
+from ppo_lightning.tools import dashboard
+from ppo_lightning.tools.dashboard import (
     HEALTHY,
     MAX_USER_METRICS,
     Frame,
@@ -29,7 +31,6 @@ from ppo_lightning.callbacks.dashboard import (
     rows,
     user_rows,
 )
-from ppo_lightning.cli import main
 
 SMALL = {"num_envs": 4, "num_steps": 32, "update_epochs": 1, "num_minibatches": 2}
 DOCUMENT = (Path(__file__).parent.parent / "docs/dashboard.md").read_text()

@@ -12,9 +12,9 @@ from test_ppo import Memory
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import HardwareMonitor
-from ppo_lightning.callbacks.hardware import Hardware
 from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
+from ppo_lightning.tools.hardware import Hardware
 
 SMALL = {"num_envs": 4, "num_steps": 32, "total_steps": 5 * 128, "update_epochs": 1, "num_minibatches": 2}
 CPU = {"hardware/cpu_percent", "hardware/ram_percent", "hardware/process_ram_mb"}

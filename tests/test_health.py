@@ -22,12 +22,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ppo_lightning import PPO, ActorCritic, action_distribution
 from ppo_lightning.callbacks import AdaptiveLearningRate, HealthMonitor, Stage, Stages, Thresholds
-from ppo_lightning.callbacks import health as module
-from ppo_lightning.callbacks.health import HALVES
 from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
-from ppo_lightning.health import METRICS, REMEDIES, Row, Run, diagnose
 from ppo_lightning.parameters import Linear
+from ppo_lightning.tools import health as module
+from ppo_lightning.tools.diagnosis import METRICS, REMEDIES, Row, Run, diagnose
+from ppo_lightning.tools.health import HALVES
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "docs/health.md").read_text()
@@ -516,7 +516,7 @@ def test_every_run_has_one_and_ones_own_takes_its_place(fit):
 def test_training_is_the_same_with_and_without(fit, monkeypatch):
     watched = cartpole(lr=0.1)
     fit(watched)
-    monkeypatch.setattr("ppo_lightning.trainer.HealthMonitor", Callback)
+    monkeypatch.setattr("ppo_lightning.callbacks.has_tools", lambda: False)
     alone = cartpole(lr=0.1)
     trainer = fit(alone)
     assert not any(isinstance(callback, HealthMonitor) for callback in trainer.callbacks)

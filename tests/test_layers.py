@@ -1,24 +1,28 @@
-"""Imports point down only."""
+"""The import graph of the package."""
 
 import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import ppo_lightning
 
 ROOT = Path(ppo_lightning.__file__).parent
 LAYERS = [
+    {"tools"},
     {"__main__", "__init__"},
-    {"sweep"},
-    {"cli", "report"},
-    {"ppo", "plot"},
+    {"cli"},
+    {"ppo"},
     {"trainer", "loggers"},
     {"callbacks"},
-    {"evaluator", "pictures"},
-    {"rollout", "evaluation", "prediction", "checkpoint", "metrics", "runs"},
+    {"evaluator"},
+    {"rollout", "evaluation", "prediction", "checkpoint", "metrics"},
     {"stepping", "streams"},
     {"compiled"},
     {"envs", "policy", "advantage", "loss"},
-    {"diagnostics", "clock", "snapshot", "gradients", "resume", "shared_sums", "ranks", "history", "health"},
+    {"diagnostics", "clock", "snapshot", "gradients", "resume", "shared_sums", "ranks", "history"},
     {"spaces"},
     {"parameters", "arguments"},
     {"metric_names"},
@@ -31,13 +35,71 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+def is_type_checking(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run, which excludes the bodies of ``if TYPE_CHECKING``."""
+    children = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If) and is_type_checking(node.test):
+        children = iter(node.orelse)
+    for child in children:
+        yield child
+        yield from statements(child)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules that a file imports by a statement."""
+    for node in statements(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = list(path.relative_to(ROOT.parent).parts[: -node.level]) if node.level else []
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
 def test_imports_point_down_only():
     for path in ROOT.rglob("*.py"):
         here = room(path)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ppo_lightning."):
-                there = node.module.split(".")[1]
-                assert there == here or HEIGHT[there] < HEIGHT[here], f"{path}: {node.module}"
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "ppo_lightning" and len(parts) > 1 and parts[1] in HEIGHT:
+                assert parts[1] == here or HEIGHT[parts[1]] < HEIGHT[here], f"{path}: {name}"
+
+
+def test_only_tools_imports_tools():
+    importers = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.rglob("*.py")
+        if any(f"{name}.".startswith("ppo_lightning.tools.") for name in imported(path))
+    }
+    assert {Path(name).parts[0] for name in importers} == {"tools"}
+
+
+TRAIN = """
+import lightning
+import ppo_lightning
+from ppo_lightning import PPO, callbacks
+
+assert ppo_lightning.__file__.startswith(FOLDER), ppo_lightning.__file__
+assert not hasattr(callbacks, "HealthMonitor")
+model = PPO("CartPole-v1", num_envs=4, num_steps=32, total_steps=256)
+lightning.Trainer(accelerator="cpu").fit(model)
+assert (model.num_env_steps, model.policy_version) == (256, 2)
+"""
+
+
+def test_a_bare_trainer_trains_without_the_tools(tmp_path):
+    shutil.copytree(ROOT, tmp_path / "ppo_lightning", ignore=shutil.ignore_patterns("tools", "__pycache__"))
+    code = TRAIN.replace("FOLDER", repr(str(tmp_path)))
+    environment = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_loss_is_two_hops_from_the_command():

@@ -11,11 +11,12 @@ import pytest
 from rich.console import Console
 
 from ppo_lightning import PPO
-from ppo_lightning.callbacks import AsyncEvaluation, NotebookDisplay, notebook
-from ppo_lightning.callbacks.dashboard import UPDATE, rows
-from ppo_lightning.callbacks.notebook import draw_curve, page
+from ppo_lightning.callbacks import AsyncEvaluation, NotebookDisplay
 from ppo_lightning.errors import InputError
-from ppo_lightning.pictures import number
+from ppo_lightning.tools import notebook
+from ppo_lightning.tools.dashboard import UPDATE, rows
+from ppo_lightning.tools.figures import number
+from ppo_lightning.tools.notebook import draw_curve, page
 
 SMALL = {"num_envs": 4, "num_steps": 32, "update_epochs": 1, "num_minibatches": 2, "num_eval_episodes": 2}
 PNG = b"\x89PNG"

@@ -12,13 +12,13 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-import ppo_lightning.report as report
+import ppo_lightning.tools.report as report
 from ppo_lightning.__main__ import main as console
 from ppo_lightning.history import Records, summarize_records
-from ppo_lightning.pictures import CHARTS, INK, SERIES, Curve, draw_curves, draw_report, number, run_page
-from ppo_lightning.plot import draw_learning_curve
-from ppo_lightning.report import curves_of, grouped, interval, main, run_folders
-from ppo_lightning.runs import Run, read_run
+from ppo_lightning.tools.figures import CHARTS, INK, SERIES, Curve, draw_curves, draw_report, number, run_page
+from ppo_lightning.tools.plot import draw_learning_curve
+from ppo_lightning.tools.report import curves_of, grouped, interval, main, run_folders
+from ppo_lightning.tools.saved_runs import Run, read_run
 
 CONFIG = {"env": "CartPole-v1", "gamma": 0.99, "clip_range": 0.2}
 
@@ -243,7 +243,7 @@ def test_a_small_video_is_in_the_page_and_a_large_one_is_linked(monkeypatch):
     (run / "videos").mkdir()
     (run / "videos/eval-0.mp4").write_bytes(b"picture")
     assert "data:video/mp4;base64,cGljdHVyZQ==" in page_of(run).links
-    monkeypatch.setattr("ppo_lightning.pictures.EMBED_BYTES", 3)
+    monkeypatch.setattr("ppo_lightning.tools.figures.EMBED_BYTES", 3)
     assert page_of(run).links.count("videos/eval-0.mp4") == 2
 
 

@@ -16,7 +16,7 @@ import torch
 from probes import ActionMustMatch, Faulty
 
 from ppo_lightning import PPO
-from ppo_lightning.callbacks import RunSummary
+from ppo_lightning.callbacks import RunReport, RunSummary
 from ppo_lightning.cli import RunCSVLogger, main
 from ppo_lightning.errors import EnvironmentFault
 
@@ -38,7 +38,7 @@ def logged(fit):
             "logger": RunCSVLogger(".", name="runs", version=0),
             "limit_val_batches": 1.0,
             "enable_checkpointing": True,
-            "callbacks": [*callbacks, RunSummary(report=report)],
+            "callbacks": [*callbacks, RunReport(enabled=report)],
         }
         return fit(model, **{**defaults, **kwargs})
 
@@ -155,7 +155,7 @@ def test_an_interrupt_at_once_leaves_a_summary_but_waits_for_no_picture(logged):
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_warning(logged, monkeypatch):
-    import ppo_lightning.callbacks.summary as module
+    import ppo_lightning.tools.report as module
 
     monkeypatch.setattr(module, "draw_report", lambda folder: 1 / 0)
     with pytest.warns(UserWarning, match=r"no report was drawn of .* \(ZeroDivisionError"):
@@ -211,7 +211,7 @@ def test_the_command_line_names_what_is_there_alone(capsys):
 
 def test_the_command_line_can_leave_out_the_page():
     words = ["--model.env", "CartPole-v1", "--model.num_steps", "32", "--model.total_steps", "256"]
-    words += ["--trainer.callbacks+=ppo_lightning.callbacks.RunSummary", "--trainer.callbacks.report=false"]
+    words += ["--trainer.callbacks+=RunReport", "--trainer.callbacks.enabled=false"]
     main(["fit", *words, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"])
     names = {path.name for path in Path("lightning_logs/version_0").iterdir()}
     assert "summary.json" in names

@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from ppo_lightning import PPO, InputError
-from ppo_lightning.sweep import command as command_line
-from ppo_lightning.sweep import main, progress, results, runs, search, sweep, trials
-from ppo_lightning.sweep.runs import Row, Run, Watched
-from ppo_lightning.sweep.space import Choice, Range, points_of, read_space
-from ppo_lightning.sweep.trials import counted, is_left, measure
+from ppo_lightning.tools.sweep import command as command_line
+from ppo_lightning.tools.sweep import main, progress, results, runs, search, sweep, trials
+from ppo_lightning.tools.sweep.runs import Row, Run, Watched
+from ppo_lightning.tools.sweep.space import Choice, Range, points_of, read_space
+from ppo_lightning.tools.sweep.trials import counted, is_left, measure
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"model": {"env": "CartPole-v1", "num_envs": 4, "num_steps": 32, "total_steps": 1000, "num_eval_episodes": 1}}
@@ -455,7 +455,9 @@ def test_a_trial_that_another_machine_put_back_is_let_go_of(fits, monkeypatch):
 
 
 def test_processes_that_begin_a_study_at_the_same_moment_share_it(tmp_path):
-    code = "from ppo_lightning.sweep.search import _open; input(); _open('sqlite:///shared.db', 'study', ['score'])"
+    code = (
+        "from ppo_lightning.tools.sweep.search import _open; input(); _open('sqlite:///shared.db', 'study', ['score'])"
+    )
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -26,9 +26,10 @@ from test_async_evaluation import Here
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
-from ppo_lightning.callbacks import AsyncEvaluation, EvaluationVideo, async_evaluation, processes, record, video
-from ppo_lightning.callbacks.video import opened
+from ppo_lightning.callbacks import AsyncEvaluation, EvaluationVideo, async_evaluation, processes, record
 from ppo_lightning.envs import Setting
+from ppo_lightning.tools import video
+from ppo_lightning.tools.video import opened
 
 
 class Drawn(Probe):

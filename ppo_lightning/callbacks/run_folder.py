@@ -14,7 +14,7 @@ from typing_extensions import override
 from ppo_lightning.callbacks.checkpoints import RunCheckpoint
 from ppo_lightning.checkpoint import BEST, LAST, PREVIOUS
 from ppo_lightning.errors import InputError
-from ppo_lightning.runs import SUMMARY
+from ppo_lightning.history import SUMMARY
 
 LOCK = ".lock"
 """Locked while a run writes to its folder; the operating system unlocks it when the process ends, however it ends."""

@@ -1,4 +1,4 @@
-"""What a run leaves for people to read: ``summary.json``, and ``report.html`` drawn from it."""
+"""The summary of a run: ``summary.json``."""
 
 import json
 import signal
@@ -14,10 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.checkpoint import write_atomically
-from ppo_lightning.history import Records
-from ppo_lightning.parameters import checked
-from ppo_lightning.pictures import draw_report
-from ppo_lightning.runs import SUMMARY
+from ppo_lightning.history import SUMMARY, Records
 
 
 class Summarized(Protocol):
@@ -40,19 +37,13 @@ class Summarized(Protocol):
 
 
 class RunSummary(Callback):
-    """Records metrics for ``model.summary()``, and leaves ``summary.json`` and ``report.html`` in the run's folder.
+    """Records metrics for ``model.summary()``, and writes ``summary.json`` into the run's folder.
 
-    Both are written however the run ends, by the first process; the picture not where the run has to end at once, nor
-    without matplotlib. A run without a logger has no folder, and leaves neither. Checkpoints hold the records, so that
-    those of a run that goes on are whole.
-
-    Args:
-        report: draw ``report.html``.
+    The first process writes it however the run ends. A run without a logger has no folder, and no file. Checkpoints hold
+    the records, so that those of a resumed run are complete.
     """
 
-    @checked("RunSummary: {}")
-    def __init__(self, report: bool = True) -> None:
-        self.report = report
+    def __init__(self) -> None:
         self._records = Records()
         self._folder: Path | None = None
         self._since = self._evaluating_since = 0.0
@@ -110,9 +101,7 @@ class RunSummary(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Draw, now that nobody waits for the run to end."""
         if stage == "fit":
-            self._draw(trainer)
             self._folder = None
 
     @override
@@ -120,8 +109,6 @@ class RunSummary(Callback):
         interrupted = cast(Summarized, pl_module).interrupted
         reason = f"{type(exception).__name__}: {exception}" if interrupted is None else interrupted.name
         self._write(trainer, pl_module, f"stopped by {reason}")
-        if isinstance(exception, Exception):
-            self._draw(trainer)
         self._folder = None
 
     def _count_time(self) -> None:
@@ -149,14 +136,6 @@ class RunSummary(Callback):
             write_atomically(self._folder / SUMMARY, json.dumps(contents, allow_nan=False).encode())
         except OSError as error:
             rank_zero_warn(f"{self._folder / SUMMARY} could not be written ({error})")
-
-    def _draw(self, trainer: Trainer) -> None:
-        if not self.report or self._folder is None or not trainer.is_global_zero:
-            return
-        try:
-            draw_report(self._folder)
-        except Exception as error:  # matplotlib and files of other makers: a picture is no reason for a run to fail
-            rank_zero_warn(f"no report was drawn of {self._folder} ({type(error).__name__}: {error})")
 
 
 def checkpoint_paths(trainer: Trainer | None) -> dict[str, str | None]:

@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
 
 from ppo_lightning.arguments import PlainParser
 from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.errors import InputError, said_in_one_sentence
-from ppo_lightning.pictures import (
+from ppo_lightning.history import SUMMARY
+from ppo_lightning.parameters import checked
+from ppo_lightning.tools.figures import (
     CHARTS,
     SERIES,
     Curve,
     can_draw,
     chart_figure,
     document,
+    draw_report,
     duration,
     environment,
     grid,
@@ -28,7 +34,7 @@ from ppo_lightning.pictures import (
     section,
     table,
 )
-from ppo_lightning.runs import REPORT, SUMMARY, Run, read_run
+from ppo_lightning.tools.saved_runs import REPORT, Run, read_run
 
 PLACES = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "trainer.logger", "trainer.enable_")
 """Beginnings of settings that make no other experiment."""
@@ -49,6 +55,50 @@ class Group:
 
     label: str
     runs: list[Run]
+
+
+class RunReport(Callback):
+    """Draws ``report.html`` into the run's folder when training has ended, in about a second.
+
+    The first process draws it, unless the run is forced to stop at once, has no logger and so no folder, or matplotlib is
+    not installed.
+
+    Args:
+        enabled: draw the page. A run without this callback gets one, so this is how to leave out the page.
+    """
+
+    POSITION = 7.5
+    """Among all callbacks: behind the one that writes ``summary.json``, before the one that unlocks the folder."""
+
+    @checked("RunReport: {}")
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._folder: Path | None = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir  # a broadcast, in which all ranks take part
+        self._folder = Path(folder) if trainer.loggers and folder is not None else None
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._draw(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Exception):
+            self._draw(trainer)
+        self._folder = None
+
+    def _draw(self, trainer: Trainer) -> None:
+        folder, self._folder = self._folder, None
+        if not self.enabled or folder is None or not trainer.is_global_zero:
+            return
+        try:
+            draw_report(folder)
+        except Exception as error:  # of matplotlib, or of files that another program wrote: no reason to fail the run
+            rank_zero_warn(f"no report was drawn of {folder} ({type(error).__name__}: {error})")
 
 
 def main(words: list[str]) -> None:

@@ -15,8 +15,8 @@ from urllib.parse import quote
 import yaml
 
 from ppo_lightning.checkpoint import write_atomically
-from ppo_lightning.health import Thresholds
-from ppo_lightning.runs import REPORT, Run, read_run
+from ppo_lightning.tools.diagnosis import Thresholds
+from ppo_lightning.tools.saved_runs import REPORT, Run, read_run
 
 INK, GRID, GOOD, BAD = "#1f2328", "#d8dee4", "#2da44e", "#cf222e"
 SERIES = ("#0969da", "#bc4c00", "#8250df", "#1a7f37", "#bf3989", "#9a6700", "#57606a", "#0a7ea4")

@@ -12,9 +12,9 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from typing_extensions import override
 
-from ppo_lightning.callbacks.dashboard import EPISODES, UPDATE, Described, Row, rows, user_rows
 from ppo_lightning.errors import InputError
 from ppo_lightning.history import History, Records
+from ppo_lightning.tools.dashboard import EPISODES, UPDATE, Described, Row, rows, user_rows
 
 Points = Sequence[tuple[float, ...]]
 """Environment steps and mean return; of evaluations also its standard deviation over episodes."""

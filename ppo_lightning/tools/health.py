@@ -23,7 +23,13 @@ from ppo_lightning.callbacks.adaptive_lr import AdaptiveLearningRate
 from ppo_lightning.callbacks.stages import Stages
 from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.errors import InputError
-from ppo_lightning.health import (
+from ppo_lightning.parameters import Linear, checked
+from ppo_lightning.policy import ActorCritic, Policy
+from ppo_lightning.policy.distributions import DiagonalGaussian, Joint
+from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
+from ppo_lightning.runs.ranks import fingerprint
+from ppo_lightning.spaces import choices, leaves
+from ppo_lightning.tools.diagnosis import (
     METRICS,
     REMEDIES,
     Row,
@@ -36,12 +42,6 @@ from ppo_lightning.health import (
     look,
     mean,
 )
-from ppo_lightning.parameters import Linear, checked
-from ppo_lightning.policy import ActorCritic, Policy
-from ppo_lightning.policy.distributions import DiagonalGaussian, Joint
-from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
-from ppo_lightning.runs.ranks import fingerprint
-from ppo_lightning.spaces import choices, leaves
 
 
 class Learns(Protocol):

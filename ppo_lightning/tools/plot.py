@@ -7,8 +7,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.errors import InputError
-from ppo_lightning.pictures import can_draw
-from ppo_lightning.runs import read_run
+from ppo_lightning.tools.figures import can_draw
+from ppo_lightning.tools.saved_runs import read_run
 
 
 def draw_learning_curve(run: Path | str) -> Path | None:

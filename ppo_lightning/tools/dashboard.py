@@ -20,11 +20,11 @@ from rich.panel import Panel
 from rich.text import Text
 from typing_extensions import override
 
-from ppo_lightning.callbacks.hardware import Hardware, HardwareMonitor
 from ppo_lightning.callbacks.progress import Progresses, StepProgressBar
 from ppo_lightning.clock import BURN_IN
-from ppo_lightning.health import Thresholds
-from ppo_lightning.pictures import number
+from ppo_lightning.tools.diagnosis import Thresholds
+from ppo_lightning.tools.figures import number
+from ppo_lightning.tools.hardware import Hardware, HardwareMonitor
 
 
 class Described(Progresses, Protocol):

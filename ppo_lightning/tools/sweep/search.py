@@ -16,10 +16,10 @@ from ppo_lightning.cli import OPTIONS, PPOCLI
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import LIMITS, converted
 from ppo_lightning.ppo import PPO
-from ppo_lightning.sweep.results import OWN, Sought, leave_results, show
-from ppo_lightning.sweep.runs import Watched
-from ppo_lightning.sweep.space import Range, Space, check_keys, points_of, read_space, with_values
-from ppo_lightning.sweep.trials import DIRECTIONS, LOOKS, Proposals, Search
+from ppo_lightning.tools.sweep.results import OWN, Sought, leave_results, show
+from ppo_lightning.tools.sweep.runs import Watched
+from ppo_lightning.tools.sweep.space import Range, Space, check_keys, points_of, read_space, with_values
+from ppo_lightning.tools.sweep.trials import DIRECTIONS, LOOKS, Proposals, Search
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.sweep.space import Space, short_names, with_values
+from ppo_lightning.tools.sweep.space import Space, short_names, with_values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

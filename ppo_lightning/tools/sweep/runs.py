@@ -67,7 +67,7 @@ class Run:
                     f"--config={folder / 'config.yaml'}",
                     f"--seed_everything={seed}",
                     f"--trainer.default_root_dir={folder}",
-                    "--trainer.callbacks+=ppo_lightning.sweep.progress.Progress",
+                    "--trainer.callbacks+=ppo_lightning.tools.sweep.progress.Progress",
                     *[f"--trainer.callbacks.{name}={value}" for name, value in given.items() if value is not None],
                 ],
                 stdin=subprocess.PIPE,  # which ends with this process, however that ends

@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.history import PARTS, Records, summarize_records
+from ppo_lightning.history import PARTS, SUMMARY, Records, summarize_records
 from ppo_lightning.metric_names import restored
 
-SUMMARY, REPORT, HEALTH = "summary.json", "report.html", "health.json"
+REPORT, HEALTH = "report.html", "health.json"
 
 CLOCK = "time/time_elapsed"
 """What each iteration logs, and nothing else, under every system's names."""

@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from ppo_lightning.arguments import PlainParser
 from ppo_lightning.errors import InputError, said_in_one_sentence
-from ppo_lightning.sweep.search import sweep
-from ppo_lightning.sweep.trials import DIRECTIONS
+from ppo_lightning.tools.sweep.search import sweep
+from ppo_lightning.tools.sweep.trials import DIRECTIONS
 
 
 def main(words: list[str]) -> None:

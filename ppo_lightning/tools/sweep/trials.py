@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from ppo_lightning.sweep.results import OWN, Sought, describe_trial, made_again, write_best
-from ppo_lightning.sweep.runs import Row, Run, Watched, end_all, prepare
-from ppo_lightning.sweep.space import with_values
+from ppo_lightning.tools.sweep.results import OWN, Sought, describe_trial, made_again, write_best
+from ppo_lightning.tools.sweep.runs import Row, Run, Watched, end_all, prepare
+from ppo_lightning.tools.sweep.space import with_values
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

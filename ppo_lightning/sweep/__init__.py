@@ -1,5 +1,0 @@
-"""Search for hyperparameters: ``python -m ppo_lightning sweep``, and :func:`sweep` from Python."""
-
-from ppo_lightning.sweep.command import main as main
-from ppo_lightning.sweep.search import Found as Found
-from ppo_lightning.sweep.search import sweep as sweep
