@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ppo_lightning.policy import RunningMoments as RunningMoments
     from ppo_lightning.policy import action_distribution as action_distribution
     from ppo_lightning.ppo import PPO as PPO
-    from ppo_lightning.rollout import RolloutDataset as RolloutDataset
+    from ppo_lightning.rollout.dataset import RolloutDataset as RolloutDataset
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ MODULES = {
     "PPOCallback": "callbacks",
     **dict.fromkeys(("LossCoefficients", "PPOLoss"), "algorithm.loss"),
     **dict.fromkeys(("gae", "generalized_advantage"), "algorithm.advantage"),
-    "RolloutDataset": "rollout",
+    "RolloutDataset": "rollout.dataset",
     **dict.fromkeys(("EnvironmentFault", "InputError"), "errors"),
     **dict.fromkeys(("Linear", "PopArt"), "parameters"),
     **dict.fromkeys(("MLP", "ActorCritic", "ImpalaCNN", "Memory", "NatureCNN"), "policy"),

@@ -28,9 +28,10 @@ from typing_extensions import override
 from ppo_lightning.algorithm.compiler import MAX_SAMPLES
 from ppo_lightning.arguments import ConfigFile, Parser
 from ppo_lightning.callbacks import has_tools, load_tools
-from ppo_lightning.checkpoint import CHOICES, KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
 from ppo_lightning.errors import InputError, UsageError, refused_settings, said_in_one_sentence
-from ppo_lightning.loggers import (
+from ppo_lightning.ppo import PPO
+from ppo_lightning.runs.checkpoint import CHOICES, KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
+from ppo_lightning.runs.loggers import (
     LIGHTNINGS_OWN,
     Tolerant,
     TolerantCSVLogger,
@@ -39,7 +40,6 @@ from ppo_lightning.loggers import (
     refuse_unusable,
     wandb_run_ends,
 )
-from ppo_lightning.ppo import PPO
 from ppo_lightning.trainer import refuse_impossible, refuse_unwritable
 
 
@@ -291,7 +291,9 @@ class PPOCLI(LightningCLI):
         episodes = model.rollouts.episodes
         mean = episodes.means().get("rollout/ep_rew_mean")
         returns = "" if mean is None else f", mean return {mean:.1f} over {len(episodes.window)} episodes"
-        signalled = model.interrupted or model.signalled  # the latter alone where it came after the last iteration
+        signalled = (
+            model.agreed_stop_signal or model.stop_signal
+        )  # the latter alone where it came after the last iteration
         stopped = "" if signalled is None else f", stopped by {signalled.name}: --ckpt_path last goes on"
         print(f"\ntrained {model.num_env_steps:,} environment steps{returns}{stopped}")
         for name, place in places.items():

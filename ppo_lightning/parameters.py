@@ -298,7 +298,7 @@ LIMITS = {
     **dict.fromkeys(("gamma", "gae_lambda"), SHARE),
     **dict.fromkeys(("clip_range_vf", "max_grad_norm", "target_kl"), POSITIVE_OR_OFF),
     **dict.fromkeys(("clip_range", "ent_coef", "vf_coef"), FINITE_NOT_NEGATIVE),
-    "env_restarts": INDEX,
+    "max_env_restarts": INDEX,
     "env_timeout_s": SECONDS,
 }
 """Of the hyperparameters of PPO."""

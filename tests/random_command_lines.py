@@ -67,7 +67,7 @@ VALUES = {
     "model.lr_scheduler": ["null", "StepLR", "Foo", "ConstantLR"],
     "model.popart": ["null", "{beta: 0.001}", "{beta: 3}", "{gamma: 3}", "abc"],
     "model.target_kl": ["0.01", "0", "-1", "x"],
-    "model.log_info": ["[]", "[a]", "[1]", "a"],
+    "model.info_keys": ["[]", "[a]", "[1]", "a"],
     "model.metric_names": ["cleanrl", "sb4"],
     "model.sequence_length": ["8", "null", "x"],
     "model.num_env": ["3"],

@@ -185,7 +185,7 @@ GOOD: dict[str, list[Callable[[], Any]]] = {
     "num_eval_episodes": [lambda: 1, lambda: 3],
     "eval_deterministic": [lambda: False, lambda: np.bool_(False)],
     "env_restarts": [lambda: 0, lambda: 2, lambda: np.int64(1)],
-    "log_info": [lambda: ["lap"], tuple, lambda: ["none"], lambda: [np.str_("lap")]],
+    "info_keys": [lambda: ["lap"], tuple, lambda: ["none"], lambda: [np.str_("lap")]],
     "metric_names": [lambda: "sb3", lambda: "cleanrl", lambda: "apexrl"],
     "env_timeout_s": [lambda: 30, lambda: np.float32(30)],
     "compile": [lambda: False, lambda: True],
@@ -275,7 +275,7 @@ def call(draw: random.Random) -> tuple[str, Callable[[], Any]]:
 def is_quick(model: PPO) -> bool:
     """Whether two iterations and an evaluation take no longer than a moment."""
     sizes = model.num_steps * model.num_envs * model.update_epochs <= 500 and model.num_eval_episodes <= 5
-    return sizes and not model.compiles and model.env_maker.vectorization != "async"
+    return sizes and not model.compiles and model.env_factory.vectorization != "async"
 
 
 def used(model: PPO, again: dict[str, Any], folder: Path) -> None:
@@ -297,7 +297,7 @@ def used(model: PPO, again: dict[str, Any], folder: Path) -> None:
         if loaded.policy.state_size:
             action, state = action
         assert loaded.action_space.contains(action), action
-    if not isinstance(model.env_maker.env, gym.vector.VectorEnv):
+    if not isinstance(model.env_factory.env, gym.vector.VectorEnv):
         loaded.evaluate(2)
     loaded.close_environments()
 

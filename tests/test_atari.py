@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode
 
 from ppo_lightning import PPO, InputError
-from ppo_lightning.envs import EnvMaker, EnvPool
+from ppo_lightning.envs import EnvFactory, EnvPool
 from ppo_lightning.envs.third_party import Games
 
 ATARI = "ale_py.vector_env.AtariVectorEnv"
@@ -21,7 +21,7 @@ KWARGS = {"life_loss_info": True, "reward_clipping": False, "max_num_frames_per_
 def vector(game, num_envs, mode):
     from ppo_lightning.envs import resolve
 
-    return EnvMaker(resolve(ATARI), {"game": game, "autoreset_mode": mode, **KWARGS})(num_envs)
+    return EnvFactory(resolve(ATARI), {"game": game, "autoreset_mode": mode, **KWARGS})(num_envs)
 
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep"])

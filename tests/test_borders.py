@@ -357,7 +357,7 @@ def test_a_number_is_finite_and_no_bool_string_or_list(name, value):
         ({"vf_coef": math.inf}, "vf_coef must be zero or more and finite, got inf"),
         ({"env_timeout_s": math.inf}, r"env_timeout_s must be more than 0 and at most 1,000,000 \(seconds\), got inf"),
         ({"wrappers": gym.wrappers.TimeLimit}, "wrappers must be a list of callables, got <class"),
-        ({"log_info": "lap"}, "log_info must be a list of strings, got 'lap'"),
+        ({"info_keys": "lap"}, "info_keys must be a list of strings, got 'lap'"),
         ({"env_kwargs": [1]}, r"env_kwargs must be a dictionary with strings as keys or null, got \[1\]"),
         ({"clip_range": {"start": "x"}}, "clip_range: start of Linear must be finite, got 'x'"),
         ({"popart": True}, "popart takes PopArt.* or null, got True"),
@@ -400,7 +400,7 @@ def test_numpy_and_torch_scalars_become_plain_numbers_that_checkpoints_hold(fit,
     scalars = {
         "gamma": np.float32(0.5), "num_steps": np.int64(16), "normalize_reward": np.bool_(True),
         "vf_coef": torch.tensor(0.25), "max_grad_norm": np.array(0.75), "clip_range": Linear(np.float64(0.5), np.float16(0.25)),
-        "popart": PopArt(np.float32(0.5)), "log_info": [np.str_("lap")], "vectorization": np.str_("sync"),
+        "popart": PopArt(np.float32(0.5)), "info_keys": [np.str_("lap")], "vectorization": np.str_("sync"),
         "total_steps": np.float64(64.0), "sequence_length": None, "eval_interval": np.uint8(3),
         "env_kwargs": {"length": np.float32(0.5), "forces": {"list": (np.float64(0.5), np.int32(1))}},
     }  # fmt: skip

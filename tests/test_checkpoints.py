@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import PPOCallback
-from ppo_lightning.checkpoint import VerifiedCheckpointIO, read_checkpoint, resumes_exactly
+from ppo_lightning.runs.checkpoint import VerifiedCheckpointIO, read_checkpoint, resumes_exactly
 from ppo_lightning.errors import InputError
 
 ITERATION = 2 * 16

@@ -138,7 +138,7 @@ def test_last_is_the_newest_checkpoint_that_can_be_read():
     fit()
     for name in ("last.ckpt", "previous.ckpt"):
         Path("lightning_logs/version_1/checkpoints", name).write_bytes(b"cut")
-    from ppo_lightning.checkpoint import newest_checkpoint
+    from ppo_lightning.runs.checkpoint import newest_checkpoint
 
     with pytest.warns(UserWarning, match=r"passes over a file: .*version_1.* is no checkpoint that can be read"):
         assert newest_checkpoint(".").parts[-3:] == ("version_0", "checkpoints", "last.ckpt")

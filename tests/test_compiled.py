@@ -10,13 +10,13 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from lightning import Callback
 from ppo_lightning.compiled import CompilerError
-from ppo_lightning.loss import PPOLoss
+from ppo_lightning.algorithm.loss import PPOLoss
 from probes import ConstantReward, Uneven
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError, PopArt
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
-from ppo_lightning.stepping import TensorStepper
+from ppo_lightning.rollout.collectors import TensorStepper
 
 SIZE = {"num_envs": 4, "num_steps": 32}
 

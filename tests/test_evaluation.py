@@ -11,7 +11,7 @@ from probes import ActionMustMatch, Endless, Faulty, Probe, Scripted, Uneven
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, EnvironmentFault, InputError, evaluation
-from ppo_lightning.evaluation import summarize
+from ppo_lightning.evaluation.episodes import summarize
 
 
 def episodes_of(model, n, **kwargs):

@@ -115,7 +115,7 @@ def check(cell, fit, tmp_path):
     if cell[1]:
         mask = np.concatenate([np.arange(size) == size - 1 for size in choices(model.action_space)])
     answers = [model.predict(one, action_mask=mask) for _ in range(2)]
-    again = Checked.load_from_checkpoint(tmp_path / "grid.ckpt", env=model.env_maker.env, policy=policy_of(cell))
+    again = Checked.load_from_checkpoint(tmp_path / "grid.ckpt", env=model.env_factory.env, policy=policy_of(cell))
     answers.append(again.predict(one, action_mask=mask))
     actions = [answer[0] if cell[2] else answer for answer in answers]
     assert model.action_space.contains(actions[0]), actions[0]

@@ -104,4 +104,4 @@ def test_a_bare_trainer_trains_without_the_tools(tmp_path):
 
 def test_the_loss_is_two_hops_from_the_command():
     assert "ppo_lightning.ppo import PPO" in (ROOT / "cli.py").read_text()
-    assert "ppo_lightning.loss import" in (ROOT / "ppo.py").read_text()
+    assert "ppo_lightning.algorithm.loss import" in (ROOT / "ppo.py").read_text()

@@ -292,7 +292,7 @@ def test_a_resumed_run_keeps_its_folder_with_other_loggers():
 
 @pytest.mark.parametrize("name", ["Wandb", "MLFlow", "Comet"])
 def test_a_logger_whose_package_is_missing_says_how_to_install_it(monkeypatch, name):
-    monkeypatch.setattr("ppo_lightning.loggers.find_spec", lambda module: None)
+    monkeypatch.setattr("ppo_lightning.runs.loggers.find_spec", lambda module: None)
     said = fails(f"--trainer.logger+={LOGGERS}{name}Logger")
     assert said.startswith(f"error: trainer.logger {name}Logger needs ")
     assert f'pip install "ppo-lightning[{name.lower()}]"' in said

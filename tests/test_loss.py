@@ -9,8 +9,8 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from ppo_lightning import PPO
-from ppo_lightning.diagnostics import approximate_kl, clip_fraction, explained_variance, target_moments
-from ppo_lightning.loss import PPOLoss, normalized
+from ppo_lightning.algorithm.diagnostics import approximate_kl, clip_fraction, explained_variance, target_moments
+from ppo_lightning.algorithm.loss import PPOLoss, normalized
 from ppo_lightning.policy.distributions import action_distribution
 
 DEFAULTS = {"clip_range": 0.2, "clip_range_vf": None, "normalize_advantage": True, "vf_coef": 0.5, "ent_coef": 0.01}

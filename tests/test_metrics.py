@@ -77,7 +77,7 @@ def trained(fit, seen, **options):
 def test_what_environments_say_is_averaged_over_steps_and_over_whole_episodes(fit, mode):
     """Rollouts of 4 steps cut episodes of 3: sums go on from one rollout to the next, resets never count."""
     Talks.made, seen = 0, []
-    trained(fit, seen, env=vector(mode), num_envs=2, num_steps=4, total_steps=48, log_info=["power"], num_minibatches=1)
+    trained(fit, seen, env=vector(mode), num_envs=2, num_steps=4, total_steps=48, info_keys=["power"], num_minibatches=1)
     for metrics in seen:
         assert metrics["reward_components/forward"] == 6.0
         assert metrics["reward_components/control"] == -1.5
@@ -119,7 +119,7 @@ def test_a_run_that_goes_on_goes_on_with_the_sums(fit, tmp_path):
 
 
 def test_evaluations_say_it_too():
-    statistics = PPO(Talks, num_envs=2, num_steps=4, num_minibatches=1, log_info=["power"]).evaluate(4)
+    statistics = PPO(Talks, num_envs=2, num_steps=4, num_minibatches=1, info_keys=["power"]).evaluate(4)
     assert statistics["eval/reward_components/forward"] == 6.0
     assert statistics["eval/env/power"] == 2.0
     assert statistics["eval/fail_rate"] == 0.5
@@ -251,7 +251,7 @@ def test_numbers_of_environments_are_averaged_whatever_their_types(mode):
         [{"rewards": {"a": 0}, "log": {"b": True, "c": np.uint8(1)}, "power": 1}],
         [{"rewards": {"a": 0.5}, "log": {"b": 0.5, "c": -2.0}, "power": np.float32(0.5)}],
     )
-    sums = told(infos, mode, log_info=["power"]).logged
+    sums = told(infos, mode, info_keys=["power"]).logged
     means = {name: total / number for name, (total, number) in sums.items()}
     assert means["reward/a"] == 0.25
     assert means["reward_components/a"] == 1.0
@@ -453,7 +453,7 @@ def test_sums_go_on_in_every_kind_of_vector(fit, tmp_path, tensors, memory):
 @pytest.mark.filterwarnings("ignore:a worker died. made anew")
 def test_lost_workers_lose_no_sums():
     """Their episodes have ended: what they were made of counts, as do the steps before."""
-    environments = PPO(Talks, num_envs=2, env_restarts=1).make_environments()
+    environments = PPO(Talks, num_envs=2, max_env_restarts=1).make_environments()
     environments.reset(0)
     environments.step(np.zeros(2, np.int64))
     environments._begin_anew(WorkerLost("a worker died"))
@@ -826,7 +826,7 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"--model.{name}={value}" for name, value in SMALL.items()]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
-    main(["fit", *words, *quiet, "--model.metric_names", "pufferlib", "--model.log_info", "[power]"])
+    main(["fit", *words, *quiet, "--model.metric_names", "pufferlib", "--model.info_keys", "[power]"])
     header = next(tmp_path.glob("lightning_logs/version_0/metrics.csv")).read_text().partition("\n")[0]
     assert {"agent_steps", "losses/clipfrac"} <= set(header.split(","))
 

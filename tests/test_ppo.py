@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.tuner import Tuner
-from ppo_lightning.loss import LossTerms
+from ppo_lightning.algorithm.loss import LossTerms
 from probes import ActionMustMatch, ConstantReward, Target
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
@@ -29,7 +29,7 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError, Linear, PopArt
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, StepProgressBar
-from ppo_lightning.clock import Clock
+from ppo_lightning.runs.clock import Clock
 
 SMALL = {"num_envs": 4, "num_steps": 32, "total_steps": 512}
 
@@ -423,7 +423,7 @@ def test_a_checkpoint_loads_with_plain_data_only_and_predicts_the_same(fit, tmp_
     assert (loaded.predict(observations) == model.predict(observations)).all()
     assert loaded.num_env_steps == 512
     assert loaded.clip_range == model.clip_range
-    assert loaded.env_maker == model.env_maker
+    assert loaded.env_factory == model.env_factory
     assert loaded.evaluate(3) == model.evaluate(3)
 
 
@@ -558,7 +558,7 @@ def test_a_policy_acts_without_the_optimiser_it_was_trained_with_but_does_not_tr
 def test_environments_are_closed_after_a_fit(fit):
     model = trained(fit)
     assert model.rollouts.environments is None
-    assert model.supply._evaluating is None
+    assert model.env_provider._evaluating is None
 
 
 def test_the_trainer_gets_its_evaluation_interval_back(fit):
@@ -713,7 +713,7 @@ def test_all_options_are_tested_here_or_by_name():
         "env_timeout_s",
         "env_restarts",
         "non_finite",
-        "log_info",
+        "info_keys",
         "metric_names",
     }
     assert set(_PARAMETERS) == OPTIONS.keys() | elsewhere
@@ -773,7 +773,7 @@ def test_every_sample_is_used_exactly_once_per_epoch(num_minibatches):
     class Loss:
         def __call__(self, piece, evaluate):
             seen.append(piece["advantage"].tolist())
-            from ppo_lightning.loss import LossTerms
+            from ppo_lightning.algorithm.loss import LossTerms
 
             return LossTerms(*torch.zeros(7))
 
@@ -851,8 +851,8 @@ def test_predict_normalises_as_training_does(fit):
         ({"target_kl": -1.0}, "target_kl must be more than 0"),
         ({"clip_range_vf": 0.0}, "clip_range_vf must be more than 0"),
         ({"env_timeout_s": 0.0}, "env_timeout_s must be more than 0"),
-        ({"env_restarts": -1}, "env_restarts must be a whole number of 0 or more, got -1"),
-        ({"env_restarts": 0.5}, "env_restarts must be a whole number of 0 or more"),
+        ({"env_restarts": -1}, "max_env_restarts must be a whole number of 0 or more, got -1"),
+        ({"env_restarts": 0.5}, "max_env_restarts must be a whole number of 0 or more"),
         ({"non_finite": "ignore"}, "non_finite must be raise or skip, got 'ignore'"),
     ],
 )

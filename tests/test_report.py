@@ -14,7 +14,7 @@ import pytest
 
 import ppo_lightning.tools.report as report
 from ppo_lightning.__main__ import main as console
-from ppo_lightning.history import Records, summarize_records
+from ppo_lightning.runs.history import Records, summarize_records
 from ppo_lightning.tools.figures import CHARTS, INK, SERIES, Curve, draw_curves, draw_report, number, run_page
 from ppo_lightning.tools.plot import draw_learning_curve
 from ppo_lightning.tools.report import curves_of, grouped, interval, main, run_folders

@@ -7,8 +7,8 @@ from probes import DiscreteWorld, Endless, Scripted, Target, Uneven
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, generalized_advantage
-from ppo_lightning.rollout import EpisodeStatistics
-from ppo_lightning.stepping import Ends
+from ppo_lightning.rollout.dataset import EpisodeStatistics
+from ppo_lightning.rollout.collectors import Ends
 
 MODES = list(AutoresetMode)
 

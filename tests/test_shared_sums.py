@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from ppo_lightning.shared_sums import SharedSums
+from ppo_lightning.runs.shared_memory import SharedSums
 from processes import fit, forked
 from torch import distributed
 

@@ -170,7 +170,7 @@ def test_a_vector_by_a_callable_is_made_with_the_levels_arguments(fit):
 def test_an_environment_that_is_made_anew_after_a_crash_is_on_the_level(fit):
     Fragile.episodes = 0
     record = Record()
-    model = PPO(Fragile, **{**SMALL, "num_envs": 1}, total_steps=32, env_restarts=1)
+    model = PPO(Fragile, **{**SMALL, "num_envs": 1}, total_steps=32, max_env_restarts=1)
     with pytest.warns(UserWarning, match="made anew"):
         fit(model, callbacks=[Curriculum([Level({"difficulty": 7.0})]), record])
     assert model.restarts.count == 1

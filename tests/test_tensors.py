@@ -20,7 +20,7 @@ from ppo_lightning import PPO, ActorCritic, InputError
 from ppo_lightning.envs import Environments
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
 from ppo_lightning.errors import EnvironmentFault
-from ppo_lightning.stepping import ArrayStepper, TensorStepper
+from ppo_lightning.rollout.collectors import ArrayStepper, TensorStepper
 
 SIZE = {"num_envs": 4, "num_steps": 32}
 
@@ -110,7 +110,7 @@ def test_nothing_is_copied_to_numpy_while_steps_are_taken(monkeypatch):
     for name in ("numpy", "__array__", "cpu"):
         monkeypatch.setattr(Tensor, name, refuse)
     with torch.no_grad(), monkeypatch.context() as inside:
-        inside.setattr("ppo_lightning.stepping.TensorStepper._steps", lambda self, *args: args)
+        inside.setattr("ppo_lightning.rollout.collectors.TensorStepper._steps", lambda self, *args: args)
         stepper.take(model.policy, noise)
 
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, InputError
 from ppo_lightning.callbacks import AdaptiveLearningRate, PPOCallback, Stage, Stages
-from ppo_lightning.loss import PPOLoss
+from ppo_lightning.algorithm.loss import PPOLoss
 
 SMALL = {"num_envs": 2, "num_steps": 16, "total_steps": 128, "update_epochs": 2, "num_minibatches": 2}
 

@@ -58,8 +58,8 @@ class CompiledMinibatch(NamedTuple):
     """A minibatch that a graph selects from the samples."""
 
     samples: Mapping[str, Any]
-    index: Tensor
-    """[B] of its samples."""
+    rows: Tensor
+    """[B] its samples."""
     valid: Tensor | None
     """[B] bool, False for padding; None where there is none."""
     scalars: Tensor

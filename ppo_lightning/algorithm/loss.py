@@ -113,7 +113,8 @@ class PPOLoss(nn.Module):
             coefficients: of this iteration.
         """
         clip_range = coefficients.clip_range
-        return torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+        clipped = ratio.clamp(1 - clip_range, 1 + clip_range)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return torch.minimum(advantage * ratio, advantage * clipped)
 
 
 class Objective(nn.Module):

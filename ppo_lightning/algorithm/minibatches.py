@@ -106,6 +106,11 @@ def microbatches(minibatch: Samples, count: int) -> list[tuple[Samples, float]]:
     return [(part, own / sum(counts)) for part, own in zip(parts, counts, strict=True)]
 
 
+def to_sequences(rows: Tensor, length: int, num_envs: int) -> Tensor:
+    """A tensor [T · N, …] of T steps of N environments, as sequences [T · N / L, L, …] of single environments."""
+    return rows.view(-1, length, num_envs, *rows.shape[1:]).transpose(1, 2).reshape(-1, length, *rows.shape[1:])
+
+
 def map_samples(function: Callable[[Tensor], Any], samples: Samples) -> dict[str, Any]:
     """``function`` of each tensor."""
     return {

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -317,3 +318,26 @@ class NonFiniteGuard:
         if self.non_finite == "skip" and self.consecutive <= MAX_SKIPPED:
             return False
         raise NonFiniteGradient(norm, self.consecutive if self.non_finite == "skip" else 1, contents())
+
+
+def write_dump(error: NonFiniteGradient, folder: Path, iteration: int, rank: int) -> str:
+    """Write what a gradient was computed from, as plain tensors.
+
+    Args:
+        error: with that.
+        folder: for the file.
+        iteration: number of the current one, from 1.
+        rank: of this process.
+
+    Returns:
+        The message of the error that ends the run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ("non_finite.pt" if rank == 0 else f"non_finite_rank_{rank}.pt")
+    torch.save({"norm": error.norm, "iteration": iteration, **error.contents}, file)
+    times = f" {error.consecutive} times in a row" if error.consecutive > 1 else ""
+    return (
+        f"the gradient's norm is {error.norm}{times} in iteration {iteration}, the step was not taken: lower the learning "
+        "rate, or look for observations or rewards of extreme size (normalize_observation, normalize_reward); "
+        f"{file} holds what it was computed from"
+    )

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import distributed
 from typing_extensions import override
 
+from ppo_lightning.module import PPOModule
 from ppo_lightning.runs.shared_memory import PeerLost
 
 BREATH_S = 30.0
@@ -47,15 +48,6 @@ def others_wait(trainer: Trainer) -> Iterator[None]:
         breathing.join()
     while broadcast(False):  # what the first process says counts
         pass
-
-
-class Counts(Protocol):
-    """A module that counts its iterations."""
-
-    @property
-    def policy_version(self) -> int:
-        """Iterations so far."""
-        ...
 
 
 class WatchProcesses(Callback):
@@ -91,7 +83,7 @@ class WatchProcesses(Callback):
 
     def _beat(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written = time.time()
-        iteration = cast(Counts, pl_module).policy_version + 1
+        iteration = cast(PPOModule, pl_module).policy_version + 1
         here = f"{socket.gethostname()} {os.getpid()}"
         self._store.set(f"alive {trainer.global_rank}", f"{iteration} {self._written} {here}")
 

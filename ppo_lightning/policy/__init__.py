@@ -10,6 +10,7 @@ from ppo_lightning.policy.encoders import NatureCNN as NatureCNN
 from ppo_lightning.policy.memory import Memory as Memory
 from ppo_lightning.policy.moments import RunningMoments as RunningMoments
 from ppo_lightning.policy.moments import ValueNormalizer as ValueNormalizer
+from ppo_lightning.policy.moments import statistics_of as statistics_of
 from ppo_lightning.policy.policy import CLIP as CLIP
 from ppo_lightning.policy.policy import Network as Network
 from ppo_lightning.policy.policy import Policy as Policy

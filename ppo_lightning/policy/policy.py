@@ -101,6 +101,18 @@ class Policy(nn.Module):
         self._spaces = observation_space, action_space
         self._check(observation_space, action_space)
 
+    def check_trainable(self) -> None:
+        """Refuse a network that nothing can be learnt with.
+
+        Raises:
+            InputError: its outputs depend on none of its parameters that learn.
+        """
+        if not self.halves.any():
+            raise InputError(
+                f"the outputs of the network {type(self.network).__name__} depend on none of its parameters that learn: there "
+                "is nothing to train"
+            )
+
     def check_again(self) -> None:
         """Check the network as at construction, where modules were replaced, added or removed since.
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import yaml
 
-from ppo_lightning.checkpoint import write_atomically
+from ppo_lightning.runs.checkpoint import write_atomically
 from ppo_lightning.tools.diagnosis import Thresholds
 from ppo_lightning.tools.saved_runs import REPORT, Run, read_run
 

@@ -6,24 +6,19 @@ import io
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.history import History, Records
-from ppo_lightning.tools.dashboard import EPISODES, UPDATE, Described, Row, rows, user_rows
+from ppo_lightning.module import PPOModule
+from ppo_lightning.runs.history import History
+from ppo_lightning.tools.dashboard import EPISODES, UPDATE, Row, rows, user_rows
 
 Points = Sequence[tuple[float, ...]]
 """Environment steps and mean return; of evaluations also its standard deviation over episodes."""
-
-
-class Recorded(Described, Protocol):
-    """A module whose runs are recorded."""
-
-    records: Records
 
 
 COLOURS = {"green": "#1a7f37", "yellow": "#9a6700", "bold red": "#cf222e", "": "inherit"}
@@ -84,10 +79,10 @@ class NotebookDisplay(Callback):
         from IPython.display import HTML
 
         began = time.perf_counter()
-        module = cast(Recorded, trainer.lightning_module)
+        module = cast(PPOModule, trainer.lightning_module)
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         sections = {
-            f"{module.env_maker.name}: {module.num_env_steps:,} of {module.total_steps:,} steps": [],
+            f"{module.env_factory.name}: {module.num_env_steps:,} of {module.total_steps:,} steps": [],
             "Episodes": rows(metrics, EPISODES),
             "Update": rows(metrics, UPDATE),
             "Metrics": user_rows(metrics),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.errors import InputError
+from ppo_lightning.runs.checkpoint import write_atomically
 from ppo_lightning.tools.figures import can_draw
 from ppo_lightning.tools.saved_runs import read_run
 

@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ppo_lightning import PPO, ppo
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, PPOCallback, checkpoints
-from ppo_lightning.checkpoint import VerifiedCheckpointIO, newest_checkpoint, read_checkpoint
+from ppo_lightning.runs.checkpoint import VerifiedCheckpointIO, newest_checkpoint, read_checkpoint
 from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError, said_in_one_sentence
 
@@ -368,7 +368,7 @@ class Logs(Spaces):
 lightning.seed_everything(1, verbose=False)
 model = PPO(
     partial(Logs, "both", "dict", True), num_envs=2, num_steps=16, total_steps=64, popart=PopArt(),
-    normalize_observation=True, normalize_reward=True, log_info=[f"key_{index}" for index in range(20)],
+    normalize_observation=True, normalize_reward=True, info_keys=[f"key_{index}" for index in range(20)],
 )
 callbacks = [Curriculum([Level()]), Stages([Stage()]), RolloutDetails()]
 trainer = lightning.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False)

@@ -50,7 +50,7 @@ def test_an_environment_that_never_ends_trains_with_one_warning_and_can_be_evalu
     ],
 )
 def test_how_to_give_a_time_limit_depends_on_what_the_environment_is(env, advice):
-    assert advice in PPO(env).env_maker.time_limit_advice
+    assert advice in PPO(env).env_factory.time_limit_advice
 
 
 def test_no_warning_where_episodes_end(fit, monkeypatch):

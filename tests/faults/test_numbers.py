@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from ppo_lightning import PPO, EnvironmentFault, compiled, rollout
 from ppo_lightning import ppo as module
 from ppo_lightning.envs.classic_control import CartPole
-from ppo_lightning.loss import PPOLoss, normalized
+from ppo_lightning.algorithm.loss import PPOLoss, normalized
 
 SMALL = {"num_envs": 2, "num_steps": 8, "total_steps": 64, "num_minibatches": 2}
 

@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from ppo_lightning import PPO
-from ppo_lightning.loss import KL
+from ppo_lightning.algorithm.loss import KL
 
 SMALL = {"env": "CartPole-v1", "num_envs": 4, "num_steps": 32, "total_steps": 384}
 

@@ -138,12 +138,12 @@ def test_an_interrupted_fit_returns_and_another_goes_on_to_the_bit(fit):
     model, before = PPO(**SMALL), signal.getsignal(signal.SIGINT)
     trainer = fit(model, callbacks=[Stops(signal.SIGINT)])
     assert model.num_env_steps == 96  # the iteration after the signal has ended
-    assert model.interrupted is signal.SIGINT
+    assert model.agreed_stop_signal is signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before
     trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Stops)]
     trainer.fit(model)
     assert model.num_env_steps == 160
-    assert model.interrupted is None
+    assert model.agreed_stop_signal is None
     torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
