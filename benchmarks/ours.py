@@ -105,7 +105,7 @@ def plain(run: Run, given: dict[str, Any], folder: str) -> None:
     optimizer = model.optimizer(model.parameters())
     while model.num_env_steps < model.total_steps:
         run.tick()
-        logger.log_metrics(model.learn(model.collect(), optimizer), step=model.num_env_steps)
+        logger.log_metrics(dict(model.learn(model.collect(), optimizer)), step=model.num_env_steps)
     run.end()
     logger.save()
     model.close_environments()

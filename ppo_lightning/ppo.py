@@ -798,6 +798,12 @@ class PPO(LightningModule):
         return int(self.iterations)
 
     @property
+    def learning_rate(self) -> float:
+        """Of the first parameter group, in the last update."""
+        assert self.updater.optimizer is not None
+        return self.updater.optimizer.param_groups[0]["lr"]
+
+    @property
     def progress(self) -> float:
         """Share of ``total_steps`` that is trained, 0 to 1."""
         return min(1.0, self.num_env_steps / self.total_steps)

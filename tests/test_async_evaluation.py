@@ -27,9 +27,9 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, InputError
 from ppo_lightning.callbacks import AsyncEvaluation, BestCheckpoint, Curriculum, Level, async_evaluation
-from ppo_lightning.runs.checkpoint import read_checkpoint
-from ppo_lightning.envs import Restarts, EnvOverrides
+from ppo_lightning.envs import EnvOverrides, Restarts
 from ppo_lightning.evaluation.process import Evaluation, Evaluator, EvaluatorLost, _evaluate
+from ppo_lightning.runs.checkpoint import read_checkpoint
 from ppo_lightning.tools.sweep import progress
 
 
@@ -482,7 +482,12 @@ def test_the_process_makes_environments_anew_on_another_level():
     evaluation, state = packed("none")
     evaluator = Evaluator(evaluation, timeout_s=60.0)
     try:
-        for setting in (EnvOverrides(), EnvOverrides({"pay": 2.0}), EnvOverrides({"pay": 2.0}, {"length": 3}), EnvOverrides()):
+        for setting in (
+            EnvOverrides(),
+            EnvOverrides({"pay": 2.0}),
+            EnvOverrides({"pay": 2.0}, {"length": 3}),
+            EnvOverrides(),
+        ):
             evaluator.ask(weights_of(state), 0, setting)
             assert (evaluator.answer(60.0) or {})["eval/mean_reward"] == setting.attributes.get(
                 "pay", 1.0

@@ -66,7 +66,7 @@ def test_a_compiled_loop_is_the_compiled_fit(fit):
     while model.num_env_steps < model.total_steps:
         model.learn(model.collect(), optimizer)
     model.close_environments()
-    assert model.compiled is not None
+    assert model.updater.compiled is not None
     torch.testing.assert_close(model.state_dict(), fitted.state_dict(), rtol=0, atol=0)
 
 

@@ -79,7 +79,7 @@ def test_the_command_line_wins_over_the_checkpoint_and_the_checkpoint_over_defau
     last = str(RUN / "checkpoints/last.ckpt")
     main(["fit", "--ckpt_path", last, "--model.total_steps", "640", "--model.clip_range", "0.1", *SMALL])
     (model,) = models
-    assert (model.gamma, model.clip_range.start, model.total_steps) == (0.9, 0.1, 640)
+    assert (model.gamma, model.schedules["clip_range"].start, model.total_steps) == (0.9, 0.1, 640)
     assert model.num_env_steps == 640
 
 

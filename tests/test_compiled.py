@@ -9,12 +9,12 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from lightning import Callback
-from ppo_lightning.compiled import CompilerError
-from ppo_lightning.algorithm.loss import PPOLoss
 from probes import ConstantReward, Uneven
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, ActorCritic, InputError, PopArt
+from ppo_lightning import PPO, ActorCritic, InputError, PopArt, PPOLoss
+from ppo_lightning.algorithm.compiler import CompilerError
+from ppo_lightning.algorithm.update import Updater
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
 from ppo_lightning.rollout.collectors import TensorStepper
 
@@ -27,7 +27,7 @@ def trained(fit, env, iterations=10, *, eager=False, seed=1, **options) -> PPO:
     steps = iterations * options["num_envs"] * options["num_steps"]
     model = PPO(env, total_steps=steps, compile=not eager, **options)
     fit(model)
-    assert (model.compiled is None) == eager
+    assert (model.updater.compiled is None) == eager
     return model
 
 
@@ -216,29 +216,24 @@ def test_without_a_compiler_training_goes_on_as_without_compile(fit, monkeypatch
 
 
 class Own(PPO):
-    def clip_gradients_by_norm(self, **kwargs):
-        super().clip_gradients_by_norm(**kwargs)
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
 
 
 class Scaled(PPOLoss):
-    def __call__(self, batch, evaluate):
-        terms = super().__call__(batch, evaluate)
-        return terms._replace(loss=terms.loss * 0.5)
+    def forward(self, batch, evaluate, coefficients):
+        losses = super().forward(batch, evaluate, coefficients)
+        return {**losses, "loss": losses["loss"] * 0.5}
 
 
-class OwnLoss(PPO):
-    def current_loss(self):
-        return Scaled(**vars(super().current_loss()))
-
-
-def test_subclasses_are_heard(fit):
+def test_hooks_and_losses_of_ones_own_are_used(fit):
     model = Own("CartPole-v1", total_steps=128, compile=True, **SIZE)
-    with pytest.warns(UserWarning, match="since Own has clip_gradients_by_norm of its own"):
+    with pytest.warns(UserWarning, match="since Own has hooks around gradients"):
         fit(model)
     norms = []
     for compile in (False, True):
         lightning.seed_everything(1, verbose=False)
-        model = OwnLoss("CartPole-v1", total_steps=256, compile=compile, **SIZE)
+        model = PPO("CartPole-v1", loss=Scaled(), total_steps=256, compile=compile, **SIZE)
         fit(model)
         norms.append(float(model.trainer.callback_metrics["train/grad_norm"]))
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
@@ -250,7 +245,7 @@ def test_many_models_of_one_process_are_all_compiled(fit):
     for index in range(10):
         model = PPO("CartPole-v1", total_steps=64, compile=True, num_envs=2, num_steps=32, max_grad_norm=0.1 + index)
         fit(model)
-        assert model.compiled is not None
+        assert model.updater.compiled is not None
 
 
 def test_a_compiled_model_can_be_pickled(fit):
@@ -264,11 +259,11 @@ def test_steps_that_were_taken_are_taken_back(fit, monkeypatch):
     eager = trained(fit, "CartPole-v1", 2, eager=True, num_minibatches=3)
     lightning.seed_everything(1, verbose=False)
     model = PPO("CartPole-v1", total_steps=256, compile=True, num_minibatches=3, **SIZE)
-    prepare = PPO.prepare
+    prepare = Updater.prepare
 
-    def broken(self, *args):
-        prepare(self, *args)
-        whole, calls = self.compiled._whole_of, []
+    def broken(self, *args, **kwargs):
+        prepare(self, *args, **kwargs)
+        whole, calls = self.compiled._fused_graph, []
 
         def fails(*batch):
             calls.append(1)
@@ -276,9 +271,9 @@ def test_steps_that_were_taken_are_taken_back(fit, monkeypatch):
                 raise CompilerError("it is tired")
             return whole(*batch)
 
-        self.compiled._whole_of = fails
+        self.compiled._fused_graph = fails
 
-    monkeypatch.setattr(PPO, "prepare", broken)
+    monkeypatch.setattr(Updater, "prepare", broken)
     with pytest.warns(UserWarning, match="since it is tired"):
         fit(model)
     assert_close(parameters(model), parameters(eager), atol=1e-6, rtol=1e-6)

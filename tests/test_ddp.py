@@ -85,7 +85,7 @@ def test_steps_moments_and_schedules_count_all_ranks(plain):
     iterations = rows[~np.isnan(rows["time/iterations"])]
     assert iterations["step"].tolist() == [256.0 * i for i in range(1, 9)]
     assert int(first["state_dict"]["policy.moments.count"]) == 2048
-    assert int(first["state_dict"]["return_moments.count"]) == 2048
+    assert int(first["state_dict"]["reward_normalizer.moments.count"]) == 2048
     assert iterations["train/learning_rate"] == pytest.approx([3e-4 * (1 - 256 * i / 2000) for i in range(8)])
     assert (iterations["time/fps"][2:] > 0).all()
 

@@ -168,7 +168,7 @@ def test_a_rollout_of_pictures_takes_a_byte_a_pixel():
     model = PPO(partial(Spaces, "image"), **SMALL)
     batch = model.rollouts.collect()
     model.on_train_batch_start(batch, 0)
-    samples = model.samples(batch)
+    samples = model.training_samples(batch)
     for tensor, rows in ((batch["observation"], 32), (samples["observation"], 32)):
         assert tensor.dtype == torch.uint8
         assert tensor.untyped_storage().nbytes() <= (rows + 2) * 3 * 12 * 12  # the row after the last step is kept, too

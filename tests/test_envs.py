@@ -15,7 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from probes import Endless, Faulty, Probe, Scripted
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
-from ppo_lightning.envs import Environments, EnvFactory, Restarts
+from ppo_lightning.envs import EnvFactory, Environments, Restarts
 from ppo_lightning.envs.classic_control import CartPole
 
 SMALL = {"num_envs": 3, "num_steps": 16, "total_steps": 96, "num_minibatches": 2}
@@ -557,7 +557,7 @@ def test_no_vector_entry_point_is_said():
 def test_too_many_minibatches_for_a_vector_that_spends_steps_on_resets():
     make = lambda: SyncVectorEnv([lambda: Scripted(((1, "terminated"),))] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)  # noqa: E731
     model = PPO(make, num_steps=8, num_minibatches=8)
-    assert len(model.samples(_with_advantage(model))) >= 8
+    assert len(model.training_samples(_with_advantage(model))) >= 8
     with pytest.raises(InputError, match="spends a step on every reset"):
         PPO(make, num_steps=8, num_minibatches=9).rollouts.collect()
 

@@ -60,7 +60,7 @@ class Checked(PPO):
         self.ratios = []
 
     def update(self, batch, descend):
-        samples = self.samples(batch)
+        samples = self.training_samples(batch)
         with torch.no_grad():
             log_prob, _, _ = self.policy.evaluate(samples)
         ratio = (log_prob - samples["action_log_prob"]).exp()

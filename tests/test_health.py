@@ -611,7 +611,7 @@ def test_steps_left_out_are_a_finding(fit):
     def once(*args):
         calls.append(1)
         if len(calls) == 2:
-            model._learnt[0].grad[:] = torch.nan
+            model.updater.parameters[0].grad[:] = torch.nan
         before(*args)
 
     model.clip_gradients_by_norm = once
@@ -624,7 +624,7 @@ def test_a_run_that_ends_by_a_gradient_leaves_its_finding(fit, tmp_path):
     before = model.clip_gradients_by_norm
 
     def poisoned(*args):
-        model._learnt[0].grad[:] = torch.nan
+        model.updater.parameters[0].grad[:] = torch.nan
         before(*args)
 
     model.clip_gradients_by_norm = poisoned
@@ -703,7 +703,7 @@ def test_it_doubles_ent_coef_within_bounds(fit, given, expected):
 
     class Coefficients(Callback):
         def on_train_epoch_end(self, trainer, pl_module) -> None:
-            line = pl_module.ent_coef
+            line = pl_module.schedules["ent_coef"]
             if line != used[-1:] and (line.start, line.end) not in used:
                 used.append((line.start, line.end))
 
@@ -712,11 +712,11 @@ def test_it_doubles_ent_coef_within_bounds(fit, given, expected):
 
     watch = Planted(numbers, act=True, thresholds=replace(SHORT, highest_ent_coef=0.05))
     model = small(7, ent_coef=given)
-    before = model.ent_coef
+    before = model.schedules["ent_coef"]
     fit(model, callbacks=[watch, Coefficients()])
     assert used == [(before.start, before.end), *expected]
     assert len(watch.acts) == len(expected)
-    assert model.ent_coef == before
+    assert model.schedules["ent_coef"] == before
     assert [act["to"] for act in watch.acts] == [start for start, _ in expected]
 
 

@@ -82,7 +82,7 @@ def test_sequences_give_the_log_probabilities_of_the_rollout_step_by_step(fit, k
         def update(self, batch, descend):
             for length in (24, 12, 8, 1):
                 self.sequence_length = length
-                samples = self.samples(batch)
+                samples = self.training_samples(batch)
                 assert samples.batch_size == (72 // length, length)
                 with torch.no_grad():
                     log_prob, _, value = self.policy.evaluate(samples)
@@ -296,7 +296,7 @@ def test_own_memory_in_bf16_starts_at_ratio_one(fit):
 
     class First(PPO):
         def training_step(self, batch, batch_idx):
-            samples = self.samples(batch)
+            samples = self.training_samples(batch)
             ratios.append((self.policy.evaluate(samples)[0] - samples["action_log_prob"]).exp().flatten())
             super().training_step(batch, batch_idx)
 

@@ -19,13 +19,16 @@ from processes import forked
 from torch.testing import assert_close
 
 from ppo_lightning import PPO
+from ppo_lightning.algorithm.loss import Objective, normalize_advantages
+from ppo_lightning.algorithm.minibatches import map_samples
+from ppo_lightning.algorithm.update import UpdateResult
 from ppo_lightning.callbacks import PPOCallback, RolloutDetails
 from ppo_lightning.callbacks.events import EVENTS
 from ppo_lightning.cli import main
 from ppo_lightning.envs.workers import WorkerLost
 from ppo_lightning.errors import InputError
 from ppo_lightning.metric_names import TABLES, renamed, restored
-from ppo_lightning.metrics import Update, merged, row_of
+from ppo_lightning.metrics import iteration_metrics
 from ppo_lightning.policy import ActorCritic
 
 SMALL = {"env": "CartPole-v1", "num_envs": 4, "num_steps": 16, "total_steps": 4 * 64}
@@ -77,7 +80,9 @@ def trained(fit, seen, **options):
 def test_what_environments_say_is_averaged_over_steps_and_over_whole_episodes(fit, mode):
     """Rollouts of 4 steps cut episodes of 3: sums go on from one rollout to the next, resets never count."""
     Talks.made, seen = 0, []
-    trained(fit, seen, env=vector(mode), num_envs=2, num_steps=4, total_steps=48, info_keys=["power"], num_minibatches=1)
+    trained(
+        fit, seen, env=vector(mode), num_envs=2, num_steps=4, total_steps=48, info_keys=["power"], num_minibatches=1
+    )
     for metrics in seen:
         assert metrics["reward_components/forward"] == 6.0
         assert metrics["reward_components/control"] == -1.5
@@ -295,7 +300,7 @@ def test_whatever_info_holds_training_goes_on(mode):
             assert len(told(both, mode).episodes.finished) == 4
     rollouts = told(together, mode)
     assert len(rollouts.episodes.finished) == 4
-    assert rollouts.logged["env/t"][0] == rollouts.logged["env/t"][1] > 0
+    assert rollouts.info["env/t"][0] == rollouts.info["env/t"][1] > 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -382,7 +387,7 @@ def test_a_vector_may_give_an_info_for_each_environment():
 
     model = PPO(env, num_envs=2, num_steps=8, num_minibatches=1)
     model.rollouts.collect()
-    total, number = model.rollouts.logged["env/x"]
+    total, number = model.rollouts.info["env/x"]
     assert total / number == pytest.approx(1.75)
 
 
@@ -517,14 +522,18 @@ def test_two_processes_log_what_one_would_of_both_rollouts(mode):
     one.policy.load_state_dict(first["policy"])
     # In one process advantages of both rollouts are normalised together, where samples are.
     with torch.no_grad():
-        terms = torch.stack(one.current_loss()(one.samples(both), one.policy.evaluate))
-    update = Update(one.current_loss(), terms[None], 1, 1, torch.zeros(0, 3), False)
+        samples = one.training_samples(both)
+        if "valid" in samples:
+            samples = map_samples(lambda leaf: leaf[samples["valid"]], samples)
+        samples["advantage"] = normalize_advantages(samples["advantage"])
+        losses = Objective(one.policy, one.loss)(samples, one.coefficients)
+    table = torch.stack(list(losses.values()))[None]
+    update = UpdateResult(one.coefficients, tuple(losses), table, torch.zeros(0, 3), 1, 1, False)
     finished = torch.cat([first["finished"], second["finished"]])
     one.policy.load_state_dict(first["learnt"])
     with torch.no_grad():
-        clipped = one.policy.distribution.clipped(both["action"])
-        row = row_of(both, update, one.policy.std(both[-1]), finished, 0, clipped)
-    for name, value in merged(row[None]).items():
+        metrics = iteration_metrics(both, update, one.policy, finished, 0, lambda row: row)
+    for name, value in metrics.items():
         if name in first["metrics"]:
             assert first["metrics"][name] == second["metrics"][name], name
             assert first["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
@@ -554,11 +563,11 @@ def test_norms_are_those_of_the_halves_of_the_gradient(fit, compile):
 
     class Watches(PPOCallback):
         def on_update_start(self, trainer, pl_module, rollout):
-            rollouts.append(pl_module.samples(rollout))
-            losses.append(pl_module.current_loss())
-            policy = pl_module.policy
-            terms = losses[-1](rollouts[-1], policy.evaluate)
-            gradients = torch.autograd.grad(terms.loss, list(policy.parameters()))
+            rollouts.append(pl_module.training_samples(rollout))
+            policy, samples = pl_module.policy, dict(rollouts[-1])
+            samples["advantage"] = normalize_advantages(samples["advantage"])
+            losses = Objective(policy, pl_module.loss)(samples, pl_module.coefficients)
+            gradients = torch.autograd.grad(losses["loss"], list(policy.parameters()))
             network = policy.network
             for name, own in {"actor": (network.actor_trunk, network.action_head), "critic": ()}.items():
                 ids = {id(p) for part in own for p in part.parameters()}
@@ -572,7 +581,7 @@ def test_norms_are_those_of_the_halves_of_the_gradient(fit, compile):
         def on_iteration_end(self, trainer, pl_module, metrics):
             seen.append(metrics)
 
-    losses, expected = [], {}
+    expected = {}
     model = PPO(**{**SMALL, "num_minibatches": 1, "update_epochs": 1, "total_steps": 64}, compile=compile)
     fit(model, callbacks=[Watches()])
     assert seen[0]["train/actor_grad_norm"] == pytest.approx(expected["actor"][0], rel=1e-4)
@@ -614,8 +623,8 @@ def test_rollout_statistics_are_those_of_the_rollout(fit):
         assert metrics["rollout/value_mean"] == pytest.approx(rollout["state_value"].mean().item(), rel=1e-5, abs=1e-6)
         assert metrics["rollout/truncated"] == rollout["truncated"].sum() == metrics["rollout/episodes"]
         assert metrics["rollout/terminated"] == 0
-        assert metrics["train/early_stopped"] == update.stopped == (len(update.norms) < len(update.terms))
-        assert metrics["train/old_approx_kl"] == pytest.approx(update.terms[:, 6].mean().item())
+        assert metrics["train/early_stopped"] == update.stopped == (len(update.grad_norms) < len(update.losses))
+        assert metrics["train/old_approx_kl"] == pytest.approx(update.column("old_approx_kl").mean().item())
         assert metrics["time/iteration"] >= metrics["time/collect"] + metrics["time/update"]
     assert updates[0].stopped
     returns = [episode[0] for episode in model.rollouts.episodes.window]
@@ -837,7 +846,7 @@ def test_details_are_those_of_the_rollout(fit):
     class Watches(PPOCallback):
         def on_update_start(self, trainer, pl_module, rollout):
             rollouts.append(
-                (rollout.clone(), pl_module.policy.moments.mean.clone(), pl_module.scaled(rollout["reward"]))
+                (rollout.clone(), pl_module.policy.moments.mean.clone(), pl_module.reward_normalizer(rollout["reward"]))
             )
 
         def on_iteration_end(self, trainer, pl_module, metrics):

@@ -75,7 +75,7 @@ def test_the_output_is_preserved_in_training_and_the_loss_is_of_normalised_targe
         def update(self, batch, descend):
             values = self.policy.critic(self.policy.features(batch["observation"].flatten(0, 1)))
             assert_close(values.view(32, 4), batch["state_value"], rtol=1e-4, atol=1e-4)
-            samples = self.samples(batch)
+            samples = self.training_samples(batch)
             normalizer = self.policy.value_normalizer
             assert_close(samples["value_target"] * normalizer.std.float() + normalizer.mean.float(),
                          batch["value_target"].flatten(), rtol=1e-4, atol=1e-3)  # fmt: skip

@@ -349,7 +349,7 @@ def test_what_simulators_log_is_logged():
 
     model = PPO(Logs, **SIZE)
     model.rollouts.collect()
-    means = {name: total / number for name, (total, number) in model.rollouts.logged.items()}
+    means = {name: total / number for name, (total, number) in model.rollouts.info.items()}
     assert means == pytest.approx(
         {
             "env/Episode_Reward/track": 0.5, "env/Curriculum/level": 2.0, "env/per_env": 1.5, "env/ended": 1.5,
@@ -359,7 +359,7 @@ def test_what_simulators_log_is_logged():
     assert 3 <= means["reward_components/alive"] <= 5
     model = PPO(Both, **SIZE)
     model.rollouts.collect()
-    assert model.rollouts.logged.keys() == {"env/rew", "reward/alive", "reward_components/alive"}
+    assert model.rollouts.info.keys() == {"env/rew", "reward/alive", "reward_components/alive"}
     assert model.evaluate(2)["eval/env/rew"] == 1.0
 
 

@@ -330,7 +330,7 @@ def test_an_interrupted_run_records_nothing_more(fit, tmp_path):
 
 def test_a_video_is_of_the_level_that_is_evaluated(tmp_path):
     model = drawn(env=Levelled)
-    model.steer_evaluations(EnvOverrides({"shade": 3}, {"length": 5}))
+    model.env_provider.set_eval_overrides(EnvOverrides({"shade": 3}, {"length": 5}))
     assert brightness(record(model, tmp_path))[1] == [3] * 6
     assert model.evaluate(1)["eval/mean_ep_length"] == 5
 

@@ -14,7 +14,7 @@ from lightning import Callback
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
-from ppo_lightning.envs import Environments, EnvFactory, Restarts
+from ppo_lightning.envs import EnvFactory, Environments, Restarts
 
 SMALL = {"num_envs": 4, "num_steps": 8, "total_steps": 96, "num_minibatches": 2}
 
@@ -43,7 +43,7 @@ def test_an_environment_that_raises_is_made_anew_alone(vectorization):
     healthy, *_ = collected("none", vectorization=vectorization)
     first = "environment 1 raised ZeroDivisionError in step: the pole is at infinity"
     assert [one for one in told if "made anew" in one] == [f"{first}: made anew, restart 1 of 2"]
-    assert model.restarts.count == 1
+    assert model.env_provider.restarts.count == 1
     # Steps 0 and 1 went well; the third has no reward, and ends the episode with what was seen before it.
     assert batch["observation"][:, 1, 0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
     assert batch["reward"][:, 1].tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
@@ -71,7 +71,7 @@ def test_worker_processes_are_started_anew_with_their_half(fault, cause):
     assert batch["reward"][:, :2].T.tolist() == [[1, 1, 0, 1, 1, 1, 1, 1]] * 2
     assert batch["truncated"][:, 0].nonzero().flatten().tolist() == [2, 7]
     assert batch["truncated"][:, 2].nonzero().flatten().tolist() == [4]
-    assert model.restarts.count == 1
+    assert model.env_provider.restarts.count == 1
 
 
 class Kill(Callback):
@@ -118,7 +118,7 @@ def test_when_restarts_are_used_up_the_run_ends(fit):
     with pytest.raises(EnvironmentFault, match="raised ZeroDivisionError in step") as caught:
         fit(model)
     assert str(caught.value).endswith("all of max_env_restarts = 3 are used up")
-    assert model.restarts.count == 3
+    assert model.env_provider.restarts.count == 3
 
 
 def test_without_restarts_nothing_is_logged_and_a_crash_ends_the_run(fit):

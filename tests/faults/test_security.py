@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from ppo_lightning import PPO
-from ppo_lightning.runs.checkpoint import read_checkpoint, sealed
 from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
+from ppo_lightning.runs.checkpoint import read_checkpoint, sealed
 
 SMALL = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "num_eval_episodes": 1}
 FLAGS = [word for name, value in SMALL.items() for word in (f"--model.{name}", str(value))]

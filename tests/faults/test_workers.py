@@ -20,7 +20,7 @@ from lightning import Callback
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
 from ppo_lightning.cli import main
-from ppo_lightning.envs import Environments, EnvFactory, Halves, workers
+from ppo_lightning.envs import EnvFactory, Environments, Halves, workers
 
 SMALL = {"num_envs": 2, "num_steps": 8, "total_steps": 128, "num_minibatches": 2}
 FLAGS = [
