@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from commands import main
 from lightning.pytorch.utilities import rank_zero_info
 from rich.cells import cell_len
 from rich.console import Console
@@ -29,7 +30,6 @@ from ppo_lightning.callbacks.dashboard import (
     rows,
     user_rows,
 )
-from ppo_lightning.cli import main
 
 SMALL = {"num_envs": 4, "num_steps": 32, "update_epochs": 1, "num_minibatches": 2}
 DOCUMENT = (Path(__file__).parent.parent / "docs/dashboard.md").read_text()

@@ -7,13 +7,13 @@ import time
 import psutil
 import pytest
 import torch
+from commands import main
 from lightning.pytorch.callbacks import DeviceStatsMonitor
 from test_ppo import Memory
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import HardwareMonitor
 from ppo_lightning.callbacks.hardware import Hardware
-from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
 
 SMALL = {"num_envs": 4, "num_steps": 32, "total_steps": 5 * 128, "update_epochs": 1, "num_minibatches": 2}

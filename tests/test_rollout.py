@@ -148,7 +148,7 @@ def test_wrong_without_bootstrap_right_with_it(fit):
     """V = 1 / (1 - γ) = 10 in a world without end, though every episode is cut after 20 steps."""
     torch.manual_seed(0)
     model = PPO(
-        lambda: Endless(20), num_envs=4, num_steps=50, total_steps=40_000, gamma=0.9, num_minibatches=4,
+        lambda: Endless(20), num_envs=4, num_steps=50, total_steps=12_000, gamma=0.9, num_minibatches=4,
         optimizer=lambda params: torch.optim.Adam(params, lr=1e-2),
     )  # fmt: skip
     fit(model)

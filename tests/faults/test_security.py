@@ -13,10 +13,10 @@ import lightning
 import pytest
 import torch
 import yaml
+from commands import main
 
 from ppo_lightning import PPO
 from ppo_lightning.checkpoint import read_checkpoint, sealed
-from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
 
 SMALL = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "num_eval_episodes": 1}
