@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import main as quick_main
 
 from ppo_lightning.cli import main
 
@@ -22,7 +23,7 @@ RUN = Path("lightning_logs/version_0")
 
 
 def fit(*flags: str) -> None:
-    main(["fit", *SMALL, "--model.total_steps", "512", *flags])
+    quick_main(["fit", *SMALL, "--model.total_steps", "512", *flags])
 
 
 def fails(*words: str) -> str:
@@ -37,7 +38,7 @@ def table() -> np.ndarray:
 
 
 def test_a_run_leaves_its_config_logs_checkpoints_and_picture(capsys):
-    fit("--seed_everything", "4")
+    main(["fit", *SMALL, "--model.total_steps", "512", "--seed_everything", "4"])
     names = {path.name for path in RUN.iterdir()}
     assert {"config.yaml", "metrics.csv", "checkpoints", "learning_curve.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)

@@ -176,16 +176,16 @@ def watched(*spaces):
 @pytest.mark.parametrize(
     ("options", "trainer", "reason"),
     [
-        ({"policy": partial(ActorCritic, memory="gru")}, {}, "the policy has memory"),
+        ({"policy": partial(ActorCritic, memory="gru")}, {}, "the policy is recurrent"),
         ({"optimizer": partial(torch.optim.SGD, lr=1e-3)}, {}, "the optimizer is SGD, not Adam or AdamW"),
         ({"optimizer": partial(torch.optim.Adam, amsgrad=True)}, {}, "the optimizer uses amsgrad or maximize"),
         ({}, {"callbacks": [Hooked()]}, "Hooked has hooks around gradients"),
         (
             {"optimizer": lambda ps: torch.optim.Adam(list(ps)[:2])},
             {},
-            "the optimizer has not all of the policy's parameters",
+            "the optimizer does not have all parameters of policy and loss",
         ),
-        ({"policy": mixed}, {}, "the policy's parameters have several dtypes"),
+        ({"policy": mixed}, {}, "the parameters have several dtypes"),
         ({"policy": watched}, {}, "parameters have hooks on their gradients"),
     ],
 )
@@ -360,11 +360,11 @@ def test_captured_and_eager_learn_alike_on_cuda(fit, env):
 
 def test_products_of_graphs_are_those_of_torch(monkeypatch, tmp_path):
     """Whichever way they are computed: transposed for few columns, and by oneDNN for large ones."""
-    from ppo_lightning import compiled
+    from ppo_lightning.algorithm import compiler
 
-    monkeypatch.setattr(compiled, "_is_intel", lambda: False)
+    monkeypatch.setattr(compiler, "_is_intel", lambda: False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    compiled._passes.cache_clear()
+    compiler._matmul_pass.cache_clear()
     code = []
     model = PPO("CartPole-v1", **SIZE)
 
@@ -372,13 +372,13 @@ def test_products_of_graphs_are_those_of_torch(monkeypatch, tmp_path):
         return torch.addmm(bias, x, weight), g.T @ x[:, :4].contiguous(), (x + 1) @ weight
 
     arguments = torch.randn(2048, 64), torch.randn(2048, 64), torch.randn(64, 64), torch.randn(64)
-    passed = compiled._passes()["post_grad_custom_post_pass"]
+    passed = compiler._matmul_pass()["post_grad_custom_post_pass"]
     change = type(passed).__call__
     monkeypatch.setattr(type(passed), "__call__", lambda *args: change(*args) or code.append(str(args[1])))
     with torch.no_grad():
-        results = compiled.compiled(both, model.policy)(*arguments)
+        results = compiler.compile_function(both, model.policy)(*arguments)
     assert code[0].count("ppo_lightning.product") == 2
     assert "aten.addmm" not in code[0]
     for one, other in zip(results, both(*arguments), strict=True):
         assert_close(one, other, atol=1e-3, rtol=1e-4)
-    compiled._passes.cache_clear()
+    compiler._matmul_pass.cache_clear()

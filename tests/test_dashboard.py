@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from commands import main
 from lightning.pytorch.utilities import rank_zero_info
 from rich.cells import cell_len
 from rich.console import Console

@@ -217,7 +217,7 @@ def test_refuses_a_rollout_of_an_older_policy():
 
 def test_a_bare_trainer_trains_to_total_steps(tmp_path, capsys):
     lightning.seed_everything(1, verbose=False)
-    model = PPO("CartPole-v1", num_envs=4, num_steps=32, total_steps=40 * 128, num_eval_episodes=2)
+    model = PPO("CartPole-v1", num_envs=4, num_steps=32, total_steps=40 * 128, update_epochs=1, num_eval_episodes=2)
     trainer = lightning.Trainer(accelerator="cpu", default_root_dir=tmp_path)
     trainer.fit(model)
     assert model.num_env_steps == 40 * 128
@@ -989,7 +989,7 @@ def test_probe_action_and_observation(fit):
 
 
 def test_probe_continuous_action(fit):
-    model = trained(fit, Target, **{**FAST, "total_steps": 128 * 150})
+    model = trained(fit, Target, **{**FAST, "total_steps": 128 * 80})
     assert model.predict(np.zeros(1)) == pytest.approx([0.5], abs=0.1)
 
 

@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from commands import main
 from gymnasium.vector import SyncVectorEnv
 from lightning import Callback
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -130,8 +131,6 @@ def test_beside_async_evaluations_the_interval_counts(fit, tmp_path, monkeypatch
 
 
 def test_a_validation_from_the_command_line_records_beside_the_checkpoint(tmp_path, capsys):
-    from ppo_lightning.cli import main
-
     quiet = "--trainer.accelerator cpu --trainer.enable_progress_bar false"
     own = "--model.env test_video.Drawn --model.num_envs 2 --model.num_steps 16 --model.total_steps 64"
     main(f"fit {own} --seed_everything 3 {quiet}".split())

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torch import distributed
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, ActorCritic
+from ppo_lightning import PPO, ActorCritic, PPOLoss
 from ppo_lightning.algorithm import update as algorithm
 from ppo_lightning.algorithm.minibatches import MinibatchPlan, plan_minibatches
 from ppo_lightning.errors import ProcessFault
@@ -194,18 +194,24 @@ def test_a_fingerprint_notices_every_bit_and_order():
     assert len(seen) == 34
 
 
-class Divergent(PPO):
+class Divergent(PPOLoss):
     """Of one rank the divergence is far beyond the target from the third minibatch on."""
 
-    def diverged(self, approx_kl, *, first=False):
-        self.asked = getattr(self, "asked", 0) + 1
-        return super().diverged(approx_kl + 10.0 * (self._rank == 1 and self.asked >= 3), first=first)
+    def __init__(self, rank):
+        super().__init__()
+        self.rank, self.calls = rank, 0
+
+    def forward(self, batch, evaluate, coefficients):
+        self.calls += 1
+        losses = super().forward(batch, evaluate, coefficients)
+        return {**losses, "approx_kl": losses["approx_kl"] + 10.0 * (self.rank == 1 and self.calls >= 3)}
 
 
 def test_a_rank_that_diverges_alone_stops_both_before_the_same_step():
     def run(rank: int) -> tuple[int, float]:
         lightning.seed_everything(1, verbose=False)
-        model = Divergent("CartPole-v1", num_envs=2, num_steps=8, total_steps=32, target_kl=1.0)
+        size = {"num_envs": 2, "num_steps": 8, "total_steps": 32}
+        model = PPO("CartPole-v1", loss=Divergent(rank), target_kl=1.0, **size)
         fit(model, strategy="ddp", devices=2, max_epochs=1)
         (state, *_) = model.optimizers(use_pl_optimizer=False).state.values()
         return int(state["step"]), float(parameters(model).double().sum())
