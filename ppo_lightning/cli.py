@@ -132,6 +132,7 @@ class PPOCLI(LightningCLI):
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose errors are one sentence."""
+        load_tools()
         parser = Parser(**kwargs)
         parser.add_argument("-c", "--config", action=ConfigFile, help="path of a YAML file; later ones win")
         return parser
@@ -355,7 +356,6 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
     # Defaults of Lightning's callbacks are members of enumerations, for which YAML has no word.
     yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
-    load_tools()
     with said_in_one_sentence(), wandb_run_ends():
         PPOCLI(PPO, **OPTIONS, args=args)
 

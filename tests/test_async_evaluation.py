@@ -457,7 +457,7 @@ def test_early_stopping_hears_of_evaluations_beside_training(fit):
 def test_a_curriculum_and_a_sweep_hear_of_evaluations_beside_training_on_the_level_of_the_snapshot(
     fit, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(progress, "_end_with_the_sweep", lambda: None)
+    monkeypatch.setattr(progress, "_stop_with_the_sweep", lambda: None)
     told, logger = tmp_path / "told.jsonl", Kept()
     levels = [Level({"length": 2}), Level({"length": 5}, metric="eval/mean_ep_length", at_least=2, times=2)]
     beside = [AsyncEvaluation(every=1), Wait(), progress.Progress(str(told), "eval/mean_ep_length")]
@@ -472,7 +472,7 @@ def test_a_curriculum_and_a_sweep_hear_of_evaluations_beside_training_on_the_lev
 
 @pytest.mark.usefixtures("_here")
 def test_results_that_come_late_are_told_at_the_step_of_their_snapshot(fit, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "_end_with_the_sweep", lambda: None)
+    monkeypatch.setattr(progress, "_stop_with_the_sweep", lambda: None)
     told = tmp_path / "told.jsonl"
     fit(cartpole(), callbacks=[AsyncEvaluation(every=1), progress.Progress(str(told), "eval/mean_reward")])
     assert [json.loads(line)["steps"] for line in told.read_text().splitlines()] == [64, 256]

@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,10 +20,10 @@ from processes import forked
 
 from ppo_lightning import PPO, InputError
 from ppo_lightning.tools.sweep import command as command_line
-from ppo_lightning.tools.sweep import main, progress, results, runs, search, sweep, trials
-from ppo_lightning.tools.sweep.runs import Row, Run, Watched
+from ppo_lightning.tools.sweep import fit_process, main, objective, progress, results, search, sweep
+from ppo_lightning.tools.sweep.fit_process import FitProcess, Measurement, RunOptions
+from ppo_lightning.tools.sweep.objective import counted, objective_value, retry_history
 from ppo_lightning.tools.sweep.space import Choice, Range, points_of, read_space
-from ppo_lightning.tools.sweep.trials import counted, is_left, measure
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"model": {"env": "CartPole-v1", "num_envs": 4, "num_steps": 32, "total_steps": 1000, "num_eval_episodes": 1}}
@@ -41,56 +40,58 @@ class Luckless(RuntimeError):  # noqa: N818 - reads as what it is
 @pytest.fixture
 def fits(monkeypatch):
     """Let a function of the model's parameters and the seed stand for ``fit``: it gives what is told, step by step."""
-    monkeypatch.setattr(trials, "POLL_S", 0.0)
+    monkeypatch.setattr(objective, "POLL_S", 0.0)
     # The command line is parsed once for all tests: that each key and value is tried there has a test of its own.
     monkeypatch.setattr(
         search, "_full_config", lambda config, flags=(), what="": {"model": {**DEFAULTS, **config["model"]}}
     )
 
-    monkeypatch.setattr(results, "_draw", lambda study, sought: None)
+    monkeypatch.setattr(results, "_plot", lambda study, spec: None)
     monkeypatch.setattr(search, "_open", lambda storage, *given: OPEN(quick(storage), *given))
 
     def use(told: Callable[[dict, int], list[tuple[int, float]]]) -> None:
         class Fake:
-            def __init__(self, folder, seed, watched):
-                self.told, self.error, self.process = [], None, self
+            def __init__(self, folder, seed, options):
+                self.told, self.error = [], None
                 try:
                     pairs = told(yaml.safe_load((folder / "config.yaml").read_text())["model"], seed)
-                    self.left = [Row(steps, steps / 1000, value) for steps, value in pairs]
+                    self.left = [Measurement(steps, steps / 1000, value) for steps, value in pairs]
                 except Luckless as error:
                     self.left, self.error = [], str(error)
 
-            def rows(self):
-                self.told += self.left[:1]
-                self.left = self.left[1:]
+            def measurements(self):
                 return list(self.told)
 
-            def poll(self):
-                return None if len(self.left) > 1 else 0
+            def is_running(self):
+                self.told += self.left[:1]
+                self.left = self.left[1:]
+                return bool(self.left)
 
             def failure(self):
                 return self.error
 
-            def ask_to_end(self):
-                self.left = []
-
-            def end(self):
+            def stop(self):
                 pass
 
-            close = end
-
-        monkeypatch.setattr(trials, "Run", Fake)
+        monkeypatch.setattr(objective, "FitProcess", Fake)
 
     return use
 
 
-OPEN, DRAW = search._open, results._draw
+OPEN, PLOT = search._open, results._plot
 DEFAULTS = search._full_config(CONFIG)["model"]
 
 
 def quick(storage: str) -> str:
     """A journal in the place of the database in the folder of results: a commit there takes ten milliseconds."""
     return storage.removeprefix("sqlite:///").replace("study.db", "study.journal") if "study.db" in storage else storage
+
+
+def distribution(of: Range | Choice) -> optuna.distributions.BaseDistribution:
+    """What Optuna is asked for."""
+    trial = optuna.create_study().ask()
+    of.suggest(trial, "x")
+    return trial.distributions["x"]
 
 
 def numbers(study: optuna.Study) -> list:
@@ -116,7 +117,7 @@ def states(study: optuna.Study) -> list[str]:
 )
 def test_a_range_is_even_on_its_scale_and_holds_its_ends(scale, low, high, middle):
     of = read_space({"model.x": {"distribution": scale, "min": low, "max": high}})["model.x"]
-    line = of.distribution()
+    line = distribution(of)
     assert of.value(line.low) == low
     assert of.value(line.high) == high
     assert of.value((line.low + line.high) / 2) == pytest.approx(middle, rel=1e-9)
@@ -136,7 +137,7 @@ def test_there_and_back_is_the_same_number():
 
 def test_a_list_holds_values_of_any_kind():
     of = read_space({"model.hidden": [None, [64, 64], True, "relu"]})["model.hidden"]
-    assert [of.value(text) for text in of.distribution().choices] == [None, [64, 64], True, "relu"]
+    assert [of.value(text) for text in distribution(of).choices] == [None, [64, 64], True, "relu"]
     assert of.point([64, 64]) == "[64, 64]"
     assert of.point([64]) is None
 
@@ -218,8 +219,8 @@ def test_a_search_that_cannot_be_is_refused_in_one_sentence(asked, said):
 
 def test_a_run_that_reaches_the_threshold_beats_all_that_do_not_and_these_rank_by_how_near_they_came():
     def steps(*values: float) -> float:
-        rows = [Row(100 * (index + 1), 1.0, value) for index, value in enumerate(values)]
-        return measure(rows, "steps_to", threshold=475, budget=1000)
+        rows = [Measurement(100 * (index + 1), 1.0, value) for index, value in enumerate(values)]
+        return objective_value(rows, "steps_to", threshold=475, budget=1000)
 
     assert steps(20, 480, 490) == 200
     assert steps(20, 475) == 200
@@ -230,8 +231,8 @@ def test_a_run_that_reaches_the_threshold_beats_all_that_do_not_and_these_rank_b
 
 
 def test_a_score_is_the_last_value_and_costs_are_the_last_steps_and_seconds():
-    rows = [Row(100, 1.0, 9.0), Row(200, 2.5, 7.0)]
-    assert [measure(rows, name, None, 1000) for name in ("score", "steps", "seconds")] == [7.0, 200, 2.5]
+    rows = [Measurement(100, 1.0, 9.0), Measurement(200, 2.5, 7.0)]
+    assert [objective_value(rows, name, None, 1000) for name in ("score", "steps", "seconds")] == [7.0, 200, 2.5]
 
 
 def test_the_config_itself_is_the_first_trial_so_that_the_best_is_never_worse(fits):
@@ -242,7 +243,7 @@ def test_the_config_itself_is_the_first_trial_so_that_the_best_is_never_worse(fi
     assert found.best_config == yaml.safe_load(found.best_file.read_text())
     outside = {"model.num_steps": [64, 128]}
     other = sweep(CONFIG, outside, trials=1, study="other", quiet=True)
-    assert "own" not in other.study.trials[0].user_attrs
+    assert "baseline" not in other.study.trials[0].user_attrs
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
@@ -260,7 +261,7 @@ def test_several_seeds_count_as_their_mean_and_each_run_has_its_own(fits):
 
 
 def test_several_objectives_give_a_front_and_the_first_chooses_the_best(fits, monkeypatch):
-    monkeypatch.setattr(results, "_draw", DRAW)
+    monkeypatch.setattr(results, "_plot", PLOT)
     fits(lambda model, seed: [(1000 * model["ent_coef"], model["ent_coef"] * (1 if model["vf_coef"] == 0.5 else 0.1))])
     space = {"model.ent_coef": [0.1, 0.5, 0.9], "model.vf_coef": [0.5, 0.6]}
     found = sweep(CONFIG, space, trials=25, objective=["score", "steps"], sampler="random", workers=2, quiet=True)
@@ -297,7 +298,7 @@ def test_where_no_trial_ends_well_the_sentence_says_why(fits):
         raise Luckless("no such luck")
 
     fits(told)
-    with pytest.raises(InputError, match=r"no trial of study sweep ended well .*; the last failed: no such luck"):
+    with pytest.raises(InputError, match=r"no trial of study sweep completed .*; the last failed: no such luck"):
         sweep(CONFIG, SPACE, trials=2, quiet=True)
 
 
@@ -317,25 +318,25 @@ open(file, "w").write('{"steps": 1, "seconds": 1, "value": NaN}\\n')
             'Parser key "x": Expected a number',
         ),
         ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("import os; os.kill(os.getpid(), 9)", "it was ended by SIGKILL"),
-        ("pass", "it told no value of eval/mean_reward that is a number"),
-        (NOT_A_NUMBER, "it told no value of eval/mean_reward that is a number"),
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL"),
+        ("pass", "the run reported no finite value of eval/mean_reward"),
+        (NOT_A_NUMBER, "the run reported no finite value of eval/mean_reward"),
     ],
 )
 def test_why_a_run_failed_is_found_in_what_it_said(monkeypatch, tmp_path, code, why):
-    monkeypatch.setattr(runs, "FIT", [sys.executable, "-c", code])
-    run = Run(tmp_path, 0, Watched("eval/mean_reward", None, None))
+    monkeypatch.setattr(fit_process, "FIT", [sys.executable, "-c", code])
+    run = FitProcess(tmp_path, 0, RunOptions("eval/mean_reward", None, None))
     run.process.wait()
-    run.close()
+    run.stop()
     assert run.failure() == why
 
 
 def test_what_a_run_tells_is_read_once_and_no_line_before_it_is_whole(monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "FIT", [sys.executable, "-c", ""])
-    run = Run(tmp_path, 0, Watched("eval/mean_reward", None, None))
+    monkeypatch.setattr(fit_process, "FIT", [sys.executable, "-c", ""])
+    run = FitProcess(tmp_path, 0, RunOptions("eval/mean_reward", None, None))
     run.process.wait()
-    run.close()
-    assert run.rows() == []
+    run.stop()
+    assert run.measurements() == []
     one, two, three = (json.dumps({"steps": 1, "seconds": 1, "value": value}) + "\n" for value in (7, 8, 9))
     with run.file.open("w") as file:
         for text, seen in [
@@ -347,17 +348,17 @@ def test_what_a_run_tells_is_read_once_and_no_line_before_it_is_whole(monkeypatc
         ]:
             file.write(text)
             file.flush()
-            assert [row.value for row in run.rows()] == seen
+            assert [row.value for row in run.measurements()] == seen
 
 
 def test_a_trial_worse_than_the_median_is_ended_early(fits):
     fits(lambda model, seed: [(steps, 100 * model["vf_coef"]) for steps in range(50, 1001, 50)])
     space = {"model.vf_coef": [0.5, 0.01]}
-    found = sweep(CONFIG, space, trials=14, sampler="random", workers=2, quiet=True)
+    found = sweep(CONFIG, space, trials=14, sampler="random", quiet=True)
     pruned = [trial for trial in found.study.trials if trial.state.name == "PRUNED"]
     assert pruned
     assert {trial.params["model.vf_coef"] for trial in pruned} == {"0.01"}
-    assert len(pruned[-1].intermediate_values) < trials.LOOKS
+    assert len(pruned[-1].intermediate_values) < objective.PRUNE_POINTS
     kept = sweep(CONFIG, space, trials=8, sampler="random", workers=4, study="kept", pruner="none", quiet=True)
     assert set(states(kept.study)) == {"COMPLETE"}
 
@@ -366,7 +367,7 @@ def test_fewer_steps_to_a_threshold_are_sought_downwards_and_pruned_upwards(fits
     fits(lambda model, seed: [(steps, steps * model["vf_coef"]) for steps in range(50, 1001, 50)])
     found = sweep(
         CONFIG, {"model.vf_coef": [0.5, 0.8, 0.05]}, trials=14, objective="steps_to", threshold=300, sampler="random",
-        workers=2, quiet=True,
+        quiet=True,
     )  # fmt: skip
     assert found.best_config["model"]["vf_coef"] == 0.8
     assert found.study.best_value == 400
@@ -389,70 +390,86 @@ def test_a_sweep_goes_on_where_it_was_and_proposes_what_it_would_have(fits, stor
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
-def test_a_sweep_that_was_broken_off_finds_what_it_would_have_found(fits, monkeypatch, capsys, sampler):
-    """The trial that is made again keeps its seeds and its name, and is counted once."""
+def test_a_sweep_that_was_interrupted_finds_what_it_would_have_found(fits, monkeypatch, capsys, sampler):
+    """The trial that is repeated keeps its seeds and its name, and is counted once."""
     fits(lambda model, seed: [(500, model["gamma"]), (1000, seed - model["gamma"])])
     given = {"trials": 6, "seeds": 2, "sampler": sampler, "pruner": "none", "quiet": True}
     whole = sweep(CONFIG, SPACE, study="whole", **given).study
-    for broken in (0, 3):
-        follow = trials.Search._follow
+    follow = objective.Objective._follow
+    for interrupted in (0, 3):
 
-        def interrupt(self, each, follow=follow, broken=broken):
-            if each.trial.number == broken:
+        def interrupt(self, trial, *given, interrupted=interrupted):
+            if trial.number == interrupted:
                 raise KeyboardInterrupt
-            follow(self, each)
+            follow(self, trial, *given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(trials.Search, "_follow", interrupt)
+            patch.setattr(objective.Objective, "_follow", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 sweep(CONFIG, SPACE, study="parts", **given)
     found = sweep(CONFIG, SPACE, study="parts", **{**given, "quiet": False})
     assert states(found.study) == ["FAIL", "COMPLETE", "COMPLETE", "FAIL", *["COMPLETE"] * 4]
     assert numbers(found.study) == numbers(whole)
-    assert found.study.trials[1].user_attrs["own"]
+    assert found.study.trials[1].user_attrs["baseline"]
     said = capsys.readouterr().out
     assert "(6 ended)" in said
     assert "(7 ended)" not in said
-    assert "2 broken off and made again, 6 complete" in " ".join(said.split())
+    assert "2 interrupted and retried, 6 complete" in " ".join(said.split())
     rows = list(csv.DictReader((found.folder / "trials.csv").read_text().splitlines()))
-    assert [row["error"] for row in rows].count("broken off and made again") == 2
+    assert [row["error"] for row in rows].count("interrupted and retried") == 2
 
 
 def test_machines_whose_seeds_are_neighbours_propose_different_trials():
-    line = read_space(SPACE)["model.gamma"].distribution()
+    gamma = read_space(SPACE)["model.gamma"]
     proposed = set()
     for seed in range(4):
         for index in range(4):
-            study = optuna.create_study(sampler=trials.Proposals("random", seed, 20).next(index))
-            proposed.add(study.ask({"model.gamma": line}).params["model.gamma"])
+            study = optuna.create_study(sampler=search._make_sampler("random", seed, index, 20))
+            proposed.add(gamma.suggest(study.ask(), "model.gamma"))
     assert len(proposed) == 16
 
 
-def test_the_last_trials_of_another_process_are_waited_for_and_made_again_if_it_falls_silent(fits, monkeypatch, capsys):
+def ask(study: optuna.Study) -> optuna.Trial:
+    """A trial that another process begins."""
+    trial = study.ask()
+    for key, of in read_space(SPACE).items():
+        of.suggest(trial, key)
+    return trial
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed")
+def test_the_last_trials_of_another_process_are_waited_for_and_retried_if_it_falls_silent(fits, monkeypatch, capsys):
     fits(lambda model, seed: [(1000, 1.0)])
-    monkeypatch.setattr(trials, "STALE_S", 3.0)
-    monkeypatch.setattr(trials, "STAMP_S", 0.1)
+    monkeypatch.setattr(search, "_open", OPEN)
+    monkeypatch.setattr(search, "HEARTBEAT_S", 1)
+    monkeypatch.setattr(search, "GRACE_S", 2)
     study = sweep(CONFIG, SPACE, trials=2, quiet=True).study
-    study.ask({key: of.distribution() for key, of in read_space(SPACE).items()})  # killed before it said whose it is
+    other = ask(study)  # killed before its first heartbeat
     study = sweep(CONFIG, SPACE, trials=3).study
     assert states(study) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
-    assert "waiting for 1 of other processes" in capsys.readouterr().out
+    assert study.trials[3].params == other.params
+    assert retry_history(study.trials[3]) == [2]
+    assert len(counted(study)) == 3
+    assert "waiting for 1 trials of other processes" in capsys.readouterr().out
 
 
-def test_a_trial_that_another_machine_put_back_is_let_go_of(fits, monkeypatch):
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_trial_that_another_machine_took_over_is_given_up(fits, monkeypatch, workers):
     """After a long silence, as of a machine that slept."""
     fits(lambda model, seed: [(500, 1.0), (1000, 1.0)])
-    follow = trials.Search._follow
+    follow = objective.Objective._follow
 
-    def slept(self, each):
-        if each.trial.number == 1:
-            for _ in range(2):  # two other machines, at the same moment
-                trials.put_back(self.study, self.study.trials[1])
-        follow(self, each)
+    def slept(self, trial, *given):
+        if trial.number == 1:
+            trial.study.tell(1, state=optuna.trial.TrialState.FAIL)
+            objective.retry(trial.study, trial.study.trials[1])
+        follow(self, trial, *given)
 
-    monkeypatch.setattr(trials.Search, "_follow", slept)
-    study = sweep(CONFIG, SPACE, trials=4, quiet=True).study
-    assert states(study) == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    monkeypatch.setattr(objective.Objective, "_follow", slept)
+    study = sweep(CONFIG, SPACE, trials=4, workers=workers, quiet=True).study
+    assert sorted(states(study)) == [*["COMPLETE"] * 4, "FAIL"]
+    assert study.trials[1].state.name == "FAIL"
     assert len(counted(study)) == 4
 
 
@@ -476,48 +493,36 @@ def test_a_study_that_sought_something_else_does_not_go_on(fits):
         sweep(CONFIG, SPACE, trials=2, metric="rollout/ep_rew_mean", quiet=True)
 
 
-def test_trials_of_a_process_that_is_gone_are_made_again_and_of_one_that_lives_are_left(fits, monkeypatch):
+def test_a_journal_has_no_heartbeat_so_that_nothing_is_waited_for(fits):
     fits(lambda model, seed: [(1000, 1.0)])
-    study = sweep(CONFIG, SPACE, trials=2, quiet=True).study
-    lines = {key: of.distribution() for key, of in read_space(SPACE).items()}
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    for owner, seen in [
-        (f"{socket.gethostname()} {gone.pid}", time.time()),
-        (f"{socket.gethostname()} {os.getpid()}", time.time()),
-        ("elsewhere 1", time.time()),
-        ("elsewhere 1", time.time() - 2 * trials.STALE_S),
-    ]:
-        trial = study.ask(lines)
-        trial.set_user_attr("owner", owner)
-        trial.set_user_attr("seen", seen)
-    assert [is_left(trial) for trial in study.trials[2:]] == [True, False, False, True]
-    monkeypatch.setattr(trials.Search, "_others", lambda self: False)
-    study = sweep(CONFIG, SPACE, trials=6, quiet=True).study
-    assert states(study) == ["COMPLETE", "COMPLETE", "FAIL", "RUNNING", "RUNNING", "FAIL", "COMPLETE", "COMPLETE"]
-    assert [trial.params for trial in study.trials[6:]] == [study.trials[2].params, study.trials[5].params]
-    assert [trial.user_attrs["again"] for trial in study.trials[6:]] == [2, 5]
-    assert len(counted(study)) == 6
+    ask(sweep(CONFIG, SPACE, trials=2, storage="shared.journal", quiet=True).study)
+    study = sweep(CONFIG, SPACE, trials=4, storage="shared.journal", quiet=True).study
+    assert states(study) == ["COMPLETE", "COMPLETE", "RUNNING", "COMPLETE"]
 
 
-def test_what_interrupts_a_sweep_ends_its_runs_and_puts_them_back(fits, monkeypatch):
-    begun = []
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_stops_the_runs_and_queues_them(fits, monkeypatch, workers):
+    begun: list[FitProcess] = []
 
-    def interrupt(self) -> None:
-        begun.extend(each.run.process for each in self.running)
-        raise KeyboardInterrupt
+    class Sleeps(FitProcess):
+        def __init__(self, *given):
+            super().__init__(*given)
+            begun.append(self)
+            if len(begun) == workers:
+                os.kill(os.getpid(), signal.SIGINT)
 
     fits(lambda model, seed: [(1000, 1.0)])
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "Run", Run)
-        patch.setattr(runs, "FIT", [sys.executable, "-c", "import time; time.sleep(60)"])
-        patch.setattr(trials.Search, "_is_time_to_stamp", interrupt)
+        patch.setattr(objective, "POLL_S", 0.1)
+        patch.setattr(objective, "FitProcess", Sleeps)
+        patch.setattr(fit_process, "FIT", [sys.executable, "-c", "import time; time.sleep(60)"])
         with pytest.raises(KeyboardInterrupt):
-            sweep(CONFIG, SPACE, trials=4, workers=2, quiet=True)
-    assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2
+            sweep(CONFIG, SPACE, trials=4, workers=workers, quiet=True)
+    assert [run.process.returncode for run in begun] == [-signal.SIGTERM] * workers
     study = sweep(CONFIG, SPACE, trials=4, quiet=True).study
-    assert states(study) == ["FAIL", "FAIL", *["COMPLETE"] * 4]
-    assert [trial.params for trial in study.trials[2:4]] == [trial.params for trial in study.trials[:2]]
+    assert states(study) == ["FAIL"] * workers + ["COMPLETE"] * 4
+    interrupted = [trial.params for trial in study.trials[:workers]]
+    assert all(trial.params in interrupted for trial in study.trials[workers : 2 * workers])
 
 
 # --- with real runs ---------------------------------------------------------------------------------------------------
@@ -577,7 +582,7 @@ def test_bad_input_ends_the_command_with_one_sentence(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("metric", ["eval/mean_reward", "rollout/ep_rew_mean"])
 def test_progress_is_told_where_the_metric_is_new_and_the_run_ends_at_the_threshold(fit, tmp_path, monkeypatch, metric):
-    monkeypatch.setattr(progress, "_end_with_the_sweep", lambda: None)
+    monkeypatch.setattr(progress, "_stop_with_the_sweep", lambda: None)
     told = tmp_path / "told.jsonl"
 
     def rows(**given) -> list[dict]:
@@ -593,7 +598,7 @@ def test_progress_is_told_where_the_metric_is_new_and_the_run_ends_at_the_thresh
 
 
 def test_a_metric_that_there_is_not_ends_the_run_with_one_sentence(fit, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "_end_with_the_sweep", lambda: None)
+    monkeypatch.setattr(progress, "_stop_with_the_sweep", lambda: None)
     model = PPO("CartPole-v1", num_envs=2, num_steps=64, total_steps=128)
     with pytest.raises(InputError, match=r"metric train/los is not known: did you mean train/loss\?"):
         fit(model, callbacks=[progress.Progress(str(tmp_path / "told.jsonl"), "train/los")])
@@ -616,7 +621,7 @@ def test_the_example_space_and_the_documents_example_can_be_searched(fits, tmp_p
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_killed_sweep_leaves_no_process_and_goes_on(tmp_path):
+def test_a_killed_sweep_leaves_no_process_and_resumes(tmp_path):
     given = command(tmp_path, "--trials", "4", "--model.total_steps", "6000")
     words = [sys.executable, "-m", "ppo_lightning", "sweep", *given]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,5 +1,5 @@
 """Search for hyperparameters: ``python -m ppo_lightning sweep``, and :func:`sweep` from Python."""
 
 from ppo_lightning.tools.sweep.command import main as main
-from ppo_lightning.tools.sweep.search import Found as Found
+from ppo_lightning.tools.sweep.search import SweepResult as SweepResult
 from ppo_lightning.tools.sweep.search import sweep as sweep

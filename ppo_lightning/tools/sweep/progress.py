@@ -1,4 +1,4 @@
-"""What a trial's run tells the sweep while it trains."""
+"""The callback by which a run reports its metric to the sweep."""
 
 import difflib
 import json
@@ -18,19 +18,19 @@ from ppo_lightning.errors import InputError
 
 
 class Progress(EvaluationCallback):
-    """Writes a metric to a file whenever there is a new one, and ends the run when it is good enough.
+    """Appends every new value of a metric to a file, and stops the run at a threshold.
 
-    It also ends the run when the process that started it is gone, which shows in the end of standard input.
+    It also stops the run when its standard input closes, because the process that started it has ended.
 
     Args:
-        file: one JSON object per line is added: ``steps`` (environment steps), ``seconds`` (since training began) and
+        file: gets one JSON object per line: ``steps`` (environment steps), ``seconds`` (since training began) and
             ``value``.
-        metric: its name, such as eval/mean_reward (told at each evaluation) or rollout/ep_rew_mean (at each iteration).
-        threshold: value at which the run may end, in the metric's units; null never.
-        threads: of torch, at most (count); null leaves them.
+        metric: its name, such as eval/mean_reward (written at each evaluation) or rollout/ep_rew_mean (at each iteration).
+        threshold: value at which the run stops, in the metric's units; null never.
+        threads: of torch, at most (count); null leaves torch's number.
 
     Raises:
-        InputError: there is no such metric.
+        InputError: the metric is unknown.
     """
 
     def __init__(self, file: str, metric: str, threshold: float | None = None, threads: int | None = None) -> None:
@@ -39,7 +39,7 @@ class Progress(EvaluationCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+        threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
         if self.threads is not None:
             torch.set_num_threads(min(torch.get_num_threads(), self.threads))
 
@@ -63,7 +63,7 @@ class Progress(EvaluationCallback):
 
     def _write(self, trainer: Trainer, step: int) -> None:
         if self.metric not in trainer.callback_metrics:
-            if self.metric.startswith("rollout/"):  # no episode has ended yet
+            if self.metric.startswith("rollout/"):  # until an episode has ended
                 return
             near = difflib.get_close_matches(self.metric, trainer.callback_metrics, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(trainer.callback_metrics)}"
@@ -81,7 +81,7 @@ class Progress(EvaluationCallback):
             trainer.should_stop = True
 
 
-def _end_with_the_sweep() -> None:
+def _stop_with_the_sweep() -> None:
     while os.read(0, 1024):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

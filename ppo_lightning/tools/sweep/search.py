@@ -1,35 +1,53 @@
-"""From what is asked to what is found: checks, the study, the search, its results."""
+"""A sweep from its arguments to its results: checks, the study, the trials."""
 
 import contextlib
 import io
 import os
 import random
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import yaml
 
 from ppo_lightning.cli import OPTIONS, PPOCLI
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import LIMITS, converted
 from ppo_lightning.ppo import PPO
-from ppo_lightning.tools.sweep.results import OWN, Sought, leave_results, show
-from ppo_lightning.tools.sweep.runs import Watched
+from ppo_lightning.tools.sweep.fit_process import RunOptions
+from ppo_lightning.tools.sweep.objective import (
+    DIRECTIONS,
+    PRUNE_POINTS,
+    Objective,
+    RunFailed,
+    SearchSpec,
+    SweepStopped,
+    counted,
+    first_attempts,
+)
+from ppo_lightning.tools.sweep.results import BASELINE, describe_trial, show, write_best, write_results
 from ppo_lightning.tools.sweep.space import Range, Space, check_keys, points_of, read_space, with_values
-from ppo_lightning.tools.sweep.trials import DIRECTIONS, LOOKS, Proposals, Search
 
 if TYPE_CHECKING:
     from optuna import Study
+    from optuna.trial import FrozenTrial
+
+HEARTBEAT_S, GRACE_S = 5, 30
+"""How often a process reports that it works on its trials, and after how long without a report another one retries them."""
+WAIT_S = 1.0
 
 
-class Found(NamedTuple):
-    """What a sweep has found."""
+class SweepResult(NamedTuple):
+    """The outcome of a sweep."""
 
     best_config: dict[str, Any]
-    """In full, as ``fit --config`` takes it."""
+    """Complete, as ``fit --config`` takes it."""
     best_file: Path
     """The same as YAML."""
     folder: Path
@@ -56,36 +74,37 @@ def sweep(
     folder: str | Path | None = None,
     flags: Sequence[str] = (),
     quiet: bool = False,
-) -> Found:
+) -> SweepResult:
     """Search for the hyperparameters under which a config trains best.
 
-    Every trial is a ``fit``, or one per seed, in a process and a folder of its own. A trial that fails is a failed trial, with
-    its message, and the sweep goes on. Called again in the same way, a sweep that was stopped or killed goes on.
+    Every trial is a ``fit``, or one per seed, in a process and a folder of its own. A trial that fails is recorded with its
+    message, and the sweep continues. The same call resumes a sweep that was stopped or killed.
 
     Args:
         config: YAML file that ``fit`` takes, or the same as a mapping.
-        space: YAML file or mapping of what to search, as :func:`read_space` has it.
-        trials: of the study in all, those of earlier calls included (count).
-        objective: what is sought, one or several: score (highest last value of the metric), steps_to (fewest environment
-            steps until the metric reaches the threshold), steps and seconds (least cost of a run). Several give a Pareto
-            front, and the first of them chooses the best config.
+        space: YAML file or mapping of the values to search, as :func:`read_space` takes it.
+        trials: of the study in total, those of earlier calls included (count).
+        objective: one or several of score (highest last value of the metric), steps_to (fewest environment steps until the
+            metric reaches the threshold), steps and seconds (least cost of a run). Several give a Pareto front, and the
+            first of them selects the best config.
         metric: a name in Lightning's callback_metrics; higher is better.
-        threshold: value of the metric at which a run ends; steps_to needs it.
-        sampler: Optuna's TPE, random search, or CMA-ES (which draws the values of lists at random).
-        pruner: median ends a trial that at a 20th of its steps is worse than the median of those before, and is the default
-            where there is one objective.
-        seeds: runs of each trial, one after the other, whose mean counts (count).
+        threshold: value of the metric at which a run stops; steps_to needs it.
+        sampler: Optuna's TPE, random search, or CMA-ES (which samples the values of lists at random).
+        pruner: median stops a trial that is worse than the median of earlier trials at a 20th of its steps. It is the
+            default with one objective.
+        seeds: runs of each trial, one after the other; their mean counts (count).
         workers: trials that run at once on this machine (count).
-        seed: of proposals and runs; several machines with one storage each take their own.
+        seed: of the sampler and the runs; several machines with one storage each need their own.
         study: its name; the default is the config's.
-        storage: an URL that Optuna takes, or a file that ends in .journal, which several machines may share; the default is
-            a database in the folder.
+        storage: a database URL that Optuna takes, or a file that ends in .journal, either of which several machines may
+            share; the default is an SQLite database in the folder. A journal has no heartbeat, so that trials of a killed
+            process are not retried there.
         folder: of results; the default is sweeps/ and the study's name.
-        flags: more words for ``fit``, as on the command line.
+        flags: further arguments of ``fit``, as on the command line.
         quiet: print nothing.
 
     Raises:
-        InputError: something of this cannot be used, or no trial ended well.
+        InputError: an argument is invalid, or no trial completed.
     """
     objectives = [objective] if isinstance(objective, str) else list(objective)
     ranges = read_space(space)
@@ -98,29 +117,96 @@ def sweep(
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"folder {place} cannot be made ({error.strerror}): give another one") from error
-    opened = _open(storage or f"sqlite:///{place / 'study.db'}", study, objectives)
-    described = {key: vars(of) for key, of in ranges.items()}
-    search = {"objective": objectives, "metric": metric, "threshold": threshold, "seeds": seeds}
-    _refuse_another(opened, {**search, "space": described, "config": base})
-    sought = Sought(ranges, base, objectives, place)
-    points = points_of(ranges, base)
-    if points is not None and not opened.get_trials(deepcopy=False):
-        opened.enqueue_trial(points, user_attrs={OWN: True})  # so that nothing found is worse than what there was
-    Search(
-        opened,
-        sought,
-        Watched(metric, threshold, threads=max(1, _cores() // workers) if workers > 1 else None),
-        Proposals(sampler, seed, trials),
-        prunes=pruner != "none" and len(objectives) == 1,
-        seeds=seeds,
-        workers=workers,
-        quiet=quiet,
-    ).run()
-    best_config, best_file = leave_results(opened, sought)
+        raise InputError(f"folder {place} cannot be created ({error.strerror}): give another one") from error
+    described = {key: vars(item) for key, item in ranges.items()}
+    asked = {"objective": objectives, "metric": metric, "threshold": threshold, "seeds": seeds}
+    spec = SearchSpec(ranges, base, objectives, place)
+    options = RunOptions(metric, threshold, max(1, _cores() // workers) if workers > 1 else None)
+    prunes = pruner != "none" and len(objectives) == 1
+    with warnings.catch_warnings():
+        opened = _open(storage or f"sqlite:///{place / 'study.db'}", study, objectives)
+        _check_same_search(opened, {**asked, "space": described, "config": base})
+        points = points_of(ranges, base)
+        if points is not None and not opened.get_trials(deepcopy=False):
+            opened.enqueue_trial(
+                points, user_attrs={BASELINE: True}
+            )  # so that the result is never worse than the config
+        _run_trials(
+            opened,
+            Objective(spec, options, seed=seed, seeds=seeds, prunes=prunes),
+            lambda index: _make_sampler(sampler, seed, index, trials),
+            trials=trials,
+            workers=workers,
+            quiet=quiet,
+        )
+        best_config, best_file = write_results(opened, spec)
     if not quiet:
-        show(opened, sought)
-    return Found(best_config, best_file, place, opened)
+        show(opened, spec)
+    return SweepResult(best_config, best_file, place, opened)
+
+
+def _run_trials(
+    study: "Study",
+    objective: Objective,
+    make_sampler: Callable[[int], Any],
+    *,
+    trials: int,
+    workers: int,
+    quiet: bool,
+) -> None:
+    """Run trials until the study has as many as asked for; an interrupt stops them all and queues each for a retry."""
+    from optuna.storages import fail_stale_trials
+
+    lock, waits = threading.Lock(), False
+
+    def on_trial_end(study: "Study", trial: "FrozenTrial") -> None:
+        with lock, objective.stops_on_error():  # each worker is a thread
+            if trial.state.name == "COMPLETE":
+                write_best(study, objective.spec)
+            if not quiet and not objective.stop.is_set():
+                print(describe_trial(study, trial.number, objective.spec), flush=True)
+            if objective.stop.is_set() or len(counted(study)) >= trials:
+                study.stop()
+            study.sampler = make_sampler(len(first_attempts(study)))
+
+    while True:
+        fail_stale_trials(study)
+        missing = trials - len(counted(study))
+        if missing > 0:
+            study.sampler = make_sampler(len(first_attempts(study)))
+            given = {"n_trials": missing, "n_jobs": workers, "callbacks": [on_trial_end]}
+            try:
+                with ThreadPoolExecutor(1) as pool, objective.stops_on_error():  # Ctrl-C interrupts this thread only
+                    pool.submit(study.optimize, objective, catch=(RunFailed, SweepStopped), **given).result()
+            except Exception:  # Optuna raises one of three types when another process has ended the trial
+                if not objective.lost:
+                    raise
+            objective.lost = False
+            objective.stop.clear()
+        else:
+            others = sum(trial.state.name == "RUNNING" for trial in counted(study)[:trials])
+            if not others or not _has_heartbeat(study):
+                return
+            if not waits and not quiet:
+                print(f"waiting for {others} trials of other processes", flush=True)
+            waits = True
+            time.sleep(WAIT_S)
+
+
+def _make_sampler(name: str, seed: int, index: int, trials: int) -> Any:
+    """The sampler of a trial, with a seed of its own, so that a resumed sweep proposes what it would have proposed."""
+    from optuna.samplers import CmaEsSampler, RandomSampler, TPESampler
+
+    # Hashed: with seed + index, machines with neighbouring seeds would propose the same trials.
+    own = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+    if name == "random":
+        sampler: Any = RandomSampler(seed=own)
+    elif name == "cmaes":
+        sampler = CmaEsSampler(seed=own, warn_independent_sampling=False)
+    else:
+        sampler = TPESampler(seed=own, n_startup_trials=min(10, max(4, trials // 4)), constant_liar=True)
+    sampler.reseed_rng = lambda: None  # Optuna reseeds for each trial of several workers
+    return sampler
 
 
 def _check(
@@ -145,8 +231,8 @@ def _check(
     if len(objectives) > 1 and pruner == "median":
         raise InputError("pruner median compares one number, and there are several objectives: leave it out")
     if sampler == "cmaes" and len(objectives) > 1:
-        raise InputError("sampler cmaes seeks one objective, and there are several: take tpe or random")
-    if sampler == "cmaes" and sum(isinstance(of, Range) for of in space.values()) < 2:
+        raise InputError("sampler cmaes takes one objective, and there are several: take tpe or random")
+    if sampler == "cmaes" and sum(isinstance(item, Range) for item in space.values()) < 2:
         raise InputError("sampler cmaes needs two ranges of numbers or more in the space: take tpe or random")
 
 
@@ -164,20 +250,20 @@ def _full_config(config: str | Path | Mapping[str, Any], flags: Sequence[str] = 
                 return _full_config(file, flags)
             except InputError as error:
                 raise InputError((what or "config: ") + str(error).removeprefix(f"{file}: ")) from error
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):  # which follows the config that it prints
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):  # --print_config exits
         PPOCLI(PPO, **OPTIONS, args=["fit", f"--config={config}", *flags, "--print_config"])
-    return yaml.safe_load(said.getvalue())
+    return yaml.safe_load(printed.getvalue())
 
 
 def _check_space(space: Space, config: dict[str, Any]) -> None:
-    """Try configs at both ends of the ranges, and with every value of the lists.
+    """Parse configs at both ends of the ranges, and with every value of the lists.
 
     Raises:
         InputError: one of them cannot be trained.
     """
     check_keys(space, config)
-    examples = {key: of.examples() for key, of in space.items()}
+    examples = {key: item.examples() for key, item in space.items()}
     for index in range(max(map(len, examples.values()))):
         tried = with_values(config, {key: values[index % len(values)] for key, values in examples.items()})
         full = _full_config(tried, what="space: ")
@@ -188,35 +274,66 @@ def _check_space(space: Space, config: dict[str, Any]) -> None:
 
 
 def _open(storage: str, name: str, objectives: list[str]) -> "Study":
+    """Create the study, or load it if it is there."""
     try:
         import optuna
-        from optuna.storages import JournalStorage
+        from optuna.exceptions import ExperimentalWarning
+        from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
         from optuna.storages.journal import JournalFileBackend
         from sqlalchemy.exc import DBAPIError
     except ImportError as error:
         raise InputError('a sweep needs Optuna: pip install "ppo-lightning[sweep]"') from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats and plots; :func:`sweep` restores the filters
     tries = 5
     while True:
         tries -= 1
         try:
-            return optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(storage)) if storage.endswith(".journal") else storage,
+            if storage.endswith(".journal"):
+                opened: Any = JournalStorage(JournalFileBackend(storage))
+            else:
+                opened = RDBStorage(
+                    storage,
+                    heartbeat_interval=HEARTBEAT_S,
+                    grace_period=GRACE_S,
+                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+                )
+            study = optuna.create_study(
+                storage=opened,
                 study_name=name,
                 directions=[DIRECTIONS[objective] for objective in objectives],
                 load_if_exists=True,
-                pruner=optuna.pruners.MedianPruner(n_warmup_steps=LOOKS // 5),
+                pruner=optuna.pruners.MedianPruner(n_warmup_steps=PRUNE_POINTS // 5),
             )
-        except Exception as error:  # each database's driver, and its absence, raises its own
+            break
+        except Exception as error:  # each database driver raises errors of its own, also where it is not installed
             if tries and isinstance(error, DBAPIError):
-                time.sleep(random.uniform(0.1, 1.0))  # another that began at the same moment makes the tables
+                time.sleep(
+                    random.uniform(0.1, 1.0)
+                )  # another process that starts at the same moment creates the tables
                 continue
             message = " ".join(str(error).split())[:200]
             raise InputError(f"storage {storage} cannot be opened ({message}): correct the URL or file") from error
+    if isinstance(opened, RDBStorage):
+        for trial in study.get_trials(deepcopy=False):  # Optuna never retries a trial killed before its first heartbeat
+            if trial.state.name == "RUNNING":
+                opened.record_heartbeat(trial._trial_id)
+    return study
 
 
-def _refuse_another(study: "Study", search: dict[str, Any]) -> None:
-    """Refuse to go on with a study that sought something else; note what a new one seeks."""
+def _has_heartbeat(study: "Study") -> bool:
+    """Whether the storage notices that another process has died."""
+    from optuna.storages import JournalStorage
+
+    return not isinstance(study._storage, JournalStorage)
+
+
+def _check_same_search(study: "Study", search: dict[str, Any]) -> None:
+    """Store what a new study searches for.
+
+    Raises:
+        InputError: the study exists and searches for something else.
+    """
     if "search" not in study.user_attrs:
         study.set_user_attr("search", search)
         return
@@ -225,12 +342,12 @@ def _refuse_another(study: "Study", search: dict[str, Any]) -> None:
     if different:
         raise InputError(
             f"study {study.study_name} was begun with another {different[0]}: give this one a name of its own (--study), or "
-            "go on with what that had"
+            "resume with the arguments of that study"
         )
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """Tuples as lists, as JSON stores them."""
     if isinstance(value, Mapping):
         return {key: _plain(part) for key, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""What is searched: keys of a config, each with a list of values or a range on some scale."""
+"""The search space: keys of a config, each with a list of values or a range on a scale."""
 
 import contextlib
 import copy
@@ -9,28 +9,33 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from ppo_lightning.errors import InputError
 
+if TYPE_CHECKING:
+    from optuna import Trial
+
 
 class Scale(NamedTuple):
-    """How values of a range lie on the line that is searched evenly."""
+    """A transformation of config values to points, over which the search is uniform."""
 
-    forth: Callable[[float], float]
-    back: Callable[[float], float]
+    forward: Callable[[float], float]
+    """From values to points."""
+    inverse: Callable[[float], float]
+    """From points to values."""
     whole: bool
-    """Points of the line are whole numbers."""
+    """Points are integers."""
     limit: str
-    """What its bounds have to be, in words."""
-    holds: Callable[[float], bool]
-    """Whether a bound is so."""
+    """The condition on bounds, in words."""
+    allows: Callable[[float], bool]
+    """Whether a value fulfils the condition."""
 
 
 def _sigmoid(x: float) -> float:
-    return float(f"{1 / (1 + math.exp(-x)):.12g}")  # there and back is the same number
+    return float(f"{1 / (1 + math.exp(-x)):.12g}")  # so that inverse(forward(x)) == x
 
 
 SCALES = {
@@ -49,86 +54,82 @@ SCALES = {
     ),
 }
 OTHER_NAMES = {"log_normal": "log_uniform", "logit_normal": "logit_uniform"}
-"""PufferLib's, whose ranges are even on these scales as well."""
+"""PufferLib's names of these scales."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from ``low`` to ``high``, both included, even on a scale."""
+    """Numbers from ``low`` to ``high``, both included, searched uniformly on a scale."""
 
     scale: str
     low: float
     high: float
 
-    def distribution(self) -> Any:
-        """The line as Optuna has it."""
-        from optuna.distributions import FloatDistribution, IntDistribution
-
+    def suggest(self, trial: "Trial", key: str) -> Any:
+        """The point that Optuna suggests for a trial."""
         scale = SCALES[self.scale]
-        kind: Any = IntDistribution if scale.whole else FloatDistribution
-        return kind(scale.forth(self.low), scale.forth(self.high))
+        suggest: Any = trial.suggest_int if scale.whole else trial.suggest_float
+        return suggest(key, scale.forward(self.low), scale.forward(self.high))
 
     def value(self, point: Any) -> Any:
-        """The config's value at a point of the line."""
-        return min(max(SCALES[self.scale].back(point), self.low), self.high)
+        """The config value of a point."""
+        return min(max(SCALES[self.scale].inverse(point), self.low), self.high)
 
     def point(self, value: Any) -> Any:
-        """The point of a config's value; None where the range does not hold it."""
+        """The point of a config value; None if the range does not contain it."""
         scale = SCALES[self.scale]
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
             or not self.low <= value <= self.high
-            or not scale.holds(value)
+            or not scale.allows(value)
         ):
             return None
-        return scale.forth(value)
+        return scale.forward(value)
 
     def examples(self) -> list[Any]:
-        """Its ends, and a value between them, which shows a scale that does not suit the key."""
+        """Both ends, and a value between them, which reveals a scale that does not suit the key."""
         scale = SCALES[self.scale]
-        middle = (scale.forth(self.low) + scale.forth(self.high)) / 2
+        middle = (scale.forward(self.low) + scale.forward(self.high)) / 2
         return [self.low, self.high, self.value(int(middle) if scale.whole else middle)]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several values, of any kind that YAML has."""
+    """One of several values, of any YAML type."""
 
     values: tuple[Any, ...]
 
-    def distribution(self) -> Any:
-        """The values as Optuna has them: it stores plain ones only, so that they go by their text."""
-        from optuna.distributions import CategoricalDistribution
-
-        return CategoricalDistribution([json.dumps(value) for value in self.values])
+    def suggest(self, trial: "Trial", key: str) -> Any:
+        """The value that Optuna suggests for a trial, as JSON: Optuna stores no lists or mappings."""
+        return trial.suggest_categorical(key, [json.dumps(value) for value in self.values])
 
     def value(self, point: Any) -> Any:
-        """The value of a text."""
+        """The config value of its JSON text."""
         return json.loads(point)
 
     def point(self, value: Any) -> Any:
-        """The text of a config's value; None where it is not among them."""
+        """The JSON text of a config value; None if it is not among the values."""
         text = json.dumps(value)
         return text if text in map(json.dumps, self.values) else None
 
     def examples(self) -> list[Any]:
-        """All of them."""
+        """All values."""
         return list(self.values)
 
 
 Space = Mapping[str, Range | Choice]
-"""Dotted keys of the config, and what each may be."""
+"""Dotted keys of the config, with the values that each may take."""
 
 
 def read_space(space: str | Path | Mapping[str, Any]) -> dict[str, Range | Choice]:
-    """Understand a space, from a YAML file or as a mapping.
+    """Parse a space, from a YAML file or a mapping.
 
     Args:
         space: ``{key: [value, …]}`` or ``{key: {distribution, min, max}}``; keys as in a config, with dots.
 
     Raises:
-        InputError: it is no such thing; the sentence says which key, and what to do.
+        InputError: it is malformed; the message names the key and the remedy.
     """
     where = "space" if isinstance(space, Mapping) else str(space)
     if not isinstance(space, Mapping):
@@ -162,7 +163,7 @@ def _range(where: str, given: Any) -> Range | Choice:
         known = ", ".join([*SCALES, *OTHER_NAMES])
         raise InputError(f"{where} has no distribution {name!r}: take one of {known}, or a list of values")
     scale, low, high = SCALES[name], _number(where, given["min"]), _number(where, given["max"])
-    if not (scale.holds(low) and scale.holds(high)):
+    if not (scale.allows(low) and scale.allows(high)):
         raise InputError(f"{where}: min and max of {name} must be {scale.limit}, got {low} and {high}")
     if not low < high:
         raise InputError(f"{where}: min must be less than max, got {low} and {high}")
@@ -170,10 +171,10 @@ def _range(where: str, given: Any) -> Range | Choice:
 
 
 def _number(where: str, value: Any) -> float:
-    """A number, also where YAML takes it for text, as it does with 1e-4."""
+    """A finite number; PyYAML reads 1e-4 as text."""
     number = value
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):  # what is no number is refused below
+        with contextlib.suppress(ValueError):  # other text is refused below
             number = float(value)
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
         raise InputError(f"{where}: min and max must be numbers, got {value!r}")
@@ -181,14 +182,14 @@ def _number(where: str, value: Any) -> float:
 
 
 def check_keys(space: Space, config: Mapping[str, Any]) -> None:
-    """Refuse keys that a config cannot hold.
+    """Check that the config has every key of the space.
 
     Args:
-        space: what is searched.
-        config: in full, with all defaults.
+        space: of the search.
+        config: complete, with all defaults.
 
     Raises:
-        InputError: the first such key.
+        InputError: it lacks one; the message suggests the nearest key.
     """
     for key, part in itertools.permutations(space, 2):
         if part.startswith(f"{key}."):
@@ -214,7 +215,7 @@ def check_keys(space: Space, config: Mapping[str, Any]) -> None:
 
 
 def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a config in which dotted keys have other values."""
+    """A copy of a config with the values of dotted keys replaced."""
     changed = copy.deepcopy(dict(config))
     for key, value in values.items():
         *path, last = key.split(".")
@@ -234,12 +235,12 @@ def value_at(config: Mapping[str, Any], key: str) -> Any:
 
 
 def points_of(space: Space, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Where a config lies in a space; None where it lies outside."""
+    """The points of a config in a space; None if it lies outside."""
     points = {key: of.point(value_at(config, key)) for key, of in space.items()}
     return None if None in points.values() else points
 
 
 def short_names(keys: list[str]) -> dict[str, str]:
-    """The last word of each key, or the whole key where that is not enough to tell them apart."""
+    """The last word of each key, or the whole key where two keys share that word."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
