@@ -20,7 +20,6 @@ from rich.console import Console
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import Dashboard, HardwareMonitor, StepProgressBar
-from ppo_lightning.cli import main
 from ppo_lightning.tools import dashboard
 from ppo_lightning.tools.dashboard import (
     HEALTHY,

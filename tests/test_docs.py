@@ -16,12 +16,8 @@ import pytest
 from ppo_lightning import PPO
 from ppo_lightning.__main__ import main as console_script
 from ppo_lightning.cli import main
-<<<<<<< HEAD
+from ppo_lightning.rollout.collectors import TensorStepper
 from ppo_lightning.tools.sweep.space import read_space
-=======
-from ppo_lightning.stepping import TensorStepper
-from ppo_lightning.sweep.space import read_space
->>>>>>> faster-tests
 
 ROOT = Path(__file__).parent.parent
 README, POLICIES = (ROOT / "README.md").read_text(), (ROOT / "docs/policies.md").read_text()

@@ -13,11 +13,6 @@ from test_ppo import Memory
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import HardwareMonitor
-<<<<<<< HEAD
-from ppo_lightning.cli import main
-=======
-from ppo_lightning.callbacks.hardware import Hardware
->>>>>>> faster-tests
 from ppo_lightning.errors import InputError
 from ppo_lightning.tools.hardware import Hardware
 

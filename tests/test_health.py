@@ -23,12 +23,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ppo_lightning import PPO, ActorCritic, action_distribution
 from ppo_lightning.callbacks import AdaptiveLearningRate, HealthMonitor, Stage, Stages, Thresholds
-<<<<<<< HEAD
-from ppo_lightning.cli import main
-=======
-from ppo_lightning.callbacks import health as module
-from ppo_lightning.callbacks.health import HALVES
->>>>>>> faster-tests
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import Linear
 from ppo_lightning.tools import health as module

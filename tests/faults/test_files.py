@@ -25,11 +25,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ppo_lightning import PPO, ppo
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, PPOCallback, checkpoints
-<<<<<<< HEAD
-from ppo_lightning.cli import main
-=======
-from ppo_lightning.checkpoint import VerifiedCheckpointIO, newest_checkpoint, read_checkpoint
->>>>>>> faster-tests
 from ppo_lightning.errors import InputError, said_in_one_sentence
 from ppo_lightning.runs.checkpoint import VerifiedCheckpointIO, newest_checkpoint, read_checkpoint
 

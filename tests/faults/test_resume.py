@@ -10,11 +10,11 @@ import torch
 from commands import main
 from lightning import Callback
 from outcomes import outcome, same
-from ppo_lightning.stepping import TensorStepper
 
 from ppo_lightning import PPO, ActorCritic
 from ppo_lightning.envs.classic_control import CartPole
 from ppo_lightning.errors import InputError
+from ppo_lightning.rollout.collectors import TensorStepper
 
 
 class SaveAt(Callback):

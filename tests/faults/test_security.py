@@ -16,11 +16,6 @@ import yaml
 from commands import main
 
 from ppo_lightning import PPO
-<<<<<<< HEAD
-from ppo_lightning.cli import main
-=======
-from ppo_lightning.checkpoint import read_checkpoint, sealed
->>>>>>> faster-tests
 from ppo_lightning.errors import InputError
 from ppo_lightning.runs.checkpoint import read_checkpoint, sealed
 

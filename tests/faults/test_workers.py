@@ -20,12 +20,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from lightning import Callback
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
-<<<<<<< HEAD
-from ppo_lightning.cli import main
 from ppo_lightning.envs import EnvFactory, Environments, Halves, workers
-=======
-from ppo_lightning.envs import Environments, EnvMaker, Halves, workers
->>>>>>> faster-tests
 
 SMALL = {"num_envs": 2, "num_steps": 8, "total_steps": 128, "num_minibatches": 2}
 FLAGS = [
