@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ppo_lightning.policy import MLP as MLP
     from ppo_lightning.policy import ActorCritic as ActorCritic
     from ppo_lightning.policy import ImpalaCNN as ImpalaCNN
-    from ppo_lightning.policy import Memory as Memory
     from ppo_lightning.policy import NatureCNN as NatureCNN
+    from ppo_lightning.policy import RecurrentLayer as RecurrentLayer
     from ppo_lightning.policy import RunningMoments as RunningMoments
     from ppo_lightning.policy import action_distribution as action_distribution
     from ppo_lightning.ppo import PPO as PPO
@@ -33,7 +33,7 @@ MODULES = {
     "RolloutDataset": "rollout.dataset",
     **dict.fromkeys(("EnvironmentFault", "InputError"), "errors"),
     **dict.fromkeys(("Linear", "PopArt"), "parameters"),
-    **dict.fromkeys(("MLP", "ActorCritic", "ImpalaCNN", "Memory", "NatureCNN"), "policy"),
+    **dict.fromkeys(("MLP", "ActorCritic", "ImpalaCNN", "RecurrentLayer", "NatureCNN"), "policy"),
     **dict.fromkeys(("RunningMoments", "action_distribution"), "policy"),
 }
 """Where the public names are defined: they are imported when they are asked for, and the command line at once."""

@@ -68,7 +68,7 @@ class Frozen(ActorCritic):
 
 CARTPOLE, PENDULUM = {"env": "CartPole-v1"}, {"env": "Pendulum-v1"}
 NORMALIZED = {"normalize_observation": True, "normalize_reward": True}
-RNN: dict[str, Any] = {"policy": actor_critic(memory="lstm", memory_size=8), "sequence_length": 16}
+RNN: dict[str, Any] = {"policy": actor_critic(rnn="lstm", rnn_size=8), "sequence_length": 16}
 
 RUNS: dict[str, dict[str, Any]] = {
     "discrete": CARTPOLE,
@@ -88,7 +88,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dict_observations": {"env": spaces("both", "discrete"), "num_steps": 8, "total_steps": 3 * 32, **NORMALIZED},
     "shared_trunk": {**CARTPOLE, "policy": actor_critic(shared=True)},
     "lstm": {**CARTPOLE, **RNN},
-    "gru_normalized": {**PENDULUM, **NORMALIZED, "policy": actor_critic(memory="gru", memory_size=8)},
+    "gru_normalized": {**PENDULUM, **NORMALIZED, "policy": actor_critic(rnn="gru", rnn_size=8)},
     "next_step": {"env": scripted(AutoresetMode.NEXT_STEP), **NORMALIZED},
     "same_step": {"env": scripted(AutoresetMode.SAME_STEP), **NORMALIZED},
     "disabled": {"env": scripted(AutoresetMode.DISABLED), **NORMALIZED},

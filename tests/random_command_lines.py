@@ -62,7 +62,7 @@ VALUES = {
     "model.policy.activation": ["torch.nn.ReLU", "relu", "torch.nn.Foo", "torch.nn.Linear"],
     "model.policy.hidden": ["[8]"],
     "model.policy.distribution": ["normal", "foo", "beta"],
-    "model.policy.memory": ["lstm", "rnn", "null"],
+    "model.policy.recurrent": ["lstm", "rnn", "null"],
     "model.optimizer": ["Adam", "SGD", "Adamm", "torch.nn.Linear", "3"],
     "model.optimizer.lr": ["0.001", "abc", "-1", "null"],
     "model.optimizer.lrr": ["0.001"],

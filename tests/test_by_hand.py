@@ -16,7 +16,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "target_kl": 0.001, "popart": {"beta": 0.01}, "ent_coef": 0.01,
     },
     "with memory, from an environment class": {
-        "env": CartPoleEnv, "policy": lambda *spaces: ActorCritic(*spaces, memory="lstm", memory_size=8), "sequence_length": 16,
+        "env": CartPoleEnv, "policy": lambda *spaces: ActorCritic(*spaces, rnn="lstm", rnn_size=8), "sequence_length": 16,
     },
     "with a scheduler": {
         "env": "CartPole-v1", "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
@@ -58,11 +58,9 @@ def test_collect_and_learn_give_the_weights_and_numbers_of_fit(fit, variant):
 
 @pytest.mark.long  # compiles
 def test_a_compiled_loop_is_the_compiled_fit(fit):
-    fitted, model = make("as it is"), make("as it is")
-    fitted.compiles = model.compiles = True
+    fitted, model = make("as it is", compile=True), make("as it is", compile=True)
     fit(fitted)
     optimizer = model.optimizer(model.policy.parameters())
-    model.prepare(optimizer)
     while model.num_env_steps < model.total_steps:
         model.learn(model.collect(), optimizer)
     model.close_environments()

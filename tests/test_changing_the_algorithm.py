@@ -183,7 +183,7 @@ def test_the_hidden_features_of_a_recurrent_policy_are_sequences():
 
     from ppo_lightning import ActorCritic
 
-    policy = partial(ActorCritic, hidden_sizes=(8,), memory="lstm", memory_size=5)
+    policy = partial(ActorCritic, hidden_sizes=(8,), rnn="lstm", rnn_size=5)
     trained(PPO("CartPole-v1", loss=Sees(), policy=policy, sequence_length=8, **SMALL))
     assert set(shapes) == {(2, 8, 5)}
 

@@ -176,7 +176,7 @@ def watched(*spaces):
 @pytest.mark.parametrize(
     ("options", "trainer", "reason"),
     [
-        ({"policy": partial(ActorCritic, memory="gru")}, {}, "the policy is recurrent"),
+        ({"policy": partial(ActorCritic, rnn="gru")}, {}, "the policy is recurrent"),
         ({"optimizer": partial(torch.optim.SGD, lr=1e-3)}, {}, "the optimizer is SGD, not Adam or AdamW"),
         ({"optimizer": partial(torch.optim.Adam, amsgrad=True)}, {}, "the optimizer uses amsgrad or maximize"),
         ({}, {"callbacks": [Hooked()]}, "Hooked has hooks around gradients"),
@@ -301,7 +301,7 @@ def test_compile_is_a_yes_or_no():
 
 
 def memory(observation_space, action_space):
-    return ActorCritic(observation_space, action_space, memory="gru")
+    return ActorCritic(observation_space, action_space, rnn="gru")
 
 
 @pytest.mark.parametrize(

@@ -557,7 +557,7 @@ def test_no_vector_entry_point_is_said():
 def test_too_many_minibatches_for_a_vector_that_spends_steps_on_resets():
     make = lambda: SyncVectorEnv([lambda: Scripted(((1, "terminated"),))] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)  # noqa: E731
     model = PPO(make, num_steps=8, num_minibatches=8)
-    assert len(model.training_samples(_with_advantage(model))) >= 8
+    assert len(model.training_samples(_with_advantage(model))["advantage"]) >= 8
     with pytest.raises(InputError, match="spends a step on every reset"):
         PPO(make, num_steps=8, num_minibatches=9).rollouts.collect()
 

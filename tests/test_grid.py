@@ -59,19 +59,19 @@ class Checked(PPO):
         super().on_fit_start()
         self.ratios = []
 
-    def update(self, batch, descend):
+    def update(self, batch):
         samples = self.training_samples(batch)
         with torch.no_grad():
             log_prob, _, _ = self.policy.evaluate(samples)
         ratio = (log_prob - samples["action_log_prob"]).exp()
         valid = samples.get("valid", None)
         self.ratios.append(ratio if valid is None else ratio[valid])
-        return super().update(batch, descend)
+        return super().update(batch)
 
 
 def policy_of(cell) -> partial:
     _, _, memory, family, view = cell
-    options = {"memory": memory, "memory_size": 8, "distribution": family, "hidden_sizes": (8,)}
+    options = {"rnn": memory, "rnn_size": 8, "distribution": family, "hidden_sizes": (8,)}
     if view == "privileged":
         options["actor_keys"] = ["state", "mode"]
     return partial(ActorCritic, **options)

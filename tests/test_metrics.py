@@ -256,7 +256,7 @@ def test_numbers_of_environments_are_averaged_whatever_their_types(mode):
         [{"rewards": {"a": 0}, "log": {"b": True, "c": np.uint8(1)}, "power": 1}],
         [{"rewards": {"a": 0.5}, "log": {"b": 0.5, "c": -2.0}, "power": np.float32(0.5)}],
     )
-    sums = told(infos, mode, info_keys=["power"]).logged
+    sums = told(infos, mode, info_keys=["power"]).info
     means = {name: total / number for name, (total, number) in sums.items()}
     assert means["reward/a"] == 0.25
     assert means["reward_components/a"] == 1.0
@@ -334,7 +334,7 @@ def test_evaluations_average_metrics_at_the_end_of_the_episodes_that_count(mode,
         assert statistics["eval/env/height"] == 2.5
         assert "eval/env/early" not in statistics
     model.close_environments()
-    sums = told((own, other), mode).logged
+    sums = told((own, other), mode).info
     steps = [1, 2, 3, 4] * 2 + ([] if mode is AutoresetMode.NEXT_STEP else [1, 2])  # two of whose ten rows are resets
     assert sums["env/progress"][0] / sums["env/progress"][1] == pytest.approx(1.5 * np.mean(steps) / 4)
     assert sums["env/early"] == (5.0 * steps.count(1), steps.count(1))
@@ -442,7 +442,7 @@ def test_sums_go_on_in_every_kind_of_vector(fit, tmp_path, tensors, memory):
     whole, second = [], []
     options = {
         "env": partial(Native, tensors=tensors), "num_envs": 2, "num_steps": 4, "num_minibatches": 1, "total_steps": 32,
-        "policy": partial(ActorCritic, memory=memory),
+        "policy": partial(ActorCritic, rnn=memory),
     }  # fmt: skip
     trained(fit, whole, **options)
     fit(PPO(**options), max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
@@ -458,7 +458,7 @@ def test_sums_go_on_in_every_kind_of_vector(fit, tmp_path, tensors, memory):
 @pytest.mark.filterwarnings("ignore:a worker died. made anew")
 def test_lost_workers_lose_no_sums():
     """Their episodes have ended: what they were made of counts, as do the steps before."""
-    environments = PPO(Talks, num_envs=2, max_env_restarts=1).make_environments()
+    environments = PPO(Talks, num_envs=2, max_env_restarts=1).env_provider.for_training()
     environments.reset(0)
     environments.step(np.zeros(2, np.int64))
     environments._begin_anew(WorkerLost("a worker died"))

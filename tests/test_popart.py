@@ -72,7 +72,7 @@ def test_the_output_is_preserved_in_training_and_the_loss_is_of_normalised_targe
     checked = []
 
     class Checked(PPO):
-        def update(self, batch, descend):
+        def update(self, batch):
             values = self.policy.critic(self.policy.features(batch["observation"].flatten(0, 1)))
             assert_close(values.view(32, 4), batch["state_value"], rtol=1e-4, atol=1e-4)
             samples = self.training_samples(batch)
@@ -82,7 +82,7 @@ def test_the_output_is_preserved_in_training_and_the_loss_is_of_normalised_targe
             _, _, value = self.policy.evaluate(samples)
             assert_close(value, samples["state_value"], rtol=1e-3, atol=1e-3)  # both normalised: clipping compares them
             checked.append(True)
-            return super().update(batch, descend)
+            return super().update(batch)
 
     lightning.seed_everything(0, verbose=False)
     fit(Checked("Pendulum-v1", popart=PopArt(1e-3), clip_range_vf=0.2, **SMALL))

@@ -27,7 +27,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, ActorCritic, InputError, Linear, PopArt
+from ppo_lightning import PPO, ActorCritic, InputError, Linear, PopArt, PPOLoss
 from ppo_lightning.algorithm.minibatches import split_samples
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, PPOCallback, StepProgressBar
 from ppo_lightning.runs.clock import Clock
@@ -560,7 +560,7 @@ def test_a_policy_acts_without_the_optimiser_it_was_trained_with_but_does_not_tr
 def test_environments_are_closed_after_a_fit(fit):
     model = trained(fit)
     assert model.rollouts.environments is None
-    assert model.env_provider._evaluating is None
+    assert model.env_provider._eval_envs is None
 
 
 def test_the_trainer_gets_its_evaluation_interval_back(fit):
@@ -687,7 +687,7 @@ def test_option_changes_the_trained_parameters(fit, option):
         # CartPole-v0 differs from v1 only after 200 steps: another environment altogether
         assert trained(fit, "Acrobot-v1").policy.network.actor_trunk.layers[0].weight.shape == (64, 6)
         return
-    base = {"policy": partial(ActorCritic, memory="gru")} if option == "sequence_length" else {}
+    base = {"policy": partial(ActorCritic, rnn="gru")} if option == "sequence_length" else {}
     if option == "clip_reward":
         base = {"env": "Pendulum-v1"}  # CartPole's rewards are their signs
     default, changed = trained(fit, **base), trained(fit, **base, **{option: OPTIONS[option]})
@@ -842,8 +842,8 @@ def test_predict_normalises_as_training_does(fit):
         ({"target_kl": -1.0}, "target_kl must be more than 0"),
         ({"clip_range_vf": 0.0}, "clip_range_vf must be more than 0"),
         ({"env_timeout_s": 0.0}, "env_timeout_s must be more than 0"),
-        ({"env_restarts": -1}, "max_env_restarts must be a whole number of 0 or more, got -1"),
-        ({"env_restarts": 0.5}, "max_env_restarts must be a whole number of 0 or more"),
+        ({"max_env_restarts": -1}, "max_env_restarts must be a whole number of 0 or more, got -1"),
+        ({"max_env_restarts": 0.5}, "max_env_restarts must be a whole number of 0 or more"),
         ({"non_finite": "ignore"}, "non_finite must be raise or skip, got 'ignore'"),
     ],
 )
@@ -932,14 +932,14 @@ def test_a_step_on_gradients_that_are_not_finite_is_never_taken(fit):
     """The first minibatch of the second iteration is spoilt."""
     before = []
 
-    class Spoilt(PPO):
-        def descend(self, loss, last=True):
-            if int(self.iterations) == 1:
-                before.append(parameters(self))
-                loss = loss * torch.nan
-            super().descend(loss, last)
+    def spoilt(batch, evaluate, coefficients):
+        losses = PPOLoss()(batch, evaluate, coefficients)
+        if int(model.iterations) == 1:
+            before.append(parameters(model))
+            losses["loss"] = losses["loss"] * torch.nan
+        return losses
 
-    model = Spoilt("CartPole-v1", **SMALL)
+    model = PPO("CartPole-v1", loss=spoilt, **SMALL)
     with pytest.raises(FloatingPointError, match="norm is nan in iteration 2, the step was not taken"):
         fit(model)
     assert torch.equal(parameters(model), before[0])

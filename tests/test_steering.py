@@ -477,7 +477,7 @@ def test_stages_go_on_to_the_bit(env, kind, save_at, fit):
 
 
 def test_rollouts_of_another_length_go_on_with_memory(fit):
-    policy = partial(ActorCritic, memory="lstm", hidden_sizes=(16,))
+    policy = partial(ActorCritic, rnn="lstm", hidden_sizes=(16,))
     options = {**LEARNT, "env": "CartPole-v1", "policy": policy, "num_minibatches": 1}
     resumes(fit, options, lambda: [Stages([Stage(), Stage(from_steps=192, num_steps=20)])], 3)
 
@@ -628,7 +628,7 @@ def test_other_parameter_groups_keep_their_ratio():
     optimizer = torch.optim.Adam([{"params": [torch.zeros(1)], "lr": 1e-2}, {"params": [torch.zeros(1)], "lr": 2e-3}])
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    model.schedules["lr"] = Linear(1e-3, 1e-3)
+    model.schedules.override("lr", 1e-3, owner=optimizer)
     model.schedules.set_learning_rate(optimizer, model.progress)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 2e-4]
 

@@ -140,7 +140,7 @@ def test_policies_with_memory_and_dict_actions_take_them(fit):
 
 
 def remembering(observation_space, action_space):
-    return ActorCritic(observation_space, action_space, memory="gru", distribution="tanh")
+    return ActorCritic(observation_space, action_space, rnn="gru", distribution="tanh")
 
 
 # --- vectors of other packages -----------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ class Shows(Simulation):
 @pytest.mark.parametrize("memory", [None, "gru"])
 def test_time_limits_bootstrap_from_the_final_observations_that_a_simulator_shows(name, form, grouped, memory):
     keys = {"actor_keys": ["policy"], "critic_keys": ["policy", "critic"]} if grouped else {}
-    policy = partial(ActorCritic, memory=memory, **keys)
+    policy = partial(ActorCritic, rnn=memory, **keys)
     model = PPO(partial(Shows, name=name, form=form, grouped=grouped), policy=policy, **SIZE)
     batch = model.rollouts.collect()
     assert batch["truncated"][4, 0]

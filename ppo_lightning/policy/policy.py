@@ -253,7 +253,7 @@ class Policy(nn.Module):
 
         Args:
             batch: [B], or with memory sequences [B, L]: ``observation`` as :meth:`features`, ``action``, and where there
-                are any ``action_mask``, ``memory_state`` and ``episode_start``.
+                are any ``action_mask``, ``recurrent_state`` and ``episode_start``.
         """
         if self.state_size:
             return self._evaluate_sequences(batch)
@@ -278,11 +278,11 @@ class Policy(nn.Module):
         if not self.state_size:
             return latent(batch["observation"])
         features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
-        return latent(features, batch["memory_state"][:, 0], batch["episode_start"].T).transpose(0, 1)
+        return latent(features, batch["recurrent_state"][:, 0], batch["episode_start"].T).transpose(0, 1)
 
     def _evaluate_sequences(self, batch: TensorDict | Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
-        state, start = batch["memory_state"][:, 0], batch["episode_start"].T
+        state, start = batch["recurrent_state"][:, 0], batch["episode_start"].T
         parameters, output, _ = self.network(features, state, start)
         action = tree_map(lambda leaf: leaf.flatten(0, 1), batch["action"])
         mask = batch.get("action_mask", None)
@@ -312,7 +312,7 @@ class Policy(nn.Module):
         features = self.features(row["observation"])
         if not self.state_size:
             return self.distribution.std(self.actor(features))
-        return self.distribution.std(self.advance(features, row["memory_state"], row["episode_start"])[0])
+        return self.distribution.std(self.advance(features, row["recurrent_state"], row["episode_start"])[0])
 
     def act(
         self,

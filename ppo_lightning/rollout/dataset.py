@@ -38,7 +38,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
     A rollout holds ``observation``, ``action``, ``action_log_prob``, ``state_value``, ``next_state_value``,
     ``reward``, ``terminated``, ``truncated`` and ``valid`` (False for the dummy rows of NEXT_STEP vectors), and the
     number ``policy_version``. Observations and actions of Dict or Tuple spaces are TensorDicts of their parts, by path.
-    Where there are masks it holds ``action_mask``, and of a policy with memory ``memory_state`` (before each step) and
+    Where there are masks it holds ``action_mask``, and of a policy with memory ``recurrent_state`` (before each step) and
     ``episode_start`` (the memory is reset before it). Its tensors are overwritten by the next rollout.
 
     Args:
@@ -156,7 +156,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         if self.environments is not None:
             self._check_resets(self.environments, num_steps)
         given = self._given_sequence_length
-        return check_sequences(given, num_steps, num_envs, self.num_minibatches, memory=is_recurrent)
+        return check_sequences(given, num_steps, num_envs, self.num_minibatches, is_recurrent=is_recurrent)
 
     def _check_resets(self, environments: Environments | Halves, num_steps: int) -> None:
         """Refuse NEXT_STEP environments, which spend a step on every reset, where a minibatch could be empty."""
@@ -296,7 +296,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         next_value = torch.cat([value[1:], later[None, :num_envs]])
         next_value[ends.step, ends.env] = later[num_envs:]
         if steps.states is not None:
-            rows["memory_state"] = steps.states
+            rows["recurrent_state"] = steps.states
         batch = TensorDict(
             {
                 "observation": tree_map(lambda leaf: leaf[:num_steps], observation),

@@ -41,7 +41,7 @@ def rollout(rank: int, state_size: int) -> TensorDict:
         "valid": valid,
     }
     if state_size:
-        batch["memory_state"] = torch.randn(*shape, state_size, generator=generator)
+        batch["recurrent_state"] = torch.randn(*shape, state_size, generator=generator)
         batch["episode_start"] = torch.rand(shape, generator=generator) < 0.2
     batch |= {
         "reward": torch.zeros(shape),
@@ -107,7 +107,7 @@ CASES = {
         "clip_range_vf": 0.2,
         "ent_coef": 0.01,
     },
-    "memory": {"policy": partial(ActorCritic, memory="gru"), "sequence_length": 4, "normalize_advantage": "all_ranks"},
+    "memory": {"policy": partial(ActorCritic, rnn="gru"), "sequence_length": 4, "normalize_advantage": "all_ranks"},
     "stopped": {"target_kl": 0.15, "optimizer": partial(torch.optim.Adam, lr=1e-2)},
 }
 

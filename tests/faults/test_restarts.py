@@ -27,7 +27,7 @@ def _served():
 
 def collected(fault: str, **kwargs):
     """A rollout in which environment 1 crashes in its third step, what was warned of, and the model."""
-    model = PPO(partial(Crash, fault), **{**SMALL, "env_restarts": 2, **kwargs})
+    model = PPO(partial(Crash, fault), **{**SMALL, "max_env_restarts": 2, **kwargs})
     model.seed = FIRST_SEED
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -27,7 +27,7 @@ class SaveAt(Callback):
 
 
 def recurrent(*spaces):
-    return ActorCritic(*spaces, memory="lstm", hidden_sizes=(16,))
+    return ActorCritic(*spaces, rnn="lstm", hidden_sizes=(16,))
 
 
 SMALL = {"num_envs": 3, "num_steps": 32, "total_steps": 6 * 96, "update_epochs": 2, "num_minibatches": 3}
