@@ -36,9 +36,9 @@ class Kept(PPO):
 TIMES = {"time/time_elapsed", "time/iteration", "time/evaluate", "time/fps", "time/collect", "time/update"}
 
 
-def make(variant: str) -> Kept:
+def make(variant: str, **options) -> Kept:
     torch.manual_seed(3)
-    return Kept(**{**SMALL, **VARIANTS[variant]})
+    return Kept(**{**SMALL, **VARIANTS[variant], **options})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,6 +1,7 @@
 """Evaluations of a policy on environments of its own, shared among ranks."""
 
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,14 +10,16 @@ from ppo_lightning.envs.info import Sums, added
 from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.evaluation.episodes import evaluate_episodes, said, summarize
 from ppo_lightning.policy import Policy, in_eval_mode
-from ppo_lightning.runs.ranks import Ranks
 from ppo_lightning.spaces import without_mask
+
+if TYPE_CHECKING:
+    from ppo_lightning.runs.ranks import Ranks
 
 
 def evaluate_over_ranks(
     policy: Policy,
     provider: EnvProvider,
-    ranks: Ranks,
+    ranks: "Ranks",
     autocast: AbstractContextManager[None],
     *,
     num_episodes: int,
