@@ -15,7 +15,6 @@ LAYERS = [
     {"__main__", "__init__"},
     {"cli"},
     {"ppo"},
-    {"trainer"},
     {"callbacks"},
     {"rollout", "evaluation"},
     {"runs"},

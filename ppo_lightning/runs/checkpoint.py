@@ -17,6 +17,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from gymnasium.vector import VectorEnv
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
@@ -631,3 +632,14 @@ class OptimizerHparams:
 def _with_parts(scheduler: Any) -> list[Any]:
     """A scheduler, and those that it is made of (SequentialLR, ChainedScheduler)."""
     return [scheduler] + [part for own in getattr(scheduler, "_schedulers", []) for part in _with_parts(own)]
+
+
+def checkpoint_paths(trainer: Any) -> dict[str, str | None]:
+    """The newest and the best checkpoint of a run, as :class:`ModelCheckpoint` and its like have written them."""
+    latest = best = None
+    for callback in [] if trainer is None else trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            if callback.monitor is not None:
+                best = best or callback.best_model_path or None
+            latest = callback.last_model_path or callback.best_model_path or latest
+    return {"latest_checkpoint": latest, "best_checkpoint": best}
