@@ -23,8 +23,8 @@ from typing_extensions import override
 from ppo_lightning.callbacks.progress import Progresses, StepProgressBar
 from ppo_lightning.clock import BURN_IN
 from ppo_lightning.tools.diagnosis import Thresholds
-from ppo_lightning.tools.figures import number
 from ppo_lightning.tools.hardware import Hardware, HardwareMonitor
+from ppo_lightning.tools.page import number
 
 
 class Described(Progresses, Protocol):
