@@ -16,7 +16,7 @@ from ppo_lightning.errors import InputError
 from ppo_lightning.history import Records
 from ppo_lightning.tools import notebook
 from ppo_lightning.tools.charts import RETURN, draw, to_png
-from ppo_lightning.tools.dashboard import UPDATE, rows
+from ppo_lightning.tools.dashboard import UPDATE, metric_rows
 from ppo_lightning.tools.notebook import learning_curves, page
 from ppo_lightning.tools.page import number
 
@@ -149,7 +149,7 @@ def test_without_matplotlib_a_sentence_says_what_to_install(fit, shown, monkeypa
 
 
 def test_names_are_text_and_values_have_the_colour_of_their_health():
-    made = page({"<b>": rows({"train/approx_kl": 0.2, "train/clip_fraction": 0.2}, UPDATE)}, b"")
+    made = page({"<b>": metric_rows({"train/approx_kl": 0.2, "train/clip_fraction": 0.2}, UPDATE)}, b"")
     assert "&lt;b&gt;" in made
     assert re.search(r"approx_kl</td><td [^>]*#cf222e[^>]*>0.2 !▲</td>", made)
     assert re.search(r"clip_fraction</td><td [^>]*#1a7f37[^>]*>0.2</td>", made)

@@ -13,10 +13,10 @@ from typing_extensions import override
 from ppo_lightning.errors import InputError
 from ppo_lightning.history import Records
 from ppo_lightning.tools.charts import RETURN, Curve, draw, to_png
-from ppo_lightning.tools.dashboard import EPISODES, UPDATE, Described, Row, rows, user_rows
+from ppo_lightning.tools.dashboard import EPISODES, UPDATE, DescribedModule, MetricRow, metric_rows, user_rows
 
 
-class RecordedModule(Described, Protocol):
+class RecordedModule(DescribedModule, Protocol):
     """A module whose runs are recorded."""
 
     records: Records
@@ -84,8 +84,8 @@ class NotebookDisplay(Callback):
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         sections = {
             f"{module.env_maker.name}: {module.num_env_steps:,} of {module.total_steps:,} steps": [],
-            "Episodes": rows(metrics, EPISODES),
-            "Update": rows(metrics, UPDATE),
+            "Episodes": metric_rows(metrics, EPISODES),
+            "Update": metric_rows(metrics, UPDATE),
             "Metrics": user_rows(metrics),
         }
         figure = draw(RETURN, learning_curves(module.records), (6, 3.4))
@@ -118,7 +118,7 @@ def learning_curves(records: Records) -> list[Curve]:
     return curves
 
 
-def page(sections: dict[str, list[Row]], png: bytes) -> str:
+def page(sections: dict[str, list[MetricRow]], png: bytes) -> str:
     """A table of titled rows beside a PNG, as self-contained HTML."""
     lines = []
     for title, body in sections.items():
