@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/cartpole.yaml
+# One process of tests per core, and never more than four: each takes about 1 GB.
+XDIST ?= -n logical --maxprocesses 4
 ARGS ?=
 
 .PHONY: install train test test-faults test-long lint format benchmark clean
@@ -23,12 +25,11 @@ train: install                         ## train CONFIG (CartPole-v1), then say w
 # Two threads on two busy cores are twenty times slower than one.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-test          ## every test that takes seconds
-	$(BIN)/python -m pytest $(ARGS)
-	$(BIN)/python -m pytest --nbmake notebooks $(ARGS)
+	$(BIN)/python -m pytest $(XDIST) --nbmake notebooks tests $(ARGS)
 
 test-faults: export OMP_NUM_THREADS = 1
 test-faults: $(VENV)/.installed-test   ## faults again and again: kills, damaged files, signals, memory: twenty minutes
-	$(BIN)/python -m pytest -m long tests/faults $(ARGS)
+	$(BIN)/python -m pytest $(XDIST) -m long tests/faults $(ARGS)
 
 test-long: $(VENV)/.installed-test     ## the same, the whole grid of policies, and learning curves: hours
 	$(BIN)/python -m pytest -m long $(ARGS)

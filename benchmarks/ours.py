@@ -48,7 +48,7 @@ def watch_parts(seconds: dict[str, float]) -> None:
 
     from ppo_lightning import PPO
     from ppo_lightning.envs import Environments
-    from ppo_lightning.rollout import RolloutDataset
+    from ppo_lightning.rollout.dataset import RolloutDataset
 
     for name in ("send", "receive", "step_tensors"):
         watch(seconds, Environments, name, "environment")
@@ -79,7 +79,7 @@ def fit(run: Run, words: list[str], seconds: dict[str, float], *, bare: bool) ->
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             run.end()
-            run.notes["compiled"] = pl_module.compiled is not None
+            run.notes["compiled"] = pl_module.updater.compiled is not None
             run.notes["callbacks"] = [type(own).__name__ for own in trainer.callbacks]
 
     class Timed(cli.PPOCLI):
@@ -97,32 +97,15 @@ def fit(run: Run, words: list[str], seconds: dict[str, float], *, bare: bool) ->
 
 def plain(run: Run, given: dict[str, Any], folder: str) -> None:
     """The same loop without Lightning."""
-    import torch
     from lightning.pytorch.loggers import CSVLogger
 
     from ppo_lightning import PPO
 
     model, logger = PPO(**given), CSVLogger(folder)
-    optimizer = model.optimizer(model.policy.parameters())
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    model.prepare(optimizer)
-
-    def descend(loss: torch.Tensor, last: bool = True) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        model.clip_gradients_by_norm()
-        optimizer.step()
-
+    optimizer = model.optimizer(model.parameters())
     while model.num_env_steps < model.total_steps:
         run.tick()
-        batch = model.rollouts.collect()
-        model.on_train_batch_start(batch, 0)
-        begun = time.perf_counter()
-        model.anneal(optimizer)
-        update = model.update(batch, descend)
-        model.count(batch, update.epochs)
-        logger.log_metrics(dict(model.metrics(batch, update, time.perf_counter() - begun)), step=model.num_env_steps)
+        logger.log_metrics(dict(model.learn(model.collect(), optimizer)), step=model.num_env_steps)
     run.end()
     logger.save()
     model.close_environments()

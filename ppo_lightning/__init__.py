@@ -4,32 +4,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppo_lightning.advantage import generalized_advantage as generalized_advantage
+    from ppo_lightning.algorithm.advantage import gae as gae
+    from ppo_lightning.algorithm.advantage import generalized_advantage as generalized_advantage
+    from ppo_lightning.algorithm.loss import LossCoefficients as LossCoefficients
+    from ppo_lightning.algorithm.loss import PPOLoss as PPOLoss
+    from ppo_lightning.callbacks import PPOCallback as PPOCallback
     from ppo_lightning.errors import EnvironmentFault as EnvironmentFault
     from ppo_lightning.errors import InputError as InputError
-    from ppo_lightning.loss import PPOLoss as PPOLoss
     from ppo_lightning.parameters import Linear as Linear
     from ppo_lightning.parameters import PopArt as PopArt
     from ppo_lightning.policy import MLP as MLP
     from ppo_lightning.policy import ActorCritic as ActorCritic
     from ppo_lightning.policy import ImpalaCNN as ImpalaCNN
-    from ppo_lightning.policy import Memory as Memory
     from ppo_lightning.policy import NatureCNN as NatureCNN
+    from ppo_lightning.policy import RecurrentLayer as RecurrentLayer
     from ppo_lightning.policy import RunningMoments as RunningMoments
     from ppo_lightning.policy import action_distribution as action_distribution
     from ppo_lightning.ppo import PPO as PPO
-    from ppo_lightning.rollout import RolloutDataset as RolloutDataset
+    from ppo_lightning.rollout.dataset import RolloutDataset as RolloutDataset
 
 __version__ = "0.1.0"
 
 MODULES = {
     "PPO": "ppo",
-    "PPOLoss": "loss",
-    "RolloutDataset": "rollout",
-    "generalized_advantage": "advantage",
+    "PPOCallback": "callbacks",
+    **dict.fromkeys(("LossCoefficients", "PPOLoss"), "algorithm.loss"),
+    **dict.fromkeys(("gae", "generalized_advantage"), "algorithm.advantage"),
+    "RolloutDataset": "rollout.dataset",
     **dict.fromkeys(("EnvironmentFault", "InputError"), "errors"),
     **dict.fromkeys(("Linear", "PopArt"), "parameters"),
-    **dict.fromkeys(("MLP", "ActorCritic", "ImpalaCNN", "Memory", "NatureCNN"), "policy"),
+    **dict.fromkeys(("MLP", "ActorCritic", "ImpalaCNN", "RecurrentLayer", "NatureCNN"), "policy"),
     **dict.fromkeys(("RunningMoments", "action_distribution"), "policy"),
 }
 """Where the public names are defined: they are imported when they are asked for, and the command line at once."""

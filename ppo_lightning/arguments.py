@@ -23,13 +23,18 @@ from ppo_lightning.errors import InputError, UsageError
 OTHER_NAMES = {
     "batch_size": "model.num_minibatches",
     "env_id": "model.env",
+    "env_restarts": "model.max_env_restarts",
     "learning_rate": "model.optimizer.lr",
+    "log_info": "model.info_keys",
     "max_steps": "model.total_steps",
+    "memory": "model.policy.init_args.rnn",
+    "rnn_size": "model.policy.init_args.rnn_size",
+    "minibatch_chunks": "model.gradient_accumulation_steps",
     "n_envs": "model.num_envs",
     "n_epochs": "model.update_epochs",
     "total_timesteps": "model.total_steps",
 }
-"""Keys of other libraries whose nearest key here has a different spelling."""
+"""Keys of other libraries, and earlier names of our own, whose nearest key here has a different spelling."""
 
 PLACES = {list, tuple, set, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection}
 UNIONS = (Union, types.UnionType)

@@ -25,12 +25,13 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from ppo_lightning.algorithm.compiler import MAX_SAMPLES
 from ppo_lightning.arguments import ConfigFile, Parser
 from ppo_lightning.callbacks import has_tools, load_tools
-from ppo_lightning.checkpoint import CHOICES, KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
-from ppo_lightning.compiled import ROWS
 from ppo_lightning.errors import InputError, UsageError, refused_settings, said_in_one_sentence
-from ppo_lightning.loggers import (
+from ppo_lightning.ppo import PPO
+from ppo_lightning.runs.checkpoint import CHOICES, KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
+from ppo_lightning.runs.loggers import (
     LIGHTNINGS_OWN,
     Tolerant,
     TolerantCSVLogger,
@@ -39,7 +40,6 @@ from ppo_lightning.loggers import (
     refuse_unusable,
     wandb_run_ends,
 )
-from ppo_lightning.ppo import PPO
 from ppo_lightning.trainer import refuse_impossible, refuse_unwritable
 
 
@@ -292,7 +292,9 @@ class PPOCLI(LightningCLI):
         episodes = model.rollouts.episodes
         mean = episodes.means().get("rollout/ep_rew_mean")
         returns = "" if mean is None else f", mean return {mean:.1f} over {len(episodes.window)} episodes"
-        signalled = model.interrupted or model.signalled  # the latter alone where it came after the last iteration
+        signalled = (
+            model.agreed_stop_signal or model.stop_signal
+        )  # the latter alone where it came after the last iteration
         stopped = "" if signalled is None else f", stopped by {signalled.name}: --ckpt_path last goes on"
         print(f"\ntrained {model.num_env_steps:,} environment steps{returns}{stopped}")
         for name, place in places.items():
@@ -337,7 +339,7 @@ def threads(model: PPO, processes: int) -> int:
     A smaller update hardly gains by a second thread, and where another process is busy waits for it: a 64-64 network took
     twenty times as long.
     """
-    samples = min(model.num_steps * model.num_envs // model.num_minibatches, ROWS)
+    samples = min(model.num_steps * model.num_envs // model.num_minibatches, MAX_SAMPLES)
     products = samples * sum(parameter.numel() for parameter in model.policy.parameters())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // processes) if products >= 10_000_000 else 1

@@ -1,117 +1,134 @@
-"""What is logged of an iteration: one row of numbers per process, merged over all of them by one gather."""
+"""What one iteration reports, reduced over all ranks by one gather."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from ppo_lightning.diagnostics import explained_variance, target_moments
-from ppo_lightning.loss import KL, LossTerms, PPOLoss
+from ppo_lightning.algorithm.update import UpdateResult
+from ppo_lightning.policy import Policy
+
+Gather = Callable[[Tensor], Tensor]
+"""A row [P] of this rank -> the rows of all ranks, [ranks, P]."""
 
 
-class Update(NamedTuple):
-    """What an update did."""
+def iteration_metrics(
+    rollout: TensorDict, update: UpdateResult, policy: Policy, finished: Tensor, restarts: int, gather: Gather
+) -> dict[str, float]:
+    """Metrics of a rollout and its update, under Stable-Baselines3's names and with its meanings (docs/metrics.md).
 
-    loss: PPOLoss
-    terms: Tensor
-    """[M, 7] :class:`LossTerms` of every minibatch, in order."""
-    epochs: int
-    """Passes that were begun."""
-    minibatches: int
-    """Minibatches of the last pass."""
-    norms: Tensor
-    """[K, 3] norms of the gradient of each step that was taken, before clipping: of all parameters, of those that the
-    action depends on, and of those that the value depends on."""
-    stopped: bool
-    """It ended early, since the divergence was too large."""
-
-
-_AVERAGED = len(LossTerms._fields) + 3
-_SUMMED = 9
-
-
-def row_of(
-    batch: TensorDict,
-    update: Update,
-    std: Tensor | None,
-    finished: Tensor,
-    restarts: int,
-    clipped: Tensor | None = None,
-) -> Tensor:
-    """What this process knows of an iteration, one float64 row for a gather.
+    ``approx_kl`` averages the last epoch and ``loss`` is that of the last minibatch; all else that the loss returned averages
+    all minibatches.
 
     Args:
-        batch: the rollout [T, N].
-        update: what was done with it.
-        std: [N, d] standard deviations of the last step's actions; None where there are none.
-        finished: [E, 4] episodes that ended in it.
-        restarts: environments that were made anew so far.
-        clipped: [T, N] bool, the action has a component outside the bounds; None where the distribution clips nothing.
+        rollout: [T, N] with value targets.
+        update: what it led to.
+        policy: after the update.
+        finished: [E, 4] episodes of this rank that ended: return, length, success, failure (NaN where unknown).
+        restarts: environments of this rank that were restarted so far.
+        gather: over ranks.
     """
-    table, valid = update.terms, batch["valid"]
-    reward = batch["reward"][valid].double()
+    std = policy.std(rollout[-1]) if policy.distribution.has_std else None
+    clipped = policy.distribution.clipped(rollout["action"])
+    valid = rollout["valid"]
+    reward = rollout["reward"][valid].double()
     # Not all that is terminal for what is learnt ends an episode: a lost life does not.
-    truncated = int((batch["truncated"] & ~batch["terminated"]).sum())
-    ends = [len(finished) - truncated, truncated, *finished[:, 2:].nansum(0).tolist()]
-    outside = reward.new_zeros(()) if clipped is None else clipped[valid].sum().double()
-    own = [
-        table.mean(0),
-        table[-update.minibatches :, KL].mean()[None],
-        table[-1, :1],
-        table.new_zeros(1) if std is None else std.mean()[None],
-        torch.tensor([reward.numel(), *ends, restarts]),
-        torch.stack([reward.sum(), reward.square().sum(), outside]),
-        torch.stack([reward.max(), -reward.min()]),
-        target_moments(batch["state_value"][valid], batch["value_target"][valid]),
-    ]
-    return torch.cat([part.double().cpu() for part in own])
-
-
-def merged(rows: Tensor) -> dict[str, float]:
-    """The metrics of an iteration, under Stable-Baselines3's names where it has them and with its meanings.
-
-    ``approx_kl`` averages the last pass, ``loss`` is the last minibatch, the others average all minibatches.
-
-    Args:
-        rows: [ranks, P] of :func:`row_of`.
-    """
-    kinds = rows.split([_AVERAGED, _SUMMED, 2, 5], 1)
-    averaged = kinds[0].mean(0).tolist()
-    (_, policy_loss, value_loss, entropy, _, clipped, old_kl), (kl, last_loss, std) = averaged[:-3], averaged[-3:]
-    steps, terminated, truncated, successes, failures, restarts, total, squares, outside = kinds[1].sum(0).tolist()
-    highest, lowest = kinds[2].amax(0).tolist()
-    count, target, missed = kinds[3][:, 0], kinds[3][:, 1], kinds[3][:, 2]
-    reward = total / steps
-    return {
-        "rollout/episodes": terminated + truncated,
-        "rollout/terminated": terminated,
+    truncated = int((rollout["truncated"] & ~rollout["terminated"]).sum())
+    successes, failures = finished[:, 2:].nansum(0)
+    means: dict[str, Any] = dict(zip(update.names, update.losses.mean(0).unbind(), strict=True))
+    if "approx_kl" in means:
+        means["approx_kl"] = update.column("approx_kl")[-update.minibatches :].mean()
+    means["loss"] = update.column("loss")[-1]
+    if std is not None:
+        means["std"] = std.mean()
+    sums: dict[str, Any] = {
+        "steps": reward.numel(),
+        "rollout/terminated": len(finished) - truncated,
         "rollout/truncated": truncated,
         "rollout/successes": successes,
         "rollout/failures": failures,
-        "rollout/reward_mean": reward,
-        "rollout/reward_std": max(0.0, squares / steps - reward**2) ** 0.5,
-        "rollout/reward_max": highest,
-        "rollout/reward_min": -lowest,
-        "rollout/value_mean": float((count * (target - missed)).sum() / count.sum()),
-        "rollout/clipped_actions": outside / steps,
         "time/env_restarts": restarts,
-        "train/approx_kl": kl,
-        "train/old_approx_kl": old_kl,
-        "train/clip_fraction": clipped,
-        "train/entropy_loss": -entropy,
-        "train/explained_variance": explained_variance(kinds[3]).item(),
-        "train/loss": last_loss,
-        "train/policy_gradient_loss": policy_loss,
-        "train/value_loss": value_loss,
-        "train/std": std,
+        "reward": reward.sum(),
+        "reward²": reward.square().sum(),
     }
+    if clipped is not None:
+        sums["rollout/clipped_actions"] = clipped[valid].sum()
+    maxima = {"rollout/reward_max": reward.max(), "-rollout/reward_min": -reward.min()}
+    moments = target_moments(rollout["state_value"][valid], rollout["value_target"][valid])
+    sums, means, maxima, moments = reduce_over_ranks(sums, means, maxima, moments, gather)
+
+    steps, total, squares = sums.pop("steps"), sums.pop("reward"), sums.pop("reward²")
+    mean = total / steps
+    count, target, error = moments[:, 0], moments[:, 1], moments[:, 2]
+    metrics = {
+        "rollout/episodes": sums["rollout/terminated"] + sums["rollout/truncated"],
+        **sums,
+        "rollout/reward_mean": mean,
+        "rollout/reward_std": max(0.0, squares / steps - mean**2) ** 0.5,
+        "rollout/reward_max": maxima["rollout/reward_max"],
+        "rollout/reward_min": -maxima["-rollout/reward_min"],
+        "rollout/value_mean": float((count * (target - error)).sum() / count.sum()),
+        "train/explained_variance": explained_variance(moments).item(),
+        **{f"train/{name}": value for name, value in means.items()},
+        **_grad_norms(update.grad_norms),
+    }
+    if clipped is not None:
+        metrics["rollout/clipped_actions"] /= steps
+    if not metrics["time/env_restarts"]:
+        del metrics["time/env_restarts"]
+    return metrics
 
 
-def norms_of(update: Update) -> dict[str, float]:
-    """Mean norms of the gradients whose norm was finite, which are the same in all processes; none without such."""
-    finite = update.norms[update.norms[:, 0].isfinite()]
+def reduce_over_ranks(
+    sums: Mapping[str, Any], means: Mapping[str, Any], maxima: Mapping[str, Any], rest: Tensor, gather: Gather
+) -> tuple[dict[str, float], dict[str, float], dict[str, float], Tensor]:
+    """Sums, means and maxima over all ranks by name, and the rows [ranks, R] of ``rest`` [R], by one gather in float64."""
+    kinds = sums, means, maxima
+    values = [value for kind in kinds for value in kind.values()]
+    packed = torch.stack([torch.as_tensor(value).detach().double().cpu() for value in values])
+    rows = gather(torch.cat([packed, rest.double().cpu()])).view(-1, len(packed) + len(rest))
+    *parts, rest = rows.split([*map(len, kinds), len(rest)], 1)
+    reduced = parts[0].sum(0), parts[1].mean(0), parts[2].amax(0)
+    of_sums, of_means, of_maxima = (
+        dict(zip(kind, value.tolist(), strict=True)) for kind, value in zip(kinds, reduced, strict=True)
+    )
+    return of_sums, of_means, of_maxima, rest
+
+
+def _grad_norms(norms: Tensor) -> dict[str, float]:
+    """Mean norms [3] of the gradients whose norm was finite, of [G, 3], which are equal on all ranks; none without such."""
+    finite = norms[norms[:, 0].isfinite()]
     if not len(finite):
         return {}
     names = ("train/grad_norm", "train/actor_grad_norm", "train/critic_grad_norm")
     return dict(zip(names, finite.mean(0).tolist(), strict=True))
+
+
+def target_moments(value: Tensor, target: Tensor) -> Tensor:
+    """What :func:`explained_variance` needs of values and targets [B]: one float64 row [5] for a gather.
+
+    The number of samples, then means, then summed squared deviations, of the target and of the critic's error.
+    """
+    both = torch.stack([target, target - value]).double()
+    means = both.mean(1)
+    squares = (both - means[:, None]).square().sum(1)
+    return torch.cat([means.new_tensor([target.numel()]), means, squares])
+
+
+def explained_variance(moments: Tensor) -> Tensor:
+    """1 - Var(target - value) / Var(target): 1 is a perfect critic, 0 one no better than a constant.
+
+    Of a constant target it is 0, since no critic is better than a constant there; Stable-Baselines3 has NaN. A target
+    that varies by no more than the rounding of float32 counts as constant: with ``gamma=0`` and constant rewards all of
+    its variance is rounding, and the quotient is arbitrary.
+
+    Args:
+        moments: [5] or [ranks, 5] of :func:`target_moments`, whose samples are taken together.
+    """
+    count, means, squares = moments.view(-1, 5).split([1, 2, 2], 1)
+    mean = (count * means).sum(0) / count.sum()
+    variance, unexplained = (squares + count * (means - mean).square()).sum(0) / count.sum()
+    rounding = torch.finfo(torch.float32).eps ** 2 * (mean.square().sum() + variance + unexplained)
+    return torch.where(variance <= rounding, 0.0, 1 - unexplained / variance)

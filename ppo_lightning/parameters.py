@@ -80,8 +80,20 @@ def _unbound(function: Any, signature: inspect.Signature, kwargs: Mapping[str, A
     unknown = next((name for name in kwargs if name not in known), None)
     if unknown is None:
         return f"{owner}: {error}"
+    if RENAMED.get(unknown) in known:
+        return f"{owner} has no parameter {unknown}: it is called {RENAMED[unknown]}"
     near = difflib.get_close_matches(unknown, known, 1)
     return f"{owner} has no parameter {unknown}" + (f": did you mean {near[0]}?" if near else "")
+
+
+RENAMED = {
+    "minibatch_chunks": "gradient_accumulation_steps",
+    "log_info": "info_keys",
+    "env_restarts": "max_env_restarts",
+    "memory": "rnn",
+    "rnn_size": "rnn_size",
+}
+"""Parameters by the names that they had before."""
 
 
 def converted(
@@ -288,7 +300,7 @@ LIMITS = {
             "total_steps",
             "update_epochs",
             "num_minibatches",
-            "minibatch_chunks",
+            "gradient_accumulation_steps",
             "sequence_length",
             "eval_interval",
             "num_eval_episodes",
@@ -298,7 +310,7 @@ LIMITS = {
     **dict.fromkeys(("gamma", "gae_lambda"), SHARE),
     **dict.fromkeys(("clip_range_vf", "max_grad_norm", "target_kl"), POSITIVE_OR_OFF),
     **dict.fromkeys(("clip_range", "ent_coef", "vf_coef"), FINITE_NOT_NEGATIVE),
-    "env_restarts": INDEX,
+    "max_env_restarts": INDEX,
     "env_timeout_s": SECONDS,
 }
 """Of the hyperparameters of PPO."""
@@ -396,25 +408,25 @@ def physical_memory() -> int:
 
 
 def check_sequences(
-    given: int | None, num_steps: int, num_envs: int, num_minibatches: int, *, memory: bool
+    given: int | None, num_steps: int, num_envs: int, num_minibatches: int, *, is_recurrent: bool
 ) -> int | None:
-    """Steps of a sequence; None for a policy without memory.
+    """Steps of a sequence; None for a policy that is not recurrent.
 
     Args:
         given: ``sequence_length``; None is whole rollouts.
         num_steps: steps of each environment per rollout.
         num_envs: environments of this process.
         num_minibatches: pieces that the sequences are cut into.
-        memory: the policy has one.
+        is_recurrent: the policy is.
 
     Raises:
         InputError: they do not cut the rollout, or into too few.
     """
-    if not memory:
+    if not is_recurrent:
         if given is not None:
             raise InputError(
-                f"sequence_length={given} cuts rollouts for memory, which this policy has not: leave it out, or give the "
-                "policy a memory (ActorCritic: memory: lstm)"
+                f"sequence_length={given} splits rollouts for recurrent policies, and this one is not: leave it out, or give "
+                "the policy a recurrent layer (ActorCritic: rnn: lstm)"
             )
         return None
     length = num_steps if given is None else given

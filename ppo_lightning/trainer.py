@@ -4,6 +4,8 @@ import difflib
 import inspect
 import logging
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -35,7 +37,6 @@ from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
-    SingleDeviceStrategy,
     StrategyRegistry,
 )
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
@@ -61,8 +62,9 @@ from ppo_lightning.callbacks import (
     default_tools,
     refuse_evaluation_monitors,
 )
-from ppo_lightning.checkpoint import CHOICES, newest_checkpoint
 from ppo_lightning.errors import InputError
+from ppo_lightning.runs.checkpoint import CHOICES, newest_checkpoint, verified
+from ppo_lightning.runs.loggers import tolerant
 
 
 def is_no_advertisement(record: logging.LogRecord) -> bool:
@@ -308,18 +310,64 @@ def refuse_unsupported(trainer: Any, module: LightningModule) -> None:
             )
         if isinstance(callback, GradientAccumulationScheduler):
             raise InputError(
-                "GradientAccumulationScheduler has no effect on PPO's own updates: set minibatch_chunks of PPO"
+                "GradientAccumulationScheduler has no effect on PPO's own updates: set gradient_accumulation_steps of PPO"
             )
     if trainer.accumulate_grad_batches != 1:
         raise InputError(
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} of the Trainer has no effect on PPO's own updates: "
-            f"set minibatch_chunks={trainer.accumulate_grad_batches} of PPO"
+            f"set gradient_accumulation_steps={trainer.accumulate_grad_batches} of PPO"
         )
     if trainer.gradient_clip_val:
         raise InputError(
             f"gradient_clip_val={trainer.gradient_clip_val} of the Trainer has no effect on PPO's own updates: set "
             "max_grad_norm of PPO"
         )
+
+
+def prepare_trainer(trainer: Any) -> None:
+    """Let a Trainer write verified checkpoints, keep on training where loggers cannot write, and log over steps."""
+    trainer.strategy.checkpoint_io = verified(trainer.strategy.checkpoint_io)
+    trainer.loggers = [tolerant(logger) for logger in trainer.loggers]
+    log_over_environment_steps(trainer)
+
+
+def check_trainer(trainer: Any, iterations: int, evaluation_interval: int, *, running_moments: bool) -> int | None:
+    """Refuse settings that would mislead, and replace Lightning's defaults by those that suit PPO.
+
+    Args:
+        trainer: of a fit.
+        iterations: that ``total_steps`` leaves to train.
+        evaluation_interval: iterations.
+        running_moments: the model has running statistics.
+
+    Returns:
+        ``check_val_every_n_epoch`` as it was.
+
+    Raises:
+        InputError: a setting cannot be used.
+    """
+    refuse_what_misleads(trainer, running_moments=running_moments)
+    refuse_longer_run(trainer, iterations)
+    before = trainer.check_val_every_n_epoch
+    replace_defaults(trainer, evaluation_interval)
+    return before
+
+
+def end_iteration(trainer: Any, iterations: int, *, done: bool, stop_signal: signal.Signals | None) -> None:
+    """Count an iteration, and decide whether the run stops and whether an evaluation follows.
+
+    Args:
+        trainer: of the run.
+        iterations: so far.
+        done: ``total_steps`` are trained.
+        stop_signal: that asks the run to stop.
+    """
+    set_global_step(trainer, iterations)
+    trainer.should_stop = trainer.should_stop or done or stop_signal in Interrupts.SIGNALS
+    if stop_signal in Interrupts.SIGNALS:
+        trainer.check_val_every_n_epoch = sys.maxsize  # there is no time for an evaluation
+    elif trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
+        trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
 
 
 def replace_defaults(trainer: Any, evaluation_interval: int) -> None:
@@ -410,7 +458,7 @@ def find_checkpoints(trainer: Any) -> None:
         trainer._checkpoint_connector = finder
 
 
-def begin_iterations_whole(trainer: Any, iterations: int) -> None:
+def restart_epoch(trainer: Any, iterations: int) -> None:
     """Let a run that goes on from within an iteration (after a crash, or from ``best.ckpt``) begin another one.
 
     Lightning would go on within it, without the ``on_train_epoch_start`` in which callbacks prepare a rollout.
@@ -510,19 +558,6 @@ def is_default(callback: Callback) -> bool:
     parameters, fresh = inspect.signature(kind.__init__).parameters, vars(kind())
     names = [name for name in fresh if name.lstrip("_") in parameters]
     return all(vars(callback)[name] == fresh[name] for name in names)
-
-
-def steps_concern_nobody(trainer: Any, *, averages: bool = False) -> bool:
-    """Whether Lightning's calls around a gradient step do nothing beside hooks, at a tenth of a millisecond per minibatch.
-
-    That is so in one process, or where we average gradients ourselves, without a gradient scaler.
-
-    Args:
-        trainer: of the run.
-        averages: gradients of several processes are averaged without DDP.
-    """
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    return (averages or type(trainer.strategy) is SingleDeviceStrategy) and not scaled
 
 
 def gradient_hooks(trainer: Any, module: object, base: type) -> list[str]:

@@ -68,7 +68,7 @@ class Frozen(ActorCritic):
 
 CARTPOLE, PENDULUM = {"env": "CartPole-v1"}, {"env": "Pendulum-v1"}
 NORMALIZED = {"normalize_observation": True, "normalize_reward": True}
-RNN: dict[str, Any] = {"policy": actor_critic(memory="lstm", memory_size=8), "sequence_length": 16}
+RNN: dict[str, Any] = {"policy": actor_critic(rnn="lstm", rnn_size=8), "sequence_length": 16}
 
 RUNS: dict[str, dict[str, Any]] = {
     "discrete": CARTPOLE,
@@ -88,7 +88,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dict_observations": {"env": spaces("both", "discrete"), "num_steps": 8, "total_steps": 3 * 32, **NORMALIZED},
     "shared_trunk": {**CARTPOLE, "policy": actor_critic(shared=True)},
     "lstm": {**CARTPOLE, **RNN},
-    "gru_normalized": {**PENDULUM, **NORMALIZED, "policy": actor_critic(memory="gru", memory_size=8)},
+    "gru_normalized": {**PENDULUM, **NORMALIZED, "policy": actor_critic(rnn="gru", rnn_size=8)},
     "next_step": {"env": scripted(AutoresetMode.NEXT_STEP), **NORMALIZED},
     "same_step": {"env": scripted(AutoresetMode.SAME_STEP), **NORMALIZED},
     "disabled": {"env": scripted(AutoresetMode.DISABLED), **NORMALIZED},
@@ -98,7 +98,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "popart": {**PENDULUM, "popart": {"beta": 0.01}},
     "target_kl": {**PENDULUM, "target_kl": 1e-4, "update_epochs": 8},
     "clip_range_vf": {**PENDULUM, "clip_range_vf": 0.1, "clip_range": Linear(0.3, 0.1), "ent_coef": Linear(0.01, 0.0)},
-    "accumulation": {**PENDULUM, "minibatch_chunks": 3},
+    "accumulation": {**PENDULUM, "gradient_accumulation_steps": 3},
     "all_advantages": {**CARTPOLE, "normalize_advantage": "all_ranks", "max_grad_norm": None},
     "raw_advantages": {**CARTPOLE, "normalize_advantage": False, "vf_coef": 1.0, "gamma": 0.9, "gae_lambda": 1.0},
     "uneven_minibatches": {**CARTPOLE, "num_minibatches": 3},

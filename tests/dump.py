@@ -18,7 +18,7 @@ class Dump(Callback):
             self.first_observation = batch["observation"][0].clone()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        self.updates.append(len(pl_module._grad_norms))
+        self.updates.append(len(pl_module.updater.eager.norms))
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         state = {

@@ -42,7 +42,9 @@ class Fails(Callback):
                     os._exit(1)
                 case "freeze":
                     if self.hang_s < FOREVER_S:  # else the launcher ends this one
-                        subprocess.Popen(["sh", "-c", f"sleep {self.hang_s}; kill -KILL {os.getpid()}"])
+                        other = f"result_{1 - self.rank}.pt"  # of :func:`forked`, once the other process has ended
+                        wait = f"for _ in $(seq {10 * self.hang_s:.0f}); do [ -e {other} ] && break; sleep 0.1; done"
+                        subprocess.Popen(["sh", "-c", f"{wait}; kill -KILL {os.getpid()}"])
                     os.kill(os.getpid(), signal.SIGSTOP)
 
 

@@ -400,3 +400,12 @@ class Dials(gym.Env):
         self.steps += 1
         over = self.steps == 10
         return self._see(), float(right.mean()), False, over, {"is_success": bool(right.all())} if over else {}
+
+
+def learnt_rewards(model, reward, done, valid):
+    """Rewards [T, N] as the model learns from them, after its moments have taken in this rollout."""
+    rollouts = model.rollouts
+    rollouts.running_return = model.reward_normalizer.update(
+        reward, done, valid, rollouts.running_return, model.ranks.gather
+    )
+    return model.reward_normalizer(reward)

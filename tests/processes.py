@@ -1,5 +1,7 @@
 """Processes of a test, forked from it: what they need is imported already."""
 
+import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -19,11 +21,18 @@ from torch import multiprocessing
 from ppo_lightning import PPO
 from ppo_lightning.__main__ import DOORS, main
 
+PORTS = itertools.cycle(range(1000))
+
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on; each process of pytest-xdist has a range of its own, below those that systems give."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for number in PORTS:
+        port = 12_000 + 1000 * (worker % 16) + number
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 def forked(function: Callable[[int], Any], world_size: int = 2, env: dict[str, Any] | None = None) -> list[Any]:

@@ -157,7 +157,7 @@ GOOD: dict[str, list[Callable[[], Any]]] = {
     "gae_lambda": [lambda: 0.0, lambda: 1.0, lambda: np.float64(0.95)],
     "update_epochs": [lambda: 1, lambda: 3],
     "num_minibatches": [lambda: 1, lambda: 3, lambda: 10**6, lambda: 16],
-    "minibatch_chunks": [lambda: 2, lambda: 3, lambda: 2**62],
+    "gradient_accumulation_steps": [lambda: 2, lambda: 3, lambda: 2**62],
     "sequence_length": [lambda: None, lambda: 2, lambda: 4, lambda: 8, lambda: 3],
     "clip_range": [lambda: Linear(0.2, 0.1), lambda: {"start": 0.3, "end": 0.1}, lambda: np.float32(0.2), lambda: 0],
     "clip_range_vf": [lambda: 0.2, lambda: None, lambda: math.inf, lambda: np.float32(0.1)],
@@ -184,8 +184,8 @@ GOOD: dict[str, list[Callable[[], Any]]] = {
     "eval_interval": [lambda: None, lambda: 1, lambda: 2**40],
     "num_eval_episodes": [lambda: 1, lambda: 3],
     "eval_deterministic": [lambda: False, lambda: np.bool_(False)],
-    "env_restarts": [lambda: 0, lambda: 2, lambda: np.int64(1)],
-    "log_info": [lambda: ["lap"], tuple, lambda: ["none"], lambda: [np.str_("lap")]],
+    "max_env_restarts": [lambda: 0, lambda: 2, lambda: np.int64(1)],
+    "info_keys": [lambda: ["lap"], tuple, lambda: ["none"], lambda: [np.str_("lap")]],
     "metric_names": [lambda: "sb3", lambda: "cleanrl", lambda: "apexrl"],
     "env_timeout_s": [lambda: 30, lambda: np.float32(30)],
     "compile": [lambda: False, lambda: True],
@@ -200,8 +200,8 @@ NETWORK: dict[str, list[Callable[[], Any]]] = {
         lambda: partial(NatureCNN, features="x"), lambda: partial(ImpalaCNN, depths=4), lambda: partial(MLP, hidden_sizes=None),
     ],
     "encoders": [lambda: {"": MLP}, lambda: {"state": partial(MLP, hidden_sizes=(4,))}, lambda: {"camera": ImpalaCNN}],
-    "memory": [lambda: "lstm", lambda: "gru", lambda: "rnn"],
-    "memory_size": [lambda: 4, lambda: np.int64(4)],
+    "rnn": [lambda: "lstm", lambda: "gru", lambda: "rnn"],
+    "rnn_size": [lambda: 4, lambda: np.int64(4)],
     "shared": [lambda: True],
     "actor_keys": [lambda: ["state"], lambda: "state", lambda: ["a"], list],
     "critic_keys": [lambda: ["state"], lambda: ["b", "a"]],
@@ -275,7 +275,7 @@ def call(draw: random.Random) -> tuple[str, Callable[[], Any]]:
 def is_quick(model: PPO) -> bool:
     """Whether two iterations and an evaluation take no longer than a moment."""
     sizes = model.num_steps * model.num_envs * model.update_epochs <= 500 and model.num_eval_episodes <= 5
-    return sizes and not model.compiles and model.env_maker.vectorization != "async"
+    return sizes and not model.compiles and model.env_factory.vectorization != "async"
 
 
 def used(model: PPO, again: dict[str, Any], folder: Path) -> None:
@@ -297,7 +297,7 @@ def used(model: PPO, again: dict[str, Any], folder: Path) -> None:
         if loaded.policy.state_size:
             action, state = action
         assert loaded.action_space.contains(action), action
-    if not isinstance(model.env_maker.env, gym.vector.VectorEnv):
+    if not isinstance(model.env_factory.env, gym.vector.VectorEnv):
         loaded.evaluate(2)
     loaded.close_environments()
 

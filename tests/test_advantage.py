@@ -6,7 +6,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from torch.testing import assert_close
 
 from ppo_lightning import generalized_advantage
-from ppo_lightning.advantage import discounted_return
+from ppo_lightning.algorithm.advantage import discounted_return
 
 NEVER = torch.zeros(16, 3, dtype=torch.bool)
 

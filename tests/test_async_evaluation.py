@@ -27,9 +27,9 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, InputError
 from ppo_lightning.callbacks import AsyncEvaluation, BestCheckpoint, Curriculum, Level, async_evaluation
-from ppo_lightning.checkpoint import read_checkpoint
-from ppo_lightning.envs import Restarts, Setting
-from ppo_lightning.evaluator import Evaluation, Evaluator, EvaluatorLost, _evaluate
+from ppo_lightning.envs import EnvOverrides, Restarts
+from ppo_lightning.evaluation.process import Evaluation, Evaluator, EvaluatorLost, _evaluate
+from ppo_lightning.runs.checkpoint import read_checkpoint
 from ppo_lightning.tools.sweep import progress
 
 
@@ -130,7 +130,7 @@ def processes():
             words = path.read_bytes()
         except OSError:
             continue
-        if b"ppo_lightning.evaluator" in words and f", {os.getpid()})".encode() in words:
+        if b"ppo_lightning.evaluation.process" in words and f", {os.getpid()})".encode() in words:
             found.append(path.parent.name)
     return found
 
@@ -213,7 +213,7 @@ def test_training_does_not_wait_and_the_newest_snapshot_is_the_next(fit):
 
 def packed(deed):
     model = PPO(Sleeper, {"parent": os.getpid(), "deed": deed})
-    maker, space = model.env_maker, model.observation_space
+    maker, space = model.env_factory, model.observation_space
     return Evaluation(model.policy, maker, space, 1, 1, True, 60.0, 0, (), False).packed(), model.policy.state_dict()
 
 
@@ -227,12 +227,12 @@ def test_an_evaluation_that_raises_or_hangs_or_dies_says_so():
     evaluation, state = packed("raise")
     evaluator = Evaluator(evaluation, timeout_s=60.0)
     try:
-        evaluator.ask(weights_of(state), 0, Setting())
+        evaluator.ask(weights_of(state), 0, EnvOverrides())
         with pytest.raises(EvaluatorLost, match="ZeroDivisionError in step: the pole is at infinity"):
             evaluator.answer(60.0)
         os.kill(evaluator.process.pid, signal.SIGSTOP)
         evaluator._timeout_s = 0.1
-        evaluator.ask(weights_of(state), 0, Setting())
+        evaluator.ask(weights_of(state), 0, EnvOverrides())
         assert evaluator.answer(0.0) is None
         with pytest.raises(EvaluatorLost, match=r"took longer than timeout_s = 0.1 s"):
             evaluator.answer(0.2)
@@ -333,7 +333,7 @@ def test_an_interrupt_waits_for_what_is_under_way_and_begins_nothing(fit):
 
     logger, model = Kept(), cartpole()
     fit(model, logger=logger, callbacks=[AsyncEvaluation(every=1), Interrupts()])
-    assert model.interrupted is signal.SIGINT
+    assert model.agreed_stop_signal is signal.SIGINT
     assert model.num_env_steps == 192
     assert list(logger.evaluations) == [64]
 
@@ -482,7 +482,12 @@ def test_the_process_makes_environments_anew_on_another_level():
     evaluation, state = packed("none")
     evaluator = Evaluator(evaluation, timeout_s=60.0)
     try:
-        for setting in (Setting(), Setting({"pay": 2.0}), Setting({"pay": 2.0}, {"length": 3}), Setting()):
+        for setting in (
+            EnvOverrides(),
+            EnvOverrides({"pay": 2.0}),
+            EnvOverrides({"pay": 2.0}, {"length": 3}),
+            EnvOverrides(),
+        ):
             evaluator.ask(weights_of(state), 0, setting)
             assert (evaluator.answer(60.0) or {})["eval/mean_reward"] == setting.attributes.get(
                 "pay", 1.0
@@ -524,7 +529,7 @@ def test_what_cannot_be_sent_is_refused_before_training(fit):
 
 @pytest.mark.usefixtures("_here")
 def test_the_command_line_has_it(tmp_path):
-    from ppo_lightning.cli import main
+    from commands import main
 
     words = "fit --model.env CartPole-v1 --model.total_steps 256 --model.num_envs 2 --model.num_steps 64"
     beside = "--trainer.callbacks+=ppo_lightning.callbacks.AsyncEvaluation --trainer.callbacks.every=1"

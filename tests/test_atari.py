@@ -9,9 +9,10 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode
+from probes import learnt_rewards
 
 from ppo_lightning import PPO, InputError
-from ppo_lightning.envs import EnvMaker, EnvPool
+from ppo_lightning.envs import EnvFactory, EnvPool
 from ppo_lightning.envs.third_party import Games
 
 ATARI = "ale_py.vector_env.AtariVectorEnv"
@@ -21,7 +22,7 @@ KWARGS = {"life_loss_info": True, "reward_clipping": False, "max_num_frames_per_
 def vector(game, num_envs, mode):
     from ppo_lightning.envs import resolve
 
-    return EnvMaker(resolve(ATARI), {"game": game, "autoreset_mode": mode, **KWARGS})(num_envs)
+    return EnvFactory(resolve(ATARI), {"game": game, "autoreset_mode": mode, **KWARGS})(num_envs)
 
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
@@ -68,7 +69,7 @@ def test_rewards_count_by_their_sign_and_returns_by_their_points():
     model.seed = 0
     batch = model.rollouts.collect()
     assert batch["reward"].max() >= 10
-    scaled = model.scale_reward(batch["reward"], batch["terminated"], batch["valid"])
+    scaled = learnt_rewards(model, batch["reward"], batch["terminated"], batch["valid"])
     assert set(scaled.unique().tolist()) == {0.0, 1.0}
     model.close_environments()
 

@@ -12,11 +12,11 @@ SMALL: dict[str, Any] = {"num_envs": 4, "num_steps": 32, "total_steps": 512, "nu
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {"env": "CartPole-v1"},
     "normalised, in chunks, with a limit": {
-        "env": "Pendulum-v1", "normalize_observation": True, "normalize_reward": True, "minibatch_chunks": 3,
+        "env": "Pendulum-v1", "normalize_observation": True, "normalize_reward": True, "gradient_accumulation_steps": 3,
         "target_kl": 0.001, "popart": {"beta": 0.01}, "ent_coef": 0.01,
     },
     "with memory, from an environment class": {
-        "env": CartPoleEnv, "policy": lambda *spaces: ActorCritic(*spaces, memory="lstm", memory_size=8), "sequence_length": 16,
+        "env": CartPoleEnv, "policy": lambda *spaces: ActorCritic(*spaces, rnn="lstm", rnn_size=8), "sequence_length": 16,
     },
     "with a scheduler": {
         "env": "CartPole-v1", "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
@@ -36,9 +36,9 @@ class Kept(PPO):
 TIMES = {"time/time_elapsed", "time/iteration", "time/evaluate", "time/fps", "time/collect", "time/update"}
 
 
-def make(variant: str) -> Kept:
+def make(variant: str, **options) -> Kept:
     torch.manual_seed(3)
-    return Kept(**{**SMALL, **VARIANTS[variant]})
+    return Kept(**{**SMALL, **VARIANTS[variant], **options})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -58,15 +58,13 @@ def test_collect_and_learn_give_the_weights_and_numbers_of_fit(fit, variant):
 
 @pytest.mark.long  # compiles
 def test_a_compiled_loop_is_the_compiled_fit(fit):
-    fitted, model = make("as it is"), make("as it is")
-    fitted.compiles = model.compiles = True
+    fitted, model = make("as it is", compile=True), make("as it is", compile=True)
     fit(fitted)
     optimizer = model.optimizer(model.policy.parameters())
-    model.prepare(optimizer)
     while model.num_env_steps < model.total_steps:
         model.learn(model.collect(), optimizer)
     model.close_environments()
-    assert model.compiled is not None
+    assert model.updater.compiled is not None
     torch.testing.assert_close(model.state_dict(), fitted.state_dict(), rtol=0, atol=0)
 
 

@@ -13,8 +13,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import PPOCallback
-from ppo_lightning.checkpoint import VerifiedCheckpointIO, read_checkpoint, resumes_exactly
 from ppo_lightning.errors import InputError
+from ppo_lightning.runs.checkpoint import VerifiedCheckpointIO, read_checkpoint, resumes_exactly
 
 ITERATION = 2 * 16
 """Environment steps of an iteration of the models here."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import main as quick_main
 
 from ppo_lightning.cli import main
 
@@ -22,7 +23,7 @@ RUN = Path("lightning_logs/version_0")
 
 
 def fit(*flags: str) -> None:
-    main(["fit", *SMALL, "--model.total_steps", "512", *flags])
+    quick_main(["fit", *SMALL, "--model.total_steps", "512", *flags])
 
 
 def fails(*words: str) -> str:
@@ -37,7 +38,7 @@ def table() -> np.ndarray:
 
 
 def test_a_run_leaves_its_config_logs_checkpoints_and_picture(capsys):
-    fit("--seed_everything", "4")
+    main(["fit", *SMALL, "--model.total_steps", "512", "--seed_everything", "4"])
     names = {path.name for path in RUN.iterdir()}
     assert {"config.yaml", "metrics.csv", "checkpoints", "learning_curve.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
@@ -79,7 +80,7 @@ def test_the_command_line_wins_over_the_checkpoint_and_the_checkpoint_over_defau
     last = str(RUN / "checkpoints/last.ckpt")
     main(["fit", "--ckpt_path", last, "--model.total_steps", "640", "--model.clip_range", "0.1", *SMALL])
     (model,) = models
-    assert (model.gamma, model.clip_range.start, model.total_steps) == (0.9, 0.1, 640)
+    assert (model.gamma, model.schedules["clip_range"].start, model.total_steps) == (0.9, 0.1, 640)
     assert model.num_env_steps == 640
 
 
@@ -138,7 +139,7 @@ def test_last_is_the_newest_checkpoint_that_can_be_read():
     fit()
     for name in ("last.ckpt", "previous.ckpt"):
         Path("lightning_logs/version_1/checkpoints", name).write_bytes(b"cut")
-    from ppo_lightning.checkpoint import newest_checkpoint
+    from ppo_lightning.runs.checkpoint import newest_checkpoint
 
     with pytest.warns(UserWarning, match=r"passes over a file: .*version_1.* is no checkpoint that can be read"):
         assert newest_checkpoint(".").parts[-3:] == ("version_0", "checkpoints", "last.ckpt")

@@ -12,11 +12,11 @@ from lightning import Callback
 from probes import ConstantReward, Uneven
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, ActorCritic, InputError, PopArt
-from ppo_lightning.compiled import CompilerError
+from ppo_lightning import PPO, ActorCritic, InputError, PopArt, PPOLoss
+from ppo_lightning.algorithm.compiler import CompilerError
+from ppo_lightning.algorithm.update import Updater
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
-from ppo_lightning.loss import PPOLoss
-from ppo_lightning.stepping import TensorStepper
+from ppo_lightning.rollout.collectors import TensorStepper
 
 SIZE = {"num_envs": 4, "num_steps": 32}
 
@@ -27,7 +27,7 @@ def trained(fit, env, iterations=10, *, eager=False, seed=1, **options) -> PPO:
     steps = iterations * options["num_envs"] * options["num_steps"]
     model = PPO(env, total_steps=steps, compile=not eager, **options)
     fit(model)
-    assert (model.compiled is None) == eager
+    assert (model.updater.compiled is None) == eager
     return model
 
 
@@ -176,16 +176,16 @@ def watched(*spaces):
 @pytest.mark.parametrize(
     ("options", "trainer", "reason"),
     [
-        ({"policy": partial(ActorCritic, memory="gru")}, {}, "the policy has memory"),
+        ({"policy": partial(ActorCritic, rnn="gru")}, {}, "the policy is recurrent"),
         ({"optimizer": partial(torch.optim.SGD, lr=1e-3)}, {}, "the optimizer is SGD, not Adam or AdamW"),
         ({"optimizer": partial(torch.optim.Adam, amsgrad=True)}, {}, "the optimizer uses amsgrad or maximize"),
         ({}, {"callbacks": [Hooked()]}, "Hooked has hooks around gradients"),
         (
             {"optimizer": lambda ps: torch.optim.Adam(list(ps)[:2])},
             {},
-            "the optimizer has not all of the policy's parameters",
+            "the optimizer does not have all parameters of policy and loss",
         ),
-        ({"policy": mixed}, {}, "the policy's parameters have several dtypes"),
+        ({"policy": mixed}, {}, "the parameters have several dtypes"),
         ({"policy": watched}, {}, "parameters have hooks on their gradients"),
     ],
 )
@@ -216,29 +216,24 @@ def test_without_a_compiler_training_goes_on_as_without_compile(fit, monkeypatch
 
 
 class Own(PPO):
-    def clip_gradients_by_norm(self, **kwargs):
-        super().clip_gradients_by_norm(**kwargs)
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
 
 
 class Scaled(PPOLoss):
-    def __call__(self, batch, evaluate):
-        terms = super().__call__(batch, evaluate)
-        return terms._replace(loss=terms.loss * 0.5)
+    def forward(self, batch, evaluate, coefficients):
+        losses = super().forward(batch, evaluate, coefficients)
+        return {**losses, "loss": losses["loss"] * 0.5}
 
 
-class OwnLoss(PPO):
-    def current_loss(self):
-        return Scaled(**vars(super().current_loss()))
-
-
-def test_subclasses_are_heard(fit):
+def test_hooks_and_losses_of_ones_own_are_used(fit):
     model = Own("CartPole-v1", total_steps=128, compile=True, **SIZE)
-    with pytest.warns(UserWarning, match="since Own has clip_gradients_by_norm of its own"):
+    with pytest.warns(UserWarning, match="since Own has hooks around gradients"):
         fit(model)
     norms = []
     for compile in (False, True):
         lightning.seed_everything(1, verbose=False)
-        model = OwnLoss("CartPole-v1", total_steps=256, compile=compile, **SIZE)
+        model = PPO("CartPole-v1", loss=Scaled(), total_steps=256, compile=compile, **SIZE)
         fit(model)
         norms.append(float(model.trainer.callback_metrics["train/grad_norm"]))
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
@@ -250,7 +245,7 @@ def test_many_models_of_one_process_are_all_compiled(fit):
     for index in range(10):
         model = PPO("CartPole-v1", total_steps=64, compile=True, num_envs=2, num_steps=32, max_grad_norm=0.1 + index)
         fit(model)
-        assert model.compiled is not None
+        assert model.updater.compiled is not None
 
 
 def test_a_compiled_model_can_be_pickled(fit):
@@ -264,11 +259,11 @@ def test_steps_that_were_taken_are_taken_back(fit, monkeypatch):
     eager = trained(fit, "CartPole-v1", 2, eager=True, num_minibatches=3)
     lightning.seed_everything(1, verbose=False)
     model = PPO("CartPole-v1", total_steps=256, compile=True, num_minibatches=3, **SIZE)
-    prepare = PPO.prepare
+    prepare = Updater.prepare
 
-    def broken(self, *args):
-        prepare(self, *args)
-        whole, calls = self.compiled._whole_of, []
+    def broken(self, *args, **kwargs):
+        prepare(self, *args, **kwargs)
+        whole, calls = self.compiled._fused_graph, []
 
         def fails(*batch):
             calls.append(1)
@@ -276,9 +271,9 @@ def test_steps_that_were_taken_are_taken_back(fit, monkeypatch):
                 raise CompilerError("it is tired")
             return whole(*batch)
 
-        self.compiled._whole_of = fails
+        self.compiled._fused_graph = fails
 
-    monkeypatch.setattr(PPO, "prepare", broken)
+    monkeypatch.setattr(Updater, "prepare", broken)
     with pytest.warns(UserWarning, match="since it is tired"):
         fit(model)
     assert_close(parameters(model), parameters(eager), atol=1e-6, rtol=1e-6)
@@ -306,7 +301,7 @@ def test_compile_is_a_yes_or_no():
 
 
 def memory(observation_space, action_space):
-    return ActorCritic(observation_space, action_space, memory="gru")
+    return ActorCritic(observation_space, action_space, rnn="gru")
 
 
 @pytest.mark.parametrize(
@@ -326,7 +321,7 @@ def test_a_minibatch_in_parts_takes_the_same_steps(fit, options):
     models = []
     for chunks in (1, 3):
         lightning.seed_everything(1, verbose=False)
-        model = PPO(env, total_steps=2 * 128, minibatch_chunks=chunks, **SIZE, **options)
+        model = PPO(env, total_steps=2 * 128, gradient_accumulation_steps=chunks, **SIZE, **options)
         fit(model)
         models.append(model)
     assert_close(parameters(models[1]), parameters(models[0]), atol=1e-6, rtol=1e-6)
@@ -345,7 +340,7 @@ def test_parts_take_less_memory_at_once(fit):
                 seen.append(len(observation))
             return super().forward(observation, state, start)
 
-    model = PPO("CartPole-v1", total_steps=128, minibatch_chunks=4, policy=Watched, **SIZE)
+    model = PPO("CartPole-v1", total_steps=128, gradient_accumulation_steps=4, policy=Watched, **SIZE)
     seen.clear()  # of what the network was tried with
     fit(model)
     assert set(seen) == {8}
@@ -365,11 +360,11 @@ def test_captured_and_eager_learn_alike_on_cuda(fit, env):
 
 def test_products_of_graphs_are_those_of_torch(monkeypatch, tmp_path):
     """Whichever way they are computed: transposed for few columns, and by oneDNN for large ones."""
-    from ppo_lightning import compiled
+    from ppo_lightning.algorithm import compiler
 
-    monkeypatch.setattr(compiled, "_is_intel", lambda: False)
+    monkeypatch.setattr(compiler, "_is_intel", lambda: False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    compiled._passes.cache_clear()
+    compiler._matmul_pass.cache_clear()
     code = []
     model = PPO("CartPole-v1", **SIZE)
 
@@ -377,13 +372,13 @@ def test_products_of_graphs_are_those_of_torch(monkeypatch, tmp_path):
         return torch.addmm(bias, x, weight), g.T @ x[:, :4].contiguous(), (x + 1) @ weight
 
     arguments = torch.randn(2048, 64), torch.randn(2048, 64), torch.randn(64, 64), torch.randn(64)
-    passed = compiled._passes()["post_grad_custom_post_pass"]
+    passed = compiler._matmul_pass()["post_grad_custom_post_pass"]
     change = type(passed).__call__
     monkeypatch.setattr(type(passed), "__call__", lambda *args: change(*args) or code.append(str(args[1])))
     with torch.no_grad():
-        results = compiled.compiled(both, model.policy)(*arguments)
+        results = compiler.compile_function(both, model.policy)(*arguments)
     assert code[0].count("ppo_lightning.product") == 2
     assert "aten.addmm" not in code[0]
     for one, other in zip(results, both(*arguments), strict=True):
         assert_close(one, other, atol=1e-3, rtol=1e-4)
-    compiled._passes.cache_clear()
+    compiler._matmul_pass.cache_clear()

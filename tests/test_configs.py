@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import main
 
-from ppo_lightning.cli import main
 from ppo_lightning.ppo import _PARAMETERS
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +17,8 @@ def test_trains_two_iterations_as_it_stands(config, tmp_path):
     main(
         f"fit --config {config} --trainer.max_epochs 2 --trainer.default_root_dir {tmp_path} --trainer.accelerator cpu "
         "--trainer.enable_progress_bar false --trainer.enable_model_summary false --model.num_eval_episodes 1 "
-        "--model.num_steps 64 --model.num_minibatches 4".split()
+        "--model.num_steps 64 --model.num_minibatches 4".split(),
+        paints=True,
     )
     assert (tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt").exists()
 

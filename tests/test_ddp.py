@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import main
 from processes import fit as train
 from processes import forked, free_port
 from torch.testing import assert_close
 
 from ppo_lightning import PPO
-from ppo_lightning.cli import main
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [
@@ -85,7 +85,7 @@ def test_steps_moments_and_schedules_count_all_ranks(plain):
     iterations = rows[~np.isnan(rows["time/iterations"])]
     assert iterations["step"].tolist() == [256.0 * i for i in range(1, 9)]
     assert int(first["state_dict"]["policy.moments.count"]) == 2048
-    assert int(first["state_dict"]["return_moments.count"]) == 2048
+    assert int(first["state_dict"]["reward_normalizer.moments.count"]) == 2048
     assert iterations["train/learning_rate"] == pytest.approx([3e-4 * (1 - 256 * i / 2000) for i in range(8)])
     assert (iterations["time/fps"][2:] > 0).all()
 
@@ -107,8 +107,10 @@ def test_evaluation_shares_its_episodes_among_ranks(plain):
     assert np.isfinite(rows["eval/mean_reward"]).sum() == 8
 
 
-def test_fewer_episodes_than_ranks_and_spawned_processes(tmp_path):
-    (first, second), _ = fit(tmp_path, "--model.num_eval_episodes=1", "--trainer.strategy=ddp_spawn")
+def test_fewer_episodes_than_ranks_and_spawned_processes(tmp_path, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    main([*COMMAND[3:], "--model.num_eval_episodes=1", "--trainer.strategy=ddp_spawn"])
+    (first, second), _ = results(tmp_path)
     assert first["evaluated"] == second["evaluated"]
     assert first["evaluated"]["eval/std_reward"] == 0
     assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)

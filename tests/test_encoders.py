@@ -168,14 +168,14 @@ def test_a_rollout_of_pictures_takes_a_byte_a_pixel():
     model = PPO(partial(Spaces, "image"), **SMALL)
     batch = model.rollouts.collect()
     model.on_train_batch_start(batch, 0)
-    samples = model.samples(batch)
+    samples = model.training_samples(batch)
     for tensor, rows in ((batch["observation"], 32), (samples["observation"], 32)):
         assert tensor.dtype == torch.uint8
         assert tensor.untyped_storage().nbytes() <= (rows + 2) * 3 * 12 * 12  # the row after the last step is kept, too
     nested = PPO(partial(Spaces, "both"), **SMALL)
     batch = nested.rollouts.collect()
     nested.on_train_batch_start(batch, 0)
-    assert nested.samples(batch)["observation", "camera"].dtype == torch.uint8
+    assert nested.training_samples(batch)["observation"]["camera"].dtype == torch.uint8
     assert batch["observation", "state"].dtype == torch.float32
 
 
@@ -183,7 +183,7 @@ def test_numbers_are_normalised_part_by_part_and_pictures_left_alone(fit):
     model = PPO(partial(Spaces, "both"), normalize_observation=True, **SMALL)
     batches = []
     update = model.update
-    model.update = lambda batch, descend: batches.append(batch.clone()) or update(batch, descend)
+    model.update = lambda batch: batches.append(batch.clone()) or update(batch)
     fit(model)
     assert list(model.policy.normalized) == ["state"]
     states = torch.cat([batch["observation", "state"].flatten(0, 1) for batch in batches]).double()

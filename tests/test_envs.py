@@ -15,7 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from probes import Endless, Faulty, Probe, Scripted
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
-from ppo_lightning.envs import Environments, EnvMaker, Restarts
+from ppo_lightning.envs import EnvFactory, Environments, Restarts
 from ppo_lightning.envs.classic_control import CartPole
 
 SMALL = {"num_envs": 3, "num_steps": 16, "total_steps": 96, "num_minibatches": 2}
@@ -485,7 +485,7 @@ def test_predict_refuses_a_cell_that_is_not_there():
 
 
 def test_an_async_timeout_is_an_option_with_effect():
-    environments = Environments(EnvMaker("CartPole-v1", vectorization="async"), 2, 7.5)
+    environments = Environments(EnvFactory("CartPole-v1", vectorization="async"), 2, 7.5)
     assert environments._timeout == 7.5
     environments.reset(0)
     environments.close()
@@ -557,7 +557,7 @@ def test_no_vector_entry_point_is_said():
 def test_too_many_minibatches_for_a_vector_that_spends_steps_on_resets():
     make = lambda: SyncVectorEnv([lambda: Scripted(((1, "terminated"),))] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)  # noqa: E731
     model = PPO(make, num_steps=8, num_minibatches=8)
-    assert len(model.samples(_with_advantage(model))) >= 8
+    assert len(model.training_samples(_with_advantage(model))["advantage"]) >= 8
     with pytest.raises(InputError, match="spends a step on every reset"):
         PPO(make, num_steps=8, num_minibatches=9).rollouts.collect()
 
@@ -789,7 +789,7 @@ def test_each_worker_draws_its_own_numbers_from_shared_streams_and_the_same_with
     starts = []
     for seed in (7, 7, 80):
         torch.manual_seed(seed)
-        environments = Environments(EnvMaker(Draws, vectorization="async"), 4, 60.0)
+        environments = Environments(EnvFactory(Draws, vectorization="async"), 4, 60.0)
         seen = [
             environments.reset(seed).copy(),
             *(environments.step(np.zeros(4, int)).observation.copy() for _ in range(15)),
@@ -812,7 +812,7 @@ def test_a_worker_that_replaces_another_draws_other_numbers():
             return super().step(action)
 
     restarts = Restarts(2)
-    environments = Environments(EnvMaker(Dies, vectorization="async", restarts=True), 2, 60.0, restarts=restarts)
+    environments = Environments(EnvFactory(Dies, vectorization="async", restarts=True), 2, 60.0, restarts=restarts)
     first = environments.reset(3).copy()
     with pytest.warns(UserWarning, match="restart 1 of 2"):
         again = environments.step(np.array([1, 0])).observation.copy()

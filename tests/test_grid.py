@@ -59,19 +59,19 @@ class Checked(PPO):
         super().on_fit_start()
         self.ratios = []
 
-    def update(self, batch, descend):
-        samples = self.samples(batch)
+    def update(self, batch):
+        samples = self.training_samples(batch)
         with torch.no_grad():
             log_prob, _, _ = self.policy.evaluate(samples)
         ratio = (log_prob - samples["action_log_prob"]).exp()
         valid = samples.get("valid", None)
         self.ratios.append(ratio if valid is None else ratio[valid])
-        return super().update(batch, descend)
+        return super().update(batch)
 
 
 def policy_of(cell) -> partial:
     _, _, memory, family, view = cell
-    options = {"memory": memory, "memory_size": 8, "distribution": family, "hidden_sizes": (8,)}
+    options = {"rnn": memory, "rnn_size": 8, "distribution": family, "hidden_sizes": (8,)}
     if view == "privileged":
         options["actor_keys"] = ["state", "mode"]
     return partial(ActorCritic, **options)
@@ -115,7 +115,7 @@ def check(cell, fit, tmp_path):
     if cell[1]:
         mask = np.concatenate([np.arange(size) == size - 1 for size in choices(model.action_space)])
     answers = [model.predict(one, action_mask=mask) for _ in range(2)]
-    again = Checked.load_from_checkpoint(tmp_path / "grid.ckpt", env=model.env_maker.env, policy=policy_of(cell))
+    again = Checked.load_from_checkpoint(tmp_path / "grid.ckpt", env=model.env_factory.env, policy=policy_of(cell))
     answers.append(again.predict(one, action_mask=mask))
     actions = [answer[0] if cell[2] else answer for answer in answers]
     assert model.action_space.contains(actions[0]), actions[0]

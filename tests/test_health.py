@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from commands import main
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from probes import ActionMatters, ConstantReward, Faulty
@@ -22,7 +23,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ppo_lightning import PPO, ActorCritic, action_distribution
 from ppo_lightning.callbacks import AdaptiveLearningRate, HealthMonitor, Stage, Stages, Thresholds
-from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import Linear
 from ppo_lightning.tools import health as module
@@ -606,28 +606,20 @@ def test_a_folder_that_cannot_be_written_costs_the_file_alone(fit, tmp_path, mon
 
 def test_steps_left_out_are_a_finding(fit):
     model = small(3, non_finite="skip")
-    before, calls = model.clip_gradients_by_norm, []
+    calls = []
 
-    def once(*args):
+    def once(gradient):
         calls.append(1)
-        if len(calls) == 2:
-            model._learnt[0].grad[:] = torch.nan
-        before(*args)
+        return gradient * torch.nan if len(calls) == 2 else gradient
 
-    model.clip_gradients_by_norm = once
+    model.policy.network.value_head.bias.register_hook(once)
     (finding,) = monitor(fit(model)).findings
     assert (finding["name"], finding["value"], finding["since_iteration"]) == ("non_finite", 1.0, 1)
 
 
 def test_a_run_that_ends_by_a_gradient_leaves_its_finding(fit, tmp_path):
     model = small(3)
-    before = model.clip_gradients_by_norm
-
-    def poisoned(*args):
-        model._learnt[0].grad[:] = torch.nan
-        before(*args)
-
-    model.clip_gradients_by_norm = poisoned
+    next(model.policy.parameters()).register_hook(lambda gradient: gradient * torch.nan)
     board = TensorBoardLogger(tmp_path)
     with pytest.raises(FloatingPointError):
         fit(model, logger=board)
@@ -703,7 +695,7 @@ def test_it_doubles_ent_coef_within_bounds(fit, given, expected):
 
     class Coefficients(Callback):
         def on_train_epoch_end(self, trainer, pl_module) -> None:
-            line = pl_module.ent_coef
+            line = pl_module.schedules["ent_coef"]
             if line != used[-1:] and (line.start, line.end) not in used:
                 used.append((line.start, line.end))
 
@@ -712,11 +704,11 @@ def test_it_doubles_ent_coef_within_bounds(fit, given, expected):
 
     watch = Planted(numbers, act=True, thresholds=replace(SHORT, highest_ent_coef=0.05))
     model = small(7, ent_coef=given)
-    before = model.ent_coef
+    before = model.schedules["ent_coef"]
     fit(model, callbacks=[watch, Coefficients()])
     assert used == [(before.start, before.end), *expected]
     assert len(watch.acts) == len(expected)
-    assert model.ent_coef == before
+    assert model.schedules["ent_coef"] == before
     assert [act["to"] for act in watch.acts] == [start for start, _ in expected]
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ppo_lightning.history import History, Records, summarize_records
+from ppo_lightning.runs.history import History, Records, summarize_records
 
 
 def filled(rows: int, limit: int = 2048) -> History:

@@ -39,7 +39,7 @@ def test_the_mean_of_the_seeds_reaches(config, bound, root):
     assert statistics.mean(train(config, seed, root, []) for seed in SEEDS) >= bound
 
 
-NO_MEMORY = ["--model.policy.init_args.memory", "null", "--model.sequence_length", "null"]
+NO_MEMORY = ["--model.policy.init_args.rnn", "null", "--model.sequence_length", "null"]
 
 
 @pytest.mark.long
@@ -47,7 +47,7 @@ NO_MEMORY = ["--model.policy.init_args.memory", "null", "--model.sequence_length
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["lstm", "gru", None])
 def test_what_only_memory_can_know_is_known_with_memory_alone(kind, masked, root):
-    flags = NO_MEMORY if kind is None else ["--model.policy.init_args.memory", kind]
+    flags = NO_MEMORY if kind is None else ["--model.policy.init_args.rnn", kind]
     returns = [train("memory", seed, root, [*flags, "--model.env_kwargs.masked", str(masked)]) for seed in SEEDS]
     assert max(returns) <= 0.6 if kind is None else min(returns) >= 0.95
 

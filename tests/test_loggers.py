@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import main
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from probes import ConstantReward
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,7 +22,6 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import PPOCallback
-from ppo_lightning.cli import main
 
 SMALL = [
     "--model.env", "CartPole-v1", "--model.num_envs", "4", "--model.num_steps", "32", "--model.num_eval_episodes", "2",
@@ -292,7 +292,7 @@ def test_a_resumed_run_keeps_its_folder_with_other_loggers():
 
 @pytest.mark.parametrize("name", ["Wandb", "MLFlow", "Comet"])
 def test_a_logger_whose_package_is_missing_says_how_to_install_it(monkeypatch, name):
-    monkeypatch.setattr("ppo_lightning.loggers.find_spec", lambda module: None)
+    monkeypatch.setattr("ppo_lightning.runs.loggers.find_spec", lambda module: None)
     said = fails(f"--trainer.logger+={LOGGERS}{name}Logger")
     assert said.startswith(f"error: trainer.logger {name}Logger needs ")
     assert f'pip install "ppo-lightning[{name.lower()}]"' in said

@@ -9,11 +9,17 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from ppo_lightning import PPO
-from ppo_lightning.diagnostics import approximate_kl, clip_fraction, explained_variance, target_moments
-from ppo_lightning.loss import PPOLoss, normalized
+from ppo_lightning.algorithm.loss import (
+    LossCoefficients,
+    PPOLoss,
+    approximate_kl,
+    clip_fraction,
+    normalize_advantages,
+)
+from ppo_lightning.metrics import explained_variance, target_moments
 from ppo_lightning.policy.distributions import action_distribution
 
-DEFAULTS = {"clip_range": 0.2, "clip_range_vf": None, "normalize_advantage": True, "vf_coef": 0.5, "ent_coef": 0.01}
+DEFAULTS = {"clip_range": 0.2, "clip_range_vf": None, "vf_coef": 0.5, "ent_coef": 0.01}
 
 
 def random_batch(size: int = 64, dims: int = 3) -> tuple[TensorDict, torch.Tensor]:
@@ -36,14 +42,16 @@ def random_batch(size: int = 64, dims: int = 3) -> tuple[TensorDict, torch.Tenso
     return batch, (old + 0.1 * torch.randn_like(old)).requires_grad_()
 
 
-def scored(batch, parameters, value, **changes):
+def scored(batch, parameters, value, *, normalize=True, **changes):
     distribution = action_distribution(Box(-1, 1, (parameters.shape[1] // 2,)))
 
     def evaluate(batch):
         index = batch["observation"].long()
         return *distribution.log_prob_and_entropy(parameters[index], batch["action"]), value[index]
 
-    return PPOLoss(**{**DEFAULTS, **changes})(batch, evaluate)
+    if normalize:
+        batch = batch.copy().set("advantage", normalize_advantages(batch["advantage"]))
+    return PPOLoss()(batch, evaluate, LossCoefficients(**{**DEFAULTS, **changes}))
 
 
 @pytest.mark.parametrize("clip_range_vf", [None, 0.1])
@@ -54,7 +62,7 @@ def test_equals_the_formulas_of_stable_baselines3(clip_range_vf, normalize, size
     torch.manual_seed(size)
     batch, parameters = random_batch(size)
     values = torch.randn(size, requires_grad=True)
-    ours = scored(batch, parameters, values, clip_range_vf=clip_range_vf, normalize_advantage=normalize)
+    ours = scored(batch, parameters, values, clip_range_vf=clip_range_vf, normalize=normalize)
 
     mean, log_std = parameters.chunk(2, -1)
     distribution = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
@@ -79,14 +87,14 @@ def test_equals_the_formulas_of_stable_baselines3(clip_range_vf, normalize, size
         approx_kl = torch.mean((torch.exp(log_ratio) - 1) - log_ratio)
         clipped = torch.mean((torch.abs(ratio - 1) > 0.2).float())
 
-    assert_close(ours.loss, loss)
-    assert_close(ours.policy_loss, policy_loss)
-    assert_close(ours.value_loss, value_loss)
-    assert_close(-ours.entropy, entropy_loss)
-    assert_close(ours.approx_kl, approx_kl)
-    assert_close(ours.clip_fraction, clipped)
+    assert_close(ours["loss"], loss)
+    assert_close(ours["policy_gradient_loss"], policy_loss)
+    assert_close(ours["value_loss"], value_loss)
+    assert_close(ours["entropy_loss"], entropy_loss)
+    assert_close(ours["approx_kl"], approx_kl)
+    assert_close(ours["clip_fraction"], clipped)
     theirs = torch.autograd.grad(loss, [parameters, values], retain_graph=True)
-    for mine, other in zip(torch.autograd.grad(ours.loss, [parameters, values]), theirs, strict=True):
+    for mine, other in zip(torch.autograd.grad(ours["loss"], [parameters, values]), theirs, strict=True):
         assert_close(mine, other)
 
 
@@ -97,37 +105,37 @@ def test_the_old_policy_has_ratio_one_and_the_plain_policy_gradient():
     parameters = torch.randn(64, 6, requires_grad=True)
     log_prob, _ = distribution.log_prob_and_entropy(parameters, batch["action"])
     batch["action_log_prob"] = log_prob.detach()
-    terms = scored(batch, parameters, torch.zeros(64), normalize_advantage=False, ent_coef=0.0)
-    assert terms.approx_kl == 0
-    assert terms.clip_fraction == 0
+    terms = scored(batch, parameters, torch.zeros(64), normalize=False, ent_coef=0.0)
+    assert terms["approx_kl"] == 0
+    assert terms["clip_fraction"] == 0
     expected = torch.autograd.grad(-(batch["advantage"] * log_prob).mean(), parameters)
-    assert_close(torch.autograd.grad(terms.loss, parameters), expected)
+    assert_close(torch.autograd.grad(terms["loss"], parameters), expected)
 
 
 def test_a_sample_that_left_the_range_in_its_favour_pulls_no_more():
     batch, parameters = random_batch()
     batch["action_log_prob"] = torch.full((64,), -50.0)  # every ratio is huge
     batch["advantage"] = torch.ones(64)
-    terms = scored(batch, parameters, torch.zeros(64), normalize_advantage=False, ent_coef=0.0, vf_coef=0.0)
+    terms = scored(batch, parameters, torch.zeros(64), normalize=False, ent_coef=0.0, vf_coef=0.0)
     batch["action_log_prob"] = torch.full((64,), 10.0)  # every ratio is tiny: still pulled up
-    pulled = scored(batch, parameters, torch.zeros(64), normalize_advantage=False, ent_coef=0.0, vf_coef=0.0)
-    assert torch.autograd.grad(terms.loss, parameters)[0].abs().max() == 0
-    assert torch.autograd.grad(pulled.loss, parameters)[0].abs().max() > 0
-    assert terms.clip_fraction == 1
+    pulled = scored(batch, parameters, torch.zeros(64), normalize=False, ent_coef=0.0, vf_coef=0.0)
+    assert torch.autograd.grad(terms["loss"], parameters)[0].abs().max() == 0
+    assert torch.autograd.grad(pulled["loss"], parameters)[0].abs().max() > 0
+    assert terms["clip_fraction"] == 1
 
 
 def test_equal_advantages_give_no_gradient_and_no_nan():
     batch, parameters = random_batch()
     batch["advantage"] = torch.full((64,), 7.0)
     terms = scored(batch, parameters, torch.zeros(64), ent_coef=0.0, vf_coef=0.0)
-    assert_close(torch.autograd.grad(terms.loss, parameters)[0], torch.zeros_like(parameters))
+    assert_close(torch.autograd.grad(terms["loss"], parameters)[0], torch.zeros_like(parameters))
 
 
 def test_normalized_advantages_have_mean_zero_and_deviation_one():
-    advantage = normalized(torch.randn(1000) * 5 + 3)
+    advantage = normalize_advantages(torch.randn(1000) * 5 + 3)
     assert_close(advantage.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
     assert_close(advantage.std(), torch.tensor(1.0))
-    assert normalized(torch.tensor([4.0])) == 4.0
+    assert normalize_advantages(torch.tensor([4.0])) == 4.0
 
 
 @given(st.lists(st.floats(-2, 2), min_size=1, max_size=20))

@@ -378,11 +378,11 @@ def test_the_mask_is_kept_in_the_update(fit):
     entropies = []
 
     class Checked(PPO):
-        def update(self, batch, descend):
-            log_prob, entropy, _ = self.policy.evaluate(self.samples(batch))
+        def update(self, batch):
+            log_prob, entropy, _ = self.policy.evaluate(self.training_samples(batch))
             assert_close(log_prob, batch["action_log_prob"].flatten(), atol=1e-6, rtol=0)
             entropies.append((entropy, batch["action_mask"].flatten(0, 1).sum(-1)))
-            return super().update(batch, descend)
+            return super().update(batch)
 
     fit(Checked(partial(Lock, n=20, locks=3), **SMALL))
     for entropy, allowed in entropies:

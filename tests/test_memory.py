@@ -11,19 +11,19 @@ from probes import Recall, Scripted, Spaces
 from torch import nn
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, ActorCritic, InputError, Memory
+from ppo_lightning import PPO, ActorCritic, InputError, RecurrentLayer
 
 KINDS = ["lstm", "gru"]
 SMALL = {"num_envs": 3, "num_steps": 24, "total_steps": 144, "num_minibatches": 3}
 
 
-def network(memory="lstm", **options):
-    return partial(ActorCritic, memory=memory, memory_size=8, hidden_sizes=(8,), **options)
+def network(rnn="lstm", **options):
+    return partial(ActorCritic, rnn=rnn, rnn_size=8, hidden_sizes=(8,), **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_torchs_layer_step_by_step(kind):
-    memory = Memory(kind, 4, 6)
+    memory = RecurrentLayer(kind, 4, 6)
     cell = (nn.LSTMCell if kind == "lstm" else nn.GRUCell)(4, 6)
     with torch.no_grad():
         for name, parameter in cell.named_parameters():
@@ -42,7 +42,7 @@ def test_equals_torchs_layer_step_by_step(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_orthogonal_and_biases_zero(kind):
-    layer = Memory(kind, 8, 8).layer
+    layer = RecurrentLayer(kind, 8, 8).layer
     gates = 4 if kind == "lstm" else 3
     columns = layer.weight_hh_l0.T @ layer.weight_hh_l0
     assert columns.shape == (8, 8)
@@ -54,7 +54,7 @@ def test_weights_are_orthogonal_and_biases_zero(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_state_after_an_episodes_end_is_that_of_a_fresh_start(kind):
     """To the last bit, gradients included: nothing flows over the border."""
-    memory = Memory(kind, 4, 6)
+    memory = RecurrentLayer(kind, 4, 6)
     inputs = torch.randn(7, 2, 4, requires_grad=True)
     start = torch.zeros(7, 2, dtype=torch.bool)
     start[3, 0] = True
@@ -79,19 +79,20 @@ def test_sequences_give_the_log_probabilities_of_the_rollout_step_by_step(fit, k
     differences = []
 
     class Checked(PPO):
-        def update(self, batch, descend):
+        def update(self, batch):
             for length in (24, 12, 8, 1):
-                self.sequence_length = length
-                samples = self.samples(batch)
-                assert samples.batch_size == (72 // length, length)
+                self.rollouts.sequence_length = length
+                samples = self.training_samples(batch)
+                shape = samples["advantage"].shape
+                assert shape == (72 // length, length)
                 with torch.no_grad():
                     log_prob, _, value = self.policy.evaluate(samples)
-                valid = samples.get("valid", torch.ones(samples.batch_size, dtype=torch.bool))
+                valid = samples.get("valid", torch.ones(shape, dtype=torch.bool))
                 assert int(valid.sum()) == int(batch["valid"].sum())
                 differences.append((log_prob - samples["action_log_prob"])[valid])
                 differences.append((value - (samples["value_target"] - samples["advantage"]))[valid])
-            self.sequence_length = 8
-            return super().update(batch, descend)
+            self.rollouts.sequence_length = 8
+            return super().update(batch)
 
     env = partial(Spaces, "flat", "multi_discrete", mode != "Disabled")
     model = Checked(sync(env, mode), policy=network(kind, shared=shared), sequence_length=8, **SMALL)
@@ -119,16 +120,16 @@ def test_rollouts_hold_the_state_before_each_step_and_where_episodes_start(mode)
         state = torch.zeros(3, model.policy.state_size) if before is None else None
         if before is None:
             assert start[0].all()
-            assert torch.equal(batch["memory_state"][0], state)
+            assert torch.equal(batch["recurrent_state"][0], state)
         for step in range(23):
             features = model.policy.features(batch["observation"][step])
             with torch.no_grad():
-                _, _, after = model.policy.advance(features, batch["memory_state"][step], start[step])
-            assert_close(after, batch["memory_state"][step + 1], rtol=0, atol=0)
+                _, _, after = model.policy.advance(features, batch["recurrent_state"][step], start[step])
+            assert_close(after, batch["recurrent_state"][step + 1], rtol=0, atol=0)
     features = model.policy.features(first["observation"][23])
     with torch.no_grad():
-        _, _, after = model.policy.advance(features, first["memory_state"][23], first["episode_start"][23])
-    assert_close(after, second["memory_state"][0], rtol=0, atol=0)
+        _, _, after = model.policy.advance(features, first["recurrent_state"][23], first["episode_start"][23])
+    assert_close(after, second["recurrent_state"][0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
@@ -235,7 +236,7 @@ def test_minibatches_keep_time_whole(fit):
     seen = []
 
     class Watched(PPO):
-        def update(self, batch, descend):
+        def update(self, batch):
             evaluate = self.policy.evaluate
             batch["advantage"] = torch.arange(72.0).view(24, 3)  # a name for each row: step · 3 + environment
 
@@ -244,7 +245,7 @@ def test_minibatches_keep_time_whole(fit):
                 return evaluate(piece)
 
             self.policy.evaluate = watching
-            return super().update(batch, descend)
+            return super().update(batch)
 
     model = Watched(Recall, policy=network(), sequence_length=8, update_epochs=1, **{**SMALL, "total_steps": 72})
     fit(model)
@@ -261,7 +262,7 @@ def test_minibatches_keep_time_whole(fit):
         ({"sequence_length": 7}, "sequence_length = 7 does not cut num_steps = 24"),
         ({"num_minibatches": 4}, "= 3 sequences cannot be cut into num_minibatches = 4"),
         ({"policy": ActorCritic, "sequence_length": 8}, "has not: leave it out"),
-        ({"policy": partial(ActorCritic, memory="transformer")}, "memory must be one of"),
+        ({"policy": partial(ActorCritic, rnn="transformer")}, "memory must be one of"),
         ({"sequence_length": 0}, "sequence_length must be a whole number"),
     ],
 )
@@ -296,7 +297,7 @@ def test_own_memory_in_bf16_starts_at_ratio_one(fit):
 
     class First(PPO):
         def training_step(self, batch, batch_idx):
-            samples = self.samples(batch)
+            samples = self.training_samples(batch)
             ratios.append((self.policy.evaluate(samples)[0] - samples["action_log_prob"]).exp().flatten())
             super().training_step(batch, batch_idx)
 

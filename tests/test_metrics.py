@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from commands import main
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -19,13 +20,15 @@ from processes import forked
 from torch.testing import assert_close
 
 from ppo_lightning import PPO
+from ppo_lightning.algorithm.loss import Objective, normalize_advantages
+from ppo_lightning.algorithm.minibatches import map_samples
+from ppo_lightning.algorithm.update import UpdateResult
 from ppo_lightning.callbacks import PPOCallback, RolloutDetails
 from ppo_lightning.callbacks.events import EVENTS
-from ppo_lightning.cli import main
 from ppo_lightning.envs.workers import WorkerLost
 from ppo_lightning.errors import InputError
 from ppo_lightning.metric_names import TABLES, renamed, restored
-from ppo_lightning.metrics import Update, merged, row_of
+from ppo_lightning.metrics import iteration_metrics
 from ppo_lightning.policy import ActorCritic
 
 SMALL = {"env": "CartPole-v1", "num_envs": 4, "num_steps": 16, "total_steps": 4 * 64}
@@ -77,7 +80,9 @@ def trained(fit, seen, **options):
 def test_what_environments_say_is_averaged_over_steps_and_over_whole_episodes(fit, mode):
     """Rollouts of 4 steps cut episodes of 3: sums go on from one rollout to the next, resets never count."""
     Talks.made, seen = 0, []
-    trained(fit, seen, env=vector(mode), num_envs=2, num_steps=4, total_steps=48, log_info=["power"], num_minibatches=1)
+    trained(
+        fit, seen, env=vector(mode), num_envs=2, num_steps=4, total_steps=48, info_keys=["power"], num_minibatches=1
+    )
     for metrics in seen:
         assert metrics["reward_components/forward"] == 6.0
         assert metrics["reward_components/control"] == -1.5
@@ -119,7 +124,7 @@ def test_a_run_that_goes_on_goes_on_with_the_sums(fit, tmp_path):
 
 
 def test_evaluations_say_it_too():
-    statistics = PPO(Talks, num_envs=2, num_steps=4, num_minibatches=1, log_info=["power"]).evaluate(4)
+    statistics = PPO(Talks, num_envs=2, num_steps=4, num_minibatches=1, info_keys=["power"]).evaluate(4)
     assert statistics["eval/reward_components/forward"] == 6.0
     assert statistics["eval/env/power"] == 2.0
     assert statistics["eval/fail_rate"] == 0.5
@@ -251,7 +256,7 @@ def test_numbers_of_environments_are_averaged_whatever_their_types(mode):
         [{"rewards": {"a": 0}, "log": {"b": True, "c": np.uint8(1)}, "power": 1}],
         [{"rewards": {"a": 0.5}, "log": {"b": 0.5, "c": -2.0}, "power": np.float32(0.5)}],
     )
-    sums = told(infos, mode, log_info=["power"]).logged
+    sums = told(infos, mode, info_keys=["power"]).info
     means = {name: total / number for name, (total, number) in sums.items()}
     assert means["reward/a"] == 0.25
     assert means["reward_components/a"] == 1.0
@@ -295,7 +300,7 @@ def test_whatever_info_holds_training_goes_on(mode):
             assert len(told(both, mode).episodes.finished) == 4
     rollouts = told(together, mode)
     assert len(rollouts.episodes.finished) == 4
-    assert rollouts.logged["env/t"][0] == rollouts.logged["env/t"][1] > 0
+    assert rollouts.info["env/t"][0] == rollouts.info["env/t"][1] > 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -329,7 +334,7 @@ def test_evaluations_average_metrics_at_the_end_of_the_episodes_that_count(mode,
         assert statistics["eval/env/height"] == 2.5
         assert "eval/env/early" not in statistics
     model.close_environments()
-    sums = told((own, other), mode).logged
+    sums = told((own, other), mode).info
     steps = [1, 2, 3, 4] * 2 + ([] if mode is AutoresetMode.NEXT_STEP else [1, 2])  # two of whose ten rows are resets
     assert sums["env/progress"][0] / sums["env/progress"][1] == pytest.approx(1.5 * np.mean(steps) / 4)
     assert sums["env/early"] == (5.0 * steps.count(1), steps.count(1))
@@ -382,7 +387,7 @@ def test_a_vector_may_give_an_info_for_each_environment():
 
     model = PPO(env, num_envs=2, num_steps=8, num_minibatches=1)
     model.rollouts.collect()
-    total, number = model.rollouts.logged["env/x"]
+    total, number = model.rollouts.info["env/x"]
     assert total / number == pytest.approx(1.75)
 
 
@@ -437,7 +442,7 @@ def test_sums_go_on_in_every_kind_of_vector(fit, tmp_path, tensors, memory):
     whole, second = [], []
     options = {
         "env": partial(Native, tensors=tensors), "num_envs": 2, "num_steps": 4, "num_minibatches": 1, "total_steps": 32,
-        "policy": partial(ActorCritic, memory=memory),
+        "policy": partial(ActorCritic, rnn=memory),
     }  # fmt: skip
     trained(fit, whole, **options)
     fit(PPO(**options), max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
@@ -453,7 +458,7 @@ def test_sums_go_on_in_every_kind_of_vector(fit, tmp_path, tensors, memory):
 @pytest.mark.filterwarnings("ignore:a worker died. made anew")
 def test_lost_workers_lose_no_sums():
     """Their episodes have ended: what they were made of counts, as do the steps before."""
-    environments = PPO(Talks, num_envs=2, env_restarts=1).make_environments()
+    environments = PPO(Talks, num_envs=2, max_env_restarts=1).env_provider.for_training()
     environments.reset(0)
     environments.step(np.zeros(2, np.int64))
     environments._begin_anew(WorkerLost("a worker died"))
@@ -517,14 +522,18 @@ def test_two_processes_log_what_one_would_of_both_rollouts(mode):
     one.policy.load_state_dict(first["policy"])
     # In one process advantages of both rollouts are normalised together, where samples are.
     with torch.no_grad():
-        terms = torch.stack(one.current_loss()(one.samples(both), one.policy.evaluate))
-    update = Update(one.current_loss(), terms[None], 1, 1, torch.zeros(0, 3), False)
+        samples = one.training_samples(both)
+        if "valid" in samples:
+            samples = map_samples(lambda leaf: leaf[samples["valid"]], samples)
+        samples["advantage"] = normalize_advantages(samples["advantage"])
+        losses = Objective(one.policy, one.loss)(samples, one.coefficients)
+    table = torch.stack(list(losses.values()))[None]
+    update = UpdateResult(one.coefficients, tuple(losses), table, torch.zeros(0, 3), 1, 1, False)
     finished = torch.cat([first["finished"], second["finished"]])
     one.policy.load_state_dict(first["learnt"])
     with torch.no_grad():
-        clipped = one.policy.distribution.clipped(both["action"])
-        row = row_of(both, update, one.policy.std(both[-1]), finished, 0, clipped)
-    for name, value in merged(row[None]).items():
+        metrics = iteration_metrics(both, update, one.policy, finished, 0, lambda row: row)
+    for name, value in metrics.items():
         if name in first["metrics"]:
             assert first["metrics"][name] == second["metrics"][name], name
             assert first["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
@@ -554,11 +563,11 @@ def test_norms_are_those_of_the_halves_of_the_gradient(fit, compile):
 
     class Watches(PPOCallback):
         def on_update_start(self, trainer, pl_module, rollout):
-            rollouts.append(pl_module.samples(rollout))
-            losses.append(pl_module.current_loss())
-            policy = pl_module.policy
-            terms = losses[-1](rollouts[-1], policy.evaluate)
-            gradients = torch.autograd.grad(terms.loss, list(policy.parameters()))
+            rollouts.append(pl_module.training_samples(rollout))
+            policy, samples = pl_module.policy, dict(rollouts[-1])
+            samples["advantage"] = normalize_advantages(samples["advantage"])
+            losses = Objective(policy, pl_module.loss)(samples, pl_module.coefficients)
+            gradients = torch.autograd.grad(losses["loss"], list(policy.parameters()))
             network = policy.network
             for name, own in {"actor": (network.actor_trunk, network.action_head), "critic": ()}.items():
                 ids = {id(p) for part in own for p in part.parameters()}
@@ -572,7 +581,7 @@ def test_norms_are_those_of_the_halves_of_the_gradient(fit, compile):
         def on_iteration_end(self, trainer, pl_module, metrics):
             seen.append(metrics)
 
-    losses, expected = [], {}
+    expected = {}
     model = PPO(**{**SMALL, "num_minibatches": 1, "update_epochs": 1, "total_steps": 64}, compile=compile)
     fit(model, callbacks=[Watches()])
     assert seen[0]["train/actor_grad_norm"] == pytest.approx(expected["actor"][0], rel=1e-4)
@@ -614,8 +623,8 @@ def test_rollout_statistics_are_those_of_the_rollout(fit):
         assert metrics["rollout/value_mean"] == pytest.approx(rollout["state_value"].mean().item(), rel=1e-5, abs=1e-6)
         assert metrics["rollout/truncated"] == rollout["truncated"].sum() == metrics["rollout/episodes"]
         assert metrics["rollout/terminated"] == 0
-        assert metrics["train/early_stopped"] == update.stopped == (len(update.norms) < len(update.terms))
-        assert metrics["train/old_approx_kl"] == pytest.approx(update.terms[:, 6].mean().item())
+        assert metrics["train/early_stopped"] == update.stopped == (len(update.grad_norms) < len(update.losses))
+        assert metrics["train/old_approx_kl"] == pytest.approx(update.column("old_approx_kl").mean().item())
         assert metrics["time/iteration"] >= metrics["time/collect"] + metrics["time/update"]
     assert updates[0].stopped
     returns = [episode[0] for episode in model.rollouts.episodes.window]
@@ -826,7 +835,7 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"--model.{name}={value}" for name, value in SMALL.items()]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
-    main(["fit", *words, *quiet, "--model.metric_names", "pufferlib", "--model.log_info", "[power]"])
+    main(["fit", *words, *quiet, "--model.metric_names", "pufferlib", "--model.info_keys", "[power]"])
     header = next(tmp_path.glob("lightning_logs/version_0/metrics.csv")).read_text().partition("\n")[0]
     assert {"agent_steps", "losses/clipfrac"} <= set(header.split(","))
 
@@ -837,7 +846,7 @@ def test_details_are_those_of_the_rollout(fit):
     class Watches(PPOCallback):
         def on_update_start(self, trainer, pl_module, rollout):
             rollouts.append(
-                (rollout.clone(), pl_module.policy.moments.mean.clone(), pl_module.scaled(rollout["reward"]))
+                (rollout.clone(), pl_module.policy.moments.mean.clone(), pl_module.reward_normalizer(rollout["reward"]))
             )
 
         def on_iteration_end(self, trainer, pl_module, metrics):

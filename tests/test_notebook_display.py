@@ -13,7 +13,7 @@ from rich.console import Console
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import AsyncEvaluation, NotebookDisplay
 from ppo_lightning.errors import InputError
-from ppo_lightning.history import Records
+from ppo_lightning.runs.history import Records
 from ppo_lightning.tools import notebook
 from ppo_lightning.tools.charts import RETURN, draw, to_png
 from ppo_lightning.tools.dashboard import UPDATE, metric_rows

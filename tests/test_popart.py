@@ -72,17 +72,17 @@ def test_the_output_is_preserved_in_training_and_the_loss_is_of_normalised_targe
     checked = []
 
     class Checked(PPO):
-        def update(self, batch, descend):
+        def update(self, batch):
             values = self.policy.critic(self.policy.features(batch["observation"].flatten(0, 1)))
             assert_close(values.view(32, 4), batch["state_value"], rtol=1e-4, atol=1e-4)
-            samples = self.samples(batch)
+            samples = self.training_samples(batch)
             normalizer = self.policy.value_normalizer
             assert_close(samples["value_target"] * normalizer.std.float() + normalizer.mean.float(),
                          batch["value_target"].flatten(), rtol=1e-4, atol=1e-3)  # fmt: skip
             _, _, value = self.policy.evaluate(samples)
             assert_close(value, samples["state_value"], rtol=1e-3, atol=1e-3)  # both normalised: clipping compares them
             checked.append(True)
-            return super().update(batch, descend)
+            return super().update(batch)
 
     lightning.seed_everything(0, verbose=False)
     fit(Checked("Pendulum-v1", popart=PopArt(1e-3), clip_range_vf=0.2, **SMALL))

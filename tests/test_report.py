@@ -14,7 +14,7 @@ import pytest
 
 import ppo_lightning.tools.report as report
 from ppo_lightning.__main__ import main as console
-from ppo_lightning.history import Records, summarize_records
+from ppo_lightning.runs.history import Records, summarize_records
 from ppo_lightning.tools.charts import CHARTS, COLORS, Curve, draw, draw_learning_curve, to_svg
 from ppo_lightning.tools.comparison import comparison, curves_of, grouped, interval
 from ppo_lightning.tools.page import number

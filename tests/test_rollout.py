@@ -1,14 +1,17 @@
+from types import SimpleNamespace
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from probes import DiscreteWorld, Endless, Scripted, Target, Uneven
+from probes import DiscreteWorld, Endless, Scripted, Target, Uneven, learnt_rewards
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, generalized_advantage
-from ppo_lightning.rollout import EpisodeStatistics
-from ppo_lightning.stepping import Ends
+from ppo_lightning import PPO, PPOLoss, generalized_advantage
+from ppo_lightning.rollout.collectors import Ends
+from ppo_lightning.rollout.dataset import EpisodeStatistics
+from ppo_lightning.runs.ranks import Ranks
 
 MODES = list(AutoresetMode)
 
@@ -73,6 +76,20 @@ def _cut(key, *tables):
     return any(s != steps[0] for s in steps) or episode * 1.0 not in {k[1] for k in steps[0]}
 
 
+def learn(model, batch):
+    """Update the model on a rollout; the advantages of each minibatch."""
+    seen = []
+
+    class Sees(PPOLoss):
+        def forward(self, batch, evaluate, coefficients):
+            seen.append(batch["advantage"])
+            return super().forward(batch, evaluate, coefficients)
+
+    model.updater.objective.loss = Sees()
+    model.learn(batch, torch.optim.SGD(model.parameters(), lr=0.0))
+    return seen
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_next_value_is_that_of_the_final_observation_never_of_the_reset(mode):
     model = stepped_by(PPO(vector(mode, script=SCRIPTS["mixed"]), num_steps=20, num_minibatches=1))
@@ -85,14 +102,14 @@ def test_next_value_is_that_of_the_final_observation_never_of_the_reset(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_dummy_rows_reach_nothing(mode):
     model = PPO(vector(mode), num_steps=20, num_minibatches=1, normalize_observation=True, normalize_reward=True)
-    batch = model.rollouts.collect()
-    model.on_train_batch_start(batch, 0)
+    batch = model.collect()
     dummies = int((~batch["valid"]).sum())
     assert (dummies > 0) == (mode is AutoresetMode.NEXT_STEP)
-    samples = model.samples(batch)
-    assert len(samples) == 60 - dummies
-    model.count(batch, 1)
-    assert int(model.policy.moments.count) == int(model.return_moments.count) == 60 - dummies
+    samples = model.training_samples(batch)
+    assert ("valid" in samples) == (dummies > 0)
+    learnt = sum(len(one) for one in learn(model, batch))
+    assert learnt == (60 - dummies) * model.update_epochs
+    assert int(model.policy.moments.count) == int(model.reward_normalizer.moments.count) == 60 - dummies
     assert_close(model.policy.moments.mean, batch["observation"][batch["valid"]].double().mean(0))
     assert model.num_env_steps == 60 - dummies
     lengths = [length for _, length, *_ in model.rollouts.episodes.window]
@@ -105,8 +122,7 @@ def test_episode_statistics_are_those_of_the_script(mode):
     script = ((3, "terminated"), (2, "truncated"), (5, "terminated"))
     model = PPO(vector(mode, num_envs=2, script=script), num_steps=4, num_minibatches=1)
     for _ in range(12):
-        batch = model.rollouts.collect()
-        model.count(batch, 1)
+        learn(model, model.collect())
     window = list(model.rollouts.episodes.window)
     assert len(window) >= 20
     for index, (total, length, *_) in enumerate(window):
@@ -148,7 +164,7 @@ def test_wrong_without_bootstrap_right_with_it(fit):
     """V = 1 / (1 - γ) = 10 in a world without end, though every episode is cut after 20 steps."""
     torch.manual_seed(0)
     model = PPO(
-        lambda: Endless(20), num_envs=4, num_steps=50, total_steps=40_000, gamma=0.9, num_minibatches=4,
+        lambda: Endless(20), num_envs=4, num_steps=50, total_steps=12_000, gamma=0.9, num_minibatches=4,
         optimizer=lambda params: torch.optim.Adam(params, lr=1e-2),
     )  # fmt: skip
     fit(model)
@@ -190,11 +206,8 @@ def test_environments_have_seeds_of_their_own_on_every_rank():
     assert_close(first, expected, rtol=0, atol=0)
     other = PPO("CartPole-v1", num_envs=3, num_steps=8)
     other.seed = 7
-    type(other)._rank, kept = property(lambda self: 2), type(other)._rank
-    try:
-        second = other.rollouts.collect()["observation"][0]
-    finally:
-        type(other)._rank = kept
+    other.ranks = Ranks(SimpleNamespace(global_rank=2, world_size=1))
+    second = other.rollouts.collect()["observation"][0]
     expected = torch.stack([torch.from_numpy(gym.make("CartPole-v1").reset(seed=7 + 2 * 3 + i)[0]) for i in range(3)])
     assert_close(second, expected, rtol=0, atol=0)
 
@@ -256,9 +269,9 @@ def test_normalised_rewards_have_the_scale_of_the_discounted_return_from_the_fir
     make = lambda: gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: 1e4 * reward)  # noqa: E731
     model = PPO(make, num_envs=4, num_steps=200, normalize_reward=True, gamma=0.9)
     batch = model.rollouts.collect()
-    scaled = model.scale_reward(batch["reward"], batch["terminated"] | batch["truncated"], batch["valid"])
+    scaled = learnt_rewards(model, batch["reward"], batch["terminated"] | batch["truncated"], batch["valid"])
     assert (scaled.abs() < 10).all()
-    deviation = float(model.return_moments.variance) ** 0.5
+    deviation = float(model.reward_normalizer.moments.variance) ** 0.5
     assert_close(scaled * deviation, batch["reward"], rtol=1e-4, atol=1e-2)
 
 
@@ -266,9 +279,9 @@ def test_normalised_rewards_equal_gymnasiums_wrapper_on_the_moments():
     """The variance of the discounted return, over the same steps."""
     model = PPO(lambda: Endless(7), num_envs=1, num_steps=70, normalize_reward=True, gamma=0.9)
     batch = model.rollouts.collect()
-    model.scale_reward(batch["reward"], batch["terminated"] | batch["truncated"], batch["valid"])
+    learnt_rewards(model, batch["reward"], batch["terminated"] | batch["truncated"], batch["valid"])
     returns = [sum(0.9**k for k in range(step + 1)) for step in range(7)] * 10
-    assert float(model.return_moments.variance) == pytest.approx(np.var(returns), rel=1e-5)
+    assert float(model.reward_normalizer.moments.variance) == pytest.approx(np.var(returns), rel=1e-5)
 
 
 def test_discounted_returns_go_on_from_rollout_to_rollout():
@@ -278,8 +291,8 @@ def test_discounted_returns_go_on_from_rollout_to_rollout():
         model = PPO(lambda: Endless(10**9), num_envs=1, num_steps=steps, normalize_reward=True, gamma=0.99)
         for _ in range(rollouts):
             batch = model.rollouts.collect()
-            model.scale_reward(batch["reward"], batch["truncated"], batch["valid"])
-        moments.append(dict(model.return_moments.state_dict()))
+            learnt_rewards(model, batch["reward"], batch["truncated"], batch["valid"])
+        moments.append(dict(model.reward_normalizer.moments.state_dict()))
     assert_close(moments[0], moments[1], rtol=1e-5, atol=1e-5)
 
 
@@ -308,6 +321,6 @@ def test_normalised_rewards_are_clipped_at_ten():
     model = PPO("CartPole-v1", num_envs=1, num_steps=1000, normalize_reward=True, gamma=0.0)
     reward = torch.full((1000, 1), 1e-3)
     reward[500] = -1e3
-    model.rollouts.discounted = torch.zeros(1)
+    model.rollouts.running_return = torch.zeros(1)
     never = torch.zeros(1000, 1, dtype=torch.bool)
-    assert model.scale_reward(reward, never, ~never).min() == -10
+    assert learnt_rewards(model, reward, never, ~never).min() == -10

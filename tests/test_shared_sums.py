@@ -9,13 +9,14 @@ import torch
 from processes import fit, forked
 from torch import distributed
 
-from ppo_lightning import PPO, shared_sums
-from ppo_lightning.shared_sums import SharedSums
+from ppo_lightning import PPO
+from ppo_lightning.runs import shared_memory
+from ppo_lightning.runs.shared_memory import SharedMemoryAllReduce
 
 SMALL = {"env": "CartPole-v1", "num_envs": 2, "num_steps": 16, "total_steps": 6 * 64}
 
 pytestmark = pytest.mark.skipif(
-    not shared_sums._can_share(1, torch.device("cpu")), reason="this machine's processes share no memory"
+    not shared_memory._can_share(1, torch.device("cpu")), reason="this machine's processes share no memory"
 )
 
 
@@ -29,12 +30,12 @@ def in_group(rank, world_size, function):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_process_gets_the_same_sum_however_late_the_others_are(world_size):
     def adds(rank):
-        sums, results = SharedSums(rank, world_size, 100), []
+        sums, results = SharedMemoryAllReduce(rank, world_size, 100), []
         for turn in range(300):
             if turn % 50 == rank:
                 time.sleep(0.01)
             tensor = torch.full((1 + turn % 100,), float(turn * 10**rank))
-            sums.add_up(tensor)
+            sums.all_reduce(tensor)
             results.append(tensor)
         return results
 
@@ -47,12 +48,12 @@ def test_every_process_gets_the_same_sum_however_late_the_others_are(world_size)
 
 def test_every_process_gets_the_rows_of_all_to_the_last_bit():
     def gathers(rank):
-        sums, rows = SharedSums(rank, 2, 100), []
+        sums, rows = SharedMemoryAllReduce(rank, 2, 100), []
         for turn in range(50):
             row = torch.full((1 + turn % 50,), (turn + rank) / 3, dtype=torch.float64)
-            assert sums.has_room(row)
+            assert sums.fits(row)
             rows.append(sums.gather(row))
-        assert not sums.has_room(torch.zeros(51, dtype=torch.float64))
+        assert not sums.fits(torch.zeros(51, dtype=torch.float64))
         return rows
 
     for rows in forked(lambda rank: in_group(rank, 2, gathers)):
@@ -61,16 +62,16 @@ def test_every_process_gets_the_rows_of_all_to_the_last_bit():
             assert (both == torch.tensor([[turn / 3], [(turn + 1) / 3]], dtype=torch.float64)).all()
 
 
-@pytest.mark.parametrize("more", [{}, {"minibatch_chunks": 2}, {"target_kl": 1e-3}])
+@pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2}, {"target_kl": 1e-3}])
 def test_training_is_the_same_by_memory_and_by_messages(more):
     def trains(shares):
         def run(rank):
             torch.set_num_threads(1)
-            shared_sums._can_share = lambda *_: shares
+            shared_memory._can_share = lambda *_: shares
             torch.manual_seed(0)
             model = PPO(**SMALL, **more)
             fit(model, strategy="ddp", devices=2)
-            return model.state_dict(), isinstance(getattr(model._add_up, "__self__", None), SharedSums)
+            return model.state_dict(), isinstance(model.ranks.shared, SharedMemoryAllReduce)
 
         return run
 
@@ -80,26 +81,27 @@ def test_training_is_the_same_by_memory_and_by_messages(more):
     torch.testing.assert_close(shared, sent, rtol=0, atol=0)
 
 
-def test_a_process_that_ended_is_missed_at_once_and_leaves_no_file():
+def test_a_process_that_ended_is_missed_at_once_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)  # where no other test has files
+
     def dies(rank):
-        sums = SharedSums(rank, 2, 10)
+        sums = SharedMemoryAllReduce(rank, 2, 10)
         if rank == 1:
             os._exit(0)
         started = time.monotonic()
         with pytest.raises(distributed.DistError, match=r"process 1 ended where the processes meet"):
-            sums.add_up(torch.ones(3))
+            sums.all_reduce(torch.ones(3))
         return time.monotonic() - started
 
-    before = set(shared_sums.FOLDER.glob("ppo_lightning_*"))
     seconds, _ = forked(lambda rank: in_group(rank, 2, dies))
     assert seconds < 2
-    assert set(shared_sums.FOLDER.glob("ppo_lightning_*")) <= before
+    assert not list(tmp_path.glob("ppo_lightning_*"))
 
 
 def test_where_there_is_no_room_messages_are_sent_and_a_warning_says_so():
     def trains(rank):
         torch.set_num_threads(1)
-        shared_sums._allocate = lambda size: None
+        shared_memory._allocate = lambda size: None
         model = PPO(**SMALL)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

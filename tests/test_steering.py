@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import main
 from hills import Fragile, Hill, Hills, Line, Simulation, nearness, vector
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping
@@ -29,7 +30,6 @@ from ppo_lightning.callbacks import (
     Stage,
     Stages,
 )
-from ppo_lightning.cli import main
 from ppo_lightning.envs.shaping import PotentialShaping
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.parameters import Linear
@@ -170,10 +170,10 @@ def test_a_vector_by_a_callable_is_made_with_the_levels_arguments(fit):
 def test_an_environment_that_is_made_anew_after_a_crash_is_on_the_level(fit):
     Fragile.episodes = 0
     record = Record()
-    model = PPO(Fragile, **{**SMALL, "num_envs": 1}, total_steps=32, env_restarts=1)
+    model = PPO(Fragile, **{**SMALL, "num_envs": 1}, total_steps=32, max_env_restarts=1)
     with pytest.warns(UserWarning, match="made anew"):
         fit(model, callbacks=[Curriculum([Level({"difficulty": 7.0})]), record])
-    assert model.restarts.count == 1
+    assert model.env_provider.restarts.count == 1
     assert record.difficulty == [[7.0]] * 4
 
 
@@ -431,7 +431,7 @@ def test_a_stage_changes_what_is_learnt_with_and_the_next_one_takes_it_back(fit)
     own = [1e-2 * (1 - steps / 128) for steps in shares]
     assert_close(record.column("train/learning_rate"), [1e-3] * 4 + [4e-4 * (1 - 32 / 128)] + own[5:])
     assert [len(frozen) for frozen in record.frozen] == [0] * 5 + [6] * 4
-    assert (model.num_steps, model.rollouts.num_steps, model.lr_schedule, model.ent_coef) == (
+    assert (model.num_steps, model.rollouts.num_steps, model.schedules["lr"], model.schedules["ent_coef"]) == (
         4,
         4,
         None,
@@ -477,7 +477,7 @@ def test_stages_go_on_to_the_bit(env, kind, save_at, fit):
 
 
 def test_rollouts_of_another_length_go_on_with_memory(fit):
-    policy = partial(ActorCritic, memory="lstm", hidden_sizes=(16,))
+    policy = partial(ActorCritic, rnn="lstm", hidden_sizes=(16,))
     options = {**LEARNT, "env": "CartPole-v1", "policy": policy, "num_minibatches": 1}
     resumes(fit, options, lambda: [Stages([Stage(), Stage(from_steps=192, num_steps=20)])], 3)
 
@@ -490,7 +490,7 @@ def test_the_length_of_a_rollout_changes_no_step_that_is_taken():
         torch.manual_seed(1)
         parts = []
         for length in lengths:
-            model.resize_rollouts(length)
+            model.rollouts.set_num_steps(length)
             parts.append(
                 {key: value.clone() for key, value in model.rollouts.collect().exclude("policy_version").items()}
             )
@@ -615,7 +615,7 @@ def test_each_iteration_learns_at_the_rate_that_the_one_before_has_set(fit):
     for before, kl, after in zip(rates, divergences, [*rates[1:], adaptive.rate], strict=True):
         assert after == (before / 1.5 if kl > 2e-3 else before * 1.5 if 0 < kl < 5e-4 else before)
     assert len(set(rates)) > 2
-    assert model.lr_schedule is None
+    assert model.schedules["lr"] is None
 
 
 def test_the_adapted_rate_goes_on_to_the_bit(fit):
@@ -628,8 +628,8 @@ def test_other_parameter_groups_keep_their_ratio():
     optimizer = torch.optim.Adam([{"params": [torch.zeros(1)], "lr": 1e-2}, {"params": [torch.zeros(1)], "lr": 2e-3}])
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    model.lr_schedule = Linear(1e-3, 1e-3)
-    model.anneal(optimizer)
+    model.schedules.override("lr", 1e-3, owner=optimizer)
+    model.schedules.set_learning_rate(optimizer, model.progress)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 2e-4]
 
 

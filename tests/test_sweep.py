@@ -4,6 +4,7 @@ import csv
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
+from processes import forked
 
 from ppo_lightning import PPO, InputError
 from ppo_lightning.tools.sweep import command as command_line
@@ -471,20 +473,15 @@ def test_a_trial_that_another_machine_took_over_is_given_up(fits, monkeypatch, w
     assert len(counted(study)) == 4
 
 
-def test_processes_that_begin_a_study_at_the_same_moment_share_it(tmp_path):
-    code = (
-        "from ppo_lightning.tools.sweep.search import _open; input(); _open('sqlite:///shared.db', 'study', ['score'])"
-    )
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    time.sleep(0.1)
-    for process in both:
-        assert process.stdin is not None
-        process.stdin.write("now\n")
-        process.stdin.flush()
-    assert [process.communicate()[1] for process in both] == ["", ""]
+def test_processes_that_begin_a_study_at_the_same_moment_share_it(capfd):
+    together = multiprocessing.get_context("fork").Barrier(2)
+
+    def begin(rank: int) -> str:
+        together.wait(60)
+        return search._open("sqlite:///shared.db", "study", ["score"]).study_name
+
+    assert forked(begin) == ["study", "study"]
+    assert capfd.readouterr().err == ""
 
 
 def test_a_study_that_sought_something_else_does_not_go_on(fits):
@@ -515,12 +512,14 @@ def test_an_interrupt_stops_the_runs_and_queues_them(fits, monkeypatch, workers)
                 os.kill(os.getpid(), signal.SIGINT)
 
     fits(lambda model, seed: [(1000, 1.0)])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the console script leaves another one
     with monkeypatch.context() as patch:
         patch.setattr(objective, "POLL_S", 0.1)
         patch.setattr(objective, "FitProcess", Sleeps)
         patch.setattr(fit_process, "FIT", [sys.executable, "-c", "import time; time.sleep(60)"])
         with pytest.raises(KeyboardInterrupt):
             sweep(CONFIG, SPACE, trials=4, workers=workers, quiet=True)
+    signal.signal(signal.SIGINT, before)
     assert [run.process.returncode for run in begun] == [-signal.SIGTERM] * workers
     study = sweep(CONFIG, SPACE, trials=4, quiet=True).study
     assert states(study) == ["FAIL"] * workers + ["COMPLETE"] * 4

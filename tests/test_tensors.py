@@ -20,7 +20,7 @@ from ppo_lightning import PPO, ActorCritic, InputError
 from ppo_lightning.envs import Environments
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
 from ppo_lightning.errors import EnvironmentFault
-from ppo_lightning.stepping import ArrayStepper, TensorStepper
+from ppo_lightning.rollout.collectors import ArrayStepper, TensorStepper
 
 SIZE = {"num_envs": 4, "num_steps": 32}
 
@@ -110,7 +110,7 @@ def test_nothing_is_copied_to_numpy_while_steps_are_taken(monkeypatch):
     for name in ("numpy", "__array__", "cpu"):
         monkeypatch.setattr(Tensor, name, refuse)
     with torch.no_grad(), monkeypatch.context() as inside:
-        inside.setattr("ppo_lightning.stepping.TensorStepper._steps", lambda self, *args: args)
+        inside.setattr("ppo_lightning.rollout.collectors.TensorStepper._steps", lambda self, *args: args)
         stepper.take(model.policy, noise)
 
 
@@ -140,7 +140,7 @@ def test_policies_with_memory_and_dict_actions_take_them(fit):
 
 
 def remembering(observation_space, action_space):
-    return ActorCritic(observation_space, action_space, memory="gru", distribution="tanh")
+    return ActorCritic(observation_space, action_space, rnn="gru", distribution="tanh")
 
 
 # --- vectors of other packages -----------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ class Shows(Simulation):
 @pytest.mark.parametrize("memory", [None, "gru"])
 def test_time_limits_bootstrap_from_the_final_observations_that_a_simulator_shows(name, form, grouped, memory):
     keys = {"actor_keys": ["policy"], "critic_keys": ["policy", "critic"]} if grouped else {}
-    policy = partial(ActorCritic, memory=memory, **keys)
+    policy = partial(ActorCritic, rnn=memory, **keys)
     model = PPO(partial(Shows, name=name, form=form, grouped=grouped), policy=policy, **SIZE)
     batch = model.rollouts.collect()
     assert batch["truncated"][4, 0]
@@ -349,7 +349,7 @@ def test_what_simulators_log_is_logged():
 
     model = PPO(Logs, **SIZE)
     model.rollouts.collect()
-    means = {name: total / number for name, (total, number) in model.rollouts.logged.items()}
+    means = {name: total / number for name, (total, number) in model.rollouts.info.items()}
     assert means == pytest.approx(
         {
             "env/Episode_Reward/track": 0.5, "env/Curriculum/level": 2.0, "env/per_env": 1.5, "env/ended": 1.5,
@@ -359,7 +359,7 @@ def test_what_simulators_log_is_logged():
     assert 3 <= means["reward_components/alive"] <= 5
     model = PPO(Both, **SIZE)
     model.rollouts.collect()
-    assert model.rollouts.logged.keys() == {"env/rew", "reward/alive", "reward_components/alive"}
+    assert model.rollouts.info.keys() == {"env/rew", "reward/alive", "reward_components/alive"}
     assert model.evaluate(2)["eval/env/rew"] == 1.0
 
 

@@ -13,9 +13,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, InputError
+from ppo_lightning import PPO, InputError, PPOLoss
 from ppo_lightning.callbacks import AdaptiveLearningRate, PPOCallback, Stage, Stages
-from ppo_lightning.loss import PPOLoss
 
 SMALL = {"num_envs": 2, "num_steps": 16, "total_steps": 128, "update_epochs": 2, "num_minibatches": 2}
 
@@ -49,20 +48,19 @@ def fails(*_):
 # --- how it is counted -------------------------------------------------------------------------------------------------
 
 
-class Fragile(PPO):
-    """Fails within an update, after so many minibatches of an iteration."""
+class Fragile(PPOLoss):
+    """Fails within an update, once, after so many minibatches."""
 
-    def __init__(self, *args, iteration, minibatch, **kwargs):
-        self.place, self.taken = (iteration, minibatch), 0
-        super().__init__(*args, **kwargs)
+    def __init__(self, minibatches):
+        super().__init__()
+        self.left, self.failed = minibatches, False
 
-    def descend(self, loss, last=True):
-        if self.policy_version == self.place[0]:
-            if self.taken == self.place[1]:
-                self.place = (-1, 0)
-                raise ZeroDivisionError
-            self.taken += 1
-        super().descend(loss, last)
+    def forward(self, batch, evaluate, coefficients):
+        if self.left == 0 and not self.failed:
+            self.failed = True
+            raise ZeroDivisionError
+        self.left -= 1
+        return super().forward(batch, evaluate, coefficients)
 
 
 @pytest.mark.parametrize("hooked", [False, True], ids=["alone", "by the strategy"])
@@ -74,7 +72,7 @@ def test_an_update_that_was_broken_off_is_not_counted_and_changes_nothing(fit, i
 
     callbacks = [Hooked()] if hooked else []
     torch.manual_seed(0)
-    model = Fragile("CartPole-v1", iteration=iteration, minibatch=1, optimizer=sgd, **SMALL)
+    model = PPO("CartPole-v1", loss=Fragile(4 * iteration + 1), optimizer=sgd, **SMALL)
     torch.manual_seed(0)
     whole = PPO("CartPole-v1", optimizer=sgd, **SMALL)
     fit(whole, max_epochs=iteration)
@@ -84,7 +82,7 @@ def test_an_update_that_was_broken_off_is_not_counted_and_changes_nothing(fit, i
     )  # fmt: skip
     with pytest.raises(ZeroDivisionError):
         trainer.fit(model)
-    assert model.taken == 1
+    assert model.loss.failed
     assert trainer.global_step == int(model.iterations) == iteration
     assert_close(weights(model), weights(whole), rtol=0, atol=0)
     trainer.fit(model)
@@ -97,35 +95,28 @@ def test_an_update_that_was_broken_off_is_not_counted_and_changes_nothing(fit, i
 
 
 def test_an_update_whose_first_minibatch_is_skipped_counts_once(fit):
-    class Poisoned(PPO):
-        def current_loss(self):
-            loss, left = super().current_loss(), [int(self.iterations) == 1]
+    class Poisoned(PPOLoss):
+        calls = 0
 
-            class Loss(PPOLoss):
-                def __call__(self, batch, evaluate):
-                    terms = super().__call__(batch, evaluate)
-                    if left.pop() if left else False:
-                        return terms._replace(loss=terms.loss * torch.nan, approx_kl=terms.approx_kl * torch.nan)
-                    return terms
+        def forward(self, batch, evaluate, coefficients):
+            self.calls += 1
+            losses = super().forward(batch, evaluate, coefficients)
+            return {name: value * torch.nan for name, value in losses.items()} if self.calls == 5 else losses
 
-            return Loss(**vars(loss))
-
-    model = Poisoned("CartPole-v1", target_kl=0.1, non_finite="skip", **SMALL)
+    model = PPO("CartPole-v1", loss=Poisoned(), target_kl=0.1, non_finite="skip", **SMALL)
     trainer = fit(model)
     assert model.guard.skipped == 1
     assert trainer.global_step == trainer.current_epoch == int(model.iterations) == 4
 
 
-@pytest.mark.parametrize("kind", ["steps of its own", "hook"])
+@pytest.mark.parametrize("kind", ["step of its own", "hook"])
 def test_iterations_are_counted_whatever_a_step_does(fit, kind):
     class Own(PPO):
-        def descend(self, loss, last=True):
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(loss)
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
             optimizer.step()
 
-    model = (Own if kind == "steps of its own" else PPO)("CartPole-v1", **SMALL)
+    model = (Own if kind == "step of its own" else PPO)("CartPole-v1", **SMALL)
     trainer = fit(model, callbacks=[At("on_before_optimizer_step", 0, lambda *_: None)])
     assert trainer.global_step == int(model.iterations) == 4
 
@@ -222,23 +213,20 @@ def test_a_new_parameter_group_is_rolled_back_with_the_others(fit, extended):
     assert {taken for name, taken in steps.items() if name not in new} == {4}
 
 
+class UsesHead(PPOLoss):
+    def forward(self, batch, evaluate, coefficients):
+        losses = super().forward(batch, evaluate, coefficients)
+        own = sum(100 * (head(batch["observation"]) - 1).square().mean() for head in self.head)
+        return {**losses, "loss": losses["loss"] + own}
+
+
 class Beside(PPO):
     """Has a module beside the policy, which its loss uses or does not."""
 
     def __init__(self, *args, uses, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.head, self.uses = nn.Linear(4, 1), uses
-
-    def current_loss(self):
-        loss, head, uses = super().current_loss(), self.head, self.uses
-
-        class Loss(PPOLoss):
-            def __call__(self, batch, evaluate):
-                terms = super().__call__(batch, evaluate)
-                own = 100 * (head(batch["observation"]) - 1).square().mean() if uses else 0.0
-                return terms._replace(loss=terms.loss + own)
-
-        return Loss(**vars(loss))
+        super().__init__(*args, loss=UsesHead(), **kwargs)
+        self.head = nn.Linear(4, 1)
+        self.loss.head = [self.head] if uses else []  # a list, so that it is no module of the loss
 
 
 def test_a_module_beside_the_policy_learns_where_the_loss_uses_it(fit, tmp_path):
@@ -277,7 +265,7 @@ def test_a_module_that_receives_no_gradient_is_named_once(fit):
 def test_the_compiled_update_leaves_modules_beside_the_policy_to_the_eager_one(fit):
     model = Beside("CartPole-v1", uses=True, compile=True, **SMALL)
     before = weights(model.head)
-    with pytest.warns(UserWarning, match="since the optimizer has parameters beside the policy's"):
+    with pytest.warns(UserWarning, match="since the optimizer has parameters beside those of policy and loss"):
         fit(model)
     assert ((weights(model.head) - before).abs() > 1e-4).all()
 

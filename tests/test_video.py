@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from commands import main
 from gymnasium.vector import SyncVectorEnv
 from lightning import Callback
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -27,7 +28,7 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
 from ppo_lightning.callbacks import AsyncEvaluation, EvaluationVideo, async_evaluation, processes, record
-from ppo_lightning.envs import Setting
+from ppo_lightning.envs import EnvOverrides
 from ppo_lightning.tools import video
 from ppo_lightning.tools.video import opened
 
@@ -130,8 +131,6 @@ def test_beside_async_evaluations_the_interval_counts(fit, tmp_path, monkeypatch
 
 
 def test_a_validation_from_the_command_line_records_beside_the_checkpoint(tmp_path, capsys):
-    from ppo_lightning.cli import main
-
     quiet = "--trainer.accelerator cpu --trainer.enable_progress_bar false"
     own = "--model.env test_video.Drawn --model.num_envs 2 --model.num_steps 16 --model.total_steps 64"
     main(f"fit {own} --seed_everything 3 {quiet}".split())
@@ -330,7 +329,7 @@ def test_an_interrupted_run_records_nothing_more(fit, tmp_path):
 
 def test_a_video_is_of_the_level_that_is_evaluated(tmp_path):
     model = drawn(env=Levelled)
-    model.steer_evaluations(Setting({"shade": 3}, {"length": 5}))
+    model.env_provider.set_eval_overrides(EnvOverrides({"shade": 3}, {"length": 5}))
     assert brightness(record(model, tmp_path))[1] == [3] * 6
     assert model.evaluate(1)["eval/mean_ep_length"] == 5
 

@@ -66,7 +66,7 @@ def model_of(seed=1, **kwargs) -> PPO:
 
 
 def counters(state) -> list[int]:
-    names = ("env_steps", "iterations", "n_updates", "policy.moments.count", "return_moments.count")
+    names = ("env_steps", "iterations", "n_updates", "policy.moments.count", "reward_normalizer.moments.count")
     return [int(state[name]) for name in names]
 
 
@@ -81,7 +81,7 @@ def test_counters_statistics_and_training_are_those_without_averaging(fit, name,
         assert_close(one, other, rtol=0, atol=0)
     assert plain.rates == averaged.rates
     assert counters(model.state_dict()) == counters(without.state_dict()) == [640, 10, 40, 640, 640]
-    for key in ("policy.moments.mean", "policy.moments.variance", "return_moments.variance"):
+    for key in ("policy.moments.mean", "policy.moments.variance", "reward_normalizer.moments.variance"):
         assert_close(model.state_dict()[key], without.state_dict()[key], rtol=0, atol=0)
     assert [seen[:2] for seen in averaged.seen] == [(256, 4), (512, 8), (640, 10)]
     assert trainer.global_step == 10

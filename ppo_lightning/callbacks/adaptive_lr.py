@@ -1,25 +1,14 @@
 """A learning rate that follows how far each update moves the policy."""
 
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from ppo_lightning.callbacks.stages import Stages
 from ppo_lightning.errors import InputError
-from ppo_lightning.parameters import FINITE, Linear, checked
-
-
-class Anneals(Protocol):
-    """A module whose learning rate can be set."""
-
-    lr_scheduler: Any
-    lr_schedule: Linear | None
-
-    @property
-    def num_env_steps(self) -> int:
-        """Environment steps so far, of all processes."""
-        ...
+from ppo_lightning.module import PPOModule
+from ppo_lightning.parameters import FINITE, checked
 
 
 class AdaptiveLearningRate(Callback):
@@ -67,11 +56,10 @@ class AdaptiveLearningRate(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        module = cast(Anneals, pl_module)
+        module = cast(PPOModule, pl_module)
         if module.num_env_steps == 0:  # it has seen another run
             self.rate = None
-        if module.lr_scheduler is not None:
-            raise InputError("AdaptiveLearningRate and lr_scheduler both set the learning rate: leave one of them out")
+        module.schedules.check_owner("lr", self)
         others: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         if any(isinstance(other, Stages) and other.sets_learning_rate for other in others):
             raise InputError(
@@ -83,7 +71,7 @@ class AdaptiveLearningRate(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.rate is None:
             self.rate = float(trainer.optimizers[0].param_groups[0]["initial_lr"])
-        cast(Anneals, pl_module).lr_schedule = Linear(self.rate, self.rate)
+        cast(PPOModule, pl_module).schedules.override("lr", self.rate, owner=self)
 
     @override
     def on_train_batch_end(
@@ -98,8 +86,8 @@ class AdaptiveLearningRate(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        cast(Anneals, pl_module).lr_schedule = None
+        cast(PPOModule, pl_module).schedules.release(self)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        cast(Anneals, pl_module).lr_schedule = None
+        cast(PPOModule, pl_module).schedules.release(self)

@@ -2,9 +2,8 @@
 
 import copy
 import io
-import signal
 import time
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -17,27 +16,11 @@ from ppo_lightning.callbacks.events import tell_evaluation
 from ppo_lightning.callbacks.interrupts import Interrupts
 from ppo_lightning.callbacks.processes import BREATH_S
 from ppo_lightning.callbacks.summary import RunSummary
-from ppo_lightning.envs import Restarts, Setting
+from ppo_lightning.envs import EnvOverrides
 from ppo_lightning.errors import InputError
-from ppo_lightning.evaluation import Evaluates
-from ppo_lightning.evaluator import Evaluation, Evaluator, EvaluatorLost
-from ppo_lightning.history import Records
+from ppo_lightning.evaluation.process import Evaluation, Evaluator, EvaluatorLost
+from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import SECONDS, Limit, checked
-
-
-class EvaluatesBeside(Evaluates, Protocol):
-    """A module that can be evaluated beside its training."""
-
-    num_envs: int
-    seed: int | None
-    num_eval_episodes: int
-    restarts: Restarts
-    log_info: tuple[str, ...]
-    records: Records
-    interrupted: signal.Signals | None
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Give loggers and monitors metrics."""
 
 
 class Taken(NamedTuple):
@@ -47,7 +30,7 @@ class Taken(NamedTuple):
     """Environment steps."""
     seed: int
     """Of the episodes."""
-    setting: Setting
+    setting: EnvOverrides
     """Of the environments."""
     weights: bytes
     """The policy with its normalisers, as ``torch.save`` writes them."""
@@ -103,10 +86,10 @@ class AsyncEvaluation(Callback):
         """Turn off the evaluations that training waits for."""
         if stage != "fit":
             return
-        module = cast(EvaluatesBeside, pl_module)
-        if module.env_maker.again() is None:
+        module = cast(PPOModule, pl_module)
+        if module.env_factory.again() is None:
             raise InputError(
-                f"AsyncEvaluation needs environments of its own, and {module.env_maker.name} was given as a VectorEnv: give "
+                f"AsyncEvaluation needs environments of its own, and {module.env_factory.name} was given as a VectorEnv: give "
                 "a callable that makes it instead"
             )
         for callback in cast(Any, trainer).callbacks:
@@ -123,11 +106,11 @@ class AsyncEvaluation(Callback):
         self._running = self._waiting = None
         self._taken = -1
         if trainer.is_global_zero:
-            self._packed = self._evaluation(trainer, cast(EvaluatesBeside, pl_module)).packed()
+            self._packed = self._evaluation(trainer, cast(PPOModule, pl_module)).packed()
             self._evaluator = Evaluator(self._packed, self.timeout_s)  # to import everything takes it seconds
 
-    def _evaluation(self, trainer: Trainer, module: EvaluatesBeside) -> Evaluation:
-        maker = module.env_maker.again()
+    def _evaluation(self, trainer: Trainer, module: PPOModule) -> Evaluation:
+        maker = module.env_factory.again()
         assert maker is not None
         episodes = module.num_eval_episodes if self.episodes is None else self.episodes
         return Evaluation(
@@ -138,8 +121,8 @@ class AsyncEvaluation(Callback):
             num_episodes=episodes,
             deterministic=module.eval_deterministic if self.deterministic is None else self.deterministic,
             timeout_s=module.env_timeout_s,
-            restarts=module.restarts.limit,
-            log_info=module.log_info,
+            restarts=module.env_provider.restarts.limit,
+            info_keys=module.info_keys,
             mixed=str(trainer.precision) != "32-true",
             max_steps=module.steps_per_eval_episode,
             seed=module.seed or 0,
@@ -147,7 +130,7 @@ class AsyncEvaluation(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(EvaluatesBeside, pl_module)
+        module = cast(PPOModule, pl_module)
         last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
         every = module.iterations_between_evaluations if self.every is None else self.every
         due = last or module.policy_version % every == 0
@@ -160,7 +143,7 @@ class AsyncEvaluation(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(EvaluatesBeside, pl_module)
+        module = cast(PPOModule, pl_module)
         if self._taken != module.num_env_steps:  # another callback has ended the run since
             self._take(trainer, module)
         self._finish(trainer, module)
@@ -185,9 +168,9 @@ class AsyncEvaluation(Callback):
         if self._limit_val_batches is not None:
             trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
-    def _take(self, trainer: Trainer, module: EvaluatesBeside) -> None:
+    def _take(self, trainer: Trainer, module: PPOModule) -> None:
         """Keep the run as it is now: collective, since each process has a share of a checkpoint."""
-        if module.interrupted in Interrupts.SIGNALS:  # there is no time
+        if module.agreed_stop_signal in Interrupts.SIGNALS:  # there is no time
             return
         self._taken = module.num_env_steps
         best = _best(trainer)
@@ -198,11 +181,11 @@ class AsyncEvaluation(Callback):
             # What is dumped are the tensors that training goes on with.
             copied = copy.deepcopy(checkpoint)
             self._waiting = Taken(
-                self._taken, module.evaluation_seed(), module.supply.eval_setting, weights.getvalue(), copied
+                self._taken, module.evaluation_seed(), module.env_provider.eval_overrides, weights.getvalue(), copied
             )
 
-    def _finish(self, trainer: Trainer, module: EvaluatesBeside) -> None:
-        interrupted = module.interrupted in Interrupts.SIGNALS
+    def _finish(self, trainer: Trainer, module: PPOModule) -> None:
+        interrupted = module.agreed_stop_signal in Interrupts.SIGNALS
         try:
             until = time.monotonic() + (self.PATIENCE_S if interrupted else 2 * self.timeout_s)
             if interrupted:
@@ -231,7 +214,7 @@ class AsyncEvaluation(Callback):
         news, more = trainer.strategy.broadcast((news, more))
         if news is not None:
             step, statistics = news
-            module = cast(EvaluatesBeside, trainer.lightning_module)
+            module = cast(PPOModule, trainer.lightning_module)
             module.log_metrics(statistics, step)
             module.records.evaluations.add(step, statistics)
             best = _best(trainer)

@@ -3,7 +3,7 @@
 import difflib
 import time
 from collections.abc import Iterable
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -15,6 +15,7 @@ from ppo_lightning.callbacks.checkpoints import RunCheckpoint
 from ppo_lightning.callbacks.events import EvaluationCallback
 from ppo_lightning.errors import InputError
 from ppo_lightning.metric_names import LATER, may_come_later
+from ppo_lightning.module import PPOModule
 
 EVALUATION = "eval/"
 """Begin of the names of what an evaluation measures."""
@@ -23,15 +24,6 @@ PACKAGES = ("ppo_lightning", "lightning", "torch", "builtins")
 """Packages whose classes log no metrics but those that are known."""
 
 INT32_MAX = 2**31 - 1
-
-
-class Counts(Protocol):
-    """A module that counts environment steps."""
-
-    @property
-    def num_env_steps(self) -> int:
-        """Steps so far, of all processes."""
-        ...
 
 
 class CallbackSchedule(EvaluationCallback):
@@ -85,7 +77,7 @@ class CallbackSchedule(EvaluationCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save the checkpoints that are due by iterations or by time; put the present step in the place of ``{step}``."""
-        steps = cast(Counts, pl_module).num_env_steps
+        steps = cast(PPOModule, pl_module).num_env_steps
         if steps <= INT32_MAX:  # Lightning casts it to int32
             trainer.callback_metrics["step"] = torch.tensor(steps)
         else:  # file names then have Lightning's own count, of iterations

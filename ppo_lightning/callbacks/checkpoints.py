@@ -5,9 +5,9 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -16,20 +16,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from ppo_lightning.checkpoint import ON_EXCEPTION, PREVIOUS, read_checkpoint, read_verified, resumes_exactly
 from ppo_lightning.errors import InputError
+from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import COUNT, Limit, checked
-
-
-class Rewinds(Protocol):
-    """A module that can go back to the end of its last iteration."""
-
-    def rewind(self) -> None:
-        """Go back."""
-
-    def without_others(self) -> AbstractContextManager[None]:
-        """Save without asking other processes."""
-        ...
+from ppo_lightning.runs.checkpoint import ON_EXCEPTION, PREVIOUS, read_checkpoint, read_verified, resumes_exactly
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -198,10 +188,10 @@ class LastCheckpoint(RunCheckpoint):
         is_new = self._started_at is not None and trainer.global_step > self._started_at
         if not is_new or not self._should_save_on_exception(trainer):
             return  # the files hold what there is
-        module = cast(Rewinds, pl_module)
-        module.rewind()
+        module = cast(PPOModule, pl_module)
+        module.rollback_update()
         if trainer.is_global_zero:
-            with module.without_others():
+            with module.run_state.local_rank_only():
                 contents = trainer._checkpoint_connector.dump_checkpoint()
             last = Path(self.format_checkpoint_name({}))
             failed = isinstance(exception, Exception)  # a forced interrupt replaces last.ckpt in any case

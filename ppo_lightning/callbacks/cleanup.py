@@ -1,21 +1,12 @@
 """Simulators do not outlive the run that started them."""
 
-from typing import Protocol, cast
+from typing import cast
 
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from ppo_lightning.errors import EnvironmentFault
-
-
-class Simulates(Protocol):
-    """A module that holds environments."""
-
-    def close_environments(self) -> None:
-        """Stop them all."""
-
-    def keep_environments(self) -> None:
-        """Keep what they go on from."""
+from ppo_lightning.module import PPOModule
 
 
 class CloseEnvironments(Callback):
@@ -27,10 +18,10 @@ class CloseEnvironments(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        cast(Simulates, pl_module).close_environments()
+        cast(PPOModule, pl_module).close_environments()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, EnvironmentFault):  # whose environments can tell nothing
-            cast(Simulates, pl_module).keep_environments()
-        cast(Simulates, pl_module).close_environments()
+            cast(PPOModule, pl_module).save_env_state()
+        cast(PPOModule, pl_module).close_environments()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -10,10 +10,10 @@ from typing_extensions import override
 
 from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation
 from ppo_lightning.callbacks.events import EvaluationCallback
-from ppo_lightning.envs import Setting
+from ppo_lightning.envs import EnvOverrides
 from ppo_lightning.errors import InputError
+from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import FINITE, INDEX, ONE_OR_MORE, check_fields, checked
-from ppo_lightning.rollout import RolloutDataset
 
 
 @dataclass(frozen=True)
@@ -65,24 +65,6 @@ class Level:
         """Whether its metric is within its bounds; what is not a number is not."""
         low = self.at_least is None or value >= self.at_least
         return low and (self.at_most is None or value <= self.at_most)
-
-
-class Learns(Protocol):
-    """A module whose environments can be changed."""
-
-    rollouts: RolloutDataset
-    steered: dict[str, float]
-
-    @property
-    def num_env_steps(self) -> int:
-        """Environment steps so far, of all processes."""
-        ...
-
-    def steer_environments(self, setting: Setting, *, anew: bool) -> None:
-        """Change those of training."""
-
-    def steer_evaluations(self, setting: Setting) -> None:
-        """Change those of evaluations."""
 
 
 class Curriculum(EvaluationCallback):
@@ -140,7 +122,7 @@ class Curriculum(EvaluationCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._is_on = False
-        if stage == "fit" and cast(Learns, pl_module).num_env_steps == 0:  # it has seen another run
+        if stage == "fit" and cast(PPOModule, pl_module).num_env_steps == 0:  # it has seen another run
             self.stage = self.reached = 0
 
     @override
@@ -158,7 +140,7 @@ class Curriculum(EvaluationCallback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the level that is due, before the rollout is collected."""
-        module, before = cast(Learns, pl_module), self.stage
+        module, before = cast(PPOModule, pl_module), self.stage
         while self.stage < len(self.levels) and self._is_due(self.levels[self.stage], module.num_env_steps):
             self.stage, self.reached = self.stage + 1, 0
         if self.stage == before and self._is_on:
@@ -187,19 +169,21 @@ class Curriculum(EvaluationCallback):
         begun = level.from_steps is None or num_env_steps >= level.from_steps
         return begun and (level.metric is None or self.reached >= level.times)
 
-    def _setting(self, stage: int) -> Setting:
+    def _setting(self, stage: int) -> EnvOverrides:
         """Of a level, with what those before it have set and it has not."""
-        setting = Setting()
+        setting = EnvOverrides()
         for level in self.levels[:stage]:
-            setting = Setting({**setting.attributes, **level.attributes}, {**setting.env_kwargs, **level.env_kwargs})
+            setting = EnvOverrides(
+                {**setting.attributes, **level.attributes}, {**setting.env_kwargs, **level.env_kwargs}
+            )
         return setting
 
-    def _put_on(self, module: Learns, stage: int, *, anew: bool) -> None:
+    def _put_on(self, module: PPOModule, stage: int, *, anew: bool) -> None:
         setting = self._setting(stage)
-        module.steer_environments(setting, anew=anew)
+        module.rollouts.set_env_overrides(setting, restart=anew)
         if self.evaluation:
-            module.steer_evaluations(setting)
-        module.steered["curriculum/stage"] = float(self.stage)
+            module.env_provider.set_eval_overrides(setting)
+        module.schedule_metrics["curriculum/stage"] = float(self.stage)
         self._is_on = True
 
     @override
@@ -228,7 +212,7 @@ class Curriculum(EvaluationCallback):
 
     def _evaluate_on_level(self, pl_module: LightningModule) -> None:
         if self.evaluation and self.stage:
-            cast(Learns, pl_module).steer_evaluations(self._setting(self.stage))
+            cast(PPOModule, pl_module).env_provider.set_eval_overrides(self._setting(self.stage))
 
     @override
     def on_evaluation(

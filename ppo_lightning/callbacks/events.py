@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from tensordict import TensorDict
 from typing_extensions import override
 
-from ppo_lightning.metrics import Update
+from ppo_lightning.algorithm.update import UpdateResult
 
 
 class PPOCallback(Callback):
@@ -31,7 +31,7 @@ class PPOCallback(Callback):
         on_rollout_start: Callable[[Trainer, Any], Any] | None = None,
         on_rollout_end: Callable[[Trainer, Any, TensorDict], Any] | None = None,
         on_update_start: Callable[[Trainer, Any, TensorDict], Any] | None = None,
-        on_update_end: Callable[[Trainer, Any, Update], Any] | None = None,
+        on_update_end: Callable[[Trainer, Any, UpdateResult], Any] | None = None,
         on_iteration_end: Callable[[Trainer, Any, dict[str, float]], Any] | None = None,
     ) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class PPOCallback(Callback):
     def on_update_start(self, trainer: Trainer, pl_module: LightningModule, rollout: TensorDict) -> None:
         """The rollout has advantages and value targets; they may be changed in place."""
 
-    def on_update_end(self, trainer: Trainer, pl_module: LightningModule, update: Update) -> None:
+    def on_update_end(self, trainer: Trainer, pl_module: LightningModule, update: UpdateResult) -> None:
         """The policy has learnt from the rollout."""
 
     def on_iteration_end(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:

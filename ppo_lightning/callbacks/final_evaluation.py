@@ -1,23 +1,12 @@
 """The evaluation of the policy that a run ends with."""
 
-import signal
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-
-class Evaluated(Protocol):
-    """A module that is trained and evaluated."""
-
-    interrupted: signal.Signals | None
-    """By what the run ends."""
-
-    @property
-    def policy_version(self) -> int:
-        """Iterations so far."""
-        ...
+from ppo_lightning.module import PPOModule
 
 
 class FinalEvaluation(Callback):
@@ -37,12 +26,12 @@ class FinalEvaluation(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self._evaluated = cast(Evaluated, pl_module).policy_version
+            self._evaluated = cast(PPOModule, pl_module).policy_version
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(Evaluated, pl_module)
-        done = module.interrupted is not None or self._evaluated == module.policy_version
+        module = cast(PPOModule, pl_module)
+        done = module.agreed_stop_signal is not None or self._evaluated == module.policy_version
         if done or not trainer.enable_validation:
             return
         loop: Any = trainer.fit_loop

@@ -5,24 +5,14 @@ import sys
 import threading
 import time
 from types import FrameType
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-
-class Interruptible(Protocol):
-    """A module that can end after an iteration."""
-
-    signalled: signal.Signals | None
-    """What has asked this process to end."""
-    interrupted: signal.Signals | None
-    """By what the run ends, as all processes have agreed."""
-
-    def rewind(self) -> None:
-        """Take back an update that did not end."""
+from ppo_lightning.module import PPOModule
 
 
 class Interrupts(Callback):
@@ -46,34 +36,34 @@ class Interrupts(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        module = cast(Interruptible, pl_module)
-        module.signalled = module.interrupted = None
+        module = cast(PPOModule, pl_module)
+        module.stop_signal = module.agreed_stop_signal = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals, after Lightning has; it gives them back to whoever had them before."""
         if threading.current_thread() is not threading.main_thread():
             return
-        module, main, first = cast(Interruptible, pl_module), threading.get_ident(), 0.0
+        module, main, first = cast(PPOModule, pl_module), threading.get_ident(), 0.0
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             requeue = environment.requeue_signal
             self._requeue = signal.getsignal(requeue)
-            signal.signal(requeue, lambda number, frame: setattr(module, "signalled", signal.Signals(number)))
+            signal.signal(requeue, lambda number, frame: setattr(module, "stop_signal", signal.Signals(number)))
 
         def handle(number: int, frame: FrameType | None) -> None:
             nonlocal first
-            if module.signalled in self.SIGNALS:
+            if module.stop_signal in self.SIGNALS:
                 if time.monotonic() - first > self.ECHO_S:
                     self._forget_timer()
-                    module.interrupted = module.signalled
+                    module.agreed_stop_signal = module.stop_signal
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
                 return
-            module.signalled, first = signal.Signals(number), time.monotonic()
-            rank_zero_info(f"{module.signalled.name}: the run ends after this iteration, at once on another signal")
+            module.stop_signal, first = signal.Signals(number), time.monotonic()
+            rank_zero_info(f"{module.stop_signal.name}: the run ends after this iteration, at once on another signal")
             launcher = trainer.strategy.launcher
             if launcher is not None:
-                launcher.kill(module.signalled)
+                launcher.kill(module.stop_signal)
             self._timer = threading.Timer(self.GRACE_S, signal.pthread_kill, (main, number))
             self._timer.daemon = True
             self._timer.start()
@@ -84,9 +74,9 @@ class Interrupts(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(Interruptible, pl_module)
-        if module.interrupted is not None and module.interrupted not in self.SIGNALS:
-            number, module.signalled, module.interrupted = module.interrupted, None, None
+        module = cast(PPOModule, pl_module)
+        if module.agreed_stop_signal is not None and module.agreed_stop_signal not in self.SIGNALS:
+            number, module.stop_signal, module.agreed_stop_signal = module.agreed_stop_signal, None, None
             self._requeue(number, None)
 
     @override
@@ -106,15 +96,17 @@ class Interrupts(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._forget_timer()
         self._handler = None
-        module = cast(Interruptible, pl_module)
-        module.interrupted = module.interrupted or module.signalled  # which came after the last iteration
-        if module.interrupted is signal.SIGTERM:
+        module = cast(PPOModule, pl_module)
+        module.agreed_stop_signal = (
+            module.agreed_stop_signal or module.stop_signal
+        )  # which came after the last iteration
+        if module.agreed_stop_signal is signal.SIGTERM:
             sys.exit(128 + signal.SIGTERM)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._forget_timer()
-        cast(Interruptible, pl_module).rewind()
+        cast(PPOModule, pl_module).rollback_update()
         for number in self.SIGNALS:
             if self._handler is not None and signal.getsignal(number) is self._handler:
                 signal.signal(number, signal.SIG_IGN)  # it is ending; Lightning gives the signals back

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import distributed
 from typing_extensions import override
 
-from ppo_lightning.shared_sums import ProcessMissing
+from ppo_lightning.module import PPOModule
+from ppo_lightning.runs.shared_memory import PeerLost
 
 BREATH_S = 30.0
 """Seconds after which the first process tells the others that it is busy beside training: they would give it up."""
@@ -47,15 +48,6 @@ def others_wait(trainer: Trainer) -> Iterator[None]:
         breathing.join()
     while broadcast(False):  # what the first process says counts
         pass
-
-
-class Counts(Protocol):
-    """A module that counts its iterations."""
-
-    @property
-    def policy_version(self) -> int:
-        """Iterations so far."""
-        ...
 
 
 class WatchProcesses(Callback):
@@ -91,7 +83,7 @@ class WatchProcesses(Callback):
 
     def _beat(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written = time.time()
-        iteration = cast(Counts, pl_module).policy_version + 1
+        iteration = cast(PPOModule, pl_module).policy_version + 1
         here = f"{socket.gethostname()} {os.getpid()}"
         self._store.set(f"alive {trainer.global_rank}", f"{iteration} {self._written} {here}")
 
@@ -138,7 +130,7 @@ class WatchProcesses(Callback):
             said = [store.get(f"end {other}").decode() for other in others if other not in silent]
             self._leave(rank, [other for other in others if other not in (dead or silent)])
         except distributed.DistError:
-            if isinstance(exception, ProcessMissing):
+            if isinstance(exception, PeerLost):
                 return str(exception)
             return "process 0, which the others meet at, does not answer: it is gone"
         if any(said):

@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, TextIO, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -13,20 +13,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from tqdm.contrib import DummyTqdmFile
 from typing_extensions import override
 
-
-class Progresses(Protocol):
-    """A module that counts environment steps."""
-
-    total_steps: int
-
-    @property
-    def num_env_steps(self) -> int:
-        """Steps so far, of all processes."""
-        ...
-
-    def progress(self) -> dict[str, str]:
-        """What to show beside them."""
-        ...
+from ppo_lightning.module import PPOModule
 
 
 class AboveBar(DummyTqdmFile):
@@ -72,7 +59,7 @@ class StepProgressBar(TQDMProgressBar):
 
     @override
     def init_train_tqdm(self) -> Tqdm:
-        module = cast(Progresses, self.trainer.lightning_module)
+        module = cast(PPOModule, self.trainer.lightning_module)
         return Tqdm(
             desc="PPO",
             total=module.total_steps,
@@ -141,8 +128,8 @@ class StepProgressBar(TQDMProgressBar):
 
     def _draw(self, pl_module: LightningModule) -> None:
         self._drawn = time.monotonic()
-        module, bar = cast(Progresses, pl_module), self.train_progress_bar
+        module, bar = cast(PPOModule, pl_module), self.train_progress_bar
         bar.total = max(module.total_steps, module.num_env_steps)
         bar.n = module.num_env_steps
-        bar.set_postfix(module.progress(), refresh=False)
+        bar.set_postfix(module.progress_bar_values(), refresh=False)
         bar.refresh()

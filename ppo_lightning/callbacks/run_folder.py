@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 from lightning import Callback, LightningModule, Trainer
@@ -12,21 +12,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.callbacks.checkpoints import RunCheckpoint
-from ppo_lightning.checkpoint import BEST, LAST, PREVIOUS
 from ppo_lightning.errors import InputError
-from ppo_lightning.history import SUMMARY
+from ppo_lightning.module import PPOModule
+from ppo_lightning.runs.checkpoint import BEST, LAST, PREVIOUS
+from ppo_lightning.runs.history import SUMMARY
 
 LOCK = ".lock"
 """Locked while a run writes to its folder; the operating system unlocks it when the process ends, however it ends."""
 
 CHECKPOINTS = (LAST, BEST, PREVIOUS)
 """Files that only the run that wrote them may replace, beside its summary."""
-
-
-class Trains(Protocol):
-    """A module that remembers where its files are."""
-
-    run_folder: Path | None
 
 
 class DeferredLoggers(Callback):
@@ -75,7 +70,7 @@ class RunFolder(Callback):
         self._root: str | None = None
         self._lock: FileLock | None = None
 
-    def choose(self, trainer: Trainer, module: Trains) -> None:
+    def choose(self, trainer: Trainer, module: PPOModule) -> None:
         """Give a run without a logger a folder of its own, before callbacks look for it."""
         given = self._root or str(trainer.default_root_dir)
         if trainer.loggers or not _writers(trainer) or "://" in given:
@@ -83,7 +78,7 @@ class RunFolder(Callback):
         self._root, root = given, Path(given).resolve()
         cast(Any, trainer)._default_root_dir = str(_free_folder(root, _resumed(trainer), module.run_folder))
 
-    def open(self, trainer: Trainer, module: Trains) -> None:
+    def open(self, trainer: Trainer, module: PPOModule) -> None:
         """Lock the folder, then let the loggers open their files; all processes together.
 
         Raises:
@@ -147,7 +142,7 @@ class RunFolder(Callback):
             lock.release()
 
 
-def defer_writing(trainer: Trainer, module: Trains) -> None:
+def defer_writing(trainer: Trainer, module: PPOModule) -> None:
     """Write nothing to the run's folder until :func:`begin_writing`."""
     for callback in cast(Any, trainer).callbacks:
         if isinstance(callback, RunFolder) and trainer.training:
@@ -156,7 +151,7 @@ def defer_writing(trainer: Trainer, module: Trains) -> None:
             callback.take(trainer)
 
 
-def begin_writing(trainer: Trainer, module: Trains) -> None:
+def begin_writing(trainer: Trainer, module: PPOModule) -> None:
     """Open the run's folder: every check has passed.
 
     Raises:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -11,6 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
+from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import (
     FINITE_NOT_NEGATIVE,
     INDEX,
@@ -67,31 +68,6 @@ COEFFICIENTS = ("ent_coef", "clip_range")
 """Fields of a stage that are schedules of the model under the same name."""
 
 
-class Learns(Protocol):
-    """A module with what a stage changes."""
-
-    policy: nn.Module
-    num_steps: int
-    total_steps: int
-    lr_scheduler: Any
-    lr_schedule: Linear | None
-    ent_coef: Linear
-    clip_range: Linear
-    steered: dict[str, float]
-
-    @property
-    def num_env_steps(self) -> int:
-        """Environment steps so far, of all processes."""
-        ...
-
-    def check_rollouts(self, num_steps: int) -> int | None:
-        """Refuse a length that cannot be cut."""
-        ...
-
-    def resize_rollouts(self, num_steps: int) -> None:
-        """Change their length."""
-
-
 class Stages(Callback):
     """Changes learning rate, coefficients, length of rollouts and what is learnt, stage by stage.
 
@@ -138,20 +114,18 @@ class Stages(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        module = cast(Learns, pl_module)
+        module = cast(PPOModule, pl_module)
         if module.num_env_steps == 0:  # these have seen another run
             self.stage = 0
-        if self.sets_learning_rate and module.lr_scheduler is not None:
-            raise InputError(
-                "Stages and lr_scheduler both set the learning rate: leave lr_scheduler out, or learning_rate in all stages"
-            )
+        if self.sets_learning_rate:
+            module.schedules.check_owner("lr", self)
         begins = [one.begins(module.total_steps) for one in self.stages]
         if sorted(set(begins)) != begins:
             raise InputError(f"stages begin at {begins} environment steps: each must begin after the one before it")
         for one in self.stages:
             _frozen(module.policy, one.freeze)
             if one.num_steps is not None:
-                module.check_rollouts(one.num_steps)
+                module.rollouts.check_num_steps(one.num_steps)
         strategy: Any = trainer.strategy
         finds_unused = getattr(strategy, "_ddp_kwargs", {}).get("find_unused_parameters", False)
         if trainer.world_size > 1 and not finds_unused and any(one.freeze for one in self.stages):
@@ -163,10 +137,10 @@ class Stages(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on in the stage of the run that goes on, before its update is compiled."""
-        module = cast(Learns, pl_module)
+        module = cast(PPOModule, pl_module)
         self._own = {
             "requires_grad": {name: one.requires_grad for name, one in module.policy.named_parameters()},
-            **{name: getattr(module, name) for name in ("num_steps", *COEFFICIENTS)},
+            "num_steps": module.num_steps,
         }
         if self.stage:
             self._apply(module, self.stages[self.stage - 1])
@@ -174,48 +148,46 @@ class Stages(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the stage that is due, before the rollout is collected."""
-        module = cast(Learns, pl_module)
+        module = cast(PPOModule, pl_module)
         due = sum(one.begins(module.total_steps) <= module.num_env_steps for one in self.stages)
         if due <= self.stage:
-            module.steered["train/stage"] = float(self.stage)
+            module.schedule_metrics["train/stage"] = float(self.stage)
             return
         before = {name for name, one in module.policy.named_parameters() if not one.requires_grad}
         self.stage = due
         self._apply(module, self.stages[due - 1])
         if any(one.requires_grad for name, one in module.policy.named_parameters() if name in before):
             trainer.optimizers[0].state.clear()  # a compiled update counts the steps of all parameters together
-        module.steered["train/stage"] = float(due)
+        module.schedule_metrics["train/stage"] = float(due)
         rank_zero_info(f"stage {due} of {len(self.stages)} from {module.num_env_steps:,} environment steps on")
 
-    def _apply(self, module: Learns, stage: Stage) -> None:
+    def _apply(self, module: PPOModule, stage: Stage) -> None:
         assert self._own is not None
         for name in COEFFICIENTS:
-            value = getattr(stage, name)
-            setattr(module, name, self._own[name] if value is None else schedule(name, value))
+            if any(getattr(one, name) is not None for one in self.stages):
+                module.schedules.override(name, getattr(stage, name), owner=self)
         if self.sets_learning_rate:
-            rate = stage.learning_rate
-            module.lr_schedule = None if rate is None else schedule("learning_rate", rate)
-        module.resize_rollouts(self._own["num_steps"] if stage.num_steps is None else stage.num_steps)
+            module.schedules.override("lr", stage.learning_rate, owner=self)
+        module.rollouts.set_num_steps(self._own["num_steps"] if stage.num_steps is None else stage.num_steps)
         frozen = _frozen(module.policy, stage.freeze)
         for name, parameter in module.policy.named_parameters():
             parameter.requires_grad_(self._own["requires_grad"][name] and name not in frozen)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._take_off(cast(Learns, pl_module))
+        self._take_off(cast(PPOModule, pl_module))
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._take_off(cast(Learns, pl_module))
+        self._take_off(cast(PPOModule, pl_module))
 
-    def _take_off(self, module: Learns) -> None:
+    def _take_off(self, module: PPOModule) -> None:
         """Leave the model as it was given."""
         if self._own is None:
             return
-        if self.sets_learning_rate:
-            module.lr_schedule = None
+        module.schedules.release(self)
         self._apply(module, Stage())
-        module.steered.pop("train/stage", None)
+        module.schedule_metrics.pop("train/stage", None)
         self._own = None
 
 

@@ -1,11 +1,9 @@
 """The summary of a run: ``summary.json``."""
 
 import json
-import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -13,27 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from ppo_lightning.checkpoint import write_atomically
-from ppo_lightning.history import SUMMARY, Records
-
-
-class Summarized(Protocol):
-    """A module whose runs are recorded."""
-
-    records: Records
-    seed: int | None
-    interrupted: signal.Signals | None
-    """By what the run ends."""
-    hparams: Mapping[str, Any]
-
-    @property
-    def num_env_steps(self) -> int:
-        """Steps so far, of all processes."""
-        ...
-
-    def summary(self) -> dict[str, Any]:
-        """The run so far."""
-        ...
+from ppo_lightning.module import PPOModule
+from ppo_lightning.runs.checkpoint import write_atomically
+from ppo_lightning.runs.history import SUMMARY, Records
 
 
 class RunSummary(Callback):
@@ -50,14 +30,14 @@ class RunSummary(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._records = cast(Summarized, pl_module).records
+        self._records = cast(PPOModule, pl_module).records
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = trainer.log_dir  # all processes ask: the answer is broadcast
         self._folder = Path(folder) if trainer.loggers and folder is not None else None
         if self._records.begun_at is None:
-            self._records.begun_at = cast(Summarized, pl_module).num_env_steps
+            self._records.begun_at = cast(PPOModule, pl_module).num_env_steps
         self._since = time.perf_counter()
 
     @override
@@ -66,7 +46,7 @@ class RunSummary(Callback):
     ) -> None:
         records, found = self._records, trainer.callback_metrics
         metrics = {name: found[name].item() for name in found if name[:5] != "eval/" and name != "step"}
-        records.train.add(cast(Summarized, pl_module).num_env_steps, metrics)
+        records.train.add(cast(PPOModule, pl_module).num_env_steps, metrics)
         for part in ("collect", "update"):
             if f"time/{part}" in metrics:  # a training_step of the user's own may log none
                 records.seconds[part] += metrics[f"time/{part}"]
@@ -82,7 +62,7 @@ class RunSummary(Callback):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             found = trainer.callback_metrics
             metrics = {name: found[name].item() for name in found if name[:5] == "eval/"}
-            self._records.evaluations.add(cast(Summarized, pl_module).num_env_steps, metrics)
+            self._records.evaluations.add(cast(PPOModule, pl_module).num_env_steps, metrics)
             self._records.seconds["evaluate"] += time.perf_counter() - self._evaluating_since
             self._count_time()
 
@@ -96,7 +76,7 @@ class RunSummary(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        interrupted = cast(Summarized, pl_module).interrupted
+        interrupted = cast(PPOModule, pl_module).agreed_stop_signal
         self._write(trainer, pl_module, "finished" if interrupted is None else f"stopped by {interrupted.name}")
 
     @override
@@ -106,7 +86,7 @@ class RunSummary(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        interrupted = cast(Summarized, pl_module).interrupted
+        interrupted = cast(PPOModule, pl_module).agreed_stop_signal
         reason = f"{type(exception).__name__}: {exception}" if interrupted is None else interrupted.name
         self._write(trainer, pl_module, f"stopped by {reason}")
         self._folder = None
@@ -122,7 +102,7 @@ class RunSummary(Callback):
         self._count_time()
         if not trainer.is_global_zero:
             return
-        module = cast(Summarized, pl_module)
+        module = cast(PPOModule, pl_module)
         hyperparameters = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
         text = json.dumps(hyperparameters, default=str, skipkeys=True)
         contents = {

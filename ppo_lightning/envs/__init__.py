@@ -1,11 +1,11 @@
 """The world: Gymnasium environments, alone or in vectors, behind one interface."""
 
-from ppo_lightning.envs.make import EnvMaker as EnvMaker
+from ppo_lightning.envs.make import EnvFactory as EnvFactory
 from ppo_lightning.envs.make import EnvSource as EnvSource
 from ppo_lightning.envs.make import Vectorization as Vectorization
 from ppo_lightning.envs.make import resolve as resolve
-from ppo_lightning.envs.steering import Setting as Setting
-from ppo_lightning.envs.supply import Supply as Supply
+from ppo_lightning.envs.overrides import EnvOverrides as EnvOverrides
+from ppo_lightning.envs.provider import EnvProvider as EnvProvider
 from ppo_lightning.envs.tensor import TensorEnv as TensorEnv
 from ppo_lightning.envs.third_party import EnvPool as EnvPool
 from ppo_lightning.envs.third_party import Simulator as Simulator

@@ -67,7 +67,7 @@ RESERVED = frozenset((FINAL_OBSERVATION, FINAL_INFO))
 
 
 @dataclass(frozen=True)
-class EnvMaker:
+class EnvFactory:
     """A recipe for vectors of environments; nothing runs until it is called.
 
     Args:
@@ -131,7 +131,7 @@ class EnvMaker:
             return f"{advice} (env_kwargs: max_episode_steps)"
         return f"{advice} (gymnasium.wrappers.TimeLimit among the wrappers, or what {self.name} takes for it)"
 
-    def again(self) -> "EnvMaker | None":
+    def again(self) -> "EnvFactory | None":
         """A recipe for more of the same, for evaluation; None where only the one instance is known.
 
         Wrappers whose class says ``training_only = True`` are left out.
@@ -145,7 +145,7 @@ class EnvMaker:
         kwargs = dict(spec.kwargs)
         mode = kwargs.pop("vectorization_mode", "sync")
         kwargs = {key: value for key, value in kwargs.items() if key not in {"num_envs", "vector_kwargs", "wrappers"}}
-        return EnvMaker(spec.id, kwargs, spec.kwargs.get("wrappers", ()), mode)
+        return EnvFactory(spec.id, kwargs, spec.kwargs.get("wrappers", ()), mode)
 
     def probe(self, num_envs: int) -> tuple[gym.Space[Any], gym.Space[Any], VectorEnv | None]:
         """Spaces of one environment, and the vector itself where making one was the only way to learn them.

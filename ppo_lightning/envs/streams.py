@@ -44,6 +44,17 @@ def restore_shared(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
+def get_rng_state(generator: torch.Generator) -> dict[str, Any]:
+    """State of a generator and of the streams that this process shares, as plain data."""
+    return {"own": generator.get_state(), **shared_state()}
+
+
+def set_rng_state(state: dict[str, Any], generator: torch.Generator) -> None:
+    """Restore what :func:`get_rng_state` returned."""
+    generator.set_state(state["own"])
+    restore_shared(state)
+
+
 @contextmanager
 def streams_of_their_own(*entropy: int) -> Iterator[None]:
     """Seed the shared streams for what is done inside, and leave them as they were."""

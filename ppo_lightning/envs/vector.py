@@ -14,11 +14,11 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from torch import Tensor
 
 from ppo_lightning.envs.info import InfoLog, accept_any_info, final_info, mask_of, metrics_at_end, numbers_of
-from ppo_lightning.envs.make import RESTARTED, EnvMaker
+from ppo_lightning.envs.make import RESTARTED, EnvFactory
 from ppo_lightning.envs.masks import ActionMasks
+from ppo_lightning.envs.overrides import steer
 from ppo_lightning.envs.promise import Promise, old_api
 from ppo_lightning.envs.state import pack, restore_vector, same_environments, unpack, vector_state
-from ppo_lightning.envs.steering import steer
 from ppo_lightning.envs.values import layers, time_limit
 from ppo_lightning.envs.workers import Watch, WorkerLost, Workers, close
 from ppo_lightning.errors import EnvironmentFault, InputError
@@ -97,7 +97,7 @@ class Restarts:
             EnvironmentFault: there are none left.
         """
         if self.count >= self.limit:
-            raise EnvironmentFault(f"{cause}\n\nall of env_restarts = {self.limit} are used up")
+            raise EnvironmentFault(f"{cause}\n\nall of max_env_restarts = {self.limit} are used up")
         self.count += 1
         told = cause.partition("\n")[0]
         warnings.warn(f"{told}: made anew, restart {self.count} of {self.limit}", stacklevel=2)
@@ -120,19 +120,19 @@ class Environments:
         made: the vector, where it exists already.
         first: number of the first environment, in messages.
         restarts: how often a crashed environment may be made anew.
-        log_info: keys of ``info`` whose numbers are added up, beside those that are known.
+        info_keys: keys of ``info`` whose numbers are added up, beside those that are known.
         attributes: of the environments, to be set whenever they are made.
     """
 
     def __init__(
         self,
-        maker: EnvMaker,
+        maker: EnvFactory,
         num_envs: int,
         timeout_s: float,
         made: VectorEnv | None = None,
         first: int = 0,
         restarts: Restarts | None = None,
-        log_info: tuple[str, ...] = (),
+        info_keys: tuple[str, ...] = (),
         attributes: Mapping[str, Any] | None = None,
     ) -> None:
         self._maker, self._first = maker, first
@@ -143,7 +143,7 @@ class Environments:
         self._lost: WorkerLost | None = None
         self.name, self.time_limit_advice = maker.name, maker.time_limit_advice
         self.num_envs = self.env.num_envs
-        self.logged = InfoLog(log_info, self.num_envs)
+        self.logged = InfoLog(info_keys, self.num_envs)
         """What the environments say in ``info`` beside the reward."""
         self.crashed = np.zeros(self.num_envs, dtype=bool)
         """[N] environments that were made anew in the last step: their episodes did not end by themselves."""

@@ -7,11 +7,12 @@ from ppo_lightning.policy.distributions import stack as stack
 from ppo_lightning.policy.encoders import MLP as MLP
 from ppo_lightning.policy.encoders import ImpalaCNN as ImpalaCNN
 from ppo_lightning.policy.encoders import NatureCNN as NatureCNN
-from ppo_lightning.policy.memory import Memory as Memory
 from ppo_lightning.policy.moments import RunningMoments as RunningMoments
 from ppo_lightning.policy.moments import ValueNormalizer as ValueNormalizer
+from ppo_lightning.policy.moments import statistics_of as statistics_of
 from ppo_lightning.policy.policy import CLIP as CLIP
 from ppo_lightning.policy.policy import Network as Network
 from ppo_lightning.policy.policy import Policy as Policy
 from ppo_lightning.policy.policy import Step as Step
 from ppo_lightning.policy.policy import in_eval_mode as in_eval_mode
+from ppo_lightning.policy.recurrent import RecurrentLayer as RecurrentLayer

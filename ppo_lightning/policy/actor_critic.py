@@ -1,4 +1,4 @@
-"""The default network: encoders, perceptron, memory, and one head that acts and one that values."""
+"""The default network: encoders, hidden layers, recurrent layers, and a head each for actions and values."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +24,12 @@ from ppo_lightning.policy.distributions import (
     action_distribution,
 )
 from ppo_lightning.policy.encoders import Encoder, ImpalaCNN, NatureCNN, linear, perceptron
-from ppo_lightning.policy.memory import Kind, Memory
+from ppo_lightning.policy.recurrent import RecurrentLayer, RNNType
 from ppo_lightning.spaces import Tree, children, feature_shape, is_image, leaves, tree_map
 
 
 class ActorCritic(nn.Module):
-    """Encoders, hidden layers and memory of policy and value, separate or shared, with orthogonal initialisation.
+    """Encoders, hidden layers and recurrent layers of policy and value, separate or shared, with orthogonal initialisation.
 
     Weights are orthogonal with gain √2 in hidden layers, 0.01 at the policy's output and 1 at the value's, biases 0
     (Huang et al. 2022, detail 2). The parts of a Dict or Tuple observation are encoded one by one and concatenated:
@@ -44,9 +44,9 @@ class ActorCritic(nn.Module):
         image_encoder: class_path or callable (space) -> network for pictures; null is NatureCNN from 36 × 36 pixels on,
             ImpalaCNN below.
         encoders: the same for parts of a Dict or Tuple, by path ("state", "arm.0").
-        memory: lstm or gru behind the hidden layers; null is none.
-        memory_size: units of the memory.
-        shared: policy and value have encoders, hidden layers and memory in common.
+        rnn: lstm or gru behind the hidden layers; null is none.
+        rnn_size: units of the recurrent layer.
+        shared: policy and value have encoders, hidden layers and recurrent layer in common.
         actor_keys: parts of a Dict or Tuple that the policy sees; null is all.
         critic_keys: parts that the value sees; null is all. More than the policy sees make a privileged critic.
         distribution: over Box actions: normal (clipped to the bounds by the environment alone), tanh (normal, squashed
@@ -63,7 +63,7 @@ class ActorCritic(nn.Module):
 
     @checked(
         hidden_sizes=Limit("be 1 or more (a list of whole numbers)", lambda size: size >= 1),
-        memory_size=ONE_OR_MORE,
+        rnn_size=ONE_OR_MORE,
         log_std_init=FINITE,
         log_std_range=FINITE,
         sde_sample_freq=ONE_OR_MORE,
@@ -77,8 +77,8 @@ class ActorCritic(nn.Module):
         layer_norm: bool = False,
         image_encoder: Encoder | None = None,
         encoders: dict[str, Encoder] | None = None,
-        memory: Kind | None = None,
-        memory_size: int = 64,
+        rnn: RNNType | None = None,
+        rnn_size: int = 64,
         shared: bool = False,
         actor_keys: Sequence[str] | None = None,
         critic_keys: Sequence[str] | None = None,
@@ -114,7 +114,7 @@ class ActorCritic(nn.Module):
         def trunk(keys: Sequence[str] | None, option: str) -> Trunk:
             spaces = select(leaves(observation_space), keys, option)
             layers = encoders_of(spaces, image_encoder, encoders or {}, leaves(observation_space))
-            return Trunk(layers, spaces, hidden_sizes, activation, layer_norm, memory, memory_size)
+            return Trunk(layers, spaces, hidden_sizes, activation, layer_norm, rnn, rnn_size)
 
         self.actor_trunk = trunk(actor_keys, "actor_keys")
         self.distribution = action_distribution(
@@ -136,8 +136,8 @@ class ActorCritic(nn.Module):
     def forward(self, observation: Tree, state: Tensor | None = None, start: Tensor | None = None) -> Any:
         """Distribution parameters [B, P] and values [B] for observations [B, …].
 
-        With memory: for sequences [L, B, …] of observations, the state [B, S] before them and the flags [L, B] that an
-        episode starts there, parameters [L, B, P], values [L, B] and the state after them.
+        With a recurrent layer: for sequences [L, B, …] of observations, the state [B, S] before them and the flags [L, B]
+        that an episode starts there, parameters [L, B, P], values [L, B] and the state after them.
         """
         if state is None or start is None:
             latent = self.actor_trunk(observation)
@@ -152,8 +152,14 @@ class ActorCritic(nn.Module):
         return self.action_head(latent), self.value_head(valued).squeeze(-1), torch.cat([acting, valuing], -1)
 
     def actor(self, observation: Tree) -> Tensor:
-        """Distribution parameters [B, P] alone: all that acting needs, without memory."""
+        """Distribution parameters [B, P] alone: all that acting needs, without recurrence."""
         return self.action_head(self.actor_trunk(observation))
+
+    def latent(self, observation: Tree, state: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        """What the action's head sees: [B, H], or recurrent [L, B, H] (arguments as of :meth:`forward`)."""
+        if state is None or start is None:
+            return self.actor_trunk(observation)
+        return self.actor_trunk.unroll(observation, state[:, : self.actor_trunk.state_size], start)[0]
 
     def quick_actor(self) -> Callable[[Tensor], Tensor] | None:
         """What :meth:`actor` does, while parameters and hooks stay as they are; None where the network is no plain perceptron.
@@ -175,7 +181,7 @@ class ActorCritic(nn.Module):
         return act
 
     def critic(self, observation: Tree) -> Tensor:
-        """Values [B] alone: all that bootstrapping needs, without memory."""
+        """Values [B] alone: all that bootstrapping needs, without recurrence."""
         return self.value_head(self.critic_trunk(observation)).squeeze(-1)
 
 
@@ -193,7 +199,7 @@ def _is_hooked(layer: nn.Module) -> bool:
 
 
 class Trunk(nn.Module):
-    """Observations to a latent vector: an encoder for each part, hidden layers, memory."""
+    """Observations to a latent vector: an encoder for each part, hidden layers, recurrent layer."""
 
     def __init__(
         self,
@@ -202,8 +208,8 @@ class Trunk(nn.Module):
         hidden_sizes: Sequence[int] | None,
         activation: type[nn.Module],
         layer_norm: bool,
-        memory: Kind | None,
-        memory_size: int,
+        rnn: RNNType | None,
+        rnn_size: int,
     ) -> None:
         super().__init__()
         self.names = list(spaces)
@@ -214,13 +220,13 @@ class Trunk(nn.Module):
             hidden_sizes = () if all(map(is_image, spaces.values())) else (64, 64)
         sizes = [inputs, *hidden_sizes]
         self.layers = perceptron(sizes, activation, layer_norm=layer_norm)
-        self.memory = None if memory is None else Memory(memory, sizes[-1], memory_size)
-        self.size = sizes[-1] if memory is None else memory_size
-        self.state_size = 0 if self.memory is None else self.memory.state_size
+        self.recurrent = None if rnn is None else RecurrentLayer(rnn, sizes[-1], rnn_size)
+        self.size = sizes[-1] if rnn is None else rnn_size
+        self.state_size = 0 if self.recurrent is None else self.recurrent.state_size
 
     @override
     def forward(self, observation: Tree) -> Tensor:
-        """Latent [B, F] before memory."""
+        """Latent [B, F] before the recurrent layer."""
         if self.is_flat:
             return self.layers(observation.flatten(1))
         if self.names == [""]:
@@ -229,10 +235,10 @@ class Trunk(nn.Module):
         return self.layers(torch.cat(parts, -1))
 
     def unroll(self, observation: Tree, state: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [L, B, H] behind memory, and its state [B, S] after them."""
-        assert self.memory is not None
+        """Latents [L, B, H] behind the recurrent layer, and its state [B, S] after them."""
+        assert self.recurrent is not None
         latent = self(tree_map(lambda leaf: leaf.flatten(0, 1), observation))
-        return self.memory(latent.view(*start.shape, -1), state, start)
+        return self.recurrent(latent.view(*start.shape, -1), state, start)
 
 
 def select(spaces: Mapping[str, Space[Any]], keys: Sequence[str] | None, option: str) -> dict[str, Space[Any]]:

@@ -122,3 +122,9 @@ class ValueNormalizer(nn.Module):
         self.square.lerp_(second, share)
         self.weight.mul_(old_std / self.std)
         self.bias.copy_((old_std * self.bias + old_mean - self.mean) / self.std)
+
+
+def statistics_of(module: nn.Module) -> set[int]:
+    """Identities of the buffers of a module that are running statistics."""
+    kinds = RunningMoments | ValueNormalizer
+    return {id(buffer) for one in module.modules() if isinstance(one, kinds) for buffer in one.buffers()}

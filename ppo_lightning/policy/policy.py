@@ -101,6 +101,18 @@ class Policy(nn.Module):
         self._spaces = observation_space, action_space
         self._check(observation_space, action_space)
 
+    def check_trainable(self) -> None:
+        """Refuse a network that nothing can be learnt with.
+
+        Raises:
+            InputError: its outputs depend on none of its parameters that learn.
+        """
+        if not self.halves.any():
+            raise InputError(
+                f"the outputs of the network {type(self.network).__name__} depend on none of its parameters that learn: there "
+                "is nothing to train"
+            )
+
     def check_again(self) -> None:
         """Check the network as at construction, where modules were replaced, added or removed since.
 
@@ -241,16 +253,36 @@ class Policy(nn.Module):
 
         Args:
             batch: [B], or with memory sequences [B, L]: ``observation`` as :meth:`features`, ``action``, and where there
-                are any ``action_mask``, ``memory_state`` and ``episode_start``.
+                are any ``action_mask``, ``recurrent_state`` and ``episode_start``.
         """
         if self.state_size:
             return self._evaluate_sequences(batch)
         parameters, output = self.network(batch["observation"])
         return self._scores(parameters, output, batch["action"], batch.get("action_mask", None))
 
+    def latent(self, batch: TensorDict | Mapping[str, Any]) -> Tensor:
+        """The last hidden features of the network's actor, [B, H], or [B, L, H] of sequences.
+
+        Args:
+            batch: as of :meth:`evaluate`.
+
+        Raises:
+            InputError: the network has no method ``latent``.
+        """
+        latent = getattr(self.network, "latent", None)
+        if latent is None:
+            raise InputError(
+                f"evaluate.latent needs a method latent(features) -> [B, H], which the network {type(self.network).__name__} "
+                "does not have: add it"
+            )
+        if not self.state_size:
+            return latent(batch["observation"])
+        features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
+        return latent(features, batch["recurrent_state"][:, 0], batch["episode_start"].T).transpose(0, 1)
+
     def _evaluate_sequences(self, batch: TensorDict | Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
-        state, start = batch["memory_state"][:, 0], batch["episode_start"].T
+        state, start = batch["recurrent_state"][:, 0], batch["episode_start"].T
         parameters, output, _ = self.network(features, state, start)
         action = tree_map(lambda leaf: leaf.flatten(0, 1), batch["action"])
         mask = batch.get("action_mask", None)
@@ -280,7 +312,7 @@ class Policy(nn.Module):
         features = self.features(row["observation"])
         if not self.state_size:
             return self.distribution.std(self.actor(features))
-        return self.distribution.std(self.advance(features, row["memory_state"], row["episode_start"])[0])
+        return self.distribution.std(self.advance(features, row["recurrent_state"], row["episode_start"])[0])
 
     def act(
         self,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.errors import InputError
+from ppo_lightning.runs.checkpoint import write_atomically
 from ppo_lightning.tools.diagnosis import Thresholds
 from ppo_lightning.tools.saved_runs import SavedRun, read_run
 

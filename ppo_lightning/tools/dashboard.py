@@ -21,22 +21,12 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
-from ppo_lightning.callbacks.progress import Progresses, StepProgressBar
-from ppo_lightning.clock import BURN_IN
+from ppo_lightning.callbacks.progress import StepProgressBar
+from ppo_lightning.module import PPOModule
+from ppo_lightning.runs.clock import BURN_IN
 from ppo_lightning.tools.diagnosis import Thresholds
 from ppo_lightning.tools.hardware import Hardware, HardwareMonitor
 from ppo_lightning.tools.page import number
-
-
-class DescribedModule(Progresses, Protocol):
-    """A module that counts steps and iterations, and whose environment has a name."""
-
-    env_maker: Any
-
-    @property
-    def policy_version(self) -> int:
-        """Iterations so far."""
-        ...
 
 
 @runtime_checkable
@@ -373,7 +363,7 @@ class Dashboard(StepProgressBar):
         self._add_time("update")
         self._iterations += 1
         if self._iterations == BURN_IN:
-            self._origin = self._mark, cast(DescribedModule, pl_module).num_env_steps
+            self._origin = self._mark, cast(PPOModule, pl_module).num_env_steps
             self._phases = dict.fromkeys(PHASES, 0.0)
         self._show_if_due("training")
 
@@ -391,7 +381,7 @@ class Dashboard(StepProgressBar):
 
     @override
     def on_train_end(self, *args: Any) -> None:
-        module = cast(DescribedModule, self.trainer.lightning_module)
+        module = cast(PPOModule, self.trainer.lightning_module)
         self._stop("finished" if module.num_env_steps >= module.total_steps else "stopped")
         super().on_train_end(*args)
 
@@ -431,13 +421,13 @@ class Dashboard(StepProgressBar):
         self._next_draw = ended + max(self.INTERVAL_S, (ended - began) / self.SHARE)
 
     def _frame(self, status: str) -> Frame:
-        module, now = cast(DescribedModule, self.trainer.lightning_module), time.perf_counter()
+        module, now = cast(PPOModule, self.trainer.lightning_module), time.perf_counter()
         steps, remaining = module.num_env_steps, None
         if self._origin is not None and self._origin[1] < steps < module.total_steps:
             since, first = self._origin
             remaining = (module.total_steps - steps) * (now - since) / (steps - first)
         return Frame(
-            name=module.env_maker.name,
+            name=module.env_factory.name,
             status=status,
             env_steps=steps,
             total_steps=module.total_steps,

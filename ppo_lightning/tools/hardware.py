@@ -1,7 +1,7 @@
 """What a run takes of its machine."""
 
 import time
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -9,14 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
+from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import Limit, checked
-
-
-class Logs(Protocol):
-    """A module that logs numbers at its environment step."""
-
-    def log_metrics(self, metrics: dict[str, float]) -> None:
-        """Give them to loggers and monitors."""
 
 
 class Hardware:
@@ -81,7 +75,7 @@ class Hardware:
 
 
 class HardwareMonitor(Callback):
-    """Logs the use of processors and memory at the end of each iteration, at its environment step.
+    """PPOModule the use of processors and memory at the end of each iteration, at its environment step.
 
     (Lightning's DeviceStatsMonitor measures twice per batch, logs all sixty of CUDA's memory statistics instead of the
     GPU's use, and needs a logger.) What is logged is of the first process; each has its own
@@ -114,7 +108,7 @@ class HardwareMonitor(Callback):
         if not measured or measured is self._logged:
             return
         self._logged = measured
-        cast(Logs, pl_module).log_metrics(measured)
+        cast(PPOModule, pl_module).log_metrics(measured)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "hardware": None}  # of this process

@@ -5,11 +5,11 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import fill
-from typing import Any, Protocol, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from gymnasium.spaces import Box
 from lightning import Callback, LightningModule, Trainer
@@ -21,13 +21,14 @@ from typing_extensions import override
 
 from ppo_lightning.callbacks.adaptive_lr import AdaptiveLearningRate
 from ppo_lightning.callbacks.stages import Stages
-from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.errors import InputError
+from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import Linear, checked
 from ppo_lightning.policy import ActorCritic, Policy
 from ppo_lightning.policy.distributions import DiagonalGaussian, Joint
-from ppo_lightning.ranks import fingerprint
-from ppo_lightning.rollout import EpisodeStatistics, RolloutDataset
+from ppo_lightning.rollout.dataset import EpisodeStatistics
+from ppo_lightning.runs.checkpoint import write_atomically
+from ppo_lightning.runs.ranks import fingerprint
 from ppo_lightning.spaces import choices, leaves
 from ppo_lightning.tools.diagnosis import (
     METRICS,
@@ -42,26 +43,6 @@ from ppo_lightning.tools.diagnosis import (
     look,
     mean,
 )
-
-
-class Learns(Protocol):
-    """What the monitor asks of the module."""
-
-    ent_coef: Linear
-    lr_scheduler: Callable[..., Any] | None
-    total_steps: int
-    action_space: Any
-    rollouts: RolloutDataset
-
-    @property
-    def num_env_steps(self) -> int:
-        """Environment steps so far."""
-        ...
-
-    @property
-    def policy_version(self) -> int:
-        """Iterations so far."""
-        ...
 
 
 class Finding(TypedDict):
@@ -204,7 +185,7 @@ class HealthMonitor(Callback):
             return
         others: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         setters = [type(other).__name__ for other in others if isinstance(other, AdaptiveLearningRate | Stages)]
-        if cast(Learns, pl_module).lr_scheduler is not None:
+        if cast(PPOModule, pl_module).schedules.lr_scheduler:
             setters.append("lr_scheduler")
         if setters:
             raise InputError(
@@ -214,7 +195,7 @@ class HealthMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(Learns, pl_module)
+        module = cast(PPOModule, pl_module)
         folder = trainer.log_dir if trainer.loggers else None  # all processes ask: the answer is broadcast
         self._folder = None if folder is None or "://" in folder else Path(folder)
         discrete = not any(isinstance(leaf, Box) for leaf in leaves(module.action_space).values())
@@ -230,16 +211,16 @@ class HealthMonitor(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._given is None:  # not before: by now the optimiser's own numbers have been put back
-            module = cast(Learns, pl_module)
-            self._given = module.ent_coef
+            module = cast(PPOModule, pl_module)
+            self._given = module.schedules["ent_coef"]
             for act in self.acts:
-                _apply(act, trainer, module)
+                _apply(act, trainer, module, self)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        module, metrics, t = cast(Learns, pl_module), trainer.callback_metrics, self.thresholds
+        module, metrics, t = cast(PPOModule, pl_module), trainer.callback_metrics, self.thresholds
         self.steps, self.iterations = module.num_env_steps, module.policy_version
         numbers = {field: metrics[name].item() if name in metrics else math.nan for name, field in METRICS.items()}
         row = Row(self.iterations, **numbers)
@@ -319,7 +300,7 @@ class HealthMonitor(Callback):
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _remember(self, row: Row, metrics: Mapping[str, Tensor], module: Learns) -> None:
+    def _remember(self, row: Row, metrics: Mapping[str, Tensor], module: PPOModule) -> None:
         self._rows.append(row)
         self._rewarded += any(metrics[name] != 0 for name in REWARDS if name in metrics)
         self._first = self._first or row
@@ -342,7 +323,7 @@ class HealthMonitor(Callback):
         before, self._critic = self._critic, fingerprint(self._critic_parameters)
         return math.nan if before is None else float(before == self._critic)
 
-    def _is_doubtful(self, module: Learns) -> bool:
+    def _is_doubtful(self, module: PPOModule) -> bool:
         """Whether there is anything to diagnose, which takes ten times as long to find out otherwise."""
         t = self.thresholds
         late = self.steps >= t.stall * module.total_steps
@@ -350,7 +331,7 @@ class HealthMonitor(Callback):
             late and not has_risen(mean(row.ep_return for row in self._rows), self._start, t)
         )
 
-    def _run(self, module: Learns) -> Run:
+    def _run(self, module: PPOModule) -> Run:
         t = self.thresholds
         assert self._first is not None
         return Run(
@@ -393,7 +374,7 @@ class HealthMonitor(Callback):
             pl_module.print(_sentence(finding))
         return True
 
-    def _do(self, name: str, trainer: Trainer, module: Learns) -> bool:
+    def _do(self, name: str, trainer: Trainer, module: PPOModule) -> bool:
         """Change what the finding asks for, if it is time and within the bounds; whether anything was changed."""
         t = self.thresholds
         if name in HALVES:
@@ -410,7 +391,8 @@ class HealthMonitor(Callback):
             to = trainer.optimizers[0].param_groups[0]["initial_lr"] * factor
             within = math.prod([factor, *(act["factor"] for act in before)]) >= t.lowest_lr
         else:
-            line = module.ent_coef
+            line = module.schedules["ent_coef"]
+            assert line is not None
             factor = t.ent_coef_factor
             to = line.start * factor if line.start or line.end else t.first_ent_coef
             within = max(to, line.end * factor) <= t.highest_ent_coef
@@ -418,14 +400,15 @@ class HealthMonitor(Callback):
             return False
         act = Act(step=self.steps, iteration=self.iterations, finding=name, key=key, factor=factor, to=to)
         self.acts.append(act)
-        _apply(act, trainer, module)
+        _apply(act, trainer, module, self)
         cast(LightningModule, module).print(f"health: {_told(act)}")
         return True
 
     def _give_back(self, pl_module: LightningModule) -> None:
         """Leave the module as the user made it: another fit applies the acts anew."""
         if self._given is not None:
-            cast(Learns, pl_module).ent_coef, self._given = self._given, None
+            cast(PPOModule, pl_module).schedules.release(self)
+            self._given = None
 
     def _mark(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
@@ -445,15 +428,14 @@ class HealthMonitor(Callback):
             self._folder = None
 
 
-def _apply(act: Act, trainer: Trainer, module: Learns) -> None:
+def _apply(act: Act, trainer: Trainer, module: PPOModule, owner: object) -> None:
     """Change what it says, from the next iteration on."""
     if act["key"] == "--model.ent_coef":
-        line = module.ent_coef
-        module.ent_coef = (
-            Linear(line.start * act["factor"], line.end * act["factor"])
-            if line.start or line.end
-            else Linear(act["to"], act["to"])
-        )
+        line = module.schedules["ent_coef"]
+        assert line is not None
+        factor = act["factor"]
+        raised = Linear(line.start * factor, line.end * factor) if line.start or line.end else act["to"]
+        module.schedules.override("ent_coef", raised, owner=owner)
     else:
         for group in trainer.optimizers[0].param_groups:
             group["initial_lr"] *= act["factor"]

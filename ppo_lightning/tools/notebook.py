@@ -4,23 +4,17 @@ import base64
 import html
 import time
 from importlib.util import find_spec
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.history import Records
+from ppo_lightning.module import PPOModule
+from ppo_lightning.runs.history import Records
 from ppo_lightning.tools.charts import RETURN, Curve, draw, to_png
-from ppo_lightning.tools.dashboard import EPISODES, UPDATE, DescribedModule, MetricRow, metric_rows, user_rows
-
-
-class RecordedModule(DescribedModule, Protocol):
-    """A module whose runs are recorded."""
-
-    records: Records
-
+from ppo_lightning.tools.dashboard import EPISODES, UPDATE, MetricRow, metric_rows, user_rows
 
 COLOURS = {"green": "#1a7f37", "yellow": "#9a6700", "bold red": "#cf222e", "": "inherit"}
 
@@ -80,10 +74,10 @@ class NotebookDisplay(Callback):
         from IPython.display import HTML
 
         began = time.perf_counter()
-        module = cast(RecordedModule, trainer.lightning_module)
+        module = cast(PPOModule, trainer.lightning_module)
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         sections = {
-            f"{module.env_maker.name}: {module.num_env_steps:,} of {module.total_steps:,} steps": [],
+            f"{module.env_factory.name}: {module.num_env_steps:,} of {module.total_steps:,} steps": [],
             "Episodes": metric_rows(metrics, EPISODES),
             "Update": metric_rows(metrics, UPDATE),
             "Metrics": user_rows(metrics),

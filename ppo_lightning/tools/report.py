@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.arguments import PlainParser
-from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.errors import InputError, said_in_one_sentence
-from ppo_lightning.history import SUMMARY
 from ppo_lightning.parameters import checked
+from ppo_lightning.runs.checkpoint import write_atomically
+from ppo_lightning.runs.history import SUMMARY
 from ppo_lightning.tools.charts import CHARTS, COLORS, can_draw, draw, new_axes, to_svg
 from ppo_lightning.tools.comparison import comparison, grouped
 from ppo_lightning.tools.page import (

@@ -10,10 +10,9 @@ from tensordict import TensorDict
 from torch import Tensor
 from typing_extensions import override
 
+from ppo_lightning.algorithm.update import UpdateResult
 from ppo_lightning.callbacks.events import PPOCallback
 from ppo_lightning.errors import InputError
-from ppo_lightning.loss import CLIPPED
-from ppo_lightning.metrics import Update
 from ppo_lightning.parameters import INDEX, checked
 from ppo_lightning.policy import Policy, RunningMoments
 from ppo_lightning.spaces import feature_shape, is_image, leaves
@@ -76,14 +75,14 @@ class RolloutDetails(PPOCallback):
             self._each("obs_rms_std", self._normalized, policy.moments.variance.sqrt())
         columns = {"advantage": "advantage", "value": "state_value", "returns": "value_target"}
         samples = {name: rollout[key][valid] for name, key in columns.items()}
-        if module.return_moments is not None:
-            samples["normalized"] = module.scaled(rollout["reward"][valid])
+        if module.reward_normalizer.moments is not None:
+            samples["normalized"] = module.reward_normalizer(rollout["reward"][valid])
         mean, std = _moments(module, torch.stack(list(samples.values()), 1))
         for name, own_mean, own_std in zip(samples, mean.tolist(), std.tolist(), strict=True):
             prefix = "reward_norm/normalized_reward_" if name == "normalized" else f"{name}/"
             self._numbers |= {f"{prefix}mean": own_mean, f"{prefix}std": own_std}
-        if module.return_moments is not None:
-            moments, prefix = module.return_moments, "reward_norm/return_rms_"
+        if module.reward_normalizer.moments is not None:
+            moments, prefix = module.reward_normalizer.moments, "reward_norm/return_rms_"
             self._numbers |= {
                 f"{prefix}mean": moments.mean.item(),
                 f"{prefix}var": moments.variance.item(),
@@ -95,10 +94,12 @@ class RolloutDetails(PPOCallback):
             self._numbers |= {"popart/mu": normalizer.mean.item(), "popart/sigma": normalizer.std.item()}
 
     @override
-    def on_update_end(self, trainer: Trainer, pl_module: LightningModule, update: Update) -> None:
-        """Take the clip fraction of each pass."""
+    def on_update_end(self, trainer: Trainer, pl_module: LightningModule, update: UpdateResult) -> None:
+        """Average the clip fraction of each epoch."""
         module = cast(Any, pl_module)
-        clipped = module.gather(update.terms[:, CLIPPED].double().cpu()).view(-1, len(update.terms)).mean(0)
+        clipped = (
+            module.ranks.gather(update.column("clip_fraction").double().cpu()).view(-1, len(update.losses)).mean(0)
+        )
         for epoch, part in enumerate(clipped.split(module.num_minibatches), start=1):
             self._numbers[f"train/clip_fraction_epoch_{epoch}"] = part.mean().item()
 
@@ -109,7 +110,7 @@ class RolloutDetails(PPOCallback):
 
     def _describe(self, module: Any, kind: str, seen: Tensor) -> None:
         mean, std = _moments(module, seen)
-        ends = module.gather(torch.stack([seen.max(), -seen.min()]).double().cpu()).view(-1, 2).amax(0).tolist()
+        ends = module.ranks.gather(torch.stack([seen.max(), -seen.min()]).double().cpu()).view(-1, 2).amax(0).tolist()
         self._numbers |= {
             f"{kind}/mean_avg": mean.mean().item(),
             f"{kind}/std_avg": std.mean().item(),
@@ -132,5 +133,5 @@ class RolloutDetails(PPOCallback):
 def _moments(module: Any, samples: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [D] of samples [B, D] of all processes."""
     moments = RunningMoments((samples.shape[1],))
-    moments.merge(module.gather(RunningMoments.batch_moments(samples).cpu()))
+    moments.merge(module.ranks.gather(RunningMoments.batch_moments(samples).cpu()))
     return moments.mean, moments.variance.sqrt()

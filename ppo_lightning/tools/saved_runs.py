@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.history import PARTS, SUMMARY, Records, summarize_records
 from ppo_lightning.metric_names import restored
+from ppo_lightning.runs.history import PARTS, SUMMARY, Records, summarize_records
 
 REPORT, HEALTH, METRICS = "report.html", "health.json", "metrics.csv"
 

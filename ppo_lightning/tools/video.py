@@ -5,16 +5,15 @@ import importlib.util
 import inspect
 import io
 import os
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import singledispatch
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import gymnasium as gym
 from gymnasium.wrappers import RecordVideo
@@ -26,10 +25,11 @@ from typing_extensions import override
 
 from ppo_lightning.callbacks.interrupts import Interrupts
 from ppo_lightning.callbacks.processes import others_wait
-from ppo_lightning.envs import Environments, EnvMaker
+from ppo_lightning.envs import EnvFactory, Environments
 from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.errors import EnvironmentFault, InputError
-from ppo_lightning.evaluation import Evaluates, evaluate_episodes
+from ppo_lightning.evaluation.episodes import evaluate_episodes
+from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import ONE_OR_MORE, checked
 from ppo_lightning.spaces import without_mask
 
@@ -41,20 +41,6 @@ TAG = "eval/video"
 
 GIF_FPS, GIF_WIDTH = 10, 240
 """Frames per second and pixels of the animation that TensorBoard shows: it knows no video, and keeps all in one file."""
-
-
-class Recorded(Evaluates, Protocol):
-    """A module whose episodes can be recorded."""
-
-    interrupted: signal.Signals | None
-    seed: int | None
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """The precision of training."""
-        ...
-
-    def leave_out(self, seconds: float) -> None:
-        """Do not count them as time of training."""
 
 
 def record(
@@ -86,7 +72,7 @@ def record(
     """
     if importlib.util.find_spec("moviepy") is None:
         raise InputError('a video needs moviepy: pip install "ppo-lightning[video]"')
-    module = cast(Recorded, model)
+    module = cast(PPOModule, model)
     file = Path(folder).resolve() / f"step_{module.num_env_steps}.mp4"
     file.parent.mkdir(parents=True, exist_ok=True)
     choose_renderer()
@@ -98,7 +84,7 @@ def record(
             if env.render_mode != "rgb_array":
                 env.close()
                 raise InputError(
-                    f"{module.env_maker.name} has no pictures: it must take render_mode=rgb_array, and be made with it"
+                    f"{module.env_factory.name} has no pictures: it must take render_mode=rgb_array, and be made with it"
                 )
             # One recording of all episodes, since its length can be limited.
             place, first = f"{unfinished}/frames", lambda episode: episode == 0
@@ -106,8 +92,8 @@ def record(
             return recorders[0]
 
         try:
-            setting = module.supply.eval_setting
-            maker = setting.of(_drawing(module.env_maker, recorded))
+            setting = module.env_provider.eval_overrides
+            maker = setting.apply_to(_drawing(module.env_factory, recorded))
             environments = Environments(maker, 1, module.env_timeout_s, attributes=setting.attributes)
         except EnvironmentFault as fault:
             raise fault.__cause__ if isinstance(fault.__cause__, InputError) else fault from None
@@ -139,7 +125,7 @@ def record(
     return file
 
 
-def _drawing(maker: EnvMaker, recorded: Callable[[Any], Any]) -> EnvMaker:
+def _drawing(maker: EnvFactory, recorded: Callable[[Any], Any]) -> EnvFactory:
     """A recipe for one environment that draws and is recorded, wrapped as those that are evaluated."""
     again = maker.again()
     if again is None:
@@ -200,16 +186,16 @@ class EvaluationVideo(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._evaluated(trainer, cast(Recorded, pl_module))
+            self._evaluated(trainer, cast(PPOModule, pl_module))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(Recorded, pl_module)
+        module = cast(PPOModule, pl_module)
         due = _ends(trainer) or module.policy_version % module.iterations_between_evaluations == 0
-        if due and trainer.limit_val_batches == 0 and module.interrupted not in Interrupts.SIGNALS:
+        if due and trainer.limit_val_batches == 0 and module.agreed_stop_signal not in Interrupts.SIGNALS:
             self._evaluated(trainer, module)
 
-    def _evaluated(self, trainer: Trainer, module: Recorded) -> None:
+    def _evaluated(self, trainer: Trainer, module: PPOModule) -> None:
         self._evaluations += 1
         if trainer.state.fn == TrainerFn.FITTING and self._evaluations % self.every and not _ends(trainer):
             return
@@ -218,7 +204,7 @@ class EvaluationVideo(Callback):
             if trainer.is_global_zero and not self._gave_up:
                 self._record(trainer, module, folder)
 
-    def _record(self, trainer: Trainer, module: Recorded, folder: str | Path) -> None:
+    def _record(self, trainer: Trainer, module: PPOModule, folder: str | Path) -> None:
         started = time.perf_counter()
         try:
             video = record(module, folder, self.episodes, fps=self.fps)
@@ -231,7 +217,7 @@ class EvaluationVideo(Callback):
                 f"no video of step {module.num_env_steps:,}: {_told(error)}{drawn}; the run goes on without videos "
                 "(docs/evaluation.md says what they need)"
             )
-        module.leave_out(time.perf_counter() - started)
+        module.exclude_from_fps(time.perf_counter() - started)
 
 
 def _ends(trainer: Trainer) -> bool:

@@ -102,7 +102,7 @@ def test_a_signal_at_the_very_end_is_not_heard_after_it(fit, monkeypatch):
 
     model = PPO("CartPole-v1", **SMALL)
     fit(model, callbacks=[Late()])
-    assert model.interrupted is signal.SIGINT
+    assert model.agreed_stop_signal is signal.SIGINT
     signal.sigtimedwait([], 0.6)  # nothing comes
 
 

@@ -19,14 +19,14 @@ import lightning
 import processes
 import pytest
 import torch
+from commands import main
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ppo_lightning import PPO, ppo
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, PPOCallback, checkpoints
-from ppo_lightning.checkpoint import VerifiedCheckpointIO, newest_checkpoint, read_checkpoint
-from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError, said_in_one_sentence
+from ppo_lightning.runs.checkpoint import VerifiedCheckpointIO, newest_checkpoint, read_checkpoint
 
 SMALL = {"num_envs": 4, "num_steps": 32, "num_minibatches": 2, "update_epochs": 1, "num_eval_episodes": 1}
 
@@ -172,23 +172,17 @@ def test_a_file_is_whole_however_its_writer_is_killed(times, tmp_path):
     assert steps_in(path) == 7
 
 
-TRAINS = """
-import os, sys
-from ppo_lightning.callbacks import LastCheckpoint
-from ppo_lightning.cli import main
+def trains(folder, words):
+    """Run a command in a folder; it writes down its steps after each iteration."""
+    os.chdir(folder)
+    ended, steps = LastCheckpoint.on_train_epoch_end, os.open("steps", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-ended = LastCheckpoint.on_train_epoch_end
+    def tells(self, trainer, pl_module):
+        ended(self, trainer, pl_module)
+        os.write(steps, b"%d\n" % pl_module.num_env_steps)
 
-
-def tells(self, trainer, pl_module):
-    ended(self, trainer, pl_module)
-    os.write(steps, b"%d\\n" % pl_module.num_env_steps)
-
-
-steps = os.open("steps", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-LastCheckpoint.on_train_epoch_end = tells
-main(sys.argv[1:])
-"""
+    LastCheckpoint.on_train_epoch_end = tells
+    main(words)
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)])
@@ -208,19 +202,22 @@ def test_a_killed_run_goes_on_and_has_lost_one_save_interval_at_most(times, tmp_
     for number in range(times):
         folder = tmp_path / str(number)
         folder.mkdir()
-        process = subprocess.Popen([sys.executable, "-c", TRAINS, *words], cwd=folder, stderr=subprocess.DEVNULL)
+        process = multiprocessing.get_context("fork").Process(target=trains, args=(folder, words))
+        process.start()
         steps = folder / "steps"
-        while process.poll() is None and (not steps.exists() or steps.read_bytes().count(b"\n") < 5):
+        while process.is_alive() and (not steps.exists() or steps.read_bytes().count(b"\n") < 5):
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.5))
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         told = int(steps.read_text().split()[-1])
         assert 0 < told < total
         assert told - steps_in(newest_checkpoint(folder)) <= interval
         os.chdir(folder)
-        main([*words, "--ckpt_path", "last"])
-        assert steps_in("lightning_logs/version_0/checkpoints/last.ckpt") == total
+        longer = told + 128 * 10
+        main([*words, "--ckpt_path", "last", "--model.total_steps", str(longer)])
+        assert steps_in("lightning_logs/version_0/checkpoints/last.ckpt") == longer
 
 
 # --- full disks --------------------------------------------------------------------------------------------------------
@@ -368,7 +365,7 @@ class Logs(Spaces):
 lightning.seed_everything(1, verbose=False)
 model = PPO(
     partial(Logs, "both", "dict", True), num_envs=2, num_steps=16, total_steps=64, popart=PopArt(),
-    normalize_observation=True, normalize_reward=True, log_info=[f"key_{index}" for index in range(20)],
+    normalize_observation=True, normalize_reward=True, info_keys=[f"key_{index}" for index in range(20)],
 )
 callbacks = [Curriculum([Level()]), Stages([Stage()]), RolloutDetails()]
 trainer = lightning.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False)

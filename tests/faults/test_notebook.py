@@ -52,12 +52,14 @@ def test_the_stop_button_pauses_and_the_cell_run_again_goes_on():
         reply = client.get_shell_msg(timeout=30)
         assert reply["parent_header"]["msg_id"] == identity
         assert reply["content"]["status"] == "ok", reply["content"]
-        steps, name = run(client, "said = model.num_env_steps, model.interrupted.name")
+        steps, name = run(client, "said = model.num_env_steps, model.agreed_stop_signal.name")
         assert steps > 0
         assert steps % 32 == 0
         assert name == "SIGINT"
         again = "model.total_steps = model.num_env_steps + 64\ntrainer().fit(model)\n"
-        said = run(client, again + "said = model.num_env_steps, model.interrupted, len(model.rollouts.episodes.window)")
+        said = run(
+            client, again + "said = model.num_env_steps, model.agreed_stop_signal, len(model.rollouts.episodes.window)"
+        )
         assert said[:2] == (steps + 64, None)
         assert said[2] > 0
     finally:

@@ -11,10 +11,10 @@ from probes import Endless
 from torch import nn
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, EnvironmentFault, compiled, rollout
+from ppo_lightning import PPO, EnvironmentFault, LossCoefficients, PPOLoss
 from ppo_lightning import ppo as module
+from ppo_lightning.algorithm.loss import normalize_advantages
 from ppo_lightning.envs.classic_control import CartPole
-from ppo_lightning.loss import PPOLoss, normalized
 
 SMALL = {"num_envs": 2, "num_steps": 8, "total_steps": 64, "num_minibatches": 2}
 
@@ -136,32 +136,25 @@ class Poisonous(PPO):
     def __init__(self, what: str, times: int = 1, **kwargs) -> None:
         self.what, self.times, self.before, self.after = what, times, [], []
         super().__init__(
-            partial(Crash, "none"), policy=partial(Poisoned, what=what), **{**SMALL, "update_epochs": 8, **kwargs}
+            partial(Crash, "none"),
+            policy=partial(Poisoned, what=what),
+            loss=partial(poisoned_loss, self),
+            **{**SMALL, "update_epochs": 8, **kwargs},
         )
 
-    def current_loss(self) -> PPOLoss:
-        loss, left = super().current_loss(), self.times
 
-        class Loss(PPOLoss):
-            def __call__(own, batch, evaluate):  # noqa: N805 - the outer one is self
-                nonlocal left
-                spoilt = int(self.iterations) == 1 and left > 0
-                left -= spoilt
-                self.policy.network.active = spoilt
-                terms = super().__call__(batch, evaluate)
-                self.policy.network.active = False
-                if spoilt:
-                    self.before.append(state(self))
-                    if self.what == "loss":
-                        terms = terms._replace(loss=terms.loss * torch.nan)
-                return terms
-
-        return Loss(**vars(loss))
-
-    def descend(self, loss, last=True) -> None:
-        super().descend(loss, last)
-        if len(self.after) < len(self.before):
-            self.after.append(state(self))
+def poisoned_loss(model, batch, evaluate, coefficients):
+    if len(model.after) < len(model.before):
+        model.after.append(state(model))  # of the step before
+    spoilt = int(model.iterations) == 1 and len(model.before) < model.times
+    model.policy.network.active = spoilt
+    losses = PPOLoss()(batch, evaluate, coefficients)
+    model.policy.network.active = False
+    if spoilt:
+        model.before.append(state(model))
+        if model.what == "loss":
+            losses["loss"] = losses["loss"] * torch.nan
+    return losses
 
 
 @pytest.mark.parametrize("what", ["logits", "value", "loss", "grad"])
@@ -182,8 +175,8 @@ def test_the_run_ends_before_a_step_by_what_is_no_number_and_leaves_a_file(what,
     model.policy.load_state_dict(left["policy"])
     network = model.policy.network
     network.active = True
-    terms = PPOLoss(**left["loss"])(left["samples"], model.policy.evaluate)
-    (terms.loss * (torch.nan if what == "loss" else 1.0)).backward()
+    losses = PPOLoss()(left["samples"], model.policy.evaluate, LossCoefficients(**left["coefficients"]))
+    (losses["loss"] * (torch.nan if what == "loss" else 1.0)).backward()
     assert nn.utils.get_total_norm([one.grad for one in model.policy.parameters()]).isnan()
 
 
@@ -191,7 +184,7 @@ def test_the_run_ends_before_a_step_by_what_is_no_number_and_leaves_a_file(what,
 @pytest.mark.parametrize("hooked", [False, True], ids=["alone", "by the strategy"])
 def test_a_step_by_what_is_no_number_is_left_out_and_counted(what, hooked, fit, monkeypatch):
     if hooked:
-        monkeypatch.setattr(module, "steps_concern_nobody", lambda trainer, averages=False: False)
+        monkeypatch.setattr(module, "can_bypass_strategy", lambda trainer, ranks: False)
     model = Poisonous(what, times=3, non_finite="skip")
     logged = []
     model.on_train_batch_end = lambda *_: logged.append(dict(model.trainer.callback_metrics))
@@ -234,19 +227,22 @@ def test_the_steps_that_are_compiled_are_as_careful(non_finite, fit, tmp_path, m
 
     The functions run as they are, not as graphs, which take long to compile.
     """
-    for place in (compiled, rollout):
-        monkeypatch.setattr(place, "compiled", lambda function, policy: function)
+    for place in ("algorithm.compiled_step", "rollout.dataset"):
+        monkeypatch.setattr(f"ppo_lightning.{place}.compile_function", lambda function, module: function)
     size = {"num_envs": 2, "num_steps": 8, "total_steps": 48, "num_minibatches": 2, "update_epochs": 2}
     model = PPO(
         partial(Overflows, 2, range(8, 9)), compile=True, non_finite=non_finite, normalize_advantage=False, **size
     )
     seen, steps = [], []
-    model.on_train_batch_end = lambda *_: (seen.append(state(model)), steps.append(float(model.compiled.steps[0])))
+    model.on_train_batch_end = lambda *_: (
+        seen.append(state(model)),
+        steps.append(float(model.updater.compiled.steps[0])),
+    )
     if non_finite == "raise":
         with pytest.raises(FloatingPointError, match=r"the gradient's norm is (inf|nan) in iteration 2"):
             fit(model)
         assert equal(seen[0], state(model))
-        assert float(model.compiled.steps[0]) == steps[0] == 4
+        assert float(model.updater.compiled.steps[0]) == steps[0] == 4
         left = torch.load(tmp_path / "non_finite.pt", weights_only=True)
         assert left["samples"]["observation"].shape == (8, 4)  # the minibatch, since it was all made again step by step
         assert (left["samples"]["value_target"] > 1e20).sum() >= 1
@@ -283,7 +279,7 @@ def test_extreme_rewards_do_not_poison_running_moments(fit):
     )  # fmt: skip
     fit(model)
     assert all(one.isfinite().all() for one in model.state_dict().values())
-    assert model.rollouts.discounted.isfinite().all()
+    assert model.rollouts.running_return.isfinite().all()
 
 
 # --- F10-F13: degenerate minibatches -----------------------------------------------------------------------------------
@@ -291,7 +287,7 @@ def test_extreme_rewards_do_not_poison_running_moments(fit):
 
 def test_advantages_without_spread_move_no_policy(fit):
     """Every step is worth one more than the critic says: there is nothing to choose."""
-    assert_close(normalized(torch.full((64,), 3.0)), torch.zeros(64), atol=0, rtol=0)
+    assert_close(normalize_advantages(torch.full((64,), 3.0)), torch.zeros(64), atol=0, rtol=0)
     model = Poisonous("nothing", gae_lambda=0.0, total_steps=16)
     nn.init.zeros_(model.policy.network.value.weight)
     nn.init.zeros_(model.policy.network.value.bias)
@@ -317,21 +313,20 @@ def test_minibatches_of_one_sample_train(normalize, fit):
 @pytest.mark.parametrize("num_steps", [7, 16])
 @pytest.mark.parametrize("num_minibatches", [1, 2, 3, 5, 7])
 def test_every_pass_takes_every_sample_once(num_envs, num_steps, num_minibatches):
-    model = PPO(
-        partial(Endless, 5), num_envs=num_envs, num_steps=num_steps, num_minibatches=num_minibatches, update_epochs=2
-    )
-    model.on_train_batch_start(batch := model.rollouts.collect(), 0)
-    batch["advantage"] = torch.arange(float(num_envs * num_steps)).view(num_steps, num_envs)
     seen: list[list[float]] = []
 
     class Counts(PPOLoss):
-        def __call__(self, piece, evaluate):
-            seen.append(piece["advantage"].tolist())
-            return super().__call__(piece, evaluate)
+        def forward(self, batch, evaluate, coefficients):
+            seen.append(batch["advantage"].tolist())
+            return super().forward(batch, evaluate, coefficients)
 
-    loss = Counts(**vars(model.current_loss()))
-    model.current_loss = lambda: loss
-    model.update(batch, lambda loss: None)
+    model = PPO(
+        partial(Endless, 5), num_envs=num_envs, num_steps=num_steps, num_minibatches=num_minibatches, update_epochs=2,
+        loss=Counts(), normalize_advantage=False,
+    )  # fmt: skip
+    batch = model.collect()
+    batch["advantage"] = torch.arange(float(num_envs * num_steps)).view(num_steps, num_envs)
+    model.learn(batch, torch.optim.SGD(model.parameters(), lr=0.0))
     for taken in (seen[:num_minibatches], seen[num_minibatches:]):
         assert sorted(one for piece in taken for one in piece) == list(range(num_envs * num_steps))
         assert max(map(len, taken)) - min(map(len, taken)) <= 1
@@ -341,8 +336,8 @@ def test_a_learning_rate_far_too_high_is_stopped_by_target_kl(fit):
     updates = []
 
     class Notes(PPO):
-        def update(self, batch, descend):
-            updates.append(super().update(batch, descend))
+        def update(self, rollout):
+            updates.append(super().update(rollout))
             return updates[-1]
 
     reckless = lambda params: torch.optim.Adam(params, lr=1e3)  # noqa: E731
@@ -350,8 +345,8 @@ def test_a_learning_rate_far_too_high_is_stopped_by_target_kl(fit):
     model = Notes("CartPole-v1", **size, target_kl=0.02, optimizer=reckless)
     fit(model)
     # In the first minibatch the policy is what it was, so that its step is taken; the second finds out.
-    assert len(updates[0].terms) == 2
-    assert len(updates[1].terms) < 8
+    assert len(updates[0].losses) == 2
+    assert len(updates[1].losses) < 8
     assert all(one.isfinite().all() for one in state(model))
 
 
@@ -360,24 +355,26 @@ class Diverges(PPO):
 
     divergence, at_once = torch.nan, False
 
-    def current_loss(self):
-        model, calls = self, []
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, loss=self.diverging_loss, **kwargs)
 
-        class Loss(PPOLoss):
-            def __call__(self, batch, evaluate):
-                calls.append(1)
-                terms = super().__call__(batch, evaluate)
-                late = len(calls) > 1 or model.at_once
-                return terms._replace(approx_kl=torch.tensor(model.divergence)) if late else terms
+    def diverging_loss(self, batch, evaluate, coefficients):
+        losses = PPOLoss()(batch, evaluate, coefficients)
+        if self.calls or self.at_once:
+            losses["approx_kl"] = torch.tensor(self.divergence)
+        self.calls += 1
+        return losses
 
-        return Loss(**vars(super().current_loss()))
+    def update(self, rollout):
+        self.calls = 0
+        return super().update(rollout)
 
 
 @pytest.mark.parametrize("divergence", [torch.nan, torch.inf])
 def test_a_divergence_that_is_not_finite_counts_as_too_large(divergence, fit):
     model = Diverges("CartPole-v1", **SMALL, target_kl=1e9)
     model.divergence, taken = divergence, []
-    model.on_train_batch_end = lambda *_: taken.append(len(model._grad_norms))
+    model.on_train_batch_end = lambda *_: taken.append(len(model.updater.eager.norms))
     fit(model)
     assert set(taken) == {1}
 

@@ -5,7 +5,6 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from ppo_lightning import PPO
-from ppo_lightning.loss import KL
 
 SMALL = {"env": "CartPole-v1", "num_envs": 4, "num_steps": 32, "total_steps": 384}
 
@@ -13,10 +12,10 @@ SMALL = {"env": "CartPole-v1", "num_envs": 4, "num_steps": 32, "total_steps": 38
 class Watching(PPO):
     """Keeps what the first gradient step of each iteration sees."""
 
-    def update(self, batch, descend):
-        update = super().update(batch, descend)
-        self.first_kl = [*getattr(self, "first_kl", []), update.terms[0, KL].item()]
-        self.norms = [*getattr(self, "norms", []), torch.stack(self._grad_norms)]
+    def update(self, rollout):
+        update = super().update(rollout)
+        self.first_kl = [*getattr(self, "first_kl", []), update.column("approx_kl")[0].item()]
+        self.norms = [*getattr(self, "norms", []), update.grad_norms[:, 0]]
         return update
 
 

@@ -15,9 +15,11 @@ from tensordict import TensorDict
 from torch import distributed
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, ActorCritic
+from ppo_lightning import PPO, ActorCritic, PPOLoss
+from ppo_lightning.algorithm import update as algorithm
+from ppo_lightning.algorithm.minibatches import MinibatchPlan, plan_minibatches
 from ppo_lightning.errors import ProcessFault
-from ppo_lightning.ranks import CHECK_INTERVAL, Cuts, fingerprint
+from ppo_lightning.runs.ranks import CHECK_INTERVAL, fingerprint
 
 STEPS, ENVS = 12, 2
 SIZE = {"num_steps": STEPS, "num_envs": ENVS, "total_steps": 1000, "num_minibatches": 3, "update_epochs": 2}
@@ -39,7 +41,7 @@ def rollout(rank: int, state_size: int) -> TensorDict:
         "valid": valid,
     }
     if state_size:
-        batch["memory_state"] = torch.randn(*shape, state_size, generator=generator)
+        batch["recurrent_state"] = torch.randn(*shape, state_size, generator=generator)
         batch["episode_start"] = torch.rand(shape, generator=generator) < 0.2
     batch |= {
         "reward": torch.zeros(shape),
@@ -50,28 +52,29 @@ def rollout(rank: int, state_size: int) -> TensorDict:
 
 
 class Updates(PPO):
-    """Makes one update on a rollout that is given, cut as is given, and keeps what came of it."""
+    """Makes one update on a rollout that is given, by minibatches that are given, and keeps what came of it."""
 
     given: TensorDict
-    cuts: Cuts | None = None
-
-    def _cut_up(self, batch):
-        self.cuts = self.cuts or super()._cut_up(batch)
-        return self.cuts
+    plan: MinibatchPlan | None = None
 
     def training_step(self, batch, batch_idx):
-        self.anneal(self._optimizer)
-        update = self.update(self.given, self.descend)
-        metrics = self.metrics(self.given, update, 0.0)
+        def plan(*args, **kwargs):
+            self.plan = self.plan or plan_minibatches(*args, **kwargs)
+            return self.plan
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(algorithm, "plan_minibatches", plan)
+            update = self.update(self.given)
+        metrics = self.metrics(self.given, update, seconds=0.0, learning_rate=0.0)
         self.logged = {name: value for name, value in metrics.items() if name.startswith("train/")}
-        self.steps = len(update.terms)
+        self.steps = len(update.losses)
 
 
-def updated(given, cuts=None, state_size=0, **options) -> Updates:
+def updated(given, plan=None, state_size=0, **options) -> Updates:
     lightning.seed_everything(1, verbose=False)
     model = Updates("Pendulum-v1", **{**SIZE, **options})
-    model.given, model.cuts = given(model.policy.state_size), cuts
-    fit(model, max_epochs=1, **({"strategy": "ddp", "devices": 2} if cuts is None else {}))
+    model.given, model.plan = given(model.policy.state_size), plan
+    fit(model, max_epochs=1, **({"strategy": "ddp", "devices": 2} if plan is None else {}))
     return model
 
 
@@ -79,27 +82,32 @@ def parameters(model: PPO) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
 
 
-def of_rank(rank: int, options) -> tuple[torch.Tensor, dict[str, float], Cuts, int]:
+def of_rank(rank: int, options) -> tuple[torch.Tensor, dict[str, float], MinibatchPlan, int]:
     model = updated(partial(rollout, rank), **options)
-    assert (model.compiled is not None) == ("compile" in options)
-    return parameters(model), model.logged, model.cuts, model.steps
+    assert (model.updater.compiled is not None) == ("compile" in options)
+    return parameters(model), model.logged, model.plan, model.steps
 
 
-def together(first: Cuts, second: Cuts) -> Cuts:
+def together(first: MinibatchPlan, second: MinibatchPlan) -> MinibatchPlan:
     """The minibatches of both ranks, as one process has their samples: those of rank 1 behind those of rank 0."""
-    orders = []
-    for one, other in zip(first.orders, second.orders + first.orders.shape[1], strict=True):
+    permutations = []
+    for one, other in zip(first.permutations, second.permutations + first.permutations.shape[1], strict=True):
         pieces = zip(one.split(first.sizes), other.split(second.sizes), strict=True)
-        orders.append(torch.cat([part for pair in pieces for part in pair]))
+        permutations.append(torch.cat([part for pair in pieces for part in pair]))
     sizes = [a + b for a, b in zip(first.sizes, second.sizes, strict=True)]
-    return Cuts(torch.stack(orders), sizes, [[1.0] * len(sizes)] * len(orders), None)
+    return MinibatchPlan(torch.stack(permutations), sizes, [[1.0] * len(sizes)] * len(permutations), None)
 
 
 CASES = {
     "plain": {},
     "all ranks": {"normalize_advantage": "all_ranks"},
-    "chunks": {"normalize_advantage": "all_ranks", "minibatch_chunks": 2, "clip_range_vf": 0.2, "ent_coef": 0.01},
-    "memory": {"policy": partial(ActorCritic, memory="gru"), "sequence_length": 4, "normalize_advantage": "all_ranks"},
+    "chunks": {
+        "normalize_advantage": "all_ranks",
+        "gradient_accumulation_steps": 2,
+        "clip_range_vf": 0.2,
+        "ent_coef": 0.01,
+    },
+    "memory": {"policy": partial(ActorCritic, rnn="gru"), "sequence_length": 4, "normalize_advantage": "all_ranks"},
     "stopped": {"target_kl": 0.15, "optimizer": partial(torch.optim.Adam, lr=1e-2)},
 }
 
@@ -109,12 +117,12 @@ def check(options):
     ranks = forked(lambda rank: of_rank(rank, options))
     for result in ranks:
         assert isinstance(result, tuple), result
-    (first, logged, cuts, steps), (second, other_logged, other_cuts, other_steps) = ranks
+    (first, logged, plan, steps), (second, other_logged, other_plan, other_steps) = ranks
     assert torch.equal(first, second)
     assert {**logged, "train/grad_norm": 0} == {**other_logged, "train/grad_norm": 0}
     one = updated(
         lambda size: torch.cat([rollout(0, size), rollout(1, size)]),
-        together(cuts, other_cuts),
+        together(plan, other_plan),
         **{**options, "num_steps": 2 * STEPS, "normalize_advantage": bool(options["normalize_advantage"])},
     )
     assert_close(first, parameters(one), rtol=1e-5, atol=1e-6)
@@ -186,18 +194,24 @@ def test_a_fingerprint_notices_every_bit_and_order():
     assert len(seen) == 34
 
 
-class Divergent(PPO):
+class Divergent(PPOLoss):
     """Of one rank the divergence is far beyond the target from the third minibatch on."""
 
-    def diverged(self, approx_kl, *, first=False):
-        self.asked = getattr(self, "asked", 0) + 1
-        return super().diverged(approx_kl + 10.0 * (self._rank == 1 and self.asked >= 3), first=first)
+    def __init__(self, rank):
+        super().__init__()
+        self.rank, self.calls = rank, 0
+
+    def forward(self, batch, evaluate, coefficients):
+        self.calls += 1
+        losses = super().forward(batch, evaluate, coefficients)
+        return {**losses, "approx_kl": losses["approx_kl"] + 10.0 * (self.rank == 1 and self.calls >= 3)}
 
 
 def test_a_rank_that_diverges_alone_stops_both_before_the_same_step():
     def run(rank: int) -> tuple[int, float]:
         lightning.seed_everything(1, verbose=False)
-        model = Divergent("CartPole-v1", num_envs=2, num_steps=8, total_steps=32, target_kl=1.0)
+        size = {"num_envs": 2, "num_steps": 8, "total_steps": 32}
+        model = PPO("CartPole-v1", loss=Divergent(rank), target_kl=1.0, **size)
         fit(model, strategy="ddp", devices=2, max_epochs=1)
         (state, *_) = model.optimizers(use_pl_optimizer=False).state.values()
         return int(state["step"]), float(parameters(model).double().sum())

@@ -14,7 +14,7 @@ from lightning import Callback
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
-from ppo_lightning.envs import Environments, EnvMaker, Restarts
+from ppo_lightning.envs import EnvFactory, Environments, Restarts
 
 SMALL = {"num_envs": 4, "num_steps": 8, "total_steps": 96, "num_minibatches": 2}
 
@@ -22,12 +22,12 @@ SMALL = {"num_envs": 4, "num_steps": 8, "total_steps": 96, "num_minibatches": 2}
 @pytest.fixture(scope="module", autouse=True)
 def _served():
     """The server that workers come from takes seconds to start, once."""
-    Environments(EnvMaker("CartPole-v1", vectorization="async"), 1, 60.0).close()
+    Environments(EnvFactory("CartPole-v1", vectorization="async"), 1, 60.0).close()
 
 
 def collected(fault: str, **kwargs):
     """A rollout in which environment 1 crashes in its third step, what was warned of, and the model."""
-    model = PPO(partial(Crash, fault), **{**SMALL, "env_restarts": 2, **kwargs})
+    model = PPO(partial(Crash, fault), **{**SMALL, "max_env_restarts": 2, **kwargs})
     model.seed = FIRST_SEED
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -43,7 +43,7 @@ def test_an_environment_that_raises_is_made_anew_alone(vectorization):
     healthy, *_ = collected("none", vectorization=vectorization)
     first = "environment 1 raised ZeroDivisionError in step: the pole is at infinity"
     assert [one for one in told if "made anew" in one] == [f"{first}: made anew, restart 1 of 2"]
-    assert model.restarts.count == 1
+    assert model.env_provider.restarts.count == 1
     # Steps 0 and 1 went well; the third has no reward, and ends the episode with what was seen before it.
     assert batch["observation"][:, 1, 0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
     assert batch["reward"][:, 1].tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
@@ -71,7 +71,7 @@ def test_worker_processes_are_started_anew_with_their_half(fault, cause):
     assert batch["reward"][:, :2].T.tolist() == [[1, 1, 0, 1, 1, 1, 1, 1]] * 2
     assert batch["truncated"][:, 0].nonzero().flatten().tolist() == [2, 7]
     assert batch["truncated"][:, 2].nonzero().flatten().tolist() == [4]
-    assert model.restarts.count == 1
+    assert model.env_provider.restarts.count == 1
 
 
 class Kill(Callback):
@@ -87,7 +87,7 @@ class Kill(Callback):
 @pytest.mark.parametrize("saves", [False, True])
 def test_a_worker_that_dies_between_rollouts_is_replaced_too(saves, fit, tmp_path):
     """A checkpoint that is saved meanwhile asks it for its state, in vain."""
-    model = PPO(partial(Crash, "none"), vectorization="async", env_restarts=1, eval_interval=1, **SMALL)
+    model = PPO(partial(Crash, "none"), vectorization="async", max_env_restarts=1, eval_interval=1, **SMALL)
     where = "get_state" if saves else "step"
     with pytest.warns(
         UserWarning, match=re.escape(f"the worker process of environment [2] died in {where}: killed by")
@@ -114,11 +114,11 @@ def test_when_restarts_are_used_up_the_run_ends(fit):
         def step(self, action):
             self.happen()
 
-    model = PPO(partial(Always, "raise"), env_restarts=3, **SMALL)
+    model = PPO(partial(Always, "raise"), max_env_restarts=3, **SMALL)
     with pytest.raises(EnvironmentFault, match="raised ZeroDivisionError in step") as caught:
         fit(model)
-    assert str(caught.value).endswith("all of env_restarts = 3 are used up")
-    assert model.restarts.count == 3
+    assert str(caught.value).endswith("all of max_env_restarts = 3 are used up")
+    assert model.env_provider.restarts.count == 3
 
 
 def test_without_restarts_nothing_is_logged_and_a_crash_ends_the_run(fit):
@@ -133,7 +133,7 @@ def test_without_restarts_nothing_is_logged_and_a_crash_ends_the_run(fit):
 
 def test_a_reset_that_raises_is_tried_once_more_on_a_new_environment():
     environments = Environments(
-        EnvMaker(partial(Crash, "raise in reset"), restarts=True), 2, 60.0, restarts=Restarts(limit=1)
+        EnvFactory(partial(Crash, "raise in reset"), restarts=True), 2, 60.0, restarts=Restarts(limit=1)
     )
     environments.reset(FIRST_SEED)
     for _ in range(4):
@@ -152,7 +152,7 @@ class Drawn(Crash):
 
 
 def test_a_new_environment_draws_from_the_runs_seed():
-    runs = [PPO(partial(Drawn, "raise"), env_restarts=1, **SMALL) for _ in range(2)]
+    runs = [PPO(partial(Drawn, "raise"), max_env_restarts=1, **SMALL) for _ in range(2)]
     batches = []
     for model in runs:
         model.seed = FIRST_SEED
@@ -173,7 +173,7 @@ def test_masks_of_a_new_environment_are_read():
         def action_masks(self):
             return np.array([True, False, self.steps % 2 == 0])
 
-    model = PPO(Masked, env_restarts=1, **SMALL)
+    model = PPO(Masked, max_env_restarts=1, **SMALL)
     model.seed = FIRST_SEED
     with pytest.warns(UserWarning, match="made anew"):
         batch = model.rollouts.collect()
@@ -186,12 +186,12 @@ def test_vectors_of_ones_own_are_refused():
         (native, {"env_kwargs": {"fault": "none"}}),
         ("CartPole-v1", {"vectorization": "vector_entry_point"}),
     ]:
-        with pytest.raises(InputError, match=r"env_restarts=1 makes single environments anew, and .* is a vector"):
-            PPO(env, env_restarts=1, **kwargs)
+        with pytest.raises(InputError, match=r"max_env_restarts=1 makes single environments anew, and .* is a vector"):
+            PPO(env, max_env_restarts=1, **kwargs)
 
 
 def test_an_evaluation_survives_a_crash(monkeypatch):
-    model = PPO(partial(Crash, "raise", index=0), env_restarts=1, num_envs=2)
+    model = PPO(partial(Crash, "raise", index=0), max_env_restarts=1, num_envs=2)
     monkeypatch.setattr(model, "_stream", lambda *_: FIRST_SEED)
     with pytest.warns(UserWarning, match="environment 0 raised ZeroDivisionError in step.*made anew, restart 1 of 1"):
         assert model.evaluate(2)["eval/mean_ep_length"] == 5.0  # the one that crashed does not count

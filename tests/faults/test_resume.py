@@ -7,12 +7,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from commands import main
 from lightning import Callback
 from outcomes import outcome, same
 
 from ppo_lightning import PPO, ActorCritic
 from ppo_lightning.envs.classic_control import CartPole
 from ppo_lightning.errors import InputError
+from ppo_lightning.rollout.collectors import TensorStepper
 
 
 class SaveAt(Callback):
@@ -25,7 +27,7 @@ class SaveAt(Callback):
 
 
 def recurrent(*spaces):
-    return ActorCritic(*spaces, memory="lstm", hidden_sizes=(16,))
+    return ActorCritic(*spaces, rnn="lstm", hidden_sizes=(16,))
 
 
 SMALL = {"num_envs": 3, "num_steps": 32, "total_steps": 6 * 96, "update_epochs": 2, "num_minibatches": 3}
@@ -99,15 +101,16 @@ def test_other_environments_begin_anew_and_the_log_says_so(fit, caplog):
 # --- several processes --------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_go_on_to_the_bit_and_any_number_can_go_on_with_their_weights(tmp_path):
+def test_two_processes_go_on_to_the_bit_and_any_number_can_go_on_with_their_weights(tmp_path, monkeypatch):
+    from test_ddp import COMMAND, fit_forked
     from test_ddp import fit as fit_by_command
 
     flags = ["--model.normalize_observation=true", "--model.normalize_reward=true", "--model.eval_interval=2"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir()
     stopped.mkdir()
-    expected, _ = fit_by_command(whole, *flags)
-    fit_by_command(stopped, *flags, "--trainer.max_epochs=4")
+    expected, _ = fit_forked(whole, *flags)
+    fit_forked(stopped, *flags, "--trainer.max_epochs=4")
     shutil.copytree(stopped, tmp_path / "alone")
     found, _ = fit_by_command(stopped, *flags, "--ckpt_path=last")
     for rank in (0, 1):
@@ -117,7 +120,9 @@ def test_two_processes_go_on_to_the_bit_and_any_number_can_go_on_with_their_weig
     alone = PPO.load_from_checkpoint(tmp_path / "alone/lightning_logs/version_0/checkpoints/last.ckpt")
     torch.testing.assert_close(dict(alone.state_dict()), dict(last["state_dict"]), rtol=0, atol=0)
     assert len(last["ppo_lightning"]["processes"]) == 2
-    fit_by_command(tmp_path / "alone", *flags, "--ckpt_path=last", "--trainer.devices=1", "--trainer.strategy=auto")
+    monkeypatch.chdir(tmp_path / "alone")
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    main([*COMMAND[3:], *flags, "--ckpt_path=last", "--trainer.devices=1", "--trainer.strategy=auto"])
 
 
 class Draws(gym.Env):
@@ -218,7 +223,8 @@ def test_a_state_that_no_file_can_hold_is_refused(fit):
 
 
 @pytest.mark.parametrize("compiles", [False, True])
-def test_environments_that_are_tensors_go_on_compiled_or_not(fit, compiles):
+def test_environments_that_are_tensors_go_on_compiled_or_not(fit, compiles, monkeypatch):
+    monkeypatch.setattr(TensorStepper, "CHUNK", 2)  # which compiles sooner
     options = {**SMALL, "env": CartPole, "compile": compiles, "num_minibatches": 2}
     model = PPO(**options)
     expected = outcome(model, fit(model, callbacks=[SaveAt(3)]))

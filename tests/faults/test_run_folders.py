@@ -1,9 +1,8 @@
 """A run's folder is written to by that run alone, and only once every check has passed."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from commands import main
 from filelock import FileLock
 from lightning import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -18,7 +18,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import AdaptiveLearningRate, Stage, Stages
-from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
 
 SMALL = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "num_eval_episodes": 1}
@@ -239,18 +238,19 @@ def test_a_file_system_without_locks_costs_a_warning(monkeypatch):
 
 
 def test_a_run_that_was_killed_leaves_no_lock():
-    command = [sys.executable, "-m", "ppo_lightning", *CARTPOLE, "--model.total_steps", "100000000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [*CARTPOLE, "--model.total_steps", "100000000"]
+    process = multiprocessing.get_context("fork").Process(target=main, args=(command,))
+    process.start()
     try:
         deadline = time.monotonic() + 100
         while not Path(LAST).exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-            if process.poll() is None and (RUN / ".lock").exists() and (RUN / "metrics.csv").exists():
+            if process.is_alive() and (RUN / ".lock").exists() and (RUN / "metrics.csv").exists():
                 break
         os.kill(process.pid, signal.SIGKILL)
     finally:
         process.kill()
-        process.wait()
+        process.join()
     assert (RUN / ".lock").exists()
     FileLock(RUN / ".lock", timeout=0).acquire()
 

@@ -13,11 +13,11 @@ import lightning
 import pytest
 import torch
 import yaml
+from commands import main
 
 from ppo_lightning import PPO
-from ppo_lightning.checkpoint import read_checkpoint, sealed
-from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
+from ppo_lightning.runs.checkpoint import read_checkpoint, sealed
 
 SMALL = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "num_eval_episodes": 1}
 FLAGS = [word for name, value in SMALL.items() for word in (f"--model.{name}", str(value))]
@@ -274,7 +274,7 @@ def test_hyperparameters_of_another_version_are_refused(plain, fit):
     "config", sorted(path.stem for path in CONFIGS.glob("*.yaml")) if CONFIGS.exists() else ["none"]
 )
 def test_checkpoints_of_our_configs_name_what_a_checkpoint_may(config):
-    from ppo_lightning.checkpoint import foreign_names
+    from ppo_lightning.runs.checkpoint import foreign_names
 
     model = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())["model"]
     of_tests = {"env"} if model["env"].startswith("tests.") else set()

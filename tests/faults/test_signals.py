@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from processes import command
 
 from ppo_lightning import PPO, cli
+from ppo_lightning.algorithm.optimizer_step import EagerStep
 from ppo_lightning.callbacks import Interrupts
 
 LAST = Path("lightning_logs/version_0/checkpoints/last.ckpt")
@@ -23,7 +24,7 @@ RUN = """
 import os, sys, time
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from ppo_lightning.cli import main
-from ppo_lightning import PPO
+from ppo_lightning import PPO, PPOLoss
 from ppo_lightning.callbacks import checkpoints
 
 where, slow = sys.argv[1], float(sys.argv[2])
@@ -42,11 +43,13 @@ def waits(function, condition):
 later = lambda model: model.policy_version >= 2
 if where == "rollout":
     begun = []
-    count = PPO.count
-    PPO.count = lambda self, *given: (count(self, *given), begun.append(1))[0]
+    metrics = PPO.metrics
+    PPO.metrics = lambda self, *given, **named: (metrics(self, *given, **named), begun.append(1))[0]
     CartPoleEnv.step = waits(CartPoleEnv.step, lambda env: len(begun) >= 2)
 elif where == "update":
-    PPO.descend = waits(PPO.descend, later)
+    PPOLoss.forward = waits(PPOLoss.forward, lambda loss: len(updates) >= 2)
+    metrics, updates = PPO.metrics, []
+    PPO.metrics = lambda self, *given, **named: (metrics(self, *given, **named), updates.append(1))[0]
 elif where == "evaluation":
     PPO._evaluate = waits(PPO._evaluate, later)
 else:
@@ -138,12 +141,12 @@ def test_an_interrupted_fit_returns_and_another_goes_on_to_the_bit(fit):
     model, before = PPO(**SMALL), signal.getsignal(signal.SIGINT)
     trainer = fit(model, callbacks=[Stops(signal.SIGINT)])
     assert model.num_env_steps == 96  # the iteration after the signal has ended
-    assert model.interrupted is signal.SIGINT
+    assert model.agreed_stop_signal is signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before
     trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Stops)]
     trainer.fit(model)
     assert model.num_env_steps == 160
-    assert model.interrupted is None
+    assert model.agreed_stop_signal is None
     torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
@@ -158,15 +161,15 @@ def test_a_script_does_not_go_on_after_sigterm(fit):
 def test_a_second_signal_ends_an_update_at_once_and_takes_it_back(fit, monkeypatch):
     model, taken = PPO(**SMALL), []
     monkeypatch.setattr(Interrupts, "ECHO_S", 0.0)
-    descend = PPO.descend
+    apply = EagerStep.apply
 
-    def stopped(self, loss, last=True):
-        descend(self, loss, last)
-        taken.append({name: value.clone() for name, value in self.state_dict().items()})
+    def stopped(self):
+        apply(self)
+        taken.append({name: value.clone() for name, value in model.state_dict().items()})
         if len(taken) in (18, 19):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(PPO, "descend", stopped)
+    monkeypatch.setattr(EagerStep, "apply", stopped)
     with pytest.raises(SystemExit) as caught:
         fit(model, enable_checkpointing=True, logger=lightning.pytorch.loggers.CSVLogger("."))
     assert caught.value.code == 143

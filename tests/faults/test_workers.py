@@ -14,13 +14,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from commands import main
 from crashes import FIRST_SEED, Crash, native
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from lightning import Callback
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
-from ppo_lightning.cli import main
-from ppo_lightning.envs import Environments, EnvMaker, Halves, workers
+from ppo_lightning.envs import EnvFactory, Environments, Halves, workers
 
 SMALL = {"num_envs": 2, "num_steps": 8, "total_steps": 128, "num_minibatches": 2}
 FLAGS = [
@@ -49,7 +49,7 @@ def fault_of(call, *args) -> tuple[str, float]:
 
 
 def vector(fault: str, num_envs: int = 2, timeout_s: float = 60.0, **kwargs) -> Environments:
-    maker = EnvMaker(partial(Crash, fault, **kwargs), vectorization="async")
+    maker = EnvFactory(partial(Crash, fault, **kwargs), vectorization="async")
     environments = Environments(maker, num_envs, timeout_s)
     environments.reset(FIRST_SEED)
     return environments
@@ -168,7 +168,7 @@ def test_a_method_that_raises_what_cannot_be_pickled_does_not_hang():
 )
 def test_a_vector_of_ones_own_hangs_no_run_either(fault, slow, says):
     make = lambda: AsyncVectorEnv([partial(Crash, fault, slow=slow)] * 2, context="forkserver")  # noqa: E731
-    environments = Environments(EnvMaker(make), 2, 60.0)
+    environments = Environments(EnvFactory(make), 2, 60.0)
     environments.reset(FIRST_SEED)
     message, seconds = fault_of(step_until_it_fails, environments)
     assert message.startswith(says)
@@ -242,7 +242,7 @@ def sleepy() -> gym.Env:
 
 def test_an_environment_that_hangs_while_it_is_made_is_named(monkeypatch):
     monkeypatch.setattr(workers, "START_S", 2.0)
-    maker = EnvMaker(sleepy, vectorization="async")
+    maker = EnvFactory(sleepy, vectorization="async")
     message, seconds = fault_of(Environments, maker, 1, 60.0)
     assert message.startswith("environment [0] did not answer within 2.0 s in __init__: look at what it waits for")
     assert seconds < 5.0
@@ -293,7 +293,7 @@ def test_idle_workers_close_politely_and_at_once(tmp_path):
             self.mark()
 
     environments = Environments(
-        EnvMaker(partial(Leaves, "none", marks=tmp_path / "closed"), vectorization="async"), 2, 60.0
+        EnvFactory(partial(Leaves, "none", marks=tmp_path / "closed"), vectorization="async"), 2, 60.0
     )
     environments.reset(0)
     before = len((tmp_path / "closed").read_text().split())

@@ -11,8 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ppo_lightning.checkpoint import write_atomically
 from ppo_lightning.errors import InputError
+from ppo_lightning.runs.checkpoint import write_atomically
 from ppo_lightning.tools.sweep.objective import SearchSpec, retried
 from ppo_lightning.tools.sweep.space import short_names, with_values
 

@@ -1,11 +1,11 @@
-"""What an update changes, as it was before."""
+"""The state before an update, to roll back to."""
 
 import torch
 from torch import Tensor
 
 
-class Snapshot:
-    """Copies of tensors, to go back to if what changes them does not end."""
+class Rollback:
+    """Copies of tensors, restored where an update does not end."""
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
@@ -13,26 +13,26 @@ class Snapshot:
         self._optimizer: torch.optim.Optimizer | None = None
         self._slots: list[tuple[Tensor, str]] = []
         """Parameter and name of each tensor of the optimiser's state, whose copies are the last."""
-        self._kept = False
+        self._saved = False
 
     @torch.no_grad()
-    def keep(self, tensors: list[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+    def save(self, tensors: list[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
         """Copy tensors, and those of the optimiser's state."""
         self._slots = _slots(optimizer)
         found = [*tensors, *_at(optimizer, self._slots)]
         if [id(one) for one in found] != [id(one) for one in self._tensors]:
             self._copies = [torch.empty_like(one) for one in found]
         torch._foreach_copy_(self._copies, found)  # pyright: ignore[reportPrivateImportUsage]
-        self._tensors, self._optimizer, self._kept = found, optimizer, True
+        self._tensors, self._optimizer, self._saved = found, optimizer, True
 
-    def forget(self) -> None:
-        """All has gone well."""
-        self._kept = False
+    def discard(self) -> None:
+        """Drop the copies: the update has ended."""
+        self._saved = False
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put the tensors back, unless :meth:`forget` was called since."""
-        if not self._kept:
+    def rollback(self) -> None:
+        """Put the tensors back, unless :meth:`discard` was called since."""
+        if not self._saved:
             return
         if self._optimizer is not None:
             had_state = {parameter for parameter, _ in self._slots}
@@ -42,7 +42,7 @@ class Snapshot:
         own = len(self._tensors) - len(self._slots)
         tensors = [*self._tensors[:own], *_at(self._optimizer, self._slots)]
         torch._foreach_copy_(tensors, self._copies)  # pyright: ignore[reportPrivateImportUsage]
-        self._kept = False
+        self._saved = False
 
 
 def _slots(optimizer: torch.optim.Optimizer | None) -> list[tuple[Tensor, str]]:

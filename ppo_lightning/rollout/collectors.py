@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from ppo_lightning.compiled import Captured, CompilerError, compiled
+from ppo_lightning.algorithm.compiler import CompilerError, CudaGraphCache, compile_function
 from ppo_lightning.envs import Environments, Halves, TensorEnv
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy, Step, stack
@@ -403,7 +403,7 @@ class TensorStepper(Stepper):
         outcomes: list[Tensor | None] = []
         act = partial(policy.act, actor=policy.quick_actor())
         if self.captures and noise is not None:
-            self._act = self._act or Captured(policy.act, policy)
+            self._act = self._act or CudaGraphCache(policy.act, policy)
             act = self._act
         lacking = torch.zeros((), dtype=torch.bool, device=self.device)
         for step in range(self.num_steps):
@@ -427,7 +427,7 @@ class TensorStepper(Stepper):
     def _compiled(self, policy: Policy, noise: Tensor | None) -> Steps:
         env: Any = self.environments.env
         if self._graph is None or policy is not self._policy:
-            self._graph = compiled(lambda *args: _several(env, policy, *args), policy)
+            self._graph = compile_function(lambda *args: _several(env, policy, *args), policy)
             self._policy = policy
         graph = self._graph
         size = next(size for size in range(min(self.CHUNK, self.num_steps), 0, -1) if self.num_steps % size == 0)

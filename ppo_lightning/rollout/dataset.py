@@ -1,60 +1,32 @@
 """The dataset that is its own simulator: one rollout per pass, collected with the policy as it is now."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import Space
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tensordict import TensorDict
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ppo_lightning.compiled import ROWS, CompilerError, compiled
-from ppo_lightning.envs import Environments, Halves
+from ppo_lightning.algorithm.compiler import MAX_SAMPLES, CompilerError, compile_function
+from ppo_lightning.envs import Environments, EnvOverrides, EnvProvider, Halves
 from ppo_lightning.envs.info import Sums, added
+from ppo_lightning.envs.streams import get_rng_state, set_rng_state
+from ppo_lightning.errors import InputError
+from ppo_lightning.module import PPOModule
+from ppo_lightning.parameters import check_memory, check_samples, check_sequences, physical_memory
 from ppo_lightning.policy import Policy
-from ppo_lightning.spaces import Tree, cut, tree_map
-from ppo_lightning.stepping import ArrayStepper, Ends, Stepper, Steps, TensorStepper, warn_of_bounds
-from ppo_lightning.streams import random_state, restore_random_state
+from ppo_lightning.rollout.collectors import ArrayStepper, Ends, Stepper, Steps, TensorStepper, warn_of_bounds
+from ppo_lightning.spaces import Tree, cut, leaves, storage, tree_map, without_mask
 
 ENDLESS = 10_000
 """Steps of each environment after which it is worth saying that no episode has ended."""
-
-
-class Learner(Protocol):
-    """What collecting needs to know of the module that learns from it."""
-
-    policy: Policy
-    generator: torch.Generator
-    compiles: bool
-
-    @property
-    def device(self) -> torch.device:
-        """Where the policy is."""
-        ...
-
-    @property
-    def policy_version(self) -> int:
-        """How many updates it has had."""
-        ...
-
-    def make_environments(self) -> Environments | Halves:
-        """What to step."""
-        ...
-
-    def environment_seed(self) -> int:
-        """Seed of the first environment."""
-        ...
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of updates."""
-        ...
 
 
 class RolloutDataset(IterableDataset[TensorDict]):
@@ -66,31 +38,47 @@ class RolloutDataset(IterableDataset[TensorDict]):
     A rollout holds ``observation``, ``action``, ``action_log_prob``, ``state_value``, ``next_state_value``,
     ``reward``, ``terminated``, ``truncated`` and ``valid`` (False for the dummy rows of NEXT_STEP vectors), and the
     number ``policy_version``. Observations and actions of Dict or Tuple spaces are TensorDicts of their parts, by path.
-    Where there are masks it holds ``action_mask``, and of a policy with memory ``memory_state`` (before each step) and
+    Where there are masks it holds ``action_mask``, and of a policy with memory ``recurrent_state`` (before each step) and
     ``episode_start`` (the memory is reset before it). Its tensors are overwritten by the next rollout.
 
     Args:
-        learner: module whose policy acts and whose environments are stepped.
+        learner: module whose policy acts.
+        provider: of the environments that are stepped.
         num_steps: T, steps of each environment per rollout.
-        observation_space: of one environment, without its action mask.
+        num_minibatches: that a rollout must suffice for (count).
+        sequence_length: of a recurrent policy, into which rollouts are split (steps); None is num_steps.
+        compile: make values, and steps of environments that are tensors, compiled graphs.
     """
 
     PIECE = 1 << 23
     """Numbers of observation that the pass over a whole rollout takes at once: pictures in pieces that stay in cache."""
 
-    def __init__(self, learner: Learner, num_steps: int, observation_space: Space[Any]) -> None:
-        self.learner = learner
-        self.num_steps = num_steps
-        self.observation_space = observation_space
+    def __init__(
+        self,
+        learner: PPOModule,
+        provider: EnvProvider,
+        *,
+        num_steps: int,
+        num_minibatches: int,
+        sequence_length: int | None,
+        compile: bool,
+    ) -> None:
+        self.learner, self.provider, self.compile = learner, provider, compile
+        self.num_steps, self.num_minibatches = num_steps, num_minibatches
         self.environments: Environments | Halves | None = None
+        self.observation_space = without_mask(provider.observation_space)
+        self._given_sequence_length = sequence_length
+        check_memory(self.memory())
+        self.sequence_length = self.check_num_steps(num_steps)
+        """Steps into which rollouts are split for a recurrent policy; None for others."""
         self.episodes = EpisodeStatistics()
-        self.discounted = torch.zeros(0)
+        self.running_return = torch.zeros(0)
         """[N] discounted return so far of the episodes that go on, where rewards are normalised."""
-        self.logged: Sums = {}
+        self.info: Sums = {}
         """What the environments said in ``info`` during the last rollout."""
         self.collect_seconds = 0.0
         """Wall-clock seconds that the last rollout took."""
-        self.pending = False
+        self.unconsumed = False
         """A rollout has begun that no update has learnt from yet."""
         self.saved: dict[str, Any] | None = None
         """What a run that was saved goes on from, as :meth:`state` gave it, until the environments are made."""
@@ -117,55 +105,133 @@ class RolloutDataset(IterableDataset[TensorDict]):
     def start(self) -> Stepper:
         """Make and reset the environments, and allocate what rollouts are written to."""
         learner = self.learner
-        self.environments = environments = learner.make_environments()
+        self.environments = environments = self._make_environments()
         first = environments.reset(learner.environment_seed())
-        self.discounted = torch.zeros(environments.num_envs)
+        self.running_return = torch.zeros(environments.num_envs)
         self.episodes.restart(environments.num_envs)
         stepper = self._make_stepper(environments, first)
         saved, self.saved = self.saved, None
         if saved is not None:
             if environments.restore(saved["environments"]):
                 stepper.restore(saved["stepper"])
-                self.discounted, self.episodes.carry = saved["discounted"], saved["carry"]
+                self.running_return, self.episodes.carry = saved["running_return"], saved["carry"]
             else:
                 rank_zero_info("environments begin anew: those that were saved were made otherwise")
-            restore_random_state(saved["random"], learner.generator)  # resets may have drawn from the shared ones
+            set_rng_state(saved["random"], learner.generator)  # resets may have drawn from the shared ones
         return stepper
 
     def _make_stepper(self, environments: Environments | Halves, first: Tree) -> Stepper:
         """What takes ``num_steps`` steps of environments that show ``first`` [N, …]."""
         state_size, device = self.learner.policy.state_size, self.learner.device
         if isinstance(environments, Environments) and environments.tensors is not None and not state_size:
-            return TensorStepper(
-                environments, self.num_steps, self.observation_space, device, compiles=self.learner.compiles
-            )
+            return TensorStepper(environments, self.num_steps, self.observation_space, device, compiles=self.compile)
         return ArrayStepper(environments, first, self.num_steps, self.observation_space, state_size, device)
 
-    def steer(self, attributes: Mapping[str, Any]) -> None:
-        """Set attributes of the environments that run; :meth:`Learner.make_environments` does so of new ones."""
+    def _make_environments(self) -> Environments | Halves:
+        if self.learner.device.type == "cpu":
+            check_memory(self.memory(), physical_memory())
+        environments = self.provider.for_training()
+        try:
+            self._check_resets(environments, self.num_steps)
+        except InputError:
+            environments.close()
+            raise
+        return environments
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of a rollout's observations, by the parameters that they come from."""
+        stored = [storage(leaf) for leaf in leaves(self.observation_space).values()]
+        sample = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
+        num_envs = self.provider.num_envs
+        return {f"num_steps · num_envs = {self.num_steps} · {num_envs}": self.num_steps * num_envs * sample}
+
+    def check_num_steps(self, num_steps: int) -> int | None:
+        """Refuse a length of rollouts that cannot be split; else the steps of a sequence, None without recurrence.
+
+        Raises:
+            InputError: it cannot be split into minibatches or sequences.
+        """
+        num_envs, is_recurrent = self.provider.num_envs, bool(self.learner.policy.state_size)
+        check_samples(num_steps, num_envs, self.num_minibatches)
+        if self.environments is not None:
+            self._check_resets(self.environments, num_steps)
+        given = self._given_sequence_length
+        return check_sequences(given, num_steps, num_envs, self.num_minibatches, is_recurrent=is_recurrent)
+
+    def _check_resets(self, environments: Environments | Halves, num_steps: int) -> None:
+        """Refuse NEXT_STEP environments, which spend a step on every reset, where a minibatch could be empty."""
+        name, num_envs = self.provider.factory.name, environments.num_envs
+        if not environments.inserts_rows:
+            return
+        if self.sequence_length == 1:
+            raise InputError(
+                f"{name} spends a step on every reset (NEXT_STEP), of which sequences of one step may consist: raise "
+                "sequence_length to 2 or more"
+            )
+        least = num_steps // 2 * num_envs
+        if not self.learner.policy.state_size and self.num_minibatches > least:
+            raise InputError(
+                f"{name} spends a step on every reset (NEXT_STEP), which can leave {least} of num_steps · num_envs = "
+                f"{num_steps} · {num_envs} samples: num_minibatches = {self.num_minibatches} is too many, lower it or raise "
+                "num_steps"
+            )
+
+    def set_env_overrides(self, overrides: EnvOverrides, *, restart: bool) -> None:
+        """Change the environments between two rollouts.
+
+        Attributes change where the environments are; with other arguments they are recreated and start new episodes.
+
+        Args:
+            overrides: how they differ from those that the run was given.
+            restart: this is a change. False restores those of a resumed run.
+
+        Raises:
+            InputError: the environments do not have what is to be set, or have other spaces when made with these arguments.
+        """
+        before, self.provider.overrides = self.provider.overrides, overrides
+        if restart and overrides.env_kwargs != before.env_kwargs:
+            self.provider.check_spaces(overrides)
+            self.close()
+            self.saved = None
+        elif overrides.attributes != before.attributes:
+            self._set_env_attributes(overrides.attributes)
+
+    def _set_env_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Set attributes of the present environments; the provider does so of new ones."""
         if self.environments is not None and self._stepper is not None:
             self.environments.steer(attributes)
             if isinstance(self._stepper, TensorStepper):
                 self._stepper.forget_graph()
 
-    def resize(self, num_steps: int) -> None:
-        """Take rollouts of another length from now on, from where the environments are.
+    def set_num_steps(self, num_steps: int) -> None:
+        """Collect rollouts of another length from now on; the episodes continue.
 
         Args:
             num_steps: T, steps of each environment per rollout.
+
+        Raises:
+            InputError: they cannot be split into minibatches or sequences.
         """
-        self.num_steps = num_steps
+        sequence_length = self.check_num_steps(num_steps)
+        if num_steps == self.num_steps:
+            return
+        self.num_steps, self.sequence_length = num_steps, sequence_length
         if self.environments is not None and self._stepper is not None:
             state = self._stepper.state()
             first = tree_map(Tensor.numpy, state["observation"])
             self._stepper = self._make_stepper(self.environments, first)
             self._stepper.restore(state)
 
+    def load(self, contents: Mapping[str, Any]) -> None:
+        """Take the last episodes of a checkpoint."""
+        self.episodes.window.clear()
+        self.episodes.window.extend(tuple(episode) for episode in contents["episodes"])
+
     def state(self) -> dict[str, Any] | None:
         """What the next rollout goes on from, as plain data; None where an environment's state cannot be told."""
         if self.saved is not None:
             return self.saved
-        if self.pending or self._stepper is None or self.environments is None:
+        if self.unconsumed or self._stepper is None or self.environments is None:
             return None
         environments = self.environments.state()
         if environments is None:
@@ -173,9 +239,9 @@ class RolloutDataset(IterableDataset[TensorDict]):
         return {
             "environments": environments,
             "stepper": self._stepper.state(),
-            "discounted": self.discounted.cpu(),
+            "running_return": self.running_return.cpu(),
             "carry": self.episodes.carry,
-            "random": random_state(self.learner.generator),
+            "random": get_rng_state(self.learner.generator),
         }
 
     @torch.no_grad()
@@ -190,7 +256,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         if self._stepper is None:
             self._stepper = self.start()
         learner, stepper = self.learner, self._stepper
-        self.pending = True
+        self.unconsumed = True
         num_envs = stepper.num_envs
         noise = learner.policy.distribution.noise(self.num_steps, num_envs, generator=learner.generator)
         with learner.autocast():
@@ -206,7 +272,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
                 f"{self.environments.time_limit_advice}"
             )
         if self.environments is not None:
-            self.logged = added([part.logged.take() for part, _ in self.environments.parts])
+            self.info = added([part.logged.take() for part, _ in self.environments.parts])
         self.collect_seconds = time.perf_counter() - started
         return rollout
 
@@ -230,7 +296,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         next_value = torch.cat([value[1:], later[None, :num_envs]])
         next_value[ends.step, ends.env] = later[num_envs:]
         if steps.states is not None:
-            rows["memory_state"] = steps.states
+            rows["recurrent_state"] = steps.states
         batch = TensorDict(
             {
                 "observation": tree_map(lambda leaf: leaf[:num_steps], observation),
@@ -248,8 +314,8 @@ class RolloutDataset(IterableDataset[TensorDict]):
     def _scores(self, policy: Policy, observation: Tree, action: Tree, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-probabilities and values [T · N] in one pass."""
         pieces = self._pieces(observation)
-        if self.learner.compiles and len(pieces) == 1:
-            score = self._score = self._score or compiled(policy.score, policy)
+        if self.compile and len(pieces) == 1:
+            score = self._score = self._score or compile_function(policy.score, policy)
             try:
                 parts = [score(*part) for part in _in_cache((observation, action, mask))]
                 return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -287,11 +353,11 @@ class RolloutDataset(IterableDataset[TensorDict]):
 
 
 def _in_cache(trees: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Trees of tensors [B, …], or None, in parts of at most ``ROWS`` rows."""
+    """Trees of tensors [B, …], or None, in parts of at most ``MAX_SAMPLES`` rows."""
     leaf = next(iter(trees[0].values())) if isinstance(trees[0], Mapping) else trees[0]
-    if leaf.device.type != "cpu" or len(leaf) <= ROWS:
+    if leaf.device.type != "cpu" or len(leaf) <= MAX_SAMPLES:
         return [trees]
-    sizes = cut(len(leaf), -(-len(leaf) // ROWS))
+    sizes = cut(len(leaf), -(-len(leaf) // MAX_SAMPLES))
     ends = list(accumulate(sizes))
     places = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     return [

@@ -1,6 +1,6 @@
-"""Sums over the processes of one machine, and what each has counted, in memory that they share.
+"""Sums over the ranks of one machine, in memory that they share.
 
-A small message by gloo wakes a thread in each process and costs 0.3 to 4 ms; an update of two processes sends one for each
+A small message by gloo wakes a thread in each process and costs 0.3 to 4 ms; an update on two ranks sends one for each
 minibatch. Written to shared memory, the same sum takes some ten microseconds.
 """
 
@@ -8,7 +8,6 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,34 +25,34 @@ STRIDE = 8
 """Counters lie this many numbers apart, each in a cache line of its own."""
 
 
-class ProcessMissing(distributed.DistError):
-    """A process did not come where all meet: it ended, or hangs."""
+class PeerLost(distributed.DistError):
+    """A rank did not take part in an exchange: its process ended, or hangs."""
 
 
-def sums_over_processes(trainer: Any, parameters: list[nn.Parameter]) -> Callable[[Tensor], Any]:
-    """What adds up a tensor [P] of all processes in place; gradients under DDP are added up by it, too.
+def make_shared_memory(trainer: Any, parameters: list[nn.Parameter]) -> "SharedMemoryAllReduce | None":
+    """Shared memory for the ranks of a run; None where there is one rank, or where they cannot share memory.
 
     Args:
-        trainer: of the run.
-        parameters: whose gradients are added up.
+        trainer: of the run. Under DDP, gradients are averaged through this memory from now on.
+        parameters: whose gradients are averaged.
     """
     strategy, single = trainer.strategy, all(one.dtype == torch.float32 for one in parameters)
     if trainer.world_size == 1 or not (single and _can_share(trainer.num_nodes, strategy.root_device)):
-        return distributed.all_reduce
-    size = sum(one.numel() for one in parameters) + 1  # the divergence comes with the gradients
+        return None
+    size = sum(one.numel() for one in parameters) + 1  # the divergence is reduced with the gradients
     size = max(size + size % 2, ROW)
     try:
-        sums = SharedSums(trainer.global_rank, trainer.world_size, size)
-    except OSError as error:  # in all processes
+        shared = SharedMemoryAllReduce(trainer.global_rank, trainer.world_size, size)
+    except OSError as error:  # on all ranks
         rank_zero_warn(
-            f"gradients are added up by messages, which is slower: {error}; enlarge {FOLDER} (docker: --shm-size)"
+            f"gradients are averaged by messages, which is slower: {error}; enlarge {FOLDER} (docker: --shm-size)"
         )
-        return distributed.all_reduce
+        return None
     if isinstance(strategy, DDPStrategy) and strategy._ddp_comm_hook is None:
-        cast(Any, strategy.model).register_comm_hook(sums, _average)
+        cast(Any, strategy.model).register_comm_hook(shared, _average)
         # To find unused parameters, DDP remembers those used in any backward pass that it has not finished itself.
-        sums.averages = not strategy._ddp_kwargs.get("find_unused_parameters", False)
-    return sums.add_up
+        shared.reduces_gradients = not strategy._ddp_kwargs.get("find_unused_parameters", False)
+    return shared
 
 
 def _can_share(num_nodes: int, device: torch.device) -> bool:
@@ -63,17 +62,17 @@ def _can_share(num_nodes: int, device: torch.device) -> bool:
 
 
 def _average(
-    sums: "SharedSums",
+    sums: "SharedMemoryAllReduce",
     bucket: distributed.GradBucket,  # pyright: ignore[reportPrivateImportUsage]  # torch looks at this annotation
 ) -> torch.futures.Future[Tensor]:
     gradient = bucket.buffer()
-    sums.add_up(gradient)
+    sums.all_reduce(gradient)
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(gradient.div_(len(sums.pids)))
     return done
 
 
-class SharedSums:
+class SharedMemoryAllReduce:
     """Adds up tensors of all processes; each gets the same bits, since all add in the same order.
 
     Args:
@@ -86,7 +85,7 @@ class SharedSums:
     """
 
     def __init__(self, rank: int, world_size: int, size: int) -> None:
-        self.rank, self.round, self.averages = rank, 0, False
+        self.rank, self.round, self.reduces_gradients = rank, 0, False
         numbers = 2 * world_size * (STRIDE + size)
         place = [_allocate(4 * numbers)] if rank == 0 else [None]
         distributed.broadcast_object_list(place)
@@ -104,26 +103,26 @@ class SharedSums:
         self.pids: list[int] = [0] * world_size
         distributed.all_gather_object(self.pids, os.getpid())
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Replace a tensor [P] by its sum over all processes, which all call this in the same order.
 
         Raises:
-            ProcessMissing: a process died, or did not come within the process group's timeout.
+            PeerLost: a process died, or did not come within the process group's timeout.
         """
-        values = self._meet(tensor)
+        values = self._exchange(tensor)
         tensor.copy_(values[0])
         for other in values[1:]:
             tensor.add_(other)
 
-    def has_room(self, row: Tensor) -> bool:
+    def fits(self, row: Tensor) -> bool:
         """Whether :meth:`gather` can take a row."""
         return row.nbytes <= self.values[0, 0].nbytes
 
     def gather(self, row: Tensor) -> Tensor:
-        """The rows [P] of all processes, [ranks, P]; otherwise as :meth:`add_up`."""
-        return self._meet(row).clone()
+        """The rows [P] of all processes, [ranks, P]; otherwise as :meth:`all_reduce`."""
+        return self._exchange(row).clone()
 
-    def _meet(self, tensor: Tensor) -> Tensor:
+    def _exchange(self, tensor: Tensor) -> Tensor:
         """What all processes have brought, [ranks, P], until the next but one call."""
         self.round += 1
         values = self.values[self.round % 2].view(tensor.dtype)[:, : len(tensor)]
@@ -137,7 +136,7 @@ class SharedSums:
         """Replace the gradients by their means over all processes, as DDP would, without its hooks for each."""
         gradients = [one.grad for one in parameters if one.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        self.add_up(flat)
+        self.all_reduce(flat)
         pieces = flat.div_(len(self.pids)).split([gradient.numel() for gradient in gradients])
         means = [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
         torch._foreach_copy_(gradients, means)  # pyright: ignore[reportPrivateImportUsage]
@@ -152,17 +151,17 @@ class SharedSums:
             elif now - begun > SPIN_S:
                 os.sched_yield()
             if now > look:
-                self._look(now - begun)
+                self._check_peers(now - begun)
                 look = now + LOOK_S
 
-    def _look(self, waited: float) -> None:
+    def _check_peers(self, waited: float) -> None:
         late = [rank for rank, count in enumerate(self.counters.tolist()) if count < self.round]
-        dead = [rank for rank in late if not _lives(self.pids[rank])]
+        dead = [rank for rank in late if not _is_alive(self.pids[rank])]
         timeout = distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout  # pyright: ignore
         if dead or waited > timeout.total_seconds():
             what = "ended" if dead else f"did not come within {waited:.0f} s"
             names = " and ".join(f"process {rank}" for rank in dead or late)
-            raise ProcessMissing(f"{names} {what} where the processes meet")
+            raise PeerLost(f"{names} {what} where the processes meet")
 
 
 def _allocate(size: int) -> str | None:
@@ -178,7 +177,7 @@ def _allocate(size: int) -> str | None:
     return place
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:

@@ -2,14 +2,13 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from gymnasium import Space
 from torch import Tensor
 
-from ppo_lightning.envs import Environments, EnvMaker, Supply, Transition
+from ppo_lightning.envs import Environments, Transition
 from ppo_lightning.envs.info import Sums, means
 from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.errors import EnvironmentFault
@@ -24,41 +23,6 @@ MIN_EPISODE_STEPS = 100
 
 NOISE_STEPS = 64
 """Steps for which the noise of actions is drawn at once."""
-
-
-class Evaluates(Protocol):
-    """A module with what it takes to evaluate its policy elsewhere."""
-
-    policy: Policy
-    env_maker: EnvMaker
-    supply: Supply
-    observation_space: Space[Any]
-    eval_deterministic: bool
-    env_timeout_s: float
-
-    @property
-    def iterations_between_evaluations(self) -> int:
-        """How many."""
-        ...
-
-    @property
-    def steps_per_eval_episode(self) -> int:
-        """Steps that an evaluation episode may take where the environment has no time limit."""
-        ...
-
-    @property
-    def num_env_steps(self) -> int:
-        """Environment steps so far, of all processes."""
-        ...
-
-    @property
-    def policy_version(self) -> int:
-        """Iterations so far."""
-        ...
-
-    def evaluation_seed(self) -> int:
-        """Seed of the episodes of an evaluation now."""
-        ...
 
 
 @torch.no_grad()

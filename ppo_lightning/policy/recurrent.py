@@ -9,11 +9,11 @@ from typing_extensions import override
 
 from ppo_lightning.parameters import COUNT, checked
 
-Kind = Literal["lstm", "gru"]
+RNNType = Literal["lstm", "gru"]
 
 
-class Memory(nn.Module):
-    """One recurrent layer whose state is a flat vector, and is forgotten where an episode starts.
+class RecurrentLayer(nn.Module):
+    """One recurrent layer whose state is a flat vector, and is reset where an episode starts.
 
     Weights are orthogonal, biases 0 (Huang et al. 2022, detail 32). It computes in float32 under autocast too, so that
     a state does not depend on how often it was rounded on its way.
@@ -24,8 +24,8 @@ class Memory(nn.Module):
         size: H, size of an output. The state's size S is 2 H for an LSTM (hidden, then cell), H for a GRU.
     """
 
-    @checked("{} of Memory", inputs=COUNT, size=COUNT)
-    def __init__(self, kind: Kind, inputs: int, size: int) -> None:
+    @checked("{} of RecurrentLayer", inputs=COUNT, size=COUNT)
+    def __init__(self, kind: RNNType, inputs: int, size: int) -> None:
         super().__init__()
         self.is_lstm = kind == "lstm"
         self.layer = (nn.LSTM if self.is_lstm else nn.GRU)(inputs, size)
@@ -42,8 +42,8 @@ class Memory(nn.Module):
 
         Args:
             inputs: [L, B, F].
-            state: [B, S] before the first row; zeros for a fresh start.
-            start: [L, B] bool, the row is the first of an episode: what was before is forgotten.
+            state: [B, S] before the first step; zeros at the start of episodes.
+            start: [L, B] bool, the row is the first of an episode: the state is reset before it.
 
         Returns:
             Outputs [L, B, H] and state [B, S].

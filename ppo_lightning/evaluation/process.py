@@ -19,11 +19,11 @@ import gymnasium as gym
 import torch
 from gymnasium.envs.registration import EnvSpec
 
-from ppo_lightning.envs import Environments, EnvMaker, Restarts, Setting
+from ppo_lightning.envs import EnvFactory, Environments, EnvOverrides, Restarts
 from ppo_lightning.envs.make import find_spec
 from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.errors import InputError
-from ppo_lightning.evaluation import MAX_EPISODE_STEPS, evaluate_episodes, said, summarize
+from ppo_lightning.evaluation.episodes import MAX_EPISODE_STEPS, evaluate_episodes, said, summarize
 from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import without_mask
 
@@ -41,7 +41,7 @@ class Evaluation:
 
     policy: Policy
     """On the CPU; its weights are replaced before each evaluation."""
-    maker: EnvMaker
+    maker: EnvFactory
     observation_space: gym.Space[Any]
     """Of one environment."""
     num_envs: int
@@ -52,7 +52,7 @@ class Evaluation:
     """For one step of the environments' own worker processes (seconds)."""
     restarts: int
     """How often environments that crash may be made anew."""
-    log_info: tuple[str, ...]
+    info_keys: tuple[str, ...]
     """Keys of ``info`` whose numbers are averaged, beside those that are known."""
     mixed: bool
     """Training rounds to bfloat16."""
@@ -61,15 +61,15 @@ class Evaluation:
     seed: int = 0
     """Of the run, for what environments draw when they are made."""
 
-    def environments(self, setting: Setting, restarts: Restarts) -> Environments:
+    def environments(self, setting: EnvOverrides, restarts: Restarts) -> Environments:
         """The environments, differing so from those that the run was given."""
         with streams_of_their_own(self.seed):
             return Environments(
-                setting.of(self.maker),
+                setting.apply_to(self.maker),
                 self.num_envs,
                 self.timeout_s,
                 restarts=restarts,
-                log_info=self.log_info,
+                info_keys=self.info_keys,
                 attributes=setting.attributes,
             )
 
@@ -110,7 +110,7 @@ class Evaluator:
         self._timeout_s, self._asked = timeout_s, 0.0
         self._connection, theirs = multiprocessing.Pipe()
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-        call = f"from ppo_lightning.evaluator import serve; serve({theirs.fileno()}, {os.getpid()})"
+        call = f"from ppo_lightning.evaluation.process import serve; serve({theirs.fileno()}, {os.getpid()})"
         with theirs, tempfile.TemporaryFile() as file:
             file.write(evaluation)
             file.seek(0)
@@ -122,7 +122,7 @@ class Evaluator:
                 start_new_session=True,
             )
 
-    def ask(self, weights: bytes, seed: int, setting: Setting) -> None:
+    def ask(self, weights: bytes, seed: int, setting: EnvOverrides) -> None:
         """Begin an evaluation, without waiting for the process to listen.
 
         Args:

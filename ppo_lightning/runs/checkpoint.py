@@ -21,6 +21,8 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from ppo_lightning.algorithm.schedules import SCHEDULED_LR
+from ppo_lightning.envs.state import as_tensors
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import Linear, PopArt
 from ppo_lightning.spaces import describe
@@ -54,10 +56,8 @@ PACKAGES = ("ppo_lightning", "torch", "gymnasium", "ale_py", "minigrid")
 
 PLACE = re.compile(r"(path|dir|directory|directorie|folder|filename)s?(_|$)|(^|_)(file|url|uri)s?(_|$)")
 """In names of arguments that take files or folders."""
-ANNEALED = "annealed_lr"
-"""Key of a parameter group: the learning rate that PPO set last; None where callbacks set it."""
 
-TRAINING_ONLY = ("optimizer", "lr_scheduler")
+TRAINING_ONLY = ("optimizer", "lr_scheduler", "loss", "advantage_estimator")
 """Hyperparameters that a policy can act without."""
 
 
@@ -124,7 +124,7 @@ def verified(given: CheckpointIO) -> CheckpointIO:
         return VerifiedCheckpointIO()
     raise InputError(
         f"plugins: {type(given).__name__} writes checkpoints without the digest by which they are verified when they are "
-        "loaded: derive it from ppo_lightning.checkpoint.VerifiedCheckpointIO, or leave it out"
+        "loaded: derive it from ppo_lightning.runs.checkpoint.VerifiedCheckpointIO, or leave it out"
     )
 
 
@@ -394,6 +394,54 @@ def refuse_other_spaces(
     return ours
 
 
+def check_checkpoint(module: Any, checkpoint: dict[str, Any], *, fits: bool) -> None:
+    """Refuse a checkpoint that a module cannot load.
+
+    Args:
+        module: a PPO.
+        checkpoint: that is loaded. Weights of a loss that the module does not have are removed, where it only acts.
+        fits: a run is resumed.
+
+    Raises:
+        InputError: the checkpoint is not ours, or of other spaces, another policy, or other hyperparameters.
+    """
+    spaces = module.observation_space, module.action_space
+    module.hyperparameters.load(refuse_other_spaces(checkpoint, *spaces, module.env_factory.name))
+    own = module.state_dict()
+    if not fits and not any(name.startswith("loss.") for name in own):
+        weights = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {name: one for name, one in weights if not name.startswith("loss.")}
+    refuse_other_policy(checkpoint, own, module.policy.distribution.describe())
+    if fits:
+        refuse_weights_alone(checkpoint)
+        refuse_fewer_epochs(checkpoint, module.trainer.max_epochs)
+
+
+def checkpoint_contents(module: Any) -> dict[str, Any]:
+    """What a checkpoint of a PPO holds beyond weights: what the policy was trained on, and what a run resumes from."""
+    trainer = module.trainer
+    return {
+        "processes": as_tensors(module.run_state.of_all_ranks(module.ranks)),
+        "observation_space": describe(module.observation_space),
+        "action_space": describe(module.action_space),
+        "distribution": module.policy.distribution.describe(),
+        "optimizer": [type(one).__name__ for one in trainer.optimizers],
+        "lr_scheduler": [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs],
+        "seed": module.seed,
+        "episodes": list(module.rollouts.episodes.window),
+        "not_saved": module.hyperparameters.unsaved,
+        "masked": module.trained_with_masks,
+    }
+
+
+def with_run_buffers(module: torch.nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``state_dict`` with the module's own counters and statistics: a callback may have put averages in its place."""
+    averaged = dict(
+        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    ).keys()
+    return {**weights, **{name: value for name, value in module.state_dict().items() if name not in averaged}}
+
+
 def refuse_other_policy(checkpoint: Mapping[str, Any], state: Mapping[str, torch.Tensor], distribution: str) -> None:
     """Refuse weights of another network, or of one whose outputs meant something else.
 
@@ -532,7 +580,7 @@ def _is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-class RunSettings:
+class OptimizerHparams:
     """The numbers of this run's optimiser and scheduler, to be put back after a checkpoint has replaced them.
 
     What an optimiser or scheduler has learnt or counted is the checkpoint's; what the user set is this run's.
@@ -540,37 +588,42 @@ class RunSettings:
     Args:
         optimizer: as it was made, before anything is restored.
         scheduler: likewise, where there is one.
+        checkpoint: that is resumed.
+
+    Raises:
+        InputError: they cannot continue the checkpoint's state.
     """
 
     COUNTED = ("last_epoch", "_step_count", "_last_lr", "T_cur", "T_i")
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler | None
+        self,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+        checkpoint: Mapping[str, Any] | None,
     ) -> None:
+        if checkpoint is not None:
+            refuse_other_optimizer(checkpoint, optimizer, scheduler)
+        self.scheduled = checkpoint is None or bool(checkpoint.get("lr_schedulers"))
         self.optimizer = optimizer
         self.schedulers = [] if scheduler is None else _with_parts(scheduler)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
-            group[ANNEALED] = group["lr"]
+            group[SCHEDULED_LR] = group["lr"]
         self.groups = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
         self.constants = [
             {key: value for key, value in vars(part).items() if key not in self.COUNTED and _is_plain(value)}
             for part in self.schedulers
         ]
 
-    def restore(self, *, scheduled: bool) -> None:
-        """Put them back.
-
-        Args:
-            scheduled: a scheduler had set the restored learning rate: it keeps its ratio to the initial one. Otherwise
-                this run's schedule begins anew.
-        """
+    def restore(self) -> None:
+        """Put them back. A learning rate that a scheduler had set keeps its ratio to the initial one."""
         for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
-            rate, is_a_callbacks = own["lr"], group.get(ANNEALED, group["lr"]) != group["lr"]
-            if (scheduled or is_a_callbacks) and group["initial_lr"] != 0:
+            rate, is_a_callbacks = own["lr"], group.get(SCHEDULED_LR, group["lr"]) != group["lr"]
+            if (self.scheduled or is_a_callbacks) and group["initial_lr"] != 0:
                 rate = group["lr"] * (own["initial_lr"] / group["initial_lr"])
             group.update(own)
-            group["lr"], group[ANNEALED] = rate, None if is_a_callbacks and not self.schedulers else rate
+            group["lr"], group[SCHEDULED_LR] = rate, None if is_a_callbacks and not self.schedulers else rate
         for part, constants in zip(self.schedulers, self.constants, strict=True):
             vars(part).update(constants)
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
-from ppo_lightning.envs.make import EnvMaker, Watched
+from ppo_lightning.envs.make import EnvFactory, Watched
 from ppo_lightning.envs.values import layers, set_values
 from ppo_lightning.envs.workers import Workers
 from ppo_lightning.errors import InputError
 
 
 @dataclass(frozen=True)
-class Setting:
+class EnvOverrides:
     """How environments differ from those that the run was given."""
 
     attributes: Mapping[str, Any] = field(default_factory=dict)
@@ -21,9 +21,9 @@ class Setting:
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments to make them with, beside or in the place of those given."""
 
-    def of(self, maker: EnvMaker) -> EnvMaker:
+    def apply_to(self, factory: EnvFactory) -> EnvFactory:
         """The recipe with these arguments."""
-        return replace(maker, env_kwargs={**maker.env_kwargs, **self.env_kwargs}) if self.env_kwargs else maker
+        return replace(factory, env_kwargs={**factory.env_kwargs, **self.env_kwargs}) if self.env_kwargs else factory
 
 
 def steer(

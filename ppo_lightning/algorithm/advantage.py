@@ -1,7 +1,56 @@
 """Generalised advantage estimation, and the discounted return that scales rewards."""
 
+from typing import Any
+
 import torch
+from tensordict import TensorDict
 from torch import Tensor
+
+from ppo_lightning.errors import InputError
+
+
+def gae(rollout: TensorDict, *, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """The default advantage estimator: :func:`generalized_advantage` of a rollout, and the λ-return.
+
+    Args:
+        rollout: [T, N] with ``reward`` as it is learnt from, ``state_value``, ``next_state_value``, ``terminated`` and
+            ``truncated``. Rows that are not ``valid`` are reset steps of NEXT_STEP vectors: their advantages are not used.
+        gamma: discount per environment step.
+        gae_lambda: 0 gives the one-step TD error, 1 the discounted return minus V.
+
+    Returns:
+        Advantages and value targets, each [T, N].
+    """
+    advantage = generalized_advantage(
+        rollout["reward"],
+        rollout["state_value"],
+        rollout["next_state_value"],
+        rollout["terminated"],
+        rollout["terminated"] | rollout["truncated"],
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+    )
+    return advantage, advantage + rollout["state_value"]
+
+
+def check_estimates(estimates: Any, reward: Tensor) -> tuple[Tensor, Tensor]:
+    """What an advantage estimator returned, without gradients.
+
+    Args:
+        estimates: that it returned.
+        reward: [T, N] of the same rollout.
+
+    Raises:
+        InputError: it is not an advantage and a value target of the rollout's shape.
+    """
+    shapes = [tuple(getattr(one, "shape", ())) for one in estimates] if isinstance(estimates, tuple | list) else []
+    if shapes != [tuple(reward.shape)] * 2:
+        got = f"shapes {shapes}" if shapes else type(estimates).__name__
+        raise InputError(
+            f"advantage_estimator must return advantages and value targets of shape {tuple(reward.shape)}, got {got}"
+        )
+    advantage, target = (one.detach().to(reward) for one in estimates)
+    return advantage, target
 
 
 def generalized_advantage(

@@ -1,10 +1,12 @@
 """Loggers beside those of the run's folder: what they are told of a run, which packages they need, and whose folder counts."""
 
 import inspect
+import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -15,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ppo_lightning.errors import InputError
+from ppo_lightning.metric_names import MetricNames, renamed
 
 PACKAGES = {
     "WandbLogger": ("wandb", "wandb"),
@@ -27,16 +30,13 @@ LIGHTNINGS_OWN = ("_instantiator", "_class_path")
 """What Lightning keeps beside hyperparameters, for itself."""
 
 
-def described_run(
-    hyperparameters: Mapping[str, Any], optimizer: torch.optim.Optimizer, *, seed: int | None, processes: int
-) -> dict[str, Any]:
-    """What loggers are told of a run: all hyperparameters, the optimiser's too, its seed and processes.
+def described_run(hyperparameters: Mapping[str, Any], optimizer: torch.optim.Optimizer, **more: Any) -> dict[str, Any]:
+    """What loggers get of a run: all hyperparameters, the optimizer's too, and ``more``.
 
     Args:
-        hyperparameters: by name, of what is no plain data :func:`name_of` it.
+        hyperparameters: by name; of what is not plain data :func:`name_of` it.
         optimizer: as it was made.
-        seed: of the run.
-        processes: that train.
+        more: further entries.
     """
     kind = type(optimizer)
     return {
@@ -45,8 +45,7 @@ def described_run(
             "class_path": f"{kind.__module__}.{kind.__qualname__}",
             "init_args": _plain_yaml(optimizer.defaults),
         },
-        "seed": seed,
-        "processes": processes,
+        **more,
     }
 
 
@@ -185,3 +184,36 @@ def _report_of_others(report: Callable[[Any], Any], error: threading.ExceptHookA
     """Print what ends a thread, unless it is TensorBoard's and cannot write: its logger warns of that."""
     if not (isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")):
         report(error)
+
+
+LOGS_SAVED_S = 10.0
+"""Seconds after which loggers write what they have: a run that is killed loses no more."""
+
+
+class MetricWriter:
+    """Passes metrics to loggers, under the names of the system that the user is used to.
+
+    Args:
+        names: of that system.
+    """
+
+    def __init__(self, names: MetricNames) -> None:
+        self.names = names
+        self._last_flush = 0.0
+
+    def write(self, loggers: Iterable[Any], metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics, but those that are NaN.
+
+        Args:
+            loggers: of the Trainer.
+            metrics: under our names.
+            step: environment steps that they belong to.
+        """
+        named = renamed({name: value for name, value in metrics.items() if not math.isnan(value)}, self.names)
+        flushes = time.monotonic() - self._last_flush >= LOGS_SAVED_S
+        for logger in loggers:
+            logger.log_metrics(named, step=step)
+            if flushes:  # Lightning's CSVLogger would keep all rows in memory
+                logger.save()
+        if flushes:
+            self._last_flush = time.monotonic()

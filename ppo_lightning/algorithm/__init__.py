@@ -1,0 +1,1 @@
+"""The algorithm: advantages, loss, minibatches, gradient steps."""

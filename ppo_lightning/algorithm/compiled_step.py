@@ -1,0 +1,396 @@
+"""The gradient step as one compiled graph: what a small minibatch costs is dispatch, not arithmetic."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from ppo_lightning.algorithm.compiler import MAX_SAMPLES, CompilerError, compile_function
+from ppo_lightning.algorithm.loss import Objective, normalize_advantages
+from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, index_samples
+from ppo_lightning.algorithm.optimizer_step import Backend, StepRecord, UpdateSettings
+from ppo_lightning.policy.actor_critic import ExplorationHead, GaussianHead
+from ppo_lightning.spaces import cut
+
+STEP_SCALARS = (
+    "lr", "step_size", "bias_correction", "first_decay", "second_decay", "clip_range", "ent_coef", "loss_weight"
+)  # fmt: skip
+"""What changes between minibatches, in one row of numbers, so that no change compiles anything again."""
+
+
+class NonFiniteError(Exception):
+    """A gradient or divergence of a compiled update is not finite: the update is made again, eagerly."""
+
+
+def unsupported_reason(objective: Objective, optimizer: torch.optim.Optimizer, precision: str) -> str | None:
+    """What keeps the update from being compiled, in a few words; None where nothing does."""
+    policy, group = objective.policy, optimizer.param_groups[0]
+    trained = [one for one in objective.parameters() if one.requires_grad]
+    if policy.state_size:
+        return "the policy is recurrent"
+    if precision == "16-mixed":
+        return "precision 16-mixed scales gradients"
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return f"the optimizer is {type(optimizer).__name__}, not Adam or AdamW"
+    if len(optimizer.param_groups) > 1:
+        return "the optimizer has several parameter groups"
+    if group["amsgrad"] or group["maximize"]:
+        return "the optimizer uses amsgrad or maximize"
+    if not set(trained) <= set(group["params"]):
+        return "the optimizer does not have all parameters of policy and loss"
+    if any(one.requires_grad for one in set(group["params"]) - set(objective.parameters())):
+        return "the optimizer has parameters beside those of policy and loss"
+    if len({one.dtype for one in trained}) != 1:
+        return "the parameters have several dtypes, or all are frozen"
+    if any(one._backward_hooks or one._post_accumulate_grad_hooks for one in trained):
+        return "parameters have hooks on their gradients"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "the optimizer has hooks on its steps"
+    if any(isinstance(module, GaussianHead) and module.log_std is None for module in policy.modules()):
+        return "the standard deviation is an output of the network"
+    return None
+
+
+class CompiledMinibatch(NamedTuple):
+    """A minibatch that a graph selects from the samples."""
+
+    samples: Mapping[str, Any]
+    rows: Tensor
+    """[B] its samples."""
+    valid: Tensor | None
+    """[B] bool, False for padding; None where there is none."""
+    scalars: Tensor
+    """:data:`STEP_SCALARS`."""
+    weight: float
+    """In the loss."""
+
+
+class CompiledStep:
+    """Forward, backward, clipping and Adam on parameters that are contiguous in memory.
+
+    Parameters, and Adam's moments in the optimizer's own state, become views of flat tensors, so that checkpoints, acting
+    and evaluation see what they always saw. Where nothing happens between a gradient and its step (one rank, no
+    ``target_kl``, no accumulation) both are one graph; else a step and the next minibatch's gradient are one.
+
+    Args:
+        objective: that is minimised.
+        optimizer: Adam or AdamW with one parameter group; its hyperparameters are read at each update.
+        backend: averages over ranks.
+        world_size: ranks.
+        max_grad_norm: as in :class:`PPO`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        backend: Backend,
+        world_size: int,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.objective, self.optimizer, self.backend, self.world_size = objective, optimizer, backend, world_size
+        self.max_grad_norm = max_grad_norm
+        self.decoupled = isinstance(optimizer, torch.optim.AdamW)
+        self.names: tuple[str, ...] | None = None
+        """Of the scalars that the loss returns; None before its first call."""
+        self.shapes: dict[str, torch.Size] = {}
+        self.flat = self.moments = self.masks = torch.zeros(0)
+        self.steps: list[Tensor] = []
+        self.bounds = {
+            f"{name}.log_std": (module.low, module.high)
+            for name, module in objective.named_modules()
+            if isinstance(module, GaussianHead | ExplorationHead)
+        }
+        """Of log standard deviations: beyond them only gradients that lead back count."""
+        own = [parameter for module in objective.modules() for parameter in module._parameters.values()]
+        # One parameter in two modules; of one module under two names torch would refuse to tie the weights.
+        self.tied = len([one for one in own if one is not None]) > len(list(objective.parameters()))
+        self._flatten_parameters(self._trained())
+        self._make_graphs()
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.objective.named_parameters() if parameter.requires_grad}
+
+    def _make_graphs(self) -> None:
+        # What graphs write to is not an argument: a captured graph copies its arguments.
+        flat, moments, module = self.flat, self.moments, self.objective
+        self._gradient_graph = compile_function(lambda *batch: self._gradient(flat, *batch), module)
+        self._step_graph = compile_function(lambda gradient, row: self._step(flat, moments, gradient, row), module)
+        self._fused_graph = compile_function(lambda *batch: self._fused_step(flat, moments, *batch), module)
+        self._next_graph = compile_function(lambda *both: self._step_and_gradient(flat, moments, *both), module)
+
+    # --- the graphs ---------------------------------------------------------------------------------------------------
+
+    def _gradient(
+        self, flat: Tensor, samples: Mapping[str, Any], index: Tensor, valid: Tensor | None, scalars: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Flat gradient [P] and scalars [K] of the samples that ``index`` [B] selects, times their weight."""
+        at = dict(zip(STEP_SCALARS, scalars.unbind(), strict=True))
+        batch = index_samples(samples, index)
+        if valid is not None:
+            batch["valid"] = valid
+        if self.normalizes:
+            batch["advantage"] = normalize_advantages(batch["advantage"], valid)
+        coefficients = replace(self.settings.coefficients, clip_range=at["clip_range"], ent_coef=at["ent_coef"])
+
+        def score(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            losses = functional_call(self.objective, parameters, (batch, coefficients), tie_weights=self.tied)
+            weight = at["loss_weight"]
+            return losses["loss"] * weight, torch.stack([value.detach() for value in losses.values()]) * weight
+
+        parameters = self._parameters(flat)
+        gradients, (_, losses) = grad_and_value(score, has_aux=True)(parameters)
+        for name in self.bounds.keys() & gradients.keys():
+            value, gradient, (low, high) = parameters[name], gradients[name], self.bounds[name]
+            outward = ((value > high) & (gradient < 0)) | ((value < low) & (gradient > 0))
+            gradients[name] = gradient.masked_fill(outward, 0.0)
+        return torch.cat([gradients[name].flatten() for name in self.shapes]), losses
+
+    def _parameters(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def _step(self, flat: Tensor, moments: Tensor, gradient: Tensor, scalars: Tensor) -> Tensor:
+        """Clip, and step by Adam (Kingma & Ba 2015), in place; not where the norm is not finite.
+
+        Returns:
+            [3] norms before clipping: of the gradient, and of the parameters for the action and for the value.
+        """
+        eps, decay = self.adam
+        at = dict(zip(STEP_SCALARS, scalars.unbind(), strict=True))
+        first_decay, second_decay = at["first_decay"], at["second_decay"]
+        norm = gradient.norm()
+        norms = torch.cat([norm[None], (self.masks * gradient.square()).sum(1).sqrt()])
+        if self.max_grad_norm is not None:
+            gradient = gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        parameter, finite = flat, norm.isfinite()
+        if decay and self.decoupled:
+            parameter = parameter * (1 - at["lr"] * decay)
+        elif decay:
+            gradient = gradient + decay * parameter
+        first = moments[0].lerp(gradient, 1 - first_decay)
+        second = moments[1] * second_decay + gradient.square() * (1 - second_decay)
+        parameter = parameter - at["step_size"] * first / (second.sqrt() / at["bias_correction"] + eps)
+        flat.copy_(torch.where(finite, parameter, flat))
+        moments.copy_(torch.where(finite, torch.stack([first, second]), moments))
+        return norms
+
+    def _fused_step(self, flat: Tensor, moments: Tensor, *batch: Any) -> tuple[Tensor, Tensor]:
+        gradient, losses = self._gradient(flat, *batch)
+        return self._step(flat, moments, gradient, batch[-1]), losses
+
+    def _step_and_gradient(
+        self, flat: Tensor, moments: Tensor, gradient: Tensor, scalars: Tensor, *batch: Any
+    ) -> tuple[Tensor, ...]:
+        norms = self._step(flat, moments, gradient, scalars)
+        return norms, *self._gradient(flat, *batch)
+
+    # --- the interface of a gradient step -----------------------------------------------------------------------------
+
+    def begin(self, samples: Samples, plan: MinibatchPlan, settings: UpdateSettings) -> None:
+        """Prepare an update.
+
+        Shapes are fixed: where a NEXT_STEP vector leaves a varying number of valid samples, minibatches are padded with
+        samples that do not count.
+        """
+        self.plan, self.settings = plan, settings
+        valid = samples.get("valid")
+        self.samples = {name: leaf for name, leaf in samples.items() if name != "valid"}
+        self.valid = None if valid is None else valid.nonzero().flatten()
+        self.device = samples["advantage"].device
+        self.size = cut(len(samples["advantage"]), len(plan.sizes))[0]
+        self.parts = settings.gradient_accumulation_steps
+        if self.device.type == "cpu":
+            self.parts = max(self.parts, -(-self.size // MAX_SAMPLES))
+        self.is_fused = self.parts == self.world_size == 1 and settings.target_kl is None
+        self.normalizes = settings.normalize_advantage and self.parts == 1
+        group = self.optimizer.param_groups[0]
+        self.adam = float(group["eps"]), float(group["weight_decay"])
+        trained = self._trained()
+        if not self._is_flat(trained):  # a checkpoint or a move has come between
+            self._flatten_parameters(trained)
+            self._make_graphs()
+        self.scalars = iter(self._scalars([weight for weights in plan.loss_weights for weight in weights]).unbind())
+        self._before = self.flat.clone(), self.moments.clone(), *(step.clone() for step in self.steps)
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.computed: tuple[Tensor, Tensor] | None = None
+        """Gradient and scalars of the last minibatch."""
+        self.accepted: tuple[Tensor, Tensor] | None = None
+        """The same of a step that is to be taken."""
+        if self.names is None:
+            self._find_names()
+
+    def _find_names(self) -> None:
+        index = (
+            torch.arange(len(self.samples["advantage"]), device=self.device) if self.valid is None else self.valid
+        )[:2]
+        batch = index_samples(self.samples, index)
+        with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            self.names = tuple(self.objective(batch, self.settings.coefficients))
+        if self.settings.target_kl is not None and "approx_kl" not in self.names:
+            raise CompilerError("the loss does not evaluate the minibatch")
+
+    def try_gradient(self) -> None:
+        """Compile the gradient of the first minibatch, and compute it; nothing is changed.
+
+        Raises:
+            CompilerError: torch cannot compile it.
+        """
+        minibatch = next(self.minibatches(0))
+        self.scalars = iter([minibatch.scalars, *self.scalars])
+        self._gradient_of(minibatch)
+
+    def minibatches(self, epoch: int) -> Iterator[CompiledMinibatch]:
+        """The minibatches of an epoch."""
+        samples, plan, valid = self.samples, self.plan, self.valid
+        if plan.moments is not None:
+            advantage = samples["advantage"].clone()
+            own = slice(None) if valid is None else valid
+            advantage[own] = plan.normalized_advantage(advantage[own], epoch)
+            samples = {**samples, "advantage": advantage}
+        permutation = plan.permutations[epoch].to(self.device)
+        permutation = permutation if valid is None else valid[permutation]
+        for index, weight in zip(permutation.split(plan.sizes), plan.loss_weights[epoch], strict=True):
+            counts = None
+            if valid is not None:
+                counts = torch.arange(self.size, device=self.device) < len(index)
+                index = torch.cat([index, index[:1].expand(self.size - len(index))])
+            yield CompiledMinibatch(samples, index, counts, next(self.scalars), weight)
+
+    def gradient(self, minibatch: CompiledMinibatch) -> Tensor | None:
+        """Take the step that was accepted before, if any, and compute the next gradient.
+
+        Raises:
+            CompilerError: torch cannot compile it; :meth:`restore` takes back steps that were taken.
+        """
+        if self.is_fused:
+            norms, losses = self._fused_graph(*minibatch[:4])
+            self.norms.append(norms)
+            self.losses.append(losses)
+            return None
+        accepted, self.accepted = self.accepted, None
+        if accepted is not None and self.parts == 1:
+            norms, gradient, losses = self._next_graph(*accepted, *minibatch[:4])
+            self.norms.append(norms)
+        else:
+            if accepted is not None:
+                self.norms.append(self._step_graph(*accepted))
+            gradient, losses = self._gradient_of(minibatch)
+        self.losses.append(losses)
+        kl = None
+        if self.settings.target_kl is not None:
+            assert self.names is not None
+            position = self.names.index("approx_kl")
+            kl = losses[position : position + 1]
+        if self.world_size > 1:
+            # The divergence is reduced together with the gradient.
+            packed = gradient if kl is None else torch.cat([gradient, kl])
+            self.backend.all_reduce(packed)
+            gradient, kl = packed[: len(gradient)], kl if kl is None else packed[-1:]
+        self.computed = gradient, minibatch.scalars
+        return kl
+
+    def apply(self) -> None:
+        """Accept the last gradient; its step is taken with the next gradient, or at the end."""
+        self.accepted = self.computed
+
+    def non_finite(self, value: float) -> None:
+        """The first divergence is not finite.
+
+        Raises:
+            NonFiniteError: always.
+        """
+        raise NonFiniteError
+
+    def end(self) -> StepRecord:
+        """Take the last step.
+
+        Raises:
+            NonFiniteError: a gradient was not finite.
+        """
+        assert self.names is not None
+        if self.accepted is not None:
+            self.norms.append(self._step_graph(*self.accepted))
+        norms = torch.stack(self.norms) if self.norms else torch.zeros(0, 3)
+        if not norms[:, 0].isfinite().all():
+            raise NonFiniteError
+        torch._foreach_add_(self.steps, len(norms))  # pyright: ignore[reportPrivateImportUsage]
+        return StepRecord(self.names, torch.stack(self.losses), norms)
+
+    def restore(self) -> None:
+        """Undo the steps of this update."""
+        for now, before in zip((self.flat, self.moments, *self.steps), self._before, strict=True):
+            now.copy_(before)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _gradient_of(self, minibatch: CompiledMinibatch) -> tuple[Tensor, Tensor]:
+        """Flat gradient [P] and scalars [K] of a minibatch, accumulated over its parts."""
+        samples, index, valid, scalars, weight = minibatch
+        if self.parts == 1:
+            return self._gradient_graph(samples, index, valid, scalars)
+        if self.settings.normalize_advantage:  # by the moments of the whole minibatch
+            advantage = samples["advantage"].clone()
+            advantage[index] = normalize_advantages(advantage[index], valid)
+            samples = {**samples, "advantage": advantage}
+        total = len(index) if valid is None else int(valid.sum())
+        sizes = cut(len(index), min(self.parts, len(index)))
+        counts = [None] * len(sizes) if valid is None else valid.split(sizes)
+        sums: list[Tensor] = []
+        for part, own in zip(index.split(sizes), counts, strict=True):
+            scalars[-1] = weight * (len(part) if own is None else int(own.sum())) / total
+            both = self._gradient_graph(samples, part, own, scalars)
+            sums = [have.add_(more) for have, more in zip(sums, both, strict=True)] if sums else list(both)
+        return sums[0], sums[1]
+
+    def _scalars(self, weights: list[float]) -> Tensor:
+        """A row of :data:`STEP_SCALARS` for each minibatch of an update, whose ``weights`` in the loss are given."""
+        group, coefficients = self.optimizer.param_groups[0], self.settings.coefficients
+        lr, taken = float(group["lr"]), int(self.steps[0])
+        first_decay, second_decay = map(float, group["betas"])
+        constants = first_decay, second_decay, coefficients.clip_range, coefficients.ent_coef
+        rows = [
+            (lr, lr / (1 - first_decay**step), (1 - second_decay**step) ** 0.5, *constants, weight)
+            for step, weight in enumerate(weights, start=taken + 1)
+        ]
+        return torch.tensor(rows, device=self.flat.device)
+
+    def _is_flat(self, trained: dict[str, nn.Parameter]) -> bool:
+        if list(trained) != list(self.shapes):
+            return False
+        offset = 0
+        for parameter in trained.values():
+            moments = self.optimizer.state[parameter]
+            here = self.flat.data_ptr() + offset, self.moments.data_ptr() + offset
+            if "exp_avg" not in moments or here != (parameter.data_ptr(), moments["exp_avg"].data_ptr()):
+                return False
+            offset += parameter.numel() * parameter.element_size()
+        return True
+
+    def _flatten_parameters(self, trained: dict[str, nn.Parameter]) -> None:
+        taken = {float(self.optimizer.state[parameter].get("step", 0.0)) for parameter in trained.values()}
+        if len(taken) > 1:
+            raise CompilerError("some parameters have taken more steps than others")
+        self.shapes = {name: parameter.shape for name, parameter in trained.items()}
+        self.flat = torch.cat([parameter.detach().flatten() for parameter in trained.values()])
+        self.moments = self.flat.new_zeros(2, len(self.flat))
+        sizes = torch.tensor([shape.numel() for shape in self.shapes.values()])
+        masks = self.objective.policy.halves_of(list(trained.values()))
+        self.masks = masks.repeat_interleave(sizes, 1).to(self.flat)
+        """[2, P] 1 where a number belongs to the action's parameters, to the value's."""
+        fused, self.steps, start = self.optimizer.param_groups[0]["fused"], [], 0
+        for parameter in trained.values():
+            part, own = slice(start, start + parameter.numel()), self.optimizer.state[parameter]
+            parameter.data = self.flat[part].view(parameter.shape)
+            for row, key in zip(self.moments, ("exp_avg", "exp_avg_sq"), strict=True):
+                if key in own:
+                    row[part] = own[key].flatten()
+                own[key] = row[part].view(parameter.shape)
+            device = parameter.device if fused else "cpu"  # where torch itself keeps it
+            own["step"] = torch.as_tensor(own.get("step", 0.0), dtype=torch.float32).to(device, copy=True)
+            self.steps.append(own["step"])
+            start = part.stop

@@ -1,0 +1,309 @@
+"""The update: epochs of shuffled minibatches, each a gradient step of the loss."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from ppo_lightning.algorithm.compiled_step import CompiledStep, NonFiniteError, unsupported_reason
+from ppo_lightning.algorithm.compiler import CompilerError
+from ppo_lightning.algorithm.loss import Loss, LossCoefficients, Objective
+from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, plan_minibatches
+from ppo_lightning.algorithm.optimizer_step import (
+    Backend,
+    EagerStep,
+    GradientStep,
+    NonFiniteGuard,
+    StepRecord,
+    UpdateSettings,
+)
+from ppo_lightning.errors import InputError
+from ppo_lightning.policy import Policy
+
+
+class UpdateResult(NamedTuple):
+    """What an update did."""
+
+    coefficients: LossCoefficients
+    names: tuple[str, ...]
+    """K names of scalars that the loss returned."""
+    losses: Tensor
+    """[M, K] of every minibatch, in order."""
+    grad_norms: Tensor
+    """[G, 3] norms of the gradient of each step, before clipping: of all parameters, of those that the action depends on,
+    and of those that the value depends on."""
+    epochs: int
+    """Epochs that were begun."""
+    minibatches: int
+    """Minibatches of the last epoch."""
+    stopped: bool
+    """The update ended early, since the divergence was too large."""
+
+    def column(self, name: str) -> Tensor:
+        """A scalar of every minibatch, [M]."""
+        return self.losses[:, self.names.index(name)]
+
+
+class Updater:
+    """Updates a policy on rollouts.
+
+    Args:
+        policy: that learns.
+        loss: that is minimised.
+        update_epochs: epochs over each rollout (count).
+        num_minibatches: of each epoch (count).
+        gradient_accumulation_steps: parts in which the gradient of a minibatch is accumulated (count).
+        normalize_advantage: as in :class:`PPO`.
+        target_kl: as in :class:`PPO` (nats).
+        max_grad_norm: as in :class:`PPO`.
+        guard: checks gradients.
+        compile: make each gradient step one compiled graph, where that is possible.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        loss: Loss,
+        *,
+        update_epochs: int,
+        num_minibatches: int,
+        gradient_accumulation_steps: int,
+        normalize_advantage: bool | Literal["all_ranks"],
+        target_kl: float | None,
+        max_grad_norm: float | None,
+        guard: NonFiniteGuard,
+        compile: bool,
+    ) -> None:
+        self.policy, self.objective = policy, Objective(policy, loss)
+        self.update_epochs, self.num_minibatches = update_epochs, num_minibatches
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.normalize_advantage, self.target_kl = normalize_advantage, target_kl
+        self.max_grad_norm, self.guard, self.compile = max_grad_norm, guard, compile
+        self.parameters: list[nn.Parameter] = []
+        """Of the optimizer: an update clips and checks them."""
+        self.world_size = 1
+        self.eager: EagerStep | None = None
+        self.compiled: CompiledStep | None = None
+        """The step as one graph, where ``compile`` is on and nothing prevents it."""
+        self._run: Any = None
+        self._untrained: set[int] = set()
+        """Of the parameters that require gradients and that the optimizer does not train."""
+        self._unreached: list[str] = []
+        """Names of trained parameters beside the policy's that no gradient has reached yet."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """That takes the steps; None before :meth:`prepare`."""
+        return None if self._run is None else self._run[1]
+
+    def prepare(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        backend: Backend,
+        *,
+        world_size: int = 1,
+        hooks: Sequence[str] = (),
+        precision: str = "",
+    ) -> None:
+        """Prepare the updates of a run; compile the step if asked for and possible.
+
+        Args:
+            module: whose parameters are trained.
+            optimizer: takes the steps.
+            backend: of the run.
+            world_size: ranks.
+            hooks: classes that have hooks around gradients, which a compiled step does not call.
+            precision: of the Trainer.
+        """
+        self.world_size, self._run = world_size, (module, optimizer, backend, hooks, precision)
+        self._untrained = {id(one) for one in self._not_trained(module, optimizer)}
+        if self._untrained:
+            rank_zero_info(f"the optimizer does not train {self._names(self._untrained)}")
+        self._make_steps()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "eager": None, "compiled": None, "_run": None, "parameters": []}  # of this process's run
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Prepare again where the optimizer's parameters have changed.
+
+        Raises:
+            InputError: a module was replaced or added during training, and the optimizer does not train it.
+        """
+        added = {id(one) for one in self._not_trained(self._run[0], optimizer)} - self._untrained
+        if added:
+            raise InputError(
+                f"{self._names(added)} came during training, and the optimizer does not train it: replace modules "
+                "between two fits, or give their parameters to trainer.optimizers[0].add_param_group as well"
+            )
+        if [*map(id, _parameters(optimizer))] != [*map(id, self.parameters)]:
+            if self.world_size > 1:
+                raise InputError(
+                    "the optimizer's parameters changed during training on several ranks, whose gradients are averaged "
+                    "over the parameters of its start: change them between two fits"
+                )
+            self._make_steps()
+
+    def _not_trained(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+        trained = {id(one) for one in _parameters(optimizer)}
+        return [one for one in module.parameters() if one.requires_grad and id(one) not in trained]
+
+    def _names(self, parameters: set[int]) -> str:
+        return ", ".join(name for name, one in self._run[0].named_parameters() if id(one) in parameters)
+
+    def _make_steps(self) -> None:
+        module, optimizer, backend, hooks, precision = self._run
+        self.policy.check_again()
+        self.parameters = _parameters(optimizer)
+        trained, own = {id(one) for one in self.parameters}, {id(one) for one in self.policy.parameters()}
+        self._unreached = [
+            name for name, one in module.named_parameters() if id(one) in trained - own and one.requires_grad
+        ]
+        masks = self.policy.halves_of(self.parameters)
+        self.eager = EagerStep(self.objective, optimizer, backend, masks, self.max_grad_norm, self.guard)
+        self.compiled = None
+        if not self.compile:
+            return
+        reason = unsupported_reason(self.objective, optimizer, precision)
+        if hooks:
+            reason = f"{', '.join(hooks)} has hooks around gradients"
+        try:
+            if reason is not None:
+                raise CompilerError(reason)
+            self.compiled = CompiledStep(self.objective, optimizer, backend, self.world_size, self.max_grad_norm)
+        except CompilerError as error:
+            _warn_of_eager(error)
+
+    def update(
+        self,
+        samples: Samples,
+        coefficients: LossCoefficients,
+        generator: torch.Generator,
+        gather: Callable[[Tensor], Tensor],
+    ) -> UpdateResult:
+        """Epochs of shuffled minibatches of the objective (Schulman et al. 2017, algorithm 1).
+
+        Args:
+            samples: of a rollout, as :meth:`PPO.training_samples` returns them.
+            coefficients: of this iteration.
+            generator: shuffles.
+            gather: a row [P] of this rank -> the rows of all, [ranks, P].
+
+        Raises:
+            InputError: the loss did not return what it has to, or compiling fails on one of several ranks alone.
+            NonFiniteGradient: a gradient or divergence is not finite, and such steps are not skipped.
+        """
+        assert self.eager is not None
+        over_ranks = self.normalize_advantage == "all_ranks" and self.world_size > 1
+        plan = plan_minibatches(
+            samples,
+            epochs=self.update_epochs,
+            num_minibatches=self.num_minibatches,
+            generator=generator,
+            world_size=self.world_size,
+            normalizes=over_ranks,
+            gather=gather,
+        )
+        normalizes = bool(self.normalize_advantage) and not over_ranks
+        settings = UpdateSettings(coefficients, normalizes, self.gradient_accumulation_steps, self.target_kl)
+        if self.compiled is not None:
+            result = self._compiled_epochs(self.compiled, samples, plan, settings, gather)
+            if result is not None:
+                self.guard.consecutive = 0
+                return result
+        return run_epochs(self.eager, samples, plan, settings)
+
+    def _compiled_epochs(
+        self,
+        step: CompiledStep,
+        samples: Samples,
+        plan: MinibatchPlan,
+        settings: UpdateSettings,
+        gather: Callable[[Tensor], Tensor],
+    ) -> UpdateResult | None:
+        """The update by compiled steps; None, with everything unchanged, where it has to be made eagerly."""
+        is_first = step.names is None
+        try:
+            if is_first and self.world_size > 1 and not self._all_ranks_compile(step, samples, plan, settings, gather):
+                return None
+            return run_epochs(step, samples, plan, settings)
+        except NonFiniteError:
+            pass
+        except CompilerError as error:
+            if self.world_size > 1:
+                raise InputError(f"compile: true fails on this rank, since {error}: turn it off") from error
+            _warn_of_eager(error)
+            self.compiled = None
+        step.restore()
+        return None
+
+    def _all_ranks_compile(
+        self,
+        step: CompiledStep,
+        samples: Samples,
+        plan: MinibatchPlan,
+        settings: UpdateSettings,
+        gather: Callable[[Tensor], Tensor],
+    ) -> bool:
+        """Whether every rank can compile the gradient: else all fall back to eager steps."""
+        failure: CompilerError | None = None
+        try:
+            step.begin(samples, plan, settings)
+            step.try_gradient()
+        except CompilerError as error:
+            failure = error
+        failed = gather(torch.tensor([float(failure is not None)])).view(-1)
+        if failed.any():
+            _warn_of_eager(failure or CompilerError("another rank cannot compile it"))
+            self.compiled = None
+        return not failed.any()
+
+    def warn_of_unreached(self) -> None:
+        """Warn once of trained modules beside the policy that the loss does not use."""
+        if not self._unreached or not any(one.grad is not None for one in self.parameters):
+            return
+        names, self._unreached = set(self._unreached), []
+        without = [name for name, one in self._run[0].named_parameters() if name in names and one.grad is None]
+        if without:
+            rank_zero_warn(
+                f"{', '.join(without)} did not receive a gradient in the first update and will not learn: use the module "
+                "in the loss, or freeze it by requires_grad_(False)"
+            )
+
+
+def run_epochs(step: GradientStep, samples: Samples, plan: MinibatchPlan, settings: UpdateSettings) -> UpdateResult:
+    """The epochs of an update, by one kind of gradient step.
+
+    Stable-Baselines3's rule ends it: before the first step after which the divergence exceeds 1.5 ``target_kl``.
+    """
+    step.begin(samples, plan, settings)
+    limit = math.inf if settings.target_kl is None else 1.5 * settings.target_kl
+    epoch = minibatch = 0
+    stopped = False
+    for epoch in range(len(plan.permutations)):
+        for minibatch, of_step in enumerate(step.minibatches(epoch)):
+            kl = step.gradient(of_step)
+            if kl is not None:
+                value = kl.item()
+                if epoch == minibatch == 0 and not math.isfinite(value):
+                    step.non_finite(value)  # no step was taken since the rollout: the policy itself is not finite
+                stopped = not value <= limit  # NaN has diverged too
+                if stopped:
+                    break
+            step.apply()
+        if stopped:
+            break
+    record: StepRecord = step.end()
+    return UpdateResult(settings.coefficients, *record, epoch + 1, minibatch + 1, stopped)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _warn_of_eager(reason: Any) -> None:
+    rank_zero_warn(f"compile: true has no effect on the update, since {reason}")

@@ -1,0 +1,1 @@
+"""Evaluations: exactly N episodes, on environments of their own."""

@@ -1,0 +1,1 @@
+"""Rollouts: environments stepped with the present policy."""

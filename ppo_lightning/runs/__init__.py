@@ -1,0 +1,1 @@
+"""What a run is beside its algorithm: ranks, seeds, state for resuming."""

@@ -1,0 +1,168 @@
+"""The ranks of a run, and what they exchange."""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from hashlib import blake2b
+from typing import Any, TypeVar, cast
+
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+
+from ppo_lightning.errors import ProcessFault
+from ppo_lightning.runs.shared_memory import SharedMemoryAllReduce, make_shared_memory
+
+T = TypeVar("T")
+
+CHECK_INTERVAL = 10
+"""Iterations between two comparisons of the ranks' parameters: half a millisecond per million of them."""
+
+
+class Ranks:
+    """The ranks of a run; one rank without a Trainer.
+
+    Args:
+        trainer: of the run.
+    """
+
+    def __init__(self, trainer: Any = None) -> None:
+        self._trainer = trainer
+        self.shared: SharedMemoryAllReduce | None = None
+        """Memory that all ranks share, during training, where they can."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return 0 if self._trainer is None else self._trainer.global_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return 1 if self._trainer is None else self._trainer.world_size
+
+    def share_memory(self, parameters: list[nn.Parameter]) -> None:
+        """Exchange through shared memory from now on, where that is possible.
+
+        Args:
+            parameters: whose gradients are averaged.
+        """
+        self.shared = make_shared_memory(self._trainer, parameters)
+
+    def gather(self, row: Tensor) -> Tensor:
+        """The rows [P] of all ranks, [ranks, P]; of one rank its row."""
+        if self.world_size == 1:
+            return row
+        if self.shared is not None and self.shared.fits(row):
+            return self.shared.gather(row)
+        sent = row.to(self._trainer.strategy.root_device).contiguous()
+        rows = [torch.empty_like(sent) for _ in range(self.world_size)]
+        torch.distributed.all_gather(rows, sent)
+        return torch.stack(rows).to(row.device)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """A plain object of each rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def average(self, tensor: Tensor) -> None:
+        """Replace a tensor [P] by its mean over all ranks."""
+        if self.world_size == 1:
+            return
+        if self.shared is None:
+            torch.distributed.all_reduce(tensor)
+        else:
+            self.shared.all_reduce(tensor)
+        tensor.div_(self.world_size)
+
+    def average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Replace gradients by their means over all ranks."""
+        if self.shared is not None:
+            self.shared.average_gradients(parameters)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def check_in_sync(self, fingerprints: Tensor, iteration: int) -> None:
+        """Refuse to continue with parameters that differ between ranks.
+
+        Args:
+            fingerprints: [ranks, 2] of :func:`fingerprint`.
+            iteration: that has ended.
+
+        Raises:
+            ProcessFault: a rank's parameters are not those of rank 0.
+        """
+        others = out_of_sync_ranks(fingerprints)
+        if others:
+            names = f"process {others[0]}" if len(others) == 1 else f"processes {', '.join(map(str, others))}"
+            raise ProcessFault(
+                f"after iteration {iteration} the parameters of {names} are not those of process 0: something changes them on "
+                "one process alone (a callback, a hook, a backward() of its own), or their processors differ and round "
+                "differently; remove it, or use machines of one kind, and resume from the last checkpoint"
+            )
+
+
+class LightningBackend:
+    """Backward passes and steps of a Trainer's run.
+
+    Args:
+        module: the LightningModule that trains.
+        optimizer: takes the steps.
+        ranks: of the run.
+        bypass: Lightning's calls around a gradient step do nothing, and are left out.
+    """
+
+    def __init__(self, module: Any, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bypass: bool) -> None:
+        self.module, self.optimizer, self.ranks, self.bypass = module, optimizer, ranks, bypass
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add to the gradients; the last time for a minibatch, average them over ranks."""
+        if self.bypass:
+            loss.backward()
+            if last:
+                self.ranks.average_gradients(self.parameters)
+            return
+        waits = not last and self.ranks.world_size > 1
+        with cast(Any, self.module.trainer.strategy).block_backward_sync() if waits else nullcontext():
+            self.module.manual_backward(loss)
+
+    def step(self, clip: Callable[[], None]) -> None:
+        """Clip and step; through the strategy, clipping is the module's ``on_before_optimizer_step``."""
+        if self.bypass:
+            clip()
+            self.optimizer.step()
+        else:
+            self.module.trainer.strategy.optimizer_step(self.optimizer, lambda: None)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over all ranks."""
+        self.ranks.average(tensor)
+
+
+def can_bypass_strategy(trainer: Any, ranks: Ranks) -> bool:
+    """Whether Lightning's calls around a gradient step do nothing but call hooks, at a tenth of a millisecond each.
+
+    That is so on one rank, or where shared memory averages the gradients, without a gradient scaler.
+    """
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    reduces = ranks.shared is not None and ranks.shared.reduces_gradients
+    return (reduces or type(trainer.strategy) is SingleDeviceStrategy) and not scaled
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """The two 32-bit halves of a hash of the tensors' bits: float64 holds each exactly, and so does a gather."""
+    state = blake2b(digest_size=8)
+    for tensor in tensors:
+        state.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+    digest = state.digest()
+    return int.from_bytes(digest[:4]), int.from_bytes(digest[4:])
+
+
+def out_of_sync_ranks(rows: Tensor) -> list[int]:
+    """Ranks whose row of ``rows`` [ranks, P] is not that of rank 0."""
+    return (rows != rows[0]).any(1).nonzero().flatten().tolist()
