@@ -311,7 +311,7 @@ class PPOCLI(LightningCLI):
 
 def draw_learning_curve(run: Path) -> Path | None:
     """The path of ``learning_curve.png``, which ``tools`` draws into a run's folder; None where it draws none."""
-    return import_module("ppo_lightning.tools.plot").draw_learning_curve(run) if has_tools() else None
+    return import_module("ppo_lightning.tools.charts").draw_learning_curve(run) if has_tools() else None
 
 
 def _folders(config: Any, root: str) -> Iterator[tuple[str, str | Path]]:

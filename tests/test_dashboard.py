@@ -25,10 +25,10 @@ from ppo_lightning.tools.dashboard import (
     HEALTHY,
     MAX_USER_METRICS,
     Frame,
-    draw,
+    metric_rows,
     number,
     phase_rows,
-    rows,
+    render,
     user_rows,
 )
 
@@ -104,7 +104,7 @@ FRAME = Frame(
 def drawn(frame: Frame, width: int) -> str:
     """As text, on a console that is wide enough to show what is too wide."""
     console = Console(width=300, file=io.StringIO(), color_system=None)
-    console.print(draw(frame, width))
+    console.print(render(frame, width))
     return console.file.getvalue()
 
 
@@ -221,7 +221,7 @@ def test_numbers_take_nine_characters_at_most(value, text):
     ],
 )
 def test_a_value_is_marked_outside_of_its_range_and_beyond_its_alert(name, value, style, mark):
-    (row,) = rows({f"train/{name}": value}, {f"train/{name}": name})
+    (row,) = metric_rows({f"train/{name}": value}, {f"train/{name}": name})
     assert (row.style, row.mark) == (style, mark)
     assert row.note == str(HEALTHY.get(f"train/{name}", ""))
 

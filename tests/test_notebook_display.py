@@ -13,10 +13,12 @@ from rich.console import Console
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import AsyncEvaluation, NotebookDisplay
 from ppo_lightning.errors import InputError
+from ppo_lightning.runs.history import Records
 from ppo_lightning.tools import notebook
-from ppo_lightning.tools.dashboard import UPDATE, rows
-from ppo_lightning.tools.figures import number
-from ppo_lightning.tools.notebook import draw_curve, page
+from ppo_lightning.tools.charts import RETURN, draw, to_png
+from ppo_lightning.tools.dashboard import UPDATE, metric_rows
+from ppo_lightning.tools.notebook import learning_curves, page
+from ppo_lightning.tools.page import number
 
 SMALL = {"num_envs": 4, "num_steps": 32, "update_epochs": 1, "num_minibatches": 2, "num_eval_episodes": 2}
 PNG = b"\x89PNG"
@@ -39,13 +41,13 @@ def shown(monkeypatch):
 @pytest.fixture
 def curves(monkeypatch):
     """What was drawn, one picture after another."""
-    drawn: list[tuple] = []
+    drawn: list[list] = []
 
-    def draw(trained, evaluated):
-        drawn.append((trained, evaluated))
-        return draw_curve(trained, evaluated)
+    def record(records):
+        drawn.append(learning_curves(records))
+        return drawn[-1]
 
-    monkeypatch.setattr(notebook, "draw_curve", draw)
+    monkeypatch.setattr(notebook, "learning_curves", record)
     return drawn
 
 
@@ -68,10 +70,12 @@ def test_the_last_page_has_the_last_numbers_and_a_picture(fit, shown, curves):
         assert re.search(rf">{label}</td><td [^>]*>{re.escape(number(metrics[name]))}", last), label
     assert base64.b64decode(re.search('base64,([^"]+)', last)[1]).startswith(PNG)
     trained, evaluated = curves[-1]
-    assert [steps for steps, _ in trained] == [128 * count for count in range(1, 9)]
-    assert [steps for steps, *_ in evaluated] == [512, 1024]
-    assert trained[-1][1] == metrics["rollout/ep_rew_mean"]
-    assert evaluated[-1][1:] == (metrics["eval/mean_reward"], metrics["eval/std_reward"])
+    assert trained.steps == [128 * count for count in range(1, 9)]
+    assert evaluated.steps == [512, 1024]
+    assert trained.values[-1] == metrics["rollout/ep_rew_mean"]
+    assert evaluated.values[-1] == metrics["eval/mean_reward"]
+    assert evaluated.high[-1] - evaluated.values[-1] == pytest.approx(metrics["eval/std_reward"])
+    assert evaluated.values[-1] - evaluated.low[-1] == pytest.approx(metrics["eval/std_reward"])
 
 
 def test_pages_come_every_few_seconds_and_at_the_end(fit, shown, monkeypatch):
@@ -96,21 +100,20 @@ def test_a_picture_that_takes_long_is_drawn_less_often(fit, shown, monkeypatch):
         clock[0] += 1.0
         return b""
 
-    monkeypatch.setattr(notebook, "draw_curve", slow)
+    monkeypatch.setattr(notebook, "to_png", slow)
     display = NotebookDisplay()
     fit(PPO("CartPole-v1", total_steps=128, **SMALL), callbacks=[display])
     assert len(shown) == 2  # the first and the last
     assert display._next_draw == clock[0] + 30.0
 
 
-def test_the_curve_goes_on_where_the_run_does_and_begins_anew_with_another(fit, shown, curves):
+def test_the_curve_continues_with_a_resumed_run_and_restarts_with_another(fit, shown, curves):
     model, _, display = train(fit, shown)
     model.total_steps = 10 * 128
     fit(model, callbacks=[display])
-    assert [steps for steps, _ in curves[-1][0]] == [128 * count for count in range(1, 11)]
+    assert curves[-1][0].steps == [128 * count for count in range(1, 11)]
     fit(PPO("CartPole-v1", total_steps=128, **SMALL), callbacks=[display])
-    assert [steps for steps, _ in curves[-1][0]] == [128]
-    assert curves[-1][1] == []
+    assert [curve.steps for curve in curves[-1]] == [[128]]
 
 
 def test_evaluations_in_another_process_are_in_the_curve(fit, shown, curves):
@@ -118,7 +121,7 @@ def test_evaluations_in_another_process_are_in_the_curve(fit, shown, curves):
     fit(model, callbacks=[NotebookDisplay(), AsyncEvaluation(every=2)])
     model.total_steps = 384
     fit(model, callbacks=[NotebookDisplay()])
-    assert [steps for steps, *_ in curves[-1][1]] == [256]
+    assert curves[-1][1].steps == [256]
 
 
 def test_an_error_leaves_a_last_page(fit, shown):
@@ -146,15 +149,14 @@ def test_without_matplotlib_a_sentence_says_what_to_install(fit, shown, monkeypa
 
 
 def test_names_are_text_and_values_have_the_colour_of_their_health():
-    made = page({"<b>": rows({"train/approx_kl": 0.2, "train/clip_fraction": 0.2}, UPDATE)}, b"")
+    made = page({"<b>": metric_rows({"train/approx_kl": 0.2, "train/clip_fraction": 0.2}, UPDATE)}, b"")
     assert "&lt;b&gt;" in made
     assert re.search(r"approx_kl</td><td [^>]*#cf222e[^>]*>0.2 !▲</td>", made)
     assert re.search(r"clip_fraction</td><td [^>]*#1a7f37[^>]*>0.2</td>", made)
 
 
 def test_a_curve_without_points_is_drawn_too():
-    assert draw_curve([], []).startswith(PNG)
-    assert draw_curve([(1, 2.0)], [(1, 2.0, 0.5)]) != draw_curve([(1, 2.0)], [])
+    assert to_png(draw(RETURN, learning_curves(Records())), 110).startswith(PNG)
 
 
 @pytest.mark.long

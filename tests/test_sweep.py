@@ -512,12 +512,14 @@ def test_an_interrupt_stops_the_runs_and_queues_them(fits, monkeypatch, workers)
                 os.kill(os.getpid(), signal.SIGINT)
 
     fits(lambda model, seed: [(1000, 1.0)])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the console script leaves another one
     with monkeypatch.context() as patch:
         patch.setattr(objective, "POLL_S", 0.1)
         patch.setattr(objective, "FitProcess", Sleeps)
         patch.setattr(fit_process, "FIT", [sys.executable, "-c", "import time; time.sleep(60)"])
         with pytest.raises(KeyboardInterrupt):
             sweep(CONFIG, SPACE, trials=4, workers=workers, quiet=True)
+    signal.signal(signal.SIGINT, before)
     assert [run.process.returncode for run in begun] == [-signal.SIGTERM] * workers
     study = sweep(CONFIG, SPACE, trials=4, quiet=True).study
     assert states(study) == ["FAIL"] * workers + ["COMPLETE"] * 4

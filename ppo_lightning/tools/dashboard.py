@@ -1,22 +1,23 @@
-"""What a run is doing, on one screen of a terminal."""
+"""A live view of a run on one screen of a terminal, laid out by Rich."""
 
 import logging
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.util import find_spec
-from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from rich.cells import cell_len, set_cell_size
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
@@ -24,27 +25,27 @@ from ppo_lightning.callbacks.progress import StepProgressBar
 from ppo_lightning.module import PPOModule
 from ppo_lightning.runs.clock import BURN_IN
 from ppo_lightning.tools.diagnosis import Thresholds
-from ppo_lightning.tools.figures import number
 from ppo_lightning.tools.hardware import Hardware, HardwareMonitor
+from ppo_lightning.tools.page import number
 
 
 @runtime_checkable
-class Diagnoses(Protocol):
-    """A callback that says what is wrong with a run."""
+class ReportsFindings(Protocol):
+    """A callback with findings, such as HealthMonitor."""
 
     findings: Sequence[Mapping[str, Any]]
-    """Of each its ``name``, ``since_step``, ``until_step`` (None while it holds) and ``advice``."""
+    """Each with ``name``, ``since_step``, ``until_step`` (None while it holds) and ``advice``."""
 
 
-class Range(NamedTuple):
-    """Where a metric is healthy, and beyond which value it alerts."""
+class HealthyRange(NamedTuple):
+    """The healthy values of a metric, and its alert."""
 
     low: float
     high: float
     alert: float
 
     def judge(self, value: float) -> tuple[str, str]:
-        """Style and mark of a value: inside, outside, or beyond the alert, where it is above or below."""
+        """Style and mark of a value: within the range, outside, or beyond the alert, above or below."""
         if self.low <= value <= self.high:
             return "green", ""
         mark = "▲" if value > self.high else "▼"
@@ -57,11 +58,13 @@ class Range(NamedTuple):
 
 _thresholds = Thresholds()
 HEALTHY = {
-    "train/approx_kl": Range(*_thresholds.approx_kl, alert=_thresholds.approx_kl_alert),
-    "train/clip_fraction": Range(*_thresholds.clip_fraction, alert=_thresholds.clip_fraction_alert),
-    "train/explained_variance": Range(_thresholds.explained_variance, 1.0, alert=_thresholds.explained_variance_alert),
+    "train/approx_kl": HealthyRange(*_thresholds.approx_kl, alert=_thresholds.approx_kl_alert),
+    "train/clip_fraction": HealthyRange(*_thresholds.clip_fraction, alert=_thresholds.clip_fraction_alert),
+    "train/explained_variance": HealthyRange(
+        _thresholds.explained_variance, 1.0, alert=_thresholds.explained_variance_alert
+    ),
 }
-"""Ranges that are usual while a policy learns; toward the end of a run a policy changes less."""
+"""Usual ranges while a policy learns; towards the end of a run a policy changes less."""
 
 EPISODES = {
     "rollout/ep_rew_mean": "return",
@@ -74,45 +77,40 @@ EPISODES = {
     "eval/success_rate": "eval success",
     "eval/fail_rate": "eval fail",
 }
-UPDATE = {
-    f"train/{name}": name
-    for name in (
-        "approx_kl",
-        "clip_fraction",
-        "explained_variance",
-        "entropy_loss",
-        "policy_gradient_loss",
-        "value_loss",
-        "loss",
-        "grad_norm",
-        "std",
-        "learning_rate",
-        "skipped_steps",
-    )
+_UPDATE = (
+    *("approx_kl", "clip_fraction", "explained_variance", "entropy_loss", "policy_gradient_loss", "value_loss"),
+    *("loss", "grad_norm", "std", "learning_rate", "skipped_steps"),
+)
+UPDATE = {f"train/{name}": name for name in _UPDATE}
+"""Metrics of an update, in the order of their display."""
+
+HARDWARE = {
+    "hardware/cpu_percent": "CPU {:.0f} %",
+    "hardware/ram_percent": "RAM {:.0f} %",
+    "hardware/process_ram_mb": "process {:,.0f} MB",
+    "hardware/gpu_percent": "GPU {:.0f} %",
+    "hardware/gpu_memory_mb": "VRAM {:,.0f} MB",
 }
-"""What is shown of an update, in this order."""
 
 PHASES: tuple[str, ...] = ("collect", "update", "evaluate", "other")
 """Parts of an iteration's time."""
 
-OURS = (
+BUILT_IN = (
     *("rollout/", "train/", "time/", "eval/", "hardware/", "health/"),
     *("obs_", "reward_norm/", "popart/", "advantage/", "value/", "returns/"),
 )
-"""How names begin that are not the user's own: they have a place above, or are details for loggers."""
+"""Prefixes of metrics that are not the user's own: they have another place, or are for loggers only."""
 
 MAX_USER_METRICS = 30
 MAX_FINDINGS = 3
 
 WIDE = 76
-"""Columns, borders included, from which numbers stand in two."""
-VALUE, MARK, GAP = 9, 3, 2
-"""Columns of a value, of its mark, and between two sections."""
+"""Terminal columns from which metrics have two columns."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What one picture of a run shows."""
+    """The content of the screen at one time."""
 
     name: str
     status: str
@@ -122,18 +120,18 @@ class Frame:
     elapsed: float
     """Since this fit began (seconds)."""
     remaining: float | None = None
-    """Seconds; None at the end, and before there is something to tell it from."""
+    """Estimate (seconds); None at the end, and before there is one."""
     phases: Mapping[str, float] = field(default_factory=dict)
-    """Seconds that each part of an iteration took in all, since the burn-in."""
+    """Total seconds of each part of an iteration since the burn-in."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The newest values, by canonical name."""
     hardware: Mapping[str, float] = field(default_factory=dict)
     findings: Sequence[Mapping[str, Any]] | None = None
-    """What was found to be wrong; None where nobody looks."""
+    """Of HealthMonitor; None without one."""
 
 
-class Row(NamedTuple):
-    """One number of a picture."""
+class MetricRow(NamedTuple):
+    """One displayed metric."""
 
     label: str
     value: str
@@ -142,8 +140,8 @@ class Row(NamedTuple):
     note: str = ""
 
 
-def rows(metrics: Mapping[str, float], labels: Mapping[str, str]) -> list[Row]:
-    """Those of the metrics that have a label, judged where it is known what is healthy."""
+def metric_rows(metrics: Mapping[str, float], labels: Mapping[str, str]) -> list[MetricRow]:
+    """The metrics that have a label, with the style and mark of their health."""
     found = []
     for name, label in labels.items():
         if name in metrics:
@@ -152,109 +150,76 @@ def rows(metrics: Mapping[str, float], labels: Mapping[str, str]) -> list[Row]:
                 style, mark = "bold red", "!"
             else:
                 style, mark = ("", "") if healthy is None else healthy.judge(value)
-            found.append(Row(label, number(value), style, mark, str(healthy or "")))
+            found.append(MetricRow(label, number(value), style, mark, str(healthy or "")))
     return found
 
 
-def user_rows(metrics: Mapping[str, float]) -> list[Row]:
+def user_rows(metrics: Mapping[str, float]) -> list[MetricRow]:
     """The user's own metrics, by name."""
-    own = sorted(name for name in metrics if not name.startswith(OURS) and name != "step")
-    return [Row(name, number(metrics[name])) for name in own]
+    own = sorted(name for name in metrics if not name.startswith(BUILT_IN) and name != "step")
+    return [MetricRow(name, number(metrics[name])) for name in own]
 
 
-def phase_rows(phases: Mapping[str, float]) -> list[Row]:
+def phase_rows(phases: Mapping[str, float]) -> list[MetricRow]:
     """Shares of the time."""
     total = sum(phases.values())
     shares = {name: seconds / total for name, seconds in phases.items()} if total else {}
-    return [Row(name, f"{100 * share:.0f} %", note="▇" * round(10 * share)) for name, share in shares.items()]
+    return [MetricRow(name, f"{100 * share:.0f} %", note="▇" * round(10 * share)) for name, share in shares.items()]
 
 
-def facts(frame: Frame) -> list[str]:
-    """Where the run is, in words."""
-    told = [
+def status_items(frame: Frame) -> list[str]:
+    """Status, progress, speed and times."""
+    items = [
         frame.status,
         f"{frame.env_steps:,} of {frame.total_steps:,} steps",
         f"iteration {frame.iteration:,}",
     ]
     if "time/fps" in frame.metrics:
-        told.append(f"{frame.metrics['time/fps']:,.0f} steps/s")
-    told.append(f"{_clock(frame.elapsed)} elapsed")
+        items.append(f"{frame.metrics['time/fps']:,.0f} steps/s")
+    items.append(f"{timedelta(seconds=round(frame.elapsed))} elapsed")
     if frame.remaining is not None:
-        told.append(f"{_clock(frame.remaining)} left")
-    return told
+        items.append(f"{timedelta(seconds=round(frame.remaining))} left")
+    return items
 
 
-def hardware_facts(hardware: Mapping[str, float]) -> list[str]:
-    """Use of the machine, in words."""
-    texts = {
-        "hardware/cpu_percent": "CPU {:.0f} %",
-        "hardware/ram_percent": "RAM {:.0f} %",
-        "hardware/process_ram_mb": "process {:,.0f} MB",
-        "hardware/gpu_percent": "GPU {:.0f} %",
-        "hardware/gpu_memory_mb": "VRAM {:,.0f} MB",
-    }
-    return [text.format(hardware[name]) for name, text in texts.items() if name in hardware]
-
-
-def draw(frame: Frame, width: int) -> RenderableType:
-    """The picture of a frame, at most ``width`` columns wide; the last lines are those that matter least.
+def render(frame: Frame, width: int) -> Panel:
+    """The screen of a frame; the last lines are the least important ones.
 
     Args:
-        frame: what to show.
-        width: columns of the terminal.
+        frame: the content.
+        width: of the terminal (columns).
     """
-    inner = width - 4
-    share = min(1.0, frame.env_steps / frame.total_steps)
-    filled = int(share * (inner - 6))
-    lines = [
-        Text.assemble(("█" * filled, "green"), ("░" * (inner - 6 - filled), "dim"), f" {math.floor(100 * share):>3} %"),
-        *_packed(facts(frame), inner),
-    ]
-    episodes, update, phases = rows(frame.metrics, EPISODES), rows(frame.metrics, UPDATE), phase_rows(frame.phases)
-    own = user_rows(frame.metrics)
+    wide, phases, own = width >= WIDE, phase_rows(frame.phases), user_rows(frame.metrics)
+    progress = Table.grid(padding=(0, 1), expand=True)
+    progress.add_column(ratio=1)
+    bar = ProgressBar(total=frame.total_steps, completed=frame.env_steps, complete_style="green")
+    progress.add_row(bar, f"{math.floor(100 * min(1.0, frame.env_steps / frame.total_steps)):>3} %")
+    parts: list[RenderableType] = [progress, _line(status_items(frame), width)]
     shown, more = own[:MAX_USER_METRICS], len(own) - MAX_USER_METRICS
-    if width >= WIDE:
-        lines += _health(frame.findings)
-        right = inner // 2 + 4  # what an update tells needs more room
-        left = inner - right - GAP
+    episodes = _section("Episodes", metric_rows(frame.metrics, EPISODES))
+    update = _section("Update", metric_rows(frame.metrics, UPDATE), "healthy" if wide else None)
+    if wide:
         half = math.ceil(len(shown) / 2)
-        lines += _side_by_side(
-            _section("Episodes", episodes, left) + _section("Time", phases, left),
-            _section("Update", update, right, "healthy"),
-            left,
-        )
-        left = (inner - GAP) // 2
-        right = inner - left - GAP
-        lines += _side_by_side(_section("Metrics", shown[:half], left), _section("", shown[half:], right), left)
+        left = _section("Time", phases, "")
+        parts += [*_health(frame.findings), _beside(Group(*episodes, *left), Group(*update), (2, 3))]
+        parts.append(_beside(Group(*_section("Metrics", shown[:half])), Group(*_section("", shown[half:])), (1, 1)))
     else:
-        lines += _packed([f"{row.label} {row.value}" for row in phases], inner)
-        lines += _health(frame.findings)
-        for title, body in {"Episodes": episodes, "Update": update, "Metrics": shown}.items():
-            lines += _section(title, body, inner, "healthy")
+        times = [_line([f"{row.label} {row.value}" for row in phases], width)] if phases else []
+        parts += [*times, *_health(frame.findings), *episodes, *update, *_section("Metrics", shown)]
     if more > 0:
-        lines.append(Text(f"and {more} more", "dim"))
-    machine = hardware_facts(frame.hardware)
+        parts.append(Text(f"and {more} more", "dim"))
+    machine = [text.format(frame.hardware[name]) for name, text in HARDWARE.items() if name in frame.hardware]
     if machine:
-        lines += [Text(), *_packed(machine, inner)]
+        parts += ["", _line(machine, width)]
     title = Text(f"PPO {frame.name}", "bold")
-    title.truncate(inner - 2, overflow="ellipsis")  # else the panel grows with it
-    return Panel(Text("\n").join(lines), title=title, title_align="left", width=width)
+    title.truncate(width - 6, overflow="ellipsis")  # a longer title would widen the panel
+    return Panel(Group(*parts), title=title, title_align="left", width=width)
 
 
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
-def _packed(words: Iterable[str], width: int) -> Iterator[Text]:
-    """Words with dots between them, on as many lines as they need; none is broken."""
-    line = ""
-    for word in words:
-        longer = f"{line} · {word}" if line else word
-        if line and cell_len(longer) > width:
-            yield Text(line)
-            longer = word
-        line = longer
-    yield Text(line)
+def _line(items: Iterable[str], width: int) -> Text:
+    """Items with dots between them, on several lines if necessary, which break between items only."""
+    text = " ".join(f"{item} ·".replace(" ", "\xa0") for item in items).removesuffix("\xa0·")
+    return Text(textwrap.fill(text, width - 4, break_on_hyphens=False).replace("\xa0", " "))
 
 
 def _health(findings: Sequence[Mapping[str, Any]] | None) -> Iterator[Text]:
@@ -265,68 +230,71 @@ def _health(findings: Sequence[Mapping[str, Any]] | None) -> Iterator[Text]:
     if not alerts:
         yield Text("✔ health: no alert", "green")
     for finding in alerts[:MAX_FINDINGS]:
-        told = f" since step {finding['since_step']:,}: {finding['advice']}"
-        yield Text.assemble((f"! {finding['name']}", "bold red"), told)
+        since = f" since step {finding['since_step']:,}: {finding['advice']}"
+        yield Text.assemble((f"! {finding['name']}", "bold red"), since)
     if len(alerts) > MAX_FINDINGS:
         yield Text(f"and {len(alerts) - MAX_FINDINGS} more", "bold red")
 
 
-def _section(title: str, body: list[Row], width: int, noted: str = "") -> list[Text]:
-    """An empty line, a title, and rows in ``width`` columns: label, value, mark, and notes where labels leave room."""
-    if not body:
+def _section(title: str, rows: Sequence[MetricRow], notes: str | None = None) -> list[RenderableType]:
+    """An empty line and a table of metrics; nothing without metrics.
+
+    Args:
+        title: over the labels.
+        rows: of the table.
+        notes: title over the notes; None leaves them out.
+    """
+    if not rows:
         return []
-    note, label = max(len(row.note) for row in body), width - VALUE - MARK
-    if note + 1 + max(cell_len(row.label) for row in body) > label:
-        note = 0
-    label -= note and note + 1
-    head = f"{noted:>{note}}" if note else ""
-    lines = [Text(), Text.assemble((f"{title:<{width - len(head)}}", "bold"), (head, "dim"))]
-    for row in body:
-        name = row.label if cell_len(row.label) <= label else f"{set_cell_size(row.label, label - 1)}…"
-        value = f"{row.value:>{VALUE}}{row.mark:>{MARK}}"
-        line = Text.assemble(set_cell_size(name, label), (value, row.style))
-        if note:
-            line.append(f" {row.note:>{note}}" if noted else f" {row.note:<{note}}", "dim")
-        lines.append(line)
-    return lines
+    table = Table(box=None, expand=True, padding=(0, 1, 0, 0), collapse_padding=True, pad_edge=False)
+    table.add_column(Text(title, "bold"), ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True, min_width=2)
+    if notes is not None:
+        table.add_column(Text(notes, "dim"), style="dim", no_wrap=True, justify="right" if notes else "left")
+    for row in rows:
+        cells = [Text(row.label), Text(row.value, row.style), Text(row.mark, row.style), Text(row.note)]
+        table.add_row(*cells[: len(table.columns)])
+    return ["", table]
 
 
-def _side_by_side(left: list[Text], right: list[Text], width: int) -> Iterator[Text]:
-    """Lines beside lines; those on the left take ``width`` columns."""
-    for one, other in zip_longest(left, right, fillvalue=Text()):
-        yield Text.assemble(one, " " * (width - one.cell_len + GAP), other)
+def _beside(left: RenderableType, right: RenderableType, ratios: tuple[int, int]) -> Table:
+    grid = Table.grid(padding=(0, 1), expand=True)
+    for ratio in ratios:
+        grid.add_column(ratio=ratio)
+    grid.add_row(left, right)
+    return grid
 
 
-class Picture:
-    """The newest frame, drawn as wide as the terminal is by now."""
+class Screen:
+    """The newest frame, rendered as wide as the terminal is at that time."""
 
     def __init__(self) -> None:
         self.frame: Frame | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         if self.frame is not None:
-            yield draw(self.frame, options.max_width)
+            yield render(self.frame, options.max_width)
 
 
 class Dashboard(StepProgressBar):
-    """A dashboard in the place of the progress bar: progress, speed, returns, losses, health, hardware.
+    """A dashboard instead of the progress bar: progress, speed, returns, losses, health, hardware.
 
-    It is redrawn between iterations, at most four times per second and for at most a hundredth of the time. What is
-    printed meanwhile appears above it. Where no terminal can redraw (a file, a pipe, a notebook, ``TERM=dumb``), it is the
-    plain bar.
+    It is redrawn between iterations, at most four times per second and for at most a hundredth of the time. Printed text
+    appears above it. Without a terminal that can redraw (a file, a pipe, a notebook, ``TERM=dumb``) it is the plain bar.
     """
 
     INTERVAL_S = 0.25
     SHARE = 0.01
-    """Of the time, that drawing may take."""
+    """Of the time, at most, for drawing."""
 
     def __init__(self) -> None:
         super().__init__()
         self._console: Console | None = None
         self._live: Live | None = None
-        self._picture = Picture()
+        self._screen = Screen()
         self._hardware: Hardware | None = None
-        self._diagnosis: Diagnoses | None = None
+        self._findings: ReportsFindings | None = None
         self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._next_draw = 0.0
 
@@ -346,8 +314,8 @@ class Dashboard(StepProgressBar):
 
     def _start(self, console: Console) -> None:
         others = cast(Any, self.trainer).callbacks
-        self._diagnosis = next((one for one in others if isinstance(one, Diagnoses)), None)
-        # Two that measure would shorten each other's time.
+        self._findings = next((one for one in others if isinstance(one, ReportsFindings)), None)
+        # Two measuring objects would shorten each other's intervals.
         self._hardware = next((one.hardware for one in others if isinstance(one, HardwareMonitor)), None)
         if self._hardware is None and find_spec("psutil") is not None:
             self._hardware = Hardware(self.trainer.lightning_module.device)
@@ -355,22 +323,22 @@ class Dashboard(StepProgressBar):
         self._origin: tuple[float, int] | None = None
         self._iterations = 0
         self._phases = dict.fromkeys(PHASES, 0.0)
-        live = Live(self._picture, console=console, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
+        live = Live(self._screen, console=console, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
         out, err = sys.stdout, sys.stderr
         live.start()
         self._live = live
-        # Handlers hold the streams that there were; what they print would be drawn over.
+        # Handlers hold the former streams; the dashboard would overwrite what they print.
         self._streams = [(handler, handler.stream) for handler in _stream_handlers() if handler.stream in (out, err)]
         for handler, stream in self._streams:
             handler.setStream(sys.stdout if stream is out else sys.stderr)
 
     def _stop(self, status: str) -> None:
-        """Leave the last picture where it is, and the terminal as it was."""
+        """Draw the last frame and restore the terminal."""
         live, self._live = self._live, None
         if live is None:
             return
         try:
-            self._picture.frame = self._frame(status)
+            self._screen.frame = self._frame(status)
         finally:
             live.stop()
             for handler, stream in self._streams:
@@ -379,11 +347,11 @@ class Dashboard(StepProgressBar):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        self._lap("other")
+        self._add_time("other")
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._lap("collect")
+        self._add_time("collect")
 
     @override
     def on_train_batch_end(
@@ -392,7 +360,7 @@ class Dashboard(StepProgressBar):
         if self._live is None:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             return
-        self._lap("update")
+        self._add_time("update")
         self._iterations += 1
         if self._iterations == BURN_IN:
             self._origin = self._mark, cast(PPOModule, pl_module).num_env_steps
@@ -402,13 +370,13 @@ class Dashboard(StepProgressBar):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
-        self._lap("other")
+        self._add_time("other")
         self._show_if_due("evaluating")
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        self._lap("evaluate")
+        self._add_time("evaluate")
         self._show_if_due("training")
 
     @override
@@ -423,7 +391,7 @@ class Dashboard(StepProgressBar):
 
     @override
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above the picture; without a bar, the inherited method would print nothing."""
+        """Print above the dashboard; the inherited method prints nothing without a bar."""
         if self._console is None:
             super().print(*args, **kwargs)
         else:
@@ -434,7 +402,7 @@ class Dashboard(StepProgressBar):
         if self._live is None:
             super()._draw(pl_module)
 
-    def _lap(self, phase: str) -> None:
+    def _add_time(self, phase: str) -> None:
         if self._live is not None:
             now = time.perf_counter()
             self._phases[phase] += now - self._mark
@@ -447,7 +415,7 @@ class Dashboard(StepProgressBar):
     def _show(self, status: str) -> None:
         assert self._live is not None
         began = time.perf_counter()
-        self._picture.frame = self._frame(status)
+        self._screen.frame = self._frame(status)
         self._live.refresh()
         ended = time.perf_counter()
         self._next_draw = ended + max(self.INTERVAL_S, (ended - began) / self.SHARE)
@@ -469,17 +437,17 @@ class Dashboard(StepProgressBar):
             phases={} if self._origin is None else dict(self._phases),
             metrics={name: value.item() for name, value in self.trainer.callback_metrics.items()},
             hardware={} if self._hardware is None else self._hardware.read(),
-            findings=None if self._diagnosis is None else self._diagnosis.findings,
+            findings=None if self._findings is None else self._findings.findings,
         )
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        mine = {"_console": None, "_live": None, "_hardware": None, "_streams": [], "_diagnosis": None}
-        return {**super().__getstate__(), **mine}  # of this process
+        mine = {"_console": None, "_live": None, "_hardware": None, "_streams": [], "_findings": None}
+        return {**super().__getstate__(), **mine}  # belong to this process
 
 
 def _redraws(console: Console) -> bool:
-    """Whether there is a terminal that moves its cursor and shows the characters of the picture."""
+    """Whether the terminal can move its cursor and show the characters of the dashboard."""
     return (
         console.is_terminal
         and not console.is_dumb_terminal
@@ -489,7 +457,7 @@ def _redraws(console: Console) -> bool:
 
 
 def _stream_handlers() -> Iterator[logging.StreamHandler[Any]]:
-    """Every handler of Python's loggers that writes to a stream."""
+    """All stream handlers of Python's loggers."""
     for logger in (logging.root, *logging.Logger.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger):
             for handler in logger.handlers:

@@ -1,10 +1,8 @@
-"""What a run is doing, in a notebook."""
+"""The live display of a run in a notebook."""
 
 import base64
 import html
-import io
 import time
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -14,21 +12,18 @@ from typing_extensions import override
 
 from ppo_lightning.errors import InputError
 from ppo_lightning.module import PPOModule
-from ppo_lightning.runs.history import History
-from ppo_lightning.tools.dashboard import EPISODES, UPDATE, Row, rows, user_rows
-
-Points = Sequence[tuple[float, ...]]
-"""Environment steps and mean return; of evaluations also its standard deviation over episodes."""
-
+from ppo_lightning.runs.history import Records
+from ppo_lightning.tools.charts import RETURN, Curve, draw, to_png
+from ppo_lightning.tools.dashboard import EPISODES, UPDATE, MetricRow, metric_rows, user_rows
 
 COLOURS = {"green": "#1a7f37", "yellow": "#9a6700", "bold red": "#cf222e", "": "inherit"}
 
 
 class NotebookDisplay(Callback):
-    """A table of the newest numbers and a plot of the learning curve below a notebook's cell, both live.
+    """A live table of the newest metrics and a plot of the learning curve below a notebook's cell.
 
-    They are drawn between iterations, every three seconds at most and for at most a thirtieth of the time, and at the
-    end. The bar stays as it is. Outside of a notebook nothing is shown.
+    It is updated between iterations, at most every three seconds and for at most a thirtieth of the time, and at the end.
+    The progress bar does not change. Outside of a notebook the callback does nothing.
 
     Raises:
         InputError: matplotlib is not installed, in a notebook.
@@ -36,7 +31,7 @@ class NotebookDisplay(Callback):
 
     INTERVAL_S = 3.0
     SHARE = 1 / 30
-    """Of the time, that drawing may take."""
+    """Of the time, at most, for drawing."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -83,13 +78,12 @@ class NotebookDisplay(Callback):
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         sections = {
             f"{module.env_factory.name}: {module.num_env_steps:,} of {module.total_steps:,} steps": [],
-            "Episodes": rows(metrics, EPISODES),
-            "Update": rows(metrics, UPDATE),
+            "Episodes": metric_rows(metrics, EPISODES),
+            "Update": metric_rows(metrics, UPDATE),
             "Metrics": user_rows(metrics),
         }
-        trained = points(module.records.train, "rollout/ep_rew_mean")
-        picture = draw_curve(trained, points(module.records.evaluations, "eval/mean_reward", "eval/std_reward"))
-        self._handle.update(HTML(page(sections, picture)))
+        figure = draw(RETURN, learning_curves(module.records), (6, 3.4))
+        self._handle.update(HTML(page(sections, to_png(figure, 110))))
         ended = time.perf_counter()
         self._next_draw = ended + max(self.INTERVAL_S, (ended - began) / self.SHARE)
 
@@ -97,36 +91,29 @@ class NotebookDisplay(Callback):
         return {**vars(self), "_handle": None}  # of this process
 
 
-def points(history: History, *names: str) -> Points:
-    """Environment steps and values of metrics, of the rows that have them all."""
-    return [(row["step"], *(row[name] for name in names)) for row in history.rows() if row.keys() >= set(names)]
-
-
-def draw_curve(trained: Points, evaluated: Points) -> bytes:
-    """Training and evaluation return over environment steps, as PNG."""
-    from matplotlib.figure import Figure  # the plot extra
-
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    axes = figure.add_subplot()
+def learning_curves(records: Records) -> list[Curve]:
+    """Training and evaluation return of a run, with one standard deviation over evaluation episodes."""
+    curves = []
+    trained = [row for row in records.train.rows() if "rollout/ep_rew_mean" in row]
+    evaluated = [row for row in records.evaluations.rows() if row.keys() >= {"eval/mean_reward", "eval/std_reward"}]
+    training, evaluation = RETURN.metrics.values()
     if trained:
-        steps, means = zip(*trained, strict=True)
-        axes.plot(steps, means, label="training, mean of 100 episodes")
-    if evaluated:
-        steps, means, spreads = zip(*evaluated, strict=True)
-        axes.errorbar(
-            steps, means, spreads, marker="o", markersize=3, capsize=2, label="evaluation ± standard deviation"
+        curves.append(
+            Curve(training, [row["step"] for row in trained], [row["rollout/ep_rew_mean"] for row in trained])
         )
-    axes.set(xlabel="environment steps", ylabel="return")
-    axes.grid(alpha=0.3)
-    if trained or evaluated:
-        axes.legend()
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+    if evaluated:
+        steps, means, deviations = (
+            [row[name] for row in evaluated] for name in ("step", "eval/mean_reward", "eval/std_reward")
+        )
+        low, high = (
+            [mean + side * deviation for mean, deviation in zip(means, deviations, strict=True)] for side in (-1, 1)
+        )
+        curves.append(Curve(evaluation, steps, means, low, high, color=1))
+    return curves
 
 
-def page(sections: dict[str, list[Row]], picture: bytes) -> str:
-    """A table of titled rows beside a picture, as HTML that needs nothing else."""
+def page(sections: dict[str, list[MetricRow]], png: bytes) -> str:
+    """A table of titled rows beside a PNG, as self-contained HTML."""
     lines = []
     for title, body in sections.items():
         if body or title == next(iter(sections)):
@@ -138,7 +125,7 @@ def page(sections: dict[str, list[Row]], picture: bytes) -> str:
                 f'<tr><td style="text-align:left">{html.escape(row.label)}</td><td style="{style}">{value}</td>'
                 f'<td style="opacity:0.6">{row.note}</td></tr>'
             )
-    encoded = base64.b64encode(picture).decode()
+    encoded = base64.b64encode(png).decode()
     return (
         '<div style="display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start">'
         f'<table>{"".join(lines)}</table><img alt="learning curve" src="data:image/png;base64,{encoded}"></div>'

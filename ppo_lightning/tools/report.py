@@ -1,13 +1,11 @@
-"""``ppo-lightning report``: one page about one run, or about several side by side."""
+"""``report.html``: a page about one run, drawn after training, and the command ``ppo-lightning report``."""
 
+import base64
 import html
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
@@ -17,44 +15,24 @@ from ppo_lightning.errors import InputError, said_in_one_sentence
 from ppo_lightning.parameters import checked
 from ppo_lightning.runs.checkpoint import write_atomically
 from ppo_lightning.runs.history import SUMMARY
-from ppo_lightning.tools.figures import (
-    CHARTS,
-    SERIES,
-    Curve,
-    can_draw,
-    chart_figure,
+from ppo_lightning.tools.charts import CHARTS, COLORS, can_draw, draw, new_axes, to_svg
+from ppo_lightning.tools.comparison import comparison, grouped
+from ppo_lightning.tools.page import (
+    colored,
     document,
-    draw_report,
     duration,
-    environment,
+    figure,
     grid,
+    image,
     link,
     number,
-    run_page,
     section,
     table,
 )
-from ppo_lightning.tools.saved_runs import REPORT, Run, read_run
+from ppo_lightning.tools.saved_runs import METRICS, REPORT, SavedRun, read_run
 
-PLACES = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "trainer.logger", "trainer.enable_")
-"""Beginnings of settings that make no other experiment."""
-
-POINTS = 200
-"""Of the common grid of environment steps."""
-
-T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""97.5 % quantile of Student's t with 1, 2, … degrees of freedom."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that are repetitions of one experiment."""
-
-    label: str
-    runs: list[Run]
+EMBED_BYTES = 8 << 20
+"""Size up to which the page contains the newest video itself."""
 
 
 class RunReport(Callback):
@@ -102,28 +80,20 @@ class RunReport(Callback):
 
 
 def main(words: list[str]) -> None:
-    """Run the command: read runs, draw a page, say where it is."""
+    """Run ``ppo-lightning report``: read runs, write a page, print its path."""
     parser = PlainParser(
         prog="ppo-lightning report",
-        description="Draw a page about one run, or several side by side. Runs that differ in their seed alone are drawn as "
-        "one curve, the mean over seeds with its 95 % interval.",
+        description="Draw a page about one run, or about several side by side. Runs that differ only in their seed share one "
+        "curve, the mean over seeds with its 95 % interval.",
     )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="folder of a run, or a folder of such folders (lightning_logs)",
-    )
-    parser.add_argument(
-        "--out", type=Path, help=f"page to write; default {REPORT} in the run's folder, of several runs in this one"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of several runs (lightning_logs)")
+    add("--out", type=Path, help=f"page to write (default: {REPORT}, in the folder of a single run, else in this one)")
+    add(
         "--group",
         nargs="+",
         metavar="KEY",
-        help="settings that tell groups apart, such as clip_range or model.env; default all of them; 'run' takes each run "
-        "alone",
+        help="settings that distinguish groups, such as clip_range or model.env (default: all); 'run' makes each run a group",
     )
     with said_in_one_sentence():
         given = parser.parse_args(words)
@@ -142,7 +112,7 @@ def main(words: list[str]) -> None:
 
 
 def run_folders(place: Path) -> list[Path]:
-    """The folder itself if it is a run's, else those in it that are, in their order.
+    """The folder itself if it is a run's, else the runs in it, in their order.
 
     Raises:
         InputError: there is none.
@@ -152,211 +122,136 @@ def run_folders(place: Path) -> list[Path]:
     found = [folder for folder in place.iterdir() if _is_run(folder)] if place.is_dir() else []
     if not found:
         raise InputError(
-            f"{place} is not the folder of a run, nor holds any: give one with {SUMMARY} or metrics.csv, such as "
+            f"{place} is not the folder of a run, and contains none: give one with {SUMMARY} or {METRICS}, such as "
             "lightning_logs/version_0"
         )
     return sorted(found, key=lambda folder: (len(folder.name), folder.name))  # version_2 before version_10
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / SUMMARY).is_file() or (folder / "metrics.csv").is_file()
+    return (folder / SUMMARY).is_file() or (folder / METRICS).is_file()
 
 
-def grouped(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[Group]:
-    """Runs by experiment, in the order of their first runs, each named by what tells it from the others.
-
-    Args:
-        runs: in order.
-        keys: settings that count, by any of their parts or in full (``clip_range`` has ``start`` and ``end``); None is
-            all but the seed and places; ``run`` takes each run alone.
-
-    Raises:
-        InputError: no run has such a setting.
-    """
-    if keys == ["run"]:
-        return [Group(str(run.folder), [run]) for run in runs]
-    all_settings = [settings(run) for run in runs]
-    if keys is not None:
-        for key in keys:
-            if not any(_is_named(name, key) for found in all_settings for name in found):
-                raise InputError(f"--group {key}: no run has such a setting; its names are those of config.yaml")
-        all_settings = [
-            {name: value for name, value in found.items() if any(_is_named(name, key) for key in keys)}
-            for found in all_settings
-        ]
-    groups: dict[str, list[int]] = {}
-    for index, found in enumerate(all_settings):
-        groups.setdefault(json.dumps(found, sort_keys=True), []).append(index)
-    firsts = [all_settings[members[0]] for members in groups.values()]
-    names = sorted({name: None for found in firsts for name in found}, key=lambda name: not name.startswith("model."))
-    differing = [name for name in names if len({found.get(name) for found in firsts}) > 1]
-    return [
-        Group(_label(found, differing, runs[members[0]]), [runs[index] for index in members])
-        for found, members in zip(firsts, groups.values(), strict=True)
-    ]
-
-
-def settings(run: Run) -> dict[str, str]:
-    """What makes a run the experiment that it is, by full name, such as ``model.gamma``; of a run without any its folder."""
-    flat = {name: value for name, value in _flat("", run.config) if not name.startswith(PLACES)}
-    return flat or {"run": str(run.folder)}
-
-
-def _flat(name: str, value: Any) -> list[tuple[str, str]]:
-    if not (isinstance(value, dict) and value):
-        return [(name, json.dumps(value, sort_keys=True, default=str).strip('"'))]
-    return [pair for key, child in value.items() for pair in _flat(f"{name}.{key}" if name else str(key), child)]
-
-
-def _is_named(name: str, key: str) -> bool:
-    return f".{key}." in f".{name}."
-
-
-def _label(found: dict[str, str], differing: list[str], first: Run) -> str:
-    """What tells a group from the others: three settings at most, and a folder where there are more."""
-    if not differing:
-        return environment(first)
-    parts = [f"{name.removeprefix('model.').removesuffix('.class_path')}={found.get(name, '–')}" for name in differing]
-    return ", ".join(parts[:3]) + (f", … ({first.folder})" if len(parts) > 3 else "")
-
-
-def interval(values: Any) -> tuple[Any, Any, Any]:
-    """Mean over runs and its 95 % interval by Student's t, of what is not NaN.
-
-    Args:
-        values: [runs, P].
+def draw_report(folder: Path) -> Path | None:
+    """Write ``report.html`` into a run's folder.
 
     Returns:
-        Three arrays [P]: mean, lower and upper end; NaN where there are no runs, the ends also where there is one.
+        Its path; None without matplotlib.
+
+    Raises:
+        InputError: the folder is not a run's.
     """
-    there = ~np.isnan(values)
-    count = there.sum(0)
-    mean = np.where(count > 0, np.where(there, values, 0.0).sum(0) / count.clip(1), np.nan)
-    squares = np.where(there, values - mean, 0.0) ** 2
-    deviation = np.sqrt(squares.sum(0) / (count - 1).clip(1))
-    known = np.array([np.nan, np.nan, *T_975])[count.clip(0, len(T_975) + 1)]
-    quantile = np.where(count <= len(T_975) + 1, known, 1.96 + 2.372 / (count - 1).clip(1))  # its expansion in 1/n
-    half = quantile * deviation / np.sqrt(count.clip(1))
-    return mean, mean - half, mean + half
+    if not can_draw():
+        return None
+    page = folder / REPORT
+    write_atomically(page, run_page(read_run(folder), page.parent).encode())
+    return page
 
 
-def curves_of(group: Group, metric: str, color: int) -> list[Curve]:
-    """The mean over a group's runs of a metric with its interval, on a common grid, and the runs faintly behind it.
-
-    Each grid point takes the runs that have got there; between two of its rows a run is a straight line.
-    """
-    columns = [run.column(metric) for run in group.runs]
-    columns = [column for column in columns if column[0]]
-    if not columns:
-        return []
-    if len(columns) == 1:
-        return [Curve(group.label, *columns[0], color=color)]
-    first, last = min(steps[0] for steps, _ in columns), max(steps[-1] for steps, _ in columns)
-    common = np.linspace(first, last, POINTS if last > first else 1)
-    values = [np.interp(common, steps, column, left=np.nan, right=np.nan) for steps, column in columns]
-    mean, low, high = interval(np.stack(values))
-    runs = [Curve(group.label, steps, column, color=color, faint=True) for steps, column in columns]
-    return [*runs, Curve(group.label, common.tolist(), mean, low, high, color)]
-
-
-def comparison(groups: Sequence[Group], place: Path) -> str:
-    """A page about several runs.
+def run_page(run: SavedRun, place: Path) -> str:
+    """A page about one run.
 
     Args:
-        groups: of them.
-        place: folder in which the page will lie, that its links start from.
+        run: the run.
+        place: folder of the page, to which its links are relative.
     """
-    legend = "".join(
-        f'<li class="c{index % len(SERIES)}">{html.escape(group.label)} ({_runs(group)})</li>'
-        for index, group in enumerate(groups)
-    )
-    worlds: dict[str, list[tuple[int, Group]]] = {}
-    for index, group in enumerate(groups):
-        worlds.setdefault(", ".join(dict.fromkeys(map(environment, group.runs))), []).append((index, group))
-    charts = {world: grid(_figures(members)) for world, members in worlds.items()}
-    several = any(len(group.runs) > 1 for group in groups)
-    says = (
-        "Thick: the mean over the runs of a group that got so far, in its 95 % interval (Student's t); thin: each run."
-        if several
-        else "Each run alone."
-    )
-    count = sum(len(group.runs) for group in groups)
-    return document(
-        f"{', '.join(worlds)} · {count} runs",
-        [
-            f'<figure><ul class="groups">{legend}</ul><figcaption>{says}</figcaption></figure>',
-            *(charts.values() if len(charts) == 1 else map(section, charts, charts.values())),
-            section("Groups", _group_table(groups)),
-            section("Runs", _run_table(groups, place)),
-        ],
-    )
-
-
-def _figures(groups: Sequence[tuple[int, Group]]) -> list[str]:
-    """Charts of groups, which come with their indices, and whose returns can be compared."""
     figures = []
     for chart in CHARTS:
-        for metric, meaning in chart.metrics.items():
-            curves = [curve for index, group in groups for curve in curves_of(group, metric, index)]
-            if curves:
-                title = chart.title if len(chart.metrics) == 1 else f"{chart.title}, {meaning.partition(',')[0]}"
-                figures.append(chart_figure(replace(chart, title=title, metrics={metric: meaning}), curves))
-    return figures
-
-
-def _runs(group: Group) -> str:
-    return f"{len(group.runs)} run{'s' * (len(group.runs) > 1)}"
-
-
-def _group_table(groups: Sequence[Group]) -> str:
-    header = ("group", "runs", "last evaluation", "best evaluation", "return, training")
-    found = [
-        [
-            _estimate(run.summary["last_eval_metrics"].get("eval/mean_reward") for run in group.runs),
-            _estimate(run.summary["best_eval_metrics"].get("eval/mean_reward") for run in group.runs),
-            _estimate(run.summary["last_train_metrics"].get("rollout/ep_rew_mean") for run in group.runs),
-        ]
-        for group in groups
-    ]
-    rows = [
-        [_named(group.label, index), str(len(group.runs)), *cells]
-        for index, (group, cells) in enumerate(zip(groups, found, strict=True))
-    ]
-    return table(header, rows)
-
-
-def _estimate(values: Any) -> str:
-    """Mean over runs, and its interval where there are several."""
-    known = np.array([value for value in values if value is not None], dtype=np.float64)
-    if not len(known):
-        return number(None)
-    mean, low, high = interval(known[:, None])
-    return number(mean[0]) + (f" ({number(low[0])} to {number(high[0])})" if len(known) > 1 else "")
-
-
-def _run_table(groups: Sequence[Group], place: Path) -> str:
-    header = ("run", "group", "seed", "status", "steps", "time", "steps per second", "best evaluation", "findings")
-    rows = []
-    for index, group in enumerate(groups):
-        for run in group.runs:
-            own, name = run.folder / REPORT, html.escape(str(run.folder))
-            rows.append(
-                [
-                    f'<a href="{html.escape(link(own, place))}">{name}</a>' if own.is_file() else name,
-                    _named(group.label, index),
-                    html.escape(str(run.summary.get("seed", run.config.get("seed_everything", "–")))),
-                    html.escape(run.summary["status"].partition(":")[0]),  # its own page has the whole message
-                    f"{run.summary['global_step']:,}",
-                    duration(run.summary["elapsed_time_sec"]),
-                    f"{run.summary['training_fps']:,.0f}",
-                    number(run.summary["best_eval_metrics"].get("eval/mean_reward")),
-                    html.escape(", ".join(str(finding["name"]) for finding in run.health["findings"]) or "none")
-                    if run.health
-                    else "–",
-                ]
+        curves = chart.curves(run)
+        if curves:
+            watched = chart.with_thresholds(run)
+            figures.append(
+                figure(chart.title, image(to_svg(draw(watched, curves)), chart.title), watched.full_caption())
             )
-    return table(header, rows)
+    if run.summary["episode_lengths"]:
+        figures.append(_lengths(run.summary["episode_lengths"]))
+    sections = [_facts(run), grid([*figures, _time_split(run.summary["time_split"])])]
+    sections.append(section("Health", _health(run)))
+    if run.videos:
+        sections.append(section("Video", _videos(run.videos, place)))
+    if run.config:
+        text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+        sections.append(f"<details><summary>Config</summary><pre>{html.escape(text)}</pre></details>")
+    return document(f"{run.environment} · {run.folder.name}", sections)
 
 
-def _named(label: str, index: int) -> str:
-    return f'<span class="c{index % len(SERIES)}">{html.escape(label)}</span>'
+def _facts(run: SavedRun) -> str:
+    summary = run.summary
+    facts = {
+        "status": html.escape(summary["status"]),
+        "environment steps": f"{summary['global_step']:,}",
+        "time": duration(summary["elapsed_time_sec"]),
+        "steps per second": f"{summary['training_fps']:,.0f}",
+        "return, training": number(summary["last_train_metrics"].get("rollout/ep_rew_mean")),
+        "return, best evaluation": number(summary["best_eval_metrics"].get("eval/mean_reward")),
+        "return, last evaluation": number(summary["last_eval_metrics"].get("eval/mean_reward")),
+    }
+    if "seed" in summary:
+        facts["seed"] = str(summary["seed"])
+    wide = ' class="wide"'  # such as an error message
+    tiles = "".join(
+        f"<div{wide * (len(value) > 20)}><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items()
+    )
+    paths = {"newest": summary["latest_checkpoint_path"], "best": summary["best_checkpoint_path"], "folder": run.folder}
+    lines = "".join(f"<li>{name} <code>{html.escape(str(path))}</code></li>" for name, path in paths.items() if path)
+    return f'<dl class="facts">{tiles}</dl><ul class="paths">{lines}</ul>'
+
+
+def _time_split(seconds: dict[str, float]) -> str:
+    total = sum(seconds.values()) or 1.0
+    shares = {name: 100 * part / total for name, part in seconds.items()}
+    bar = "".join(f'<i class="c{i}" style="width:{share:.2f}%"></i>' for i, share in enumerate(shares.values()))
+    keys = "".join(
+        colored("li", index, f"{name} {share:.0f} % ({duration(seconds[name])})")
+        for index, (name, share) in enumerate(shares.items())
+    )
+    caption = "Wall-clock time of rollouts, updates, evaluations, and the rest (logs, checkpoints, callbacks)."
+    return figure("Time", f'<div class="bar">{bar}</div><ul>{keys}</ul>', caption)
+
+
+def _lengths(lengths: list[int]) -> str:
+    with new_axes((4.8, 2.6), "steps of an episode") as axes:
+        width = (max(lengths) - min(lengths)) // 20 + 1  # whole steps
+        edges = range(min(lengths), max(lengths) + width + 1, width)
+        axes.hist(lengths, bins=[edge - 0.5 for edge in edges], color=COLORS[0])
+        axes.set(ylabel="episodes", xlim=(edges[0] - 4 * width, edges[-1] + 3 * width))
+        drawn: Any = axes.figure
+    title = "Episode lengths"
+    return figure(title, image(to_svg(drawn), title), f"The last {len(lengths)} episodes of training.")
+
+
+def _health(run: SavedRun) -> str:
+    """The findings of HealthMonitor, and its interventions."""
+    if not run.health:
+        return "<p>There is no <code>health.json</code>.</p>"
+    findings, acts = run.health["findings"], run.health["acts"]
+    if not findings:
+        return "<p>No findings.</p>"
+    names = ("name", "since_step", "value", "healthy", "advice", "key")
+    rows = [[_cell(finding[name]) for name in names] for finding in findings]
+    done = "".join(f"<li>{_cell(act)}</li>" for act in acts)
+    header = ("finding", "since step", "value", "healthy", "advice", "config key")
+    return table(header, rows) + (f"<h3>Interventions</h3><ul>{done}</ul>" if done else "")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, dict):
+        value = ", ".join(f"{name} {item}" for name, item in value.items())
+    return html.escape(str(value))
+
+
+def _videos(videos: list[Path], place: Path) -> str:
+    """The newest video, within the page if it is small enough, and links to all."""
+    newest = videos[-1]
+    if newest.stat().st_size <= EMBED_BYTES:
+        source = "data:video/mp4;base64," + base64.b64encode(newest.read_bytes()).decode()
+    else:
+        source = html.escape(link(newest, place))
+    links = "".join(
+        f'<li><a href="{html.escape(link(path, place))}">{html.escape(path.name)}</a></li>' for path in videos
+    )
+    return f'<video controls muted playsinline src="{source}"></video><ul class="paths">{links}</ul>'

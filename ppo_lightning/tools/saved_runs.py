@@ -1,4 +1,4 @@
-"""What a run has left in its folder, read back for pictures."""
+"""Runs as their folders store them, read for reports."""
 
 import csv
 import io
@@ -15,33 +15,40 @@ from ppo_lightning.errors import InputError
 from ppo_lightning.metric_names import restored
 from ppo_lightning.runs.history import PARTS, SUMMARY, Records, summarize_records
 
-REPORT, HEALTH = "report.html", "health.json"
+REPORT, HEALTH, METRICS = "report.html", "health.json", "metrics.csv"
 
-CLOCK = "time/time_elapsed"
-"""What each iteration logs, and nothing else, under every system's names."""
+ELAPSED_KEY = "time/time_elapsed"
+"""Only iterations log this metric, under every system's names."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run's folder, read."""
+class SavedRun:
+    """The contents of a run's folder."""
 
     folder: Path
     summary: dict[str, Any]
-    """As ``summary.json`` has it; of a run that was killed what ``metrics.csv`` has of it."""
+    """``summary.json``; of a killed run, the same computed from ``metrics.csv``."""
     config: dict[str, Any]
-    """The command line's, or the hyperparameters as ``model``; empty where there is none that can be read."""
+    """The command line's config, or the hyperparameters as ``model``; empty if neither is readable."""
     health: dict[str, Any]
-    """``health.json``; empty where nobody watched."""
+    """``health.json``; empty if the run had no HealthMonitor."""
     videos: list[Path]
+    """Oldest first."""
+
+    @property
+    def environment(self) -> str:
+        """The name of the environment."""
+        env = self.config.get("model", {}).get("env", "run")
+        return str(env.get("class_path", env) if isinstance(env, dict) else env)
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
-        """Environment steps and values of a metric, where the run has it."""
+        """Environment steps and values of a metric; empty if the run did not log it."""
         rows = self.summary["eval_history" if name.startswith("eval/") else "train_history"]
         points = [(row["global_step"], row[name]) for row in rows if row.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
     def evaluations(self) -> tuple[list[float], list[float], list[float], list[float]]:
-        """Environment steps and mean returns of evaluations, and the means less and plus a standard deviation."""
+        """Environment steps and mean returns of evaluations, and the means minus and plus a standard deviation."""
         steps, means = self.column("eval/mean_reward")
         spread = dict(zip(*self.column("eval/std_reward"), strict=True))
         low, high = (
@@ -50,18 +57,18 @@ class Run:
         return steps, means, low, high
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> SavedRun:
     """Read a run.
 
     Args:
-        folder: with ``summary.json``, or at least ``metrics.csv``; of both the one that goes further.
+        folder: with ``summary.json`` or ``metrics.csv``; if both are there, the one with more steps wins.
 
     Raises:
-        InputError: there is neither, or a file that cannot be read.
+        InputError: neither is there, or a file is unreadable.
     """
-    summary, table = folder / SUMMARY, folder / "metrics.csv"
+    summary, table = folder / SUMMARY, folder / METRICS
     if not (summary.is_file() or table.is_file()):
-        raise InputError(f"{folder} has neither {SUMMARY} nor metrics.csv: give the folder of a run, such as version_0")
+        raise InputError(f"{folder} has neither {SUMMARY} nor {METRICS}: give the folder of a run, such as version_0")
     found = _json(summary) if summary.is_file() else None
     if (folder / "config.yaml").is_file():
         config = _yaml(folder / "config.yaml")
@@ -71,20 +78,20 @@ def read_run(folder: Path) -> Run:
         config = {"model": _yaml(folder / "hparams.yaml")} if (folder / "hparams.yaml").is_file() else {}
     if table.is_file():
         logged = _logged(table, config.get("model", {}).get("metric_names", "sb3"), folder)
-        if found is None or logged["global_step"] > found["global_step"]:  # killed after it had gone on
+        if found is None or logged["global_step"] > found["global_step"]:  # killed after a resume
             found = {**({} if found is None else found), **logged}
     assert found is not None
     health = _json(folder / HEALTH) if (folder / HEALTH).is_file() else {}
     videos = sorted((folder / "videos").rglob("*.mp4"), key=lambda path: path.stat().st_mtime)
-    return Run(folder, found, config, health, videos)
+    return SavedRun(folder, found, config, health, videos)
 
 
 def _logged(table: Path, names: str, folder: Path) -> dict[str, Any]:
-    """What ``metrics.csv`` tells of a run that did not live to write its summary."""
-    text = table.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line may be cut off
-    kinds = [(row["step"], CLOCK in row) for row in _rows(table, text, names)]
+    """The summary of a killed run, computed from ``metrics.csv``."""
+    text = table.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line may be incomplete
+    kinds = [(row["step"], ELAPSED_KEY in row) for row in _rows(table, text, names)]
     kept, ahead = [], math.inf
-    for step, trained in reversed(kinds):  # a run that was killed goes on from a checkpoint, and takes steps once more
+    for step, trained in reversed(kinds):  # a resumed run repeats steps
         kept.append(step < ahead)
         ahead = min(ahead, step) if trained else ahead
     records, steps, iterations, clock = Records(begun_at=0), 0, 0, 0.0
@@ -98,9 +105,9 @@ def _logged(table: Path, names: str, folder: Path) -> dict[str, Any]:
             continue
         if not iterations:
             records.begun_at = round(step - step / row["time/iterations"])
-        iterations, before, clock = int(row["time/iterations"]), clock, row[CLOCK]
+        iterations, before, clock = int(row["time/iterations"]), clock, row[ELAPSED_KEY]
         records.train.add(step, row)
-        records.seconds["elapsed"] += clock - before if clock > before else clock  # it begins anew where a run goes on
+        records.seconds["elapsed"] += clock - before if clock > before else clock  # a resume resets it
         for part in PARTS:
             records.seconds[part] += row.get(f"time/{part}", 0.0)
     files = {name: folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "best")}
@@ -112,17 +119,15 @@ def _logged(table: Path, names: str, folder: Path) -> dict[str, Any]:
 
 
 def _rows(table: Path, text: str, names: str) -> Iterator[dict[str, float]]:
-    """Rows of iterations and evaluations under our names, without what is empty or not a number."""
+    """Rows of iterations and evaluations under our names, without empty cells and NaN."""
     for number, cells in enumerate(csv.DictReader(io.StringIO(text)), 1):
         try:
             row = {name: float(cell) for name, cell in cells.items() if cell}
         except (TypeError, ValueError) as error:
-            raise InputError(
-                f"row {number} of {table} is not of numbers ({error}): give the folder of a run"
-            ) from error
+            raise InputError(f"row {number} of {table} contains text ({error}): give the folder of a run") from error
         if "step" in row:
             found = {name: value for name, value in restored(row, names).items() if "/" in name and value == value}
-            if CLOCK in found or any(name.startswith("eval/") for name in found):
+            if ELAPSED_KEY in found or any(name.startswith("eval/") for name in found):
                 yield {"step": row["step"], **found}
 
 
@@ -131,12 +136,12 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(
-            f"{path} is no JSON ({error}): delete it, or let the run go on, which writes it anew"
+            f"{path} is not valid JSON ({error}): delete it, or resume the run, which rewrites it"
         ) from error
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    """A configuration; empty where it names Python objects, which only Python can read."""
+    """A configuration; empty if it contains Python objects, which YAML cannot load safely."""
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError:

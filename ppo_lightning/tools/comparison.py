@@ -1,0 +1,225 @@
+"""A page about several runs side by side: groups of repetitions, means over seeds and their intervals."""
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppo_lightning.errors import InputError
+from ppo_lightning.tools.charts import CHARTS, Curve, draw, to_svg
+from ppo_lightning.tools.page import colored, document, duration, figure, grid, image, link, number, section, table
+from ppo_lightning.tools.saved_runs import REPORT, SavedRun
+
+IGNORED_SETTINGS = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "trainer.logger", "trainer.enable_")
+"""Prefixes of settings that do not distinguish experiments."""
+
+POINTS = 200
+"""Environment steps of the common grid (count)."""
+
+T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""97.5 % quantile of Student's t with 1, 2, … degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that repeat one experiment."""
+
+    label: str
+    runs: list[SavedRun]
+
+    def count(self) -> str:
+        """The number of runs, with its unit."""
+        return f"{len(self.runs)} run{'s' * (len(self.runs) > 1)}"
+
+
+def grouped(runs: Sequence[SavedRun], keys: Sequence[str] | None = None) -> list[Group]:
+    """Group runs by experiment, in the order of their first runs; the differing settings are a group's label.
+
+    Args:
+        runs: in order.
+        keys: settings that distinguish groups, by full name or any part of it (``clip_range`` has ``start`` and ``end``);
+            None takes all but :data:`IGNORED_SETTINGS`; ``run`` makes each run a group.
+
+    Raises:
+        InputError: no run has such a setting.
+    """
+    if keys == ["run"]:
+        return [Group(str(run.folder), [run]) for run in runs]
+    all_settings = [settings(run) for run in runs]
+    if keys is not None:
+        for key in keys:
+            if not any(_matches(name, key) for found in all_settings for name in found):
+                raise InputError(f"--group {key}: no run has such a setting; its names are those of config.yaml")
+        all_settings = [
+            {name: value for name, value in found.items() if any(_matches(name, key) for key in keys)}
+            for found in all_settings
+        ]
+    groups: dict[str, list[int]] = {}
+    for index, found in enumerate(all_settings):
+        groups.setdefault(json.dumps(found, sort_keys=True), []).append(index)
+    firsts = [all_settings[members[0]] for members in groups.values()]
+    names = sorted({name: None for found in firsts for name in found}, key=lambda name: not name.startswith("model."))
+    differing = [name for name in names if len({found.get(name) for found in firsts}) > 1]
+    return [
+        Group(_label(found, differing, runs[members[0]]), [runs[index] for index in members])
+        for found, members in zip(firsts, groups.values(), strict=True)
+    ]
+
+
+def settings(run: SavedRun) -> dict[str, str]:
+    """The settings that identify an experiment, by full name, such as ``model.gamma``; the folder of a run without any."""
+    flat = {name: value for name, value in _flat("", run.config) if not name.startswith(IGNORED_SETTINGS)}
+    return flat or {"run": str(run.folder)}
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, str]]:
+    if not (isinstance(value, dict) and value):
+        return [(name, json.dumps(value, sort_keys=True, default=str).strip('"'))]
+    return [pair for key, child in value.items() for pair in _flat(f"{name}.{key}" if name else str(key), child)]
+
+
+def _matches(name: str, key: str) -> bool:
+    return f".{key}." in f".{name}."
+
+
+def _label(found: dict[str, str], differing: list[str], first: SavedRun) -> str:
+    """The differing settings of a group: three at most, and the folder if there are more."""
+    if not differing:
+        return first.environment
+    parts = [f"{name.removeprefix('model.').removesuffix('.class_path')}={found.get(name, '–')}" for name in differing]
+    return ", ".join(parts[:3]) + (f", … ({first.folder})" if len(parts) > 3 else "")
+
+
+def interval(values: Any) -> tuple[Any, Any, Any]:
+    """Mean over runs and its 95 % interval by Student's t, without NaN.
+
+    Args:
+        values: [runs, P].
+
+    Returns:
+        Three arrays [P]: mean, lower and upper end. They are NaN without runs, and the ends also with one run.
+    """
+    there = ~np.isnan(values)
+    count = there.sum(0)
+    mean = np.where(count > 0, np.where(there, values, 0.0).sum(0) / count.clip(1), np.nan)
+    squares = np.where(there, values - mean, 0.0) ** 2
+    deviation = np.sqrt(squares.sum(0) / (count - 1).clip(1))
+    known = np.array([np.nan, np.nan, *T_975])[count.clip(0, len(T_975) + 1)]
+    quantile = np.where(count <= len(T_975) + 1, known, 1.96 + 2.372 / (count - 1).clip(1))  # its expansion in 1/n
+    half = quantile * deviation / np.sqrt(count.clip(1))
+    return mean, mean - half, mean + half
+
+
+def curves_of(group: Group, metric: str, color: int) -> list[Curve]:
+    """The mean of a metric over a group's runs with its interval, on a common grid, and the runs as faint curves.
+
+    Each grid point takes the runs that got that far, linearly interpolated between their own points.
+    """
+    columns = [run.column(metric) for run in group.runs]
+    columns = [column for column in columns if column[0]]
+    if not columns:
+        return []
+    if len(columns) == 1:
+        return [Curve(group.label, *columns[0], color=color)]
+    first, last = min(steps[0] for steps, _ in columns), max(steps[-1] for steps, _ in columns)
+    common = np.linspace(first, last, POINTS if last > first else 1)
+    values = [np.interp(common, steps, column, left=np.nan, right=np.nan) for steps, column in columns]
+    mean, low, high = interval(np.stack(values))
+    runs = [Curve(group.label, steps, column, color=color, faint=True) for steps, column in columns]
+    return [*runs, Curve(group.label, common.tolist(), mean, low, high, color)]
+
+
+def comparison(groups: Sequence[Group], place: Path) -> str:
+    """A page about several runs.
+
+    Args:
+        groups: of the runs.
+        place: folder of the page, to which its links are relative.
+    """
+    keys = "".join(colored("li", index, f"{group.label} ({group.count()})") for index, group in enumerate(groups))
+    environments: dict[str, list[tuple[int, Group]]] = {}
+    for index, group in enumerate(groups):
+        names = dict.fromkeys(run.environment for run in group.runs)
+        environments.setdefault(", ".join(names), []).append((index, group))
+    charts = {name: grid(_figures(members)) for name, members in environments.items()}
+    several = any(len(group.runs) > 1 for group in groups)
+    caption = (
+        "Thick: the mean over the runs of a group that got so far, with its 95 % interval (Student's t); thin: each run."
+        if several
+        else "Each curve is one run."
+    )
+    count = sum(len(group.runs) for group in groups)
+    return document(
+        f"{', '.join(environments)} · {count} runs",
+        [
+            f"<figure><ul>{keys}</ul><figcaption>{caption}</figcaption></figure>",
+            *(charts.values() if len(charts) == 1 else map(section, charts, charts.values())),
+            section("Groups", _group_table(groups)),
+            section("Runs", _run_table(groups, place)),
+        ],
+    )
+
+
+def _figures(groups: Sequence[tuple[int, Group]]) -> list[str]:
+    """Charts of groups and their indices; their returns are comparable."""
+    figures = []
+    for chart in CHARTS:
+        for metric, meaning in chart.metrics.items():
+            curves = [curve for index, group in groups for curve in curves_of(group, metric, index)]
+            if curves:
+                title = chart.title if len(chart.metrics) == 1 else f"{chart.title}, {meaning.partition(',')[0]}"
+                one = replace(chart, title=title, metrics={metric: meaning})
+                figures.append(figure(title, image(to_svg(draw(one, curves, legend=False)), title), one.full_caption()))
+    return figures
+
+
+def _group_table(groups: Sequence[Group]) -> str:
+    rows = []
+    for index, group in enumerate(groups):
+        summaries = [run.summary for run in group.runs]
+        cells = [
+            _estimate(summary["last_eval_metrics"].get("eval/mean_reward") for summary in summaries),
+            _estimate(summary["best_eval_metrics"].get("eval/mean_reward") for summary in summaries),
+            _estimate(summary["last_train_metrics"].get("rollout/ep_rew_mean") for summary in summaries),
+        ]
+        rows.append([colored("span", index, group.label), str(len(group.runs)), *cells])
+    return table(("group", "runs", "last evaluation", "best evaluation", "return, training"), rows)
+
+
+def _estimate(values: Iterable[float | None]) -> str:
+    """Mean over runs, and its interval if there are several."""
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    if not len(known):
+        return number(None)
+    mean, low, high = interval(known[:, None])
+    return number(mean[0]) + (f" ({number(low[0])} to {number(high[0])})" if len(known) > 1 else "")
+
+
+def _run_table(groups: Sequence[Group], place: Path) -> str:
+    header = ("run", "group", "seed", "status", "steps", "time", "steps per second", "best evaluation", "findings")
+    rows = []
+    for index, group in enumerate(groups):
+        for run in group.runs:
+            own, name = run.folder / REPORT, html.escape(str(run.folder))
+            findings = ", ".join(finding["name"] for finding in run.health["findings"]) or "none" if run.health else "–"
+            rows.append(
+                [
+                    f'<a href="{html.escape(link(own, place))}">{name}</a>' if own.is_file() else name,
+                    colored("span", index, group.label),
+                    html.escape(str(run.summary.get("seed", run.config.get("seed_everything", "–")))),
+                    html.escape(run.summary["status"].partition(":")[0]),  # the run's own page has the whole message
+                    f"{run.summary['global_step']:,}",
+                    duration(run.summary["elapsed_time_sec"]),
+                    f"{run.summary['training_fps']:,.0f}",
+                    number(run.summary["best_eval_metrics"].get("eval/mean_reward")),
+                    html.escape(findings),
+                ]
+            )
+    return table(header, rows)
