@@ -17,6 +17,8 @@ from ppo_lightning.callbacks.notebook import draw_curve, page
 from ppo_lightning.errors import InputError
 from ppo_lightning.pictures import number
 
+pytestmark = pytest.mark.paints
+
 SMALL = {"num_envs": 4, "num_steps": 32, "update_epochs": 1, "num_minibatches": 2, "num_eval_episodes": 2}
 PNG = b"\x89PNG"
 

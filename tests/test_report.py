@@ -20,6 +20,8 @@ from ppo_lightning.plot import draw_learning_curve
 from ppo_lightning.report import curves_of, grouped, interval, main, run_folders
 from ppo_lightning.runs import Run, read_run
 
+pytestmark = pytest.mark.paints
+
 CONFIG = {"env": "CartPole-v1", "gamma": 0.99, "clip_range": 0.2}
 
 

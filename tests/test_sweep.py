@@ -26,6 +26,8 @@ from ppo_lightning.sweep.runs import Row, Run, Watched
 from ppo_lightning.sweep.space import Choice, Range, points_of, read_space
 from ppo_lightning.sweep.trials import counted, is_left, measure
 
+pytestmark = pytest.mark.paints
+
 ROOT = Path(__file__).parent.parent
 CONFIG = {"model": {"env": "CartPole-v1", "num_envs": 4, "num_steps": 32, "total_steps": 1000, "num_eval_episodes": 1}}
 SPACE = {
