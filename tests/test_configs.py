@@ -47,6 +47,7 @@ def test_module_and_console_script_are_the_same(monkeypatch, capsys):
     said = subprocess.run(script, capture_output=True, text=True, check=True).stdout
     assert "fit" in said
     monkeypatch.setattr(sys, "argv", script)
+    monkeypatch.delitem(sys.modules, "ppo_lightning.__main__", raising=False)  # else runpy warns
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("ppo_lightning", run_name="__main__", alter_sys=False)
     assert (ended.value.code, capsys.readouterr().out) == (0, said)
