@@ -176,7 +176,7 @@ class PPO(RunModule):
         env_timeout_s: float = 60.0,
         compile: bool = False,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in _DEFAULTS}
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         factory, wraps = plain_factory(resolve(env)), tuple(map(plain_factory, wrappers))
         super().__init__(
             EnvFactory(factory, env_kwargs or {}, wraps, vectorization, restarts=max_env_restarts > 0),

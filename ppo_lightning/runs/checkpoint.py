@@ -22,6 +22,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from ppo_lightning.algorithm.advantage import gae
 from ppo_lightning.algorithm.schedules import SCHEDULED_LR
 from ppo_lightning.envs.state import as_tensors
 from ppo_lightning.errors import InputError
@@ -359,7 +360,11 @@ def _may_be_named(word: str) -> bool:
         except ImportError:
             return False
     kind = getattr(sys.modules.get(module), name, None)
-    return isinstance(kind, type) and issubclass(kind, KINDS)
+    return kind in FUNCTIONS or (isinstance(kind, type) and issubclass(kind, KINDS))
+
+
+FUNCTIONS = (gae,)
+"""Functions that a checkpoint may name."""
 
 
 def _is_ours(module: str) -> bool:
