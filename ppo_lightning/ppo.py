@@ -501,7 +501,6 @@ class PPO(RunModule):
         return self.updater.optimizer.param_groups[0]["lr"]
 
 
-_DEFAULTS = defaults_of(PPO)
 # The default optimizer is a lambda, which the command line can read and change; under a name it can be pickled too.
-_adam = _DEFAULTS["optimizer"]
+_adam = defaults_of(PPO)["optimizer"]
 _adam.__qualname__ = "_adam"

@@ -108,7 +108,7 @@ def test_dummy_rows_reach_nothing(mode):
     samples = model.training_samples(batch)
     assert ("valid" in samples) == (dummies > 0)
     learnt = sum(len(one) for one in learn(model, batch))
-    assert learnt == (60 - dummies) * model.update_epochs
+    assert learnt == (60 - dummies) * model.updater.update_epochs
     assert int(model.policy.moments.count) == int(model.reward_normalizer.moments.count) == 60 - dummies
     assert_close(model.policy.moments.mean, batch["observation"][batch["valid"]].double().mean(0))
     assert model.num_env_steps == 60 - dummies
