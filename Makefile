@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/cartpole.yaml
 # One process of tests per core, and never more than four: each takes about 1 GB.
-XDIST ?= -n logical --maxprocesses 4
+XDIST ?= -n logical --maxprocesses 4 --dist worksteal
 ARGS ?=
 
 .PHONY: install train test test-faults test-long lint format benchmark clean
@@ -24,11 +24,11 @@ train: install                         ## train CONFIG (CartPole-v1), then say w
 
 # Two threads on two busy cores are twenty times slower than one.
 test: export OMP_NUM_THREADS = 1
-test: $(VENV)/.installed-test          ## every test that takes seconds
+test: $(VENV)/.installed-test          ## every test that takes seconds, and the notebooks
 	$(BIN)/python -m pytest $(XDIST) --nbmake notebooks tests $(ARGS)
 
 test-faults: export OMP_NUM_THREADS = 1
-test-faults: $(VENV)/.installed-test   ## faults again and again: kills, damaged files, signals, memory: twenty minutes
+test-faults: $(VENV)/.installed-test   ## faults again and again: kills, damaged files, signals, memory: ten minutes or more
 	$(BIN)/python -m pytest $(XDIST) -m long tests/faults $(ARGS)
 
 test-long: $(VENV)/.installed-test     ## the same, the whole grid of policies, and learning curves: hours

@@ -40,7 +40,7 @@ from ppo_lightning.runs.loggers import (
     refuse_unusable,
     wandb_run_ends,
 )
-from ppo_lightning.trainer import refuse_impossible, refuse_unwritable
+from ppo_lightning.runs.trainer import refuse_impossible, refuse_unwritable
 
 
 class RunWriter(ExperimentWriter):

@@ -39,7 +39,7 @@ class PPOModule(Protocol):
     eval_deterministic: bool
     env_timeout_s: float
     info_keys: tuple[str, ...]
-    seed: int | None
+    seed: Any  # an int once it is drawn
     run_folder: Path | None
     stop_signal: signal.Signals | None
     agreed_stop_signal: signal.Signals | None

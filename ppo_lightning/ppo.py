@@ -1,45 +1,38 @@
 """PPO as a LightningModule: Lightning's hooks in their order, then what users call."""
 
-import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
-from signal import Signals
 from typing import Any, Literal, cast
 
 import gymnasium as gym
 import torch
 from gymnasium.vector import VectorEnv
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from tensordict import TensorDict
 from torch import Tensor, nn
 from typing_extensions import override
 
 from ppo_lightning.algorithm.advantage import check_estimates, gae
 from ppo_lightning.algorithm.loss import Loss, LossCoefficients, PPOLoss
-from ppo_lightning.algorithm.minibatches import map_samples, to_sequences
+from ppo_lightning.algorithm.minibatches import training_samples
 from ppo_lightning.algorithm.optimizer_step import NonFiniteGradient, NonFiniteGuard, TorchBackend, write_dump
 from ppo_lightning.algorithm.reward_normalization import RewardNormalizer
 from ppo_lightning.algorithm.schedules import Schedules
 from ppo_lightning.algorithm.update import Updater, UpdateResult
-from ppo_lightning.callbacks import begin_writing, checkpoint_paths, defer_writing
-from ppo_lightning.callbacks.events import tell
-from ppo_lightning.envs import EnvFactory, EnvProvider, resolve
-from ppo_lightning.envs.info import added
+from ppo_lightning.callbacks import begin_writing, defer_writing
+from ppo_lightning.callbacks.defaults import attach_callbacks
+from ppo_lightning.callbacks.events import call_event
+from ppo_lightning.envs import EnvFactory, resolve
 from ppo_lightning.envs.info import means as means_of
-from ppo_lightning.errors import InputError
-from ppo_lightning.evaluation.evaluator import evaluate_over_ranks
 from ppo_lightning.metric_names import MetricNames
 from ppo_lightning.metrics import iteration_metrics
 from ppo_lightning.parameters import (
     LIMITS,
-    ONE_OR_MORE,
     Linear,
     PopArt,
     check_length,
@@ -51,35 +44,18 @@ from ppo_lightning.parameters import (
     schedule,
     try_schedule,
 )
-from ppo_lightning.policy import ActorCritic, Policy, RunningMoments, in_eval_mode, statistics_of
+from ppo_lightning.policy import ActorCritic, Policy, RunningMoments, in_eval_mode
 from ppo_lightning.policy.prediction import predict
-from ppo_lightning.rollout.dataset import EpisodeStatistics, RolloutDataset
-from ppo_lightning.runs.checkpoint import KEY, OptimizerHparams, check_checkpoint, checkpoint_contents, with_run_buffers
-from ppo_lightning.runs.clock import Clock
-from ppo_lightning.runs.counts import Counts, exchange_counts
-from ppo_lightning.runs.history import Records, summarize_records
-from ppo_lightning.runs.hyperparameters import Hyperparameters, defaults_of, loading
-from ppo_lightning.runs.loggers import MetricWriter
-from ppo_lightning.runs.ranks import CHECK_INTERVAL, LightningBackend, Ranks, can_bypass_strategy, fingerprint
-from ppo_lightning.runs.seeding import derive_seed, resolve_seed, seed_of_checkpoint
-from ppo_lightning.runs.state import RunState, env_signature
-from ppo_lightning.spaces import MASK, check_mask, without_mask
-from ppo_lightning.trainer import (
-    attach_callbacks,
-    check_trainer,
-    end_iteration,
-    find_checkpoints,
-    gradient_hooks,
-    prepare_trainer,
-    refuse_unsupported,
-    restart_epoch,
-    restore_modes,
-    shorten_timeout,
-    take_averages_out,
-)
+from ppo_lightning.rollout.dataset import RolloutDataset, check_rollout
+from ppo_lightning.runs.hyperparameters import defaults_of
+from ppo_lightning.runs.module import RunModule
+from ppo_lightning.runs.ranks import LightningBackend, can_bypass_strategy
+from ppo_lightning.runs.seeding import resolve_seed
+from ppo_lightning.runs.trainer import end_iteration, gradient_hooks, refuse_unsupported, shorten_timeout
+from ppo_lightning.spaces import MASK, without_mask
 
 
-class PPO(LightningModule):
+class PPO(RunModule):
     """Proximal Policy Optimisation (Schulman et al. 2017) that trains on ``Trainer.fit``.
 
     One epoch is one policy iteration: a rollout of ``num_steps`` steps in each environment, its advantages, and
@@ -158,10 +134,6 @@ class PPO(LightningModule):
         InputError: a value cannot be used; the sentence says which, and what to do.
     """
 
-    env_steps: Tensor
-    iterations: Tensor
-    n_updates: Tensor
-
     @checked(skip=["env"], **LIMITS)
     def __init__(
         self,
@@ -204,34 +176,32 @@ class PPO(LightningModule):
         env_timeout_s: float = 60.0,
         compile: bool = False,
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        given = {name: value for name, value in locals().items() if name in _DEFAULTS}
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         factory, wraps = plain_factory(resolve(env)), tuple(map(plain_factory, wrappers))
-        self.env_factory = EnvFactory(factory, env_kwargs or {}, wraps, vectorization, restarts=max_env_restarts > 0)
-        self.hyperparameters = Hyperparameters(self, given)
-        self.info_keys, self.env_timeout_s = tuple(info_keys), env_timeout_s
-        self.env_provider = EnvProvider(
-            self.env_factory, num_envs, timeout_s=env_timeout_s, restarts=max_env_restarts, info_keys=self.info_keys
+        super().__init__(
+            EnvFactory(factory, env_kwargs or {}, wraps, vectorization, restarts=max_env_restarts > 0),
+            given,
+            num_envs=num_envs,
+            total_steps=total_steps,
+            eval_interval=eval_interval,
+            num_eval_episodes=num_eval_episodes,
+            eval_deterministic=eval_deterministic,
+            max_env_restarts=max_env_restarts,
+            info_keys=info_keys,
+            metric_names=metric_names,
+            env_timeout_s=env_timeout_s,
         )
-        self.observation_space, self.action_space = self.env_provider.observation_space, self.env_provider.action_space
-        check_mask(self.observation_space, self.action_space)
-        self.total_steps, self.gamma, self.gae_lambda = total_steps, gamma, gae_lambda
-        self.update_epochs, self.num_minibatches = update_epochs, num_minibatches
-        self.clip_range_vf, self.vf_coef, self.target_kl = clip_range_vf, vf_coef, target_kl
-        self.schedules = Schedules(
-            schedule("clip_range", clip_range), schedule("ent_coef", ent_coef), lr_scheduler=lr_scheduler is not None
-        )
-        self.schedule_metrics: dict[str, float] = {}
-        """What callbacks that change schedules or environments log with each iteration."""
-        self.optimizer, self.lr_scheduler = plain_factory(optimizer), plain_factory(lr_scheduler)
-        self.eval_interval, self.num_eval_episodes = eval_interval, num_eval_episodes
-        self.eval_deterministic, self.metric_writer = eval_deterministic, MetricWriter(metric_names)
         check_memory(
-            {f"update_epochs = {update_epochs}": update_epochs * num_steps * self.num_envs * 8}
-        )  # permutations
-        check_memory({f"num_eval_episodes = {num_eval_episodes}": num_eval_episodes * 32})
-
+            {
+                f"update_epochs = {update_epochs}": update_epochs * num_steps * self.num_envs * 8,  # permutations
+                f"num_eval_episodes = {num_eval_episodes}": num_eval_episodes * 32,
+            }
+        )
+        self.gamma, self.gae_lambda, self.num_minibatches = gamma, gae_lambda, num_minibatches
+        self.clip_range_vf, self.vf_coef, self.target_kl = clip_range_vf, vf_coef, target_kl
+        coefficients = schedule("clip_range", clip_range), schedule("ent_coef", ent_coef)
+        self.schedules = Schedules(*coefficients, lr_scheduler=lr_scheduler is not None)
+        self.optimizer, self.lr_scheduler = plain_factory(optimizer), plain_factory(lr_scheduler)
         seen = without_mask(self.observation_space)
         self.policy = Policy(seen, self.action_space, policy, normalize_observation, popart)
         self.loss: Loss = PPOLoss() if loss is None else plain_factory(loss)
@@ -250,42 +220,22 @@ class PPO(LightningModule):
             guard=self.guard,
             compile=compile,
         )
-        for counter in ("env_steps", "iterations", "n_updates"):
-            self.register_buffer(counter, torch.zeros((), dtype=torch.int64))
         try_schedule(*self._make_optimizer())  # refuses mistakes now; the run makes its own in configure_optimizers
-
-        self.seed: int | None = None
-        self.generator = torch.Generator()
-        self.rollouts = RolloutDataset(
-            self,
-            self.env_provider,
-            num_steps=num_steps,
-            num_minibatches=num_minibatches,
-            sequence_length=sequence_length,
-            compile=compile,
+        self.set_rollouts(
+            RolloutDataset(
+                self,
+                self.env_provider,
+                num_steps=num_steps,
+                num_minibatches=num_minibatches,
+                sequence_length=sequence_length,
+                compile=compile,
+            )
         )
-        signature = env_signature(self.hparams, self.num_envs)
-        self.run_state = RunState(self.rollouts, self.generator, signature, self.env_factory.name)
-        self.ranks, self.records, self.clock = Ranks(), Records(), Clock()
-        self.stop_signal: Signals | None = None
-        """The signal that asked this process to stop."""
-        self.agreed_stop_signal: Signals | None = None
-        """The signal by which the run stops, as all ranks have agreed."""
-        self.trained_with_masks = self._warned_of_masks = False
-        self.run_folder: Path | None = None
-        """Where the last fit kept its files, which another fit of this model may replace."""
+        self._warned_of_masks = False
         # Lightning warns that it will train for 1,000 epochs; setup() replaces that limit by total_steps.
         warnings.filterwarnings("ignore", message="`max_epochs` was not set")
 
     # --- Lightning's hooks, in the order of a run ---------------------------------------------------------------------
-
-    @LightningModule.trainer.setter
-    def trainer(self, trainer: Trainer | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Attach a Trainer, and let it find the checkpoints of earlier runs."""
-        cast(Any, LightningModule.trainer).fset(self, trainer)
-        self.ranks = Ranks(trainer)
-        if isinstance(trainer, Trainer):
-            find_checkpoints(trainer)
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -298,24 +248,6 @@ class PPO(LightningModule):
         return []
 
     @override
-    def setup(self, stage: str) -> None:
-        """Agree on a seed, refuse what would mislead, and replace Lightning's defaults by those that suit PPO."""
-        prepare_trainer(self.trainer)
-        self.seed = self.trainer.strategy.broadcast(resolve_seed(self.seed))
-        if stage == "fit":
-            has_moments = bool(self.policy.moments or self.reward_normalizer.moments)
-            remaining = ceil((self.total_steps - self.num_env_steps) / self.steps_per_iteration)
-            self._check_val_every_n_epoch = check_trainer(
-                self.trainer, remaining, self.iterations_between_evaluations, running_moments=has_moments
-            )
-            if self.env_factory.again() is None:
-                rank_zero_info(
-                    f"no evaluations: {self.env_factory.name} was given as a VectorEnv, and evaluation needs environments of "
-                    "its own; give a callable that makes it instead"
-                )
-                cast(Any, self.trainer).limit_val_batches = 0
-
-    @override
     def configure_optimizers(self) -> Any:
         """The optimizer over all parameters, and the scheduler where one was given."""
         self.hyperparameters.check_trainable()
@@ -326,24 +258,15 @@ class PPO(LightningModule):
         check_length(scheduler, ceil(self.total_steps / self.steps_per_iteration))
         return [optimizer], [scheduler]
 
+    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+        optimizer = make_optimizer(self.optimizer, list(self.parameters()))
+        return optimizer, make_scheduler(self.lr_scheduler, optimizer)
+
     @override
     def on_fit_start(self) -> None:
-        """Check a checkpoint's optimizer, seed this rank's generator, and stop at once where nothing is left to train."""
-        scheduler = next((config.scheduler for config in self.trainer.lr_scheduler_configs), None)
-        self._optimizer_hparams = OptimizerHparams(self._optimizer, scheduler, self.run_state.take_checkpoint())
-        rank_zero_info(f"seed {self.seed}")
-        more = {"total_steps": self.total_steps, "seed": self.seed, "processes": self.ranks.world_size}
-        self._hparams_initial = self.hyperparameters.for_loggers(self._optimizer, **more)  # Lightning logs these next
-        self.generator.manual_seed(self._derive_seed("training"))
-        self.env_provider.restarts.count = 0
+        """Begin a fit; every check has passed, so that the run's files are opened."""
+        self.begin_fit()
         self.guard.reset()
-        self.clock = Clock()
-        if self.num_env_steps >= self.total_steps:
-            rank_zero_info(
-                f"{self.num_env_steps:,} environment steps are trained already, total_steps is {self.total_steps:,}: "
-                "raise total_steps to continue"
-            )
-            self.trainer.should_stop = True
         begin_writing(self.trainer, self)
 
     @override
@@ -353,41 +276,34 @@ class PPO(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Resume, share memory between ranks, and prepare the updates."""
-        restart_epoch(self.trainer, self.policy_version)
-        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        self.run_state.resume(self._optimizer, schedulers, self.ranks)
-        self._optimizer_hparams.restore()
+        """Resume, and prepare the updates."""
+        self.resume()
         hooks = gradient_hooks(self.trainer, self, PPO)
-        self.ranks.share_memory([one for group in self._optimizer.param_groups for one in group["params"]])
         bypass = can_bypass_strategy(self.trainer, self.ranks) and not hooks
+        backend = LightningBackend(self, self._optimizer, self.ranks, bypass=bypass)
+        precision = str(self.trainer.precision)
         self.updater.prepare(
-            self,
-            self._optimizer,
-            LightningBackend(self, self._optimizer, self.ranks, bypass=bypass),
-            world_size=self.ranks.world_size,
-            hooks=hooks,
-            precision=str(self.trainer.precision),
+            self, self._optimizer, backend, world_size=self.ranks.world_size, hooks=hooks, precision=precision
         )
 
     @override
     def on_train_epoch_start(self) -> None:
         """Call the events that an iteration, and with it a rollout, begins."""
-        self._call_event("on_iteration_start")
-        self._call_event("on_rollout_start")
+        call_event(self, "on_iteration_start")
+        call_event(self, "on_rollout_start")
 
     @override
     @torch.no_grad()
     def on_train_batch_start(self, batch: TensorDict, batch_idx: int) -> None:
         """Add ``advantage`` and ``value_target`` [T, N] to the rollout, in place."""
-        self._check_rollout(batch)
+        check_rollout(batch, self.policy_version)
         optimizer = None if self._trainer is None else self._optimizer
         if optimizer is not None:
             self.updater.follow(optimizer)
         trained = self.updater.parameters or self.parameters()
-        self.run_state.rollback.save([*trained, *dict(super().named_buffers()).values()], optimizer)
+        self.run_state.rollback.save([*trained, *dict(self.all_buffers()).values()], optimizer)
         self.trained_with_masks |= MASK in batch
-        self._call_event("on_rollout_end", batch)
+        call_event(self, "on_rollout_end", batch)
         reward, done = batch["reward"], batch["terminated"] | batch["truncated"]
         self.rollouts.running_return = self.reward_normalizer.update(
             reward, done, batch["valid"], self.rollouts.running_return, self.ranks.gather
@@ -404,17 +320,17 @@ class PPO(LightningModule):
         """Update the policy on the rollout; then count, log, and decide whether the run stops."""
         started, steps = time.perf_counter(), self.trainer.global_step
         learning_rate = self.schedules.set_learning_rate(self._optimizer, self.progress)
-        self._call_event("on_update_start", batch)
+        call_event(self, "on_update_start", batch)
         update = self.update(batch)
-        self._call_event("on_update_end", update)
-        self._end_update(batch, update)
+        call_event(self, "on_update_end", update)
+        self.count(batch, epochs=update.epochs)
         if self.lr_scheduler is not None:
             # Torch's scheduler looks for a call of the optimizer's step, which a compiled update does not make.
             cast(Any, self._optimizer)._opt_called = True
             cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers()).step()
         metrics = self.metrics(batch, update, seconds=time.perf_counter() - started, learning_rate=learning_rate)
         self.log_metrics(metrics)
-        self._call_event("on_iteration_end", metrics)
+        call_event(self, "on_iteration_end", metrics)
         done = self.num_env_steps >= self.total_steps
         end_iteration(self.trainer, steps + 1, done=done, stop_signal=self.agreed_stop_signal)
 
@@ -427,91 +343,16 @@ class PPO(LightningModule):
         assert self.updater.eager is not None
         self.updater.eager.clip(scaler)
 
-    @override
-    def on_fit_end(self) -> None:
-        """Restore the Trainer's evaluation interval, and keep what another fit continues from."""
-        self.trainer.check_val_every_n_epoch = self._check_val_every_n_epoch
-        self._save_for_refit()
-
-    @override
-    def val_dataloader(self) -> Sequence[int]:
-        """One batch: one evaluation."""
-        return range(1)
-
-    test_dataloader = val_dataloader
-
-    @override
-    def validation_step(self, batch: int, batch_idx: int) -> None:
-        """Evaluate on environments of its own, and log ``eval/…`` at the current environment step."""
-        self._log_evaluation("evaluation")
-
-    @override
-    def test_step(self, batch: int, batch_idx: int) -> None:
-        """The same as a validation, over other episodes: those of validations have chosen the best checkpoint."""
-        self._log_evaluation("test")
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a policy needs beyond weights, and what a run resumes from."""
-        checkpoint["hyper_parameters"]["total_steps"] = self.total_steps  # it may have been raised since
-        checkpoint["state_dict"] = with_run_buffers(self, checkpoint["state_dict"])
-        checkpoint[KEY] = checkpoint_contents(self)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint for other spaces before its weights are touched.
-
-        Raises:
-            InputError: the checkpoint is not ours, or its spaces differ from the environment's.
-        """
-        fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        check_checkpoint(self, checkpoint, fits=fits)
-        self.run_state.load(checkpoint, fits=fits)
-        self.trained_with_masks = checkpoint[KEY].get("masked", False)
-        self.seed = seed_of_checkpoint(checkpoint[KEY]["seed"], self.seed)
-        self.rollouts.load(checkpoint[KEY])
-
-    @override
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Buffers that are weights: all but counters, other whole numbers, and running statistics.
-
-        What averages or exchanges weights (``WeightAveraging``, ``AveragedModel``) iterates over ``parameters()`` and
-        ``buffers()``. The average of a counter is not a counter, and moments belong to their own count. ``state_dict`` has
-        all.
-        """
-        statistics = statistics_of(self)
-        for name, one in super().named_buffers(prefix, recurse, remove_duplicate):
-            if one.is_floating_point() and id(one) not in statistics:
-                yield name, one
-
-    @override
-    def log(self, name: str, value: Any, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
-        """As Lightning's; an iteration and an evaluation are one batch each, so that no size has to be found in a rollout."""
-        super().log(name, value, *args, batch_size=batch_size or 1, **kwargs)
-
     # --- the parts of an iteration ------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def training_samples(self, rollout: TensorDict) -> dict[str, Any]:
-        """Samples [T · N] of a rollout, or of a recurrent policy its sequences [B, L], by the rollout's keys.
+        """What an update is made on: samples [T · N] of a rollout, or of a recurrent policy its sequences [B, L].
 
         ``observation`` is what the network sees and values are as the loss compares them: normalised once, not per epoch.
         ``valid`` is there only where some samples do not count.
         """
-        keys = [key for key in rollout.keys() if key not in ("observation", "policy_version")]  # noqa: SIM118
-        samples = rollout.select(*keys).flatten().to_dict()
-        samples["observation"] = self.policy.features(rollout["observation"].flatten(0, 1))
-        if self.policy.value_normalizer is not None:
-            for key in ("value_target", "state_value"):
-                samples[key] = self.policy.value_normalizer.normalize(samples[key])
-        if bool(samples["valid"].all()):
-            del samples["valid"]
-        if self.rollouts.sequence_length is not None:
-            length, num_envs = self.rollouts.sequence_length, rollout.shape[1]
-            samples = map_samples(lambda leaf: to_sequences(leaf, length, num_envs), samples)
-        return samples
+        return training_samples(rollout, self.policy, self.rollouts.sequence_length)
 
     @property
     def coefficients(self) -> LossCoefficients:
@@ -538,35 +379,6 @@ class PPO(LightningModule):
             raise FloatingPointError(message) from None
         self.updater.warn_of_unreached()
         return result
-
-    @torch.no_grad()
-    def _end_update(self, rollout: TensorDict, update: UpdateResult) -> None:
-        """Count steps and episodes of all ranks, and merge the moments of the rollout's observations."""
-        valid, episodes = rollout["valid"], self.rollouts.episodes
-        if self.policy.moments is not None:
-            seen = self.policy.numbers(rollout["observation"][valid])
-            self.policy.moments.merge(self.ranks.gather(RunningMoments.batch_moments(seen)))
-        self.iterations += 1
-        self.n_updates += update.epochs
-        compares = self.ranks.world_size > 1 and self.policy_version % CHECK_INTERVAL == 0
-        own = Counts(
-            int(valid.sum()),
-            torch.cat([episodes.finished, episodes.steps[:, None]], 1),
-            self.stop_signal or 0,
-            fingerprint(self.updater.parameters) if compares else (0, 0),
-            bool(self.rollouts.info),
-        )
-        counts, fingerprints = exchange_counts(own, self.ranks, EpisodeStatistics.WINDOW)
-        self.env_steps += counts.env_steps
-        episodes.record(counts.episodes[:, :4])
-        if counts.signal:
-            self.agreed_stop_signal = Signals(counts.signal)
-        if compares:
-            self.ranks.check_in_sync(fingerprints, self.policy_version)
-        if counts.has_info:
-            self.rollouts.info = added(self.ranks.gather_objects(self.rollouts.info))
-        self.rollouts.unconsumed = False
-        self.run_state.rollback.discard()
 
     @torch.no_grad()
     def metrics(
@@ -607,17 +419,6 @@ class PPO(LightningModule):
             metrics["train/early_stopped"] = float(update.stopped)
         return metrics
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log metrics of this iteration, at once: a ``self.log`` of each costs more than an update.
-
-        Args:
-            metrics: under our names, the same on all ranks.
-            step: environment steps that they belong to; None is now.
-        """
-        self.metric_writer.write(self.loggers, metrics, self.num_env_steps if step is None else step)
-        values = torch.tensor(list(metrics.values()), dtype=torch.float64)  # one by one they take five times as long
-        self.trainer.callback_metrics.update(zip(metrics, values.unbind(), strict=True))
-
     # --- what users call ----------------------------------------------------------------------------------------------
 
     def predict(self, observation: Any, deterministic: bool = True, state: Any = None, action_mask: Any = None) -> Any:
@@ -655,83 +456,6 @@ class PPO(LightningModule):
                 action_mask=action_mask,
             )
 
-    @checked(num_episodes=ONE_OR_MORE)
-    def evaluate(self, num_episodes: int | None = None, deterministic: bool | None = None) -> dict[str, float]:
-        """Run exactly ``num_episodes`` episodes on environments of their own, shared among all ranks.
-
-        Training is not disturbed: neither its environments nor its random numbers move. The episodes depend on the seed
-        and the environment steps trained so far, so the same checkpoint gives the same result.
-
-        Args:
-            num_episodes: default ``num_eval_episodes``.
-            deterministic: default ``eval_deterministic``.
-
-        Returns:
-            ``eval/mean_reward``, ``std_reward``, ``min_reward``, ``max_reward``, ``mean_ep_length``, ``success_rate`` where the
-            environment reports whether an episode succeeded, and ``cut_episodes`` where an environment without a time limit
-            did not end some within ``steps_per_eval_episode``: they count as they were then.
-
-        Raises:
-            InputError: the environment was given as a VectorEnv that cannot be made again.
-        """
-        return self._evaluate(num_episodes, deterministic, "evaluation")
-
-    def _evaluate(self, num_episodes: int | None, deterministic: bool | None, purpose: str) -> dict[str, float]:
-        seed = self.evaluation_seed(purpose)
-        return evaluate_over_ranks(
-            self.policy,
-            self.env_provider,
-            self.ranks,
-            self.autocast(),
-            num_episodes=self.num_eval_episodes if num_episodes is None else num_episodes,
-            deterministic=self.eval_deterministic if deterministic is None else deterministic,
-            run_seed=cast(int, self.seed),
-            seed=seed,
-            max_steps=self.steps_per_eval_episode,
-        )
-
-    def _log_evaluation(self, purpose: str) -> None:
-        started = time.perf_counter()
-        try:
-            statistics = self._evaluate(None, None, purpose)
-        except BaseException:
-            take_averages_out(self.trainer)
-            raise
-        # All ranks have gathered the same statistics; sync_dist tells Lightning so.
-        renames = bool(self.loggers) and self.metric_writer.names != "sb3"
-        self.log_dict(statistics, sync_dist=self.ranks.world_size > 1, logger=False if renames else None)
-        if renames:
-            self.metric_writer.write(self.loggers, statistics, self.num_env_steps)
-        self.exclude_from_fps(time.perf_counter() - started)
-
-    def summary(self) -> dict[str, Any]:
-        """The run so far, its parts before resuming included: steps, seconds, metrics and their histories, checkpoints.
-
-        Returns:
-            EmbodiChain's keys and ApexRL's, as :func:`~ppo_lightning.runs.history.summarize_records` has them.
-        """
-        return summarize_records(
-            self.records,
-            env_steps=self.num_env_steps,
-            iterations=self.policy_version,
-            episodes=self.rollouts.episodes.window,
-            **checkpoint_paths(self._trainer),
-        )
-
-    @override
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "PPO":
-        """A model with the weights and hyperparameters of a checkpoint; keywords replace hyperparameters.
-
-        Raises:
-            InputError: the file is damaged, not ours, needs something that it cannot hold, or names something that no
-                file may.
-        """
-        with loading(checkpoint_path, kwargs, _DEFAULTS) as (file, given, unresolved):
-            model = super().load_from_checkpoint(file, *args, **given)
-            model.hyperparameters.unresolved.extend(unresolved)
-        return model
-
     def collect(self) -> TensorDict:
         """One rollout [T, N] with its ``advantage`` and ``value_target``; the next call overwrites it.
 
@@ -767,35 +491,8 @@ class PPO(LightningModule):
         else:
             self.updater.prepare(self, optimizer, TorchBackend(optimizer))
         update = self.update(rollout)
-        self._end_update(rollout, update)
+        self.count(rollout, epochs=update.epochs)
         return self.metrics(rollout, update, seconds=time.perf_counter() - started, learning_rate=learning_rate)
-
-    def close_environments(self) -> None:
-        """Stop all simulators and their worker processes; whatever needs them next starts new ones."""
-        self.rollouts.close()
-        self.env_provider.close_evaluation()
-
-    # --- what callbacks and rollouts use ------------------------------------------------------------------------------
-
-    @property
-    def num_envs(self) -> int:
-        """Environments of this rank that are stepped together."""
-        return self.env_provider.num_envs
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of each environment per rollout."""
-        return self.rollouts.num_steps
-
-    @property
-    def num_env_steps(self) -> int:
-        """Environment steps trained on so far, over all environments and ranks."""
-        return int(self.env_steps)
-
-    @property
-    def policy_version(self) -> int:
-        """Number of updates that the policy has had: iterations so far."""
-        return int(self.iterations)
 
     @property
     def learning_rate(self) -> float:
@@ -803,128 +500,8 @@ class PPO(LightningModule):
         assert self.updater.optimizer is not None
         return self.updater.optimizer.param_groups[0]["lr"]
 
-    @property
-    def progress(self) -> float:
-        """Share of ``total_steps`` that is trained, 0 to 1."""
-        return min(1.0, self.num_env_steps / self.total_steps)
 
-    @property
-    def steps_per_iteration(self) -> int:
-        """Environment steps of a rollout, over all environments and ranks."""
-        return self.num_steps * self.num_envs * self.ranks.world_size
-
-    @property
-    def iterations_between_evaluations(self) -> int:
-        """``eval_interval``, or what makes 20 evaluations over the run."""
-        return self.eval_interval or max(1, ceil(self.total_steps / self.steps_per_iteration) // 20)
-
-    @property
-    def steps_per_eval_episode(self) -> int:
-        """Steps that an evaluation episode may take where the environment has no time limit.
-
-        All episodes together take no more steps than the training between two evaluations.
-        """
-        return self.iterations_between_evaluations * self.steps_per_iteration // self.num_eval_episodes
-
-    def environment_seed(self) -> int:
-        """Seed of this rank's first environment; a resumed run gets other episodes than the one before."""
-        self.seed = resolve_seed(self.seed)
-        return self.seed + self.num_env_steps + self.ranks.rank * self.num_envs
-
-    def evaluation_seed(self, purpose: str = "evaluation") -> int:
-        """Seed of the episodes of an evaluation, which depends on the run's seed and the environment steps so far."""
-        self.seed = resolve_seed(self.seed)
-        return self._derive_seed(purpose)
-
-    def exclude_from_fps(self, seconds: float) -> None:
-        """Leave time that was spent beside training out of ``time/fps``."""
-        self.clock.evaluated(seconds)
-
-    def progress_bar_values(self) -> dict[str, str]:
-        """What the progress bar shows beside the steps."""
-        shown = {} if self.clock.fps is None else {"fps": f"{self.clock.fps:,.0f}"}
-        mean = self.rollouts.episodes.means().get("rollout/ep_rew_mean")
-        return shown if mean is None else {**shown, "return": f"{mean:.4g}"}
-
-    def save_env_state(self) -> None:
-        """Keep the state of environments that are between two rollouts, before they are closed."""
-        self.rollouts.saved = self.rollouts.state()
-
-    def rollback_update(self) -> None:
-        """Undo what an update or an evaluation that did not end has changed: the end of an iteration is saved."""
-        restore_modes(self.trainer)
-        self.run_state.rollback.rollback()
-        self._save_for_refit()
-
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """The precision in which updates run, for what is computed outside of training_step, with weights as they are."""
-        if self._trainer is None:
-            yield
-            return
-        with self.trainer.precision_plugin.forward_context():
-            # Lightning casts weights in every call, since in training they change: here they do not.
-            torch.set_autocast_cache_enabled(True)
-            yield
-
-    # --- inside -------------------------------------------------------------------------------------------------------
-
-    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
-        optimizer = make_optimizer(self.optimizer, list(self.parameters()))
-        return optimizer, make_scheduler(self.lr_scheduler, optimizer)
-
-    @property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
-
-    def _derive_seed(self, purpose: str) -> int:
-        assert self.seed is not None
-        return derive_seed(self.seed, purpose, self.ranks.rank, self.num_env_steps)
-
-    def _call_event(self, event: str, *given: Any) -> None:
-        if self._trainer is not None:
-            tell(self.trainer, self, event, *given)
-
-    def _check_rollout(self, batch: Any) -> None:
-        if not (isinstance(batch, TensorDict) and "policy_version" in batch):
-            raise InputError(
-                f"training got a batch of another loader ({type(batch).__name__}), and PPO collects its own rollouts: leave "
-                "train_dataloaders out of Trainer.fit"
-            )
-        if batch["policy_version"] != self.policy_version:
-            raise InputError(
-                f"the rollout was collected with policy {batch['policy_version']}, this is policy {self.policy_version}: "
-                "something fetched it ahead of the update; pass train_dataloader() on as it is, in no DataLoader"
-            )
-
-    def _save_for_refit(self) -> None:
-        if self.trainer.optimizers:
-            schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-            self.run_state.save_for_refit(self._optimizer, schedulers, self.ranks)
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        # A generator cannot be sent to a spawned process, nor can the tensor that holds its state.
-        generator = self.generator.get_state().numpy().tobytes()
-        return {**super().__getstate__(), "ranks": Ranks(), "generator": generator}
-
-    @override
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        saved, self.generator = bytearray(state["generator"]), torch.Generator()
-        self.generator.set_state(torch.frombuffer(saved, dtype=torch.uint8))
-        self.run_state.generator = self.generator
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PPO":
-        """A copy with weights and counters of its own; a VectorEnv that the user made is the same in both."""
-        if self.env_factory.is_instance:
-            memo[id(self.env_factory.env)] = self.env_factory.env
-        made = memo[id(self)] = type(self).__new__(type(self))
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return made
-
-
-_DEFAULTS = defaults_of(PPO.__init__)
+_DEFAULTS = defaults_of(PPO)
 # The default optimizer is a lambda, which the command line can read and change; under a name it can be pickled too.
 _adam = _DEFAULTS["optimizer"]
 _adam.__qualname__ = "_adam"

@@ -7,6 +7,8 @@ import warnings
 import lightning
 import pytest
 import torch
+from commands import save_empty
+from matplotlib.figure import Figure
 
 from ppo_lightning import PPO
 
@@ -14,8 +16,20 @@ from ppo_lightning import PPO
 gc.set_threshold(100_000, 20, 20)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that may take long begin first, so that none is left over when the other processes have ended."""
+
+    def seconds(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("timeout")
+        return mark.args[0] if mark else 0.0
+
+    items.sort(key=seconds, reverse=True)
+
+
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch, tmp_path):
+def _alone(request, monkeypatch, tmp_path):
+    if request.node.get_closest_marker("paints") is None:
+        monkeypatch.setattr(Figure, "savefig", save_empty)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # as seed_everything(0) leaves it; monkeypatch takes back what tests set
     torch.manual_seed(0)

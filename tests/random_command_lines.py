@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from commands import save_empty
-from matplotlib.figure import Figure
 from processes import Ended, command
 
 SMALL = [
@@ -165,11 +163,6 @@ def prepare(folder: Path) -> None:
     (folder / "folder").mkdir()
 
 
-def paint_nothing() -> None:
-    """Leave pictures empty: to paint them takes a third of the time of a run."""
-    Figure.savefig = save_empty
-
-
 def complaint(ended: Ended) -> str | None:
     """What is wrong with the way in which a command ended; None where nothing is."""
     if ended.status is None:
@@ -206,7 +199,7 @@ def faults(seed: int, count: int, timeout_s: float = 120) -> Iterator[Fault | No
                 run = root / "0/lightning_logs/version_0"
                 words = ["fit", *SMALL] if number == 0 else random_line(draw)
                 words = [word.replace("{run}", str(run)) for word in words]
-                ended = command(words, paint_nothing, timeout_s)
+                ended = command(words, timeout_s=timeout_s)
                 why = complaint(ended)
                 if number:
                     yield None if why is None else Fault(" ".join(words), why, ended)

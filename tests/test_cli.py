@@ -1,3 +1,4 @@
+import inspect
 import os
 import signal
 import subprocess
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import main as quick_main
+from commands import main
 
-from ppo_lightning.cli import main
+from ppo_lightning.cli import main as whole_main
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -23,7 +24,7 @@ RUN = Path("lightning_logs/version_0")
 
 
 def fit(*flags: str) -> None:
-    quick_main(["fit", *SMALL, "--model.total_steps", "512", *flags])
+    main(["fit", *SMALL, "--model.total_steps", "512", *flags])
 
 
 def fails(*words: str) -> str:
@@ -37,8 +38,9 @@ def table() -> np.ndarray:
     return np.genfromtxt(RUN / "metrics.csv", delimiter=",", names=True, deletechars="")
 
 
+@pytest.mark.paints
 def test_a_run_leaves_its_config_logs_checkpoints_and_picture(capsys):
-    main(["fit", *SMALL, "--model.total_steps", "512", "--seed_everything", "4"])
+    whole_main(["fit", *SMALL, "--model.total_steps", "512", "--seed_everything", "4"])
     names = {path.name for path in RUN.iterdir()}
     assert {"config.yaml", "metrics.csv", "checkpoints", "learning_curve.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
@@ -322,13 +324,13 @@ def test_a_wrong_type_is_refused(capsys):
 
 def test_help_gives_type_default_unit_and_meaning(capsys):
     with pytest.raises(SystemExit):
-        main(["fit", "--help"])
+        whole_main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "discount factor (per environment step, 0 to 1). (type: float, default: 0.99)" in text
     assert "a step or reset of async environments that takes longer is an error (seconds)" in text
-    from ppo_lightning.ppo import _PARAMETERS
+    from ppo_lightning import PPO
 
-    for name in _PARAMETERS:
+    for name in inspect.signature(PPO).parameters:
         assert f"--model.{name}" in text
 
 

@@ -1,3 +1,5 @@
+import inspect
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -6,19 +8,19 @@ import pytest
 import yaml
 from commands import main
 
-from ppo_lightning.ppo import _PARAMETERS
+from ppo_lightning import PPO
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
+@pytest.mark.paints
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_trains_two_iterations_as_it_stands(config, tmp_path):
     main(
         f"fit --config {config} --trainer.max_epochs 2 --trainer.default_root_dir {tmp_path} --trainer.accelerator cpu "
         "--trainer.enable_progress_bar false --trainer.enable_model_summary false --model.num_eval_episodes 1 "
-        "--model.num_steps 64 --model.num_minibatches 4".split(),
-        paints=True,
+        "--model.num_steps 64 --model.num_minibatches 4 --model.num_envs 4".split()
     )
     assert (tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt").exists()
 
@@ -26,11 +28,12 @@ def test_trains_two_iterations_as_it_stands(config, tmp_path):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_holds_only_what_differs_from_the_defaults_in_the_order_of_the_data(config):
     model = yaml.safe_load(config.read_text())["model"]
-    order = [name for name in _PARAMETERS if name in model]
+    parameters = inspect.signature(PPO).parameters
+    order = [name for name in parameters if name in model]
     assert list(model) == order
     for name, value in model.items():
         if name != "env":
-            assert value != _PARAMETERS[name], name
+            assert value != parameters[name].default, name
 
 
 def test_the_readme_lists_every_config():
@@ -39,10 +42,15 @@ def test_the_readme_lists_every_config():
         assert config.name in readme
 
 
-def test_module_and_console_script_are_the_same():
-    for command in ([sys.executable, "-m", "ppo_lightning"], [str(Path(sys.executable).parent / "ppo-lightning")]):
-        done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
-        assert "fit" in done.stdout
+def test_module_and_console_script_are_the_same(monkeypatch, capsys):
+    script = [str(Path(sys.executable).parent / "ppo-lightning"), "--help"]
+    said = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert "fit" in said
+    monkeypatch.setattr(sys, "argv", script)
+    monkeypatch.delitem(sys.modules, "ppo_lightning.__main__", raising=False)  # else runpy warns
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("ppo_lightning", run_name="__main__", alter_sys=False)
+    assert (ended.value.code, capsys.readouterr().out) == (0, said)
 
 
 def test_the_readmes_yaml_trains(tmp_path, monkeypatch):

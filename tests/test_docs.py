@@ -1,5 +1,6 @@
 """What the documents say is there, and what they show runs."""
 
+import functools
 import re
 import shlex
 import shutil
@@ -12,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import main
 
 from ppo_lightning import PPO
 from ppo_lightning.__main__ import main as console_script
-from ppo_lightning.cli import main
 from ppo_lightning.rollout.collectors import TensorStepper
+from ppo_lightning.tools import video
 from ppo_lightning.tools.sweep.space import read_space
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +58,8 @@ def commands(block: str) -> list[list[str]]:
 
 @pytest.fixture
 def _at_home(monkeypatch):
-    """Nothing leaves this folder, and what a page leaves open is closed."""
+    """Nothing leaves this folder, what a page leaves open is closed, and videos are short."""
+    monkeypatch.setattr(video, "MAX_FRAMES", 20)
     Path("configs").symlink_to(ROOT / "configs")
     monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -86,18 +89,34 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     console_script()
 
 
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """Give the folder in which two runs of a config were trained, once for all tests."""
+
+    @functools.cache
+    def trained(config: str) -> Path:
+        folder = tmp_path_factory.mktemp("runs")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setenv("PL_GLOBAL_SEED", "0")
+            for _ in range(2):
+                main(["fit", "--config", str(ROOT / config), *FEW])
+        return folder
+
+    return trained
+
+
 @pytest.mark.usefixtures("_at_home")
 @pytest.mark.filterwarnings(
     "ignore:The PyTorch Profiler default schedule will be overridden",
     "ignore:Checkpoint directory",
 )
 @pytest.mark.parametrize(("page", "block"), each_block("bash"))
-def test_each_block_of_commands_runs_by_itself(page, block, monkeypatch, capsys):
+def test_each_block_of_commands_runs_by_itself(page, block, monkeypatch, capsys, two_runs):
     """In a folder where one run was trained; of commands for several ranks what they are given is parsed."""
-    earlier = "--config configs/hopper.yaml" if "hopper" in block else "--config configs/cartpole.yaml"
+    earlier = "configs/hopper.yaml" if "hopper" in block else "configs/cartpole.yaml"
     if any(word in block for word in ("report", "validate", "last")):
-        run(["fit", *earlier.split(), *FEW], monkeypatch)
-        run(["fit", *earlier.split(), *FEW], monkeypatch)
+        shutil.copytree(two_runs(earlier), Path.cwd(), symlinks=True, dirs_exist_ok=True)
     if "--config sweeps/" in block:  # what the sweep above it on the page leaves
         Path("sweeps/cartpole").mkdir(parents=True)
         shutil.copy(ROOT / "configs/cartpole.yaml", "sweeps/cartpole/best.yaml")

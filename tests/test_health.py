@@ -210,13 +210,13 @@ def test_thresholds_that_cannot_be_are_refused():
 def cartpole(lr: float = 1e-3, iterations: int = 12, **kwargs) -> PPO:
     """The config of the same name, shorter."""
     torch.manual_seed(0)
-    settings = dict(num_steps=32, gamma=0.98, gae_lambda=0.8, update_epochs=20, num_minibatches=1)
+    settings = dict(num_steps=32, gamma=0.98, gae_lambda=0.8, update_epochs=10, num_minibatches=1)
     optimizer = partial(torch.optim.Adam, lr=lr, eps=1e-5, fused=True)
     return PPO("CartPole-v1", total_steps=256 * iterations, optimizer=optimizer, **{**settings, **kwargs})
 
 
 def pendulum(lr: float = 1e-3, iterations: int = 12, env="Pendulum-v1", **kwargs) -> PPO:
-    settings: dict = dict(num_envs=4, num_steps=64, gamma=0.9, update_epochs=4, num_minibatches=8)
+    settings: dict = dict(num_envs=4, num_steps=64, gamma=0.9, update_epochs=4, num_minibatches=4)
     settings["optimizer"] = partial(torch.optim.Adam, lr=lr, eps=1e-5, fused=True)
     return PPO(env, total_steps=256 * iterations, **{**settings, **kwargs})
 
@@ -445,8 +445,10 @@ CONFIGS = (
 SHORT_RUNS = {
     "cartpole": partial(PPO, "CartPole-v1", num_envs=4, num_steps=16, total_steps=64 * 12),
     "cartpole, other settings": partial(cartpole, iterations=20, update_epochs=4),
-    "pendulum": pendulum,
-    "pendulum, normalised": partial(pendulum, iterations=20, normalize_reward=True, normalize_observation=True),
+    "pendulum": partial(pendulum, num_minibatches=8),
+    "pendulum, normalised": partial(
+        pendulum, iterations=20, num_minibatches=8, normalize_reward=True, normalize_observation=True
+    ),
     "acrobot": partial(PPO, "Acrobot-v1", num_envs=4, num_steps=32, total_steps=128 * 12),
     "mountain car": partial(PPO, "MountainCarContinuous-v0", num_envs=4, num_steps=64, total_steps=256 * 12),
 }

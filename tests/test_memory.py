@@ -247,7 +247,14 @@ def test_minibatches_keep_time_whole(fit):
             self.policy.evaluate = watching
             return super().update(batch)
 
-    model = Watched(Recall, policy=network(), sequence_length=8, update_epochs=1, **{**SMALL, "total_steps": 72})
+    model = Watched(
+        Recall,
+        policy=network(),
+        sequence_length=8,
+        update_epochs=1,
+        normalize_advantage=False,
+        **{**SMALL, "total_steps": 72},
+    )
     fit(model)
     assert [len(piece) for piece in seen] == [3, 3, 3]
     rows = torch.cat(seen)
@@ -261,8 +268,8 @@ def test_minibatches_keep_time_whole(fit):
     [
         ({"sequence_length": 7}, "sequence_length = 7 does not cut num_steps = 24"),
         ({"num_minibatches": 4}, "= 3 sequences cannot be cut into num_minibatches = 4"),
-        ({"policy": ActorCritic, "sequence_length": 8}, "has not: leave it out"),
-        ({"policy": partial(ActorCritic, rnn="transformer")}, "memory must be one of"),
+        ({"policy": ActorCritic, "sequence_length": 8}, "this one is not: leave it out"),
+        ({"policy": partial(ActorCritic, rnn="transformer")}, "rnn must be one of"),
         ({"sequence_length": 0}, "sequence_length must be a whole number"),
     ],
 )

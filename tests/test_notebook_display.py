@@ -20,6 +20,8 @@ from ppo_lightning.tools.dashboard import UPDATE, metric_rows
 from ppo_lightning.tools.notebook import learning_curves, page
 from ppo_lightning.tools.page import number
 
+pytestmark = pytest.mark.paints
+
 SMALL = {"num_envs": 4, "num_steps": 32, "update_epochs": 1, "num_minibatches": 2, "num_eval_episodes": 2}
 PNG = b"\x89PNG"
 

@@ -912,7 +912,7 @@ def test_batches_of_a_loader_of_ones_own_are_refused():
 def test_refuses_fsdp(monkeypatch):
     from lightning.pytorch.strategies import FSDPStrategy
 
-    from ppo_lightning.trainer import refuse_what_misleads
+    from ppo_lightning.runs.trainer import refuse_what_misleads
 
     model = PPO("CartPole-v1", **SMALL)
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)

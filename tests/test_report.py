@@ -21,6 +21,8 @@ from ppo_lightning.tools.page import number
 from ppo_lightning.tools.report import draw_report, main, run_folders, run_page
 from ppo_lightning.tools.saved_runs import SavedRun, read_run
 
+pytestmark = pytest.mark.paints
+
 CONFIG = {"env": "CartPole-v1", "gamma": 0.99, "clip_range": 0.2}
 
 

@@ -20,6 +20,8 @@ from ppo_lightning.callbacks import RunReport, RunSummary
 from ppo_lightning.cli import RunCSVLogger, main
 from ppo_lightning.errors import EnvironmentFault
 
+pytestmark = pytest.mark.paints
+
 ROOT = Path(__file__).parent.parent
 RUN = Path("runs/version_0")
 SMALL = {"num_envs": 4, "num_steps": 16, "num_eval_episodes": 2}

@@ -25,6 +25,8 @@ from ppo_lightning.tools.sweep.fit_process import FitProcess, Measurement, RunOp
 from ppo_lightning.tools.sweep.objective import counted, objective_value, retry_history
 from ppo_lightning.tools.sweep.space import Choice, Range, points_of, read_space
 
+pytestmark = pytest.mark.paints
+
 ROOT = Path(__file__).parent.parent
 CONFIG = {"model": {"env": "CartPole-v1", "num_envs": 4, "num_steps": 32, "total_steps": 1000, "num_eval_episodes": 1}}
 SPACE = {

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
+from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import cut, rows_of
 
 Samples = Mapping[str, Any]
@@ -39,6 +41,27 @@ class MinibatchPlan(NamedTuple):
         shape = (-1, *(1,) * (advantage.ndim - 1))
         mean, std = (moment[inverse].to(advantage.device).view(shape) for moment in (mean, std))
         return (advantage - mean) / (std + 1e-8)
+
+
+def training_samples(rollout: TensorDict, policy: Policy, sequence_length: int | None) -> dict[str, Any]:
+    """Samples [T · N] of a rollout [T, N], or sequences [B, L] of single environments, by the rollout's keys.
+
+    Args:
+        rollout: with advantages.
+        policy: whose normalisers are applied: to observations, and with PopArt to values and their targets.
+        sequence_length: L; None for a policy that is not recurrent.
+    """
+    keys = [key for key in rollout.keys() if key not in ("observation", "policy_version")]  # noqa: SIM118
+    samples = rollout.select(*keys).flatten().to_dict()
+    samples["observation"] = policy.features(rollout["observation"].flatten(0, 1))
+    if policy.value_normalizer is not None:
+        for key in ("value_target", "state_value"):
+            samples[key] = policy.value_normalizer.normalize(samples[key])
+    if bool(samples["valid"].all()):
+        del samples["valid"]
+    if sequence_length is not None:
+        samples = map_samples(lambda leaf: to_sequences(leaf, sequence_length, rollout.shape[1]), samples)
+    return samples
 
 
 def plan_minibatches(

@@ -28,7 +28,6 @@ from ppo_lightning.callbacks.run_folder import defer_writing as defer_writing
 from ppo_lightning.callbacks.stages import Stage as Stage
 from ppo_lightning.callbacks.stages import Stages as Stages
 from ppo_lightning.callbacks.summary import RunSummary as RunSummary
-from ppo_lightning.callbacks.summary import checkpoint_paths as checkpoint_paths
 
 if TYPE_CHECKING:
     from ppo_lightning.tools.dashboard import Dashboard as Dashboard

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.callbacks.checkpoints import BestCheckpoint
-from ppo_lightning.callbacks.events import tell_evaluation
+from ppo_lightning.callbacks.events import notify_evaluation
 from ppo_lightning.callbacks.interrupts import Interrupts
 from ppo_lightning.callbacks.processes import BREATH_S
 from ppo_lightning.callbacks.summary import RunSummary
@@ -93,6 +93,11 @@ class AsyncEvaluation(Callback):
                 "a callable that makes it instead"
             )
         for callback in cast(Any, trainer).callbacks:
+            if isinstance(callback, WeightAveraging):
+                raise InputError(
+                    "AsyncEvaluation evaluates the weights of training, WeightAveraging saves averaged ones: leave "
+                    "AsyncEvaluation out, so that evaluations and best.ckpt are about the same weights"
+                )
             its_own = isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestCheckpoint)
             if its_own and (callback.monitor or "").startswith("eval/"):
                 raise InputError(
@@ -221,7 +226,7 @@ class AsyncEvaluation(Callback):
             if best is not None:
                 scores = {name: trainer.callback_metrics[name] for name in statistics}
                 best.keep(trainer, None if taken is None else _completed(taken.checkpoint, trainer), scores)
-            tell_evaluation(trainer, trainer.lightning_module, step, statistics)
+            notify_evaluation(trainer, trainer.lightning_module, step, statistics)
         return more
 
     def _hear(self, wait_s: float) -> tuple[int, dict[str, float]] | None:

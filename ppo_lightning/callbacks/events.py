@@ -61,11 +61,11 @@ class PPOCallback(Callback):
 EVENTS = tuple(name for name in vars(PPOCallback) if name.startswith("on_"))
 
 
-def tell(trainer: Trainer, module: LightningModule, event: str, *given: Any) -> None:
-    """Call an event of all callbacks that have it, in their order."""
-    for callback in cast(list[Any], trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
+def call_event(module: Any, event: str, *given: Any) -> None:
+    """Call an event of all callbacks of the module's Trainer that have it, in their order."""
+    for callback in [] if module._trainer is None else cast(list[Any], module.trainer.callbacks):
         if isinstance(callback, PPOCallback):
-            getattr(callback, event)(trainer, module, *given)
+            getattr(callback, event)(module.trainer, module, *given)
 
 
 class EvaluationCallback(Callback):
@@ -91,7 +91,7 @@ class EvaluationCallback(Callback):
             self.on_evaluation(trainer, pl_module, cast(Any, pl_module).num_env_steps, statistics)
 
 
-def tell_evaluation(trainer: Trainer, module: LightningModule, step: int, statistics: dict[str, float]) -> None:
+def notify_evaluation(trainer: Trainer, module: LightningModule, step: int, statistics: dict[str, float]) -> None:
     """Let all that wait for evaluations know of one that took place beside training; :class:`EarlyStopping` is of them."""
     for callback in cast(list[Any], trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(callback, EvaluationCallback):

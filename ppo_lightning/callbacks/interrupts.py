@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from ppo_lightning.module import PPOModule
+from ppo_lightning.runs.trainer import STOP_SIGNALS
 
 
 class Interrupts(Callback):
@@ -27,7 +28,7 @@ class Interrupts(Callback):
     GRACE_S = 5.0
     ECHO_S = 1.0
     """Seconds within which a signal is the same one: processes get it from their terminal, and from the first process."""
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = STOP_SIGNALS
 
     def __init__(self) -> None:
         self._handler: Any = None

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
@@ -116,14 +115,3 @@ class RunSummary(Callback):
             write_atomically(self._folder / SUMMARY, json.dumps(contents, allow_nan=False).encode())
         except OSError as error:
             rank_zero_warn(f"{self._folder / SUMMARY} could not be written ({error})")
-
-
-def checkpoint_paths(trainer: Trainer | None) -> dict[str, str | None]:
-    """The newest and the best checkpoint of a run, as :class:`ModelCheckpoint` and its like have written them."""
-    latest = best = None
-    for callback in [] if trainer is None else trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            if callback.monitor is not None:
-                best = best or callback.best_model_path or None
-            latest = callback.last_model_path or callback.best_model_path or latest
-    return {"latest_checkpoint": latest, "best_checkpoint": best}

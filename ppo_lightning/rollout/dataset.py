@@ -352,6 +352,24 @@ class RolloutDataset(IterableDataset[TensorDict]):
         return list(rows.split(size))
 
 
+def check_rollout(batch: Any, policy_version: int) -> None:
+    """Refuse what is not a rollout of the present policy.
+
+    Raises:
+        InputError: it comes from another loader, or was collected before the last update.
+    """
+    if not (isinstance(batch, TensorDict) and "policy_version" in batch):
+        raise InputError(
+            f"training got a batch of another loader ({type(batch).__name__}), and PPO collects its own rollouts: leave "
+            "train_dataloaders out of Trainer.fit"
+        )
+    if batch["policy_version"] != policy_version:
+        raise InputError(
+            f"the rollout was collected with policy {batch['policy_version']}, this is policy {policy_version}: something "
+            "fetched it ahead of the update; pass train_dataloader() on as it is, in no DataLoader"
+        )
+
+
 def _in_cache(trees: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """Trees of tensors [B, …], or None, in parts of at most ``MAX_SAMPLES`` rows."""
     leaf = next(iter(trees[0].values())) if isinstance(trees[0], Mapping) else trees[0]

@@ -17,10 +17,12 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from gymnasium.vector import VectorEnv
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from ppo_lightning.algorithm.advantage import gae
 from ppo_lightning.algorithm.schedules import SCHEDULED_LR
 from ppo_lightning.envs.state import as_tensors
 from ppo_lightning.errors import InputError
@@ -358,7 +360,11 @@ def _may_be_named(word: str) -> bool:
         except ImportError:
             return False
     kind = getattr(sys.modules.get(module), name, None)
-    return isinstance(kind, type) and issubclass(kind, KINDS)
+    return kind in FUNCTIONS or (isinstance(kind, type) and issubclass(kind, KINDS))
+
+
+FUNCTIONS = (gae,)
+"""Functions that a checkpoint may name."""
 
 
 def _is_ours(module: str) -> bool:
@@ -631,3 +637,14 @@ class OptimizerHparams:
 def _with_parts(scheduler: Any) -> list[Any]:
     """A scheduler, and those that it is made of (SequentialLR, ChainedScheduler)."""
     return [scheduler] + [part for own in getattr(scheduler, "_schedulers", []) for part in _with_parts(own)]
+
+
+def checkpoint_paths(trainer: Any) -> dict[str, str | None]:
+    """The newest and the best checkpoint of a run, as :class:`ModelCheckpoint` and its like have written them."""
+    latest = best = None
+    for callback in [] if trainer is None else trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            if callback.monitor is not None:
+                best = best or callback.best_model_path or None
+            latest = callback.last_model_path or callback.best_model_path or latest
+    return {"latest_checkpoint": latest, "best_checkpoint": best}

@@ -3,7 +3,7 @@
 import inspect
 import io
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -53,7 +53,7 @@ class Hyperparameters:
             plain = plain_data(given)
             module.save_hyperparameters(plain)
             self._names = {name: name_of(value) for name, value in given.items() if name not in plain}
-            defaults = defaults_of(type(module).__init__)
+            defaults = defaults_of(type(module))
             self._explicit = {name for name, value in given.items() if value is not defaults.get(name)}
             self.unsaved = sorted(self._explicit - plain.keys())
         self._values = module.hparams
@@ -83,9 +83,15 @@ class Hyperparameters:
         return described_run({**self._values, **self._names}, optimizer, **more)
 
 
-def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Default values of a function's parameters."""
-    return {name: one.default for name, one in inspect.signature(function).parameters.items() if name != "self"}
+def defaults_of(kind: type) -> dict[str, Any]:
+    """Default values of the parameters of a class and its bases."""
+    found: dict[str, Any] = {}
+    for one in reversed(kind.__mro__):
+        parameters = inspect.signature(vars(one).get("__init__", object.__init__)).parameters.values()
+        found |= {
+            parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
+        }
+    return found
 
 
 @contextmanager

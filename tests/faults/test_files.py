@@ -23,7 +23,7 @@ from commands import main
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from ppo_lightning import PPO, ppo
+from ppo_lightning import PPO
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, PPOCallback, checkpoints
 from ppo_lightning.errors import InputError, said_in_one_sentence
 from ppo_lightning.runs.checkpoint import VerifiedCheckpointIO, newest_checkpoint, read_checkpoint
@@ -293,7 +293,7 @@ def test_a_checkpoint_that_was_asked_for_is_not_lost_in_silence(tmp_path, fit):
 @pytest.mark.filterwarnings("ignore:.*could not be written", "ignore:no report was drawn")  # of other files
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
 def test_a_logger_whose_disk_is_full_stops_and_training_continues(tmp_path, fit, kind, monkeypatch, capsys):
-    monkeypatch.setattr(ppo, "LOGS_SAVED_S", 0.0)  # in each iteration
+    monkeypatch.setattr("ppo_lightning.runs.loggers.LOGS_SAVED_S", 0.0)  # in each iteration
     logger = kind(tmp_path)
     model = PPO("CartPole-v1", total_steps=40 * 128, **SMALL)
     fills = PPOCallback(on_iteration_end=lambda trainer, *_: room(1_000) if trainer.current_epoch == 5 else None)

@@ -1,7 +1,6 @@
-"""What PPO asks of Lightning's Trainer: which settings, which callbacks, and when its hooks matter."""
+"""What a run needs of Lightning's Trainer: which settings it can have, and what is replaced in it."""
 
 import difflib
-import inspect
 import logging
 import os
 import signal
@@ -20,14 +19,10 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
-    Checkpoint,
-    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
-    RichProgressBar,
     StochasticWeightAveraging,
-    TQDMProgressBar,
     WeightAveraging,
 )
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -46,22 +41,6 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from ppo_lightning.callbacks import (
-    AsyncEvaluation,
-    BestCheckpoint,
-    CallbackSchedule,
-    CloseEnvironments,
-    DeferredLoggers,
-    FinalEvaluation,
-    Interrupts,
-    LastCheckpoint,
-    RunFolder,
-    RunSummary,
-    StepProgressBar,
-    WatchProcesses,
-    default_tools,
-    refuse_evaluation_monitors,
-)
 from ppo_lightning.errors import InputError
 from ppo_lightning.runs.checkpoint import CHOICES, newest_checkpoint, verified
 from ppo_lightning.runs.loggers import tolerant
@@ -75,6 +54,9 @@ def is_no_advertisement(record: logging.LogRecord) -> bool:
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
     is_no_advertisement
 )  # a Trainer advertises when made
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Signals upon which a run stops after its iteration."""
 
 GRADIENT_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
@@ -225,14 +207,6 @@ def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
         InputError: optimiser steps as a budget, a callback that sets the learning rate by Lightning's automatic
             optimisation, parts of a batch, a precision that rounds counters, or a strategy that shards.
     """
-    kinds = [type(callback) for callback in trainer.callbacks]
-    if any(issubclass(kind, AsyncEvaluation) for kind in kinds) and any(
-        issubclass(kind, WeightAveraging) for kind in kinds
-    ):
-        raise InputError(
-            "AsyncEvaluation evaluates the weights of training, WeightAveraging saves averaged ones: leave AsyncEvaluation "
-            "out, so that evaluations and best.ckpt are about the same weights"
-        )
     for callback in trainer.callbacks:
         if isinstance(callback, StochasticWeightAveraging):
             raise InputError(
@@ -363,8 +337,8 @@ def end_iteration(trainer: Any, iterations: int, *, done: bool, stop_signal: sig
         stop_signal: that asks the run to stop.
     """
     set_global_step(trainer, iterations)
-    trainer.should_stop = trainer.should_stop or done or stop_signal in Interrupts.SIGNALS
-    if stop_signal in Interrupts.SIGNALS:
+    trainer.should_stop = trainer.should_stop or done or stop_signal in STOP_SIGNALS
+    if stop_signal in STOP_SIGNALS:
         trainer.check_val_every_n_epoch = sys.maxsize  # there is no time for an evaluation
     elif trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
         trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
@@ -492,72 +466,6 @@ def set_global_step(trainer: Any, count: int) -> None:
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     for one in (progress.total, progress.current):
         one.ready = one.completed = count
-
-
-def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> None:
-    """Put our bar and checkpoints in the place of Lightning's own; callbacks that the user made stay.
-
-    Args:
-        trainer: of the run.
-        save_interval: iterations between two saves of the last checkpoint.
-        evaluates: the environments can be evaluated, so that there can be a best checkpoint.
-
-    Raises:
-        InputError: a callback monitors a metric of evaluations, and there are none.
-    """
-    defaults = [callback for callback in trainer.callbacks if is_default(callback)]
-    needed: list[Callback] = [WatchProcesses()] if trainer.world_size > 1 else []
-    needed += [CloseEnvironments(), Interrupts()]  # after the other, since it may take seconds
-    needed += default_tools()  # before the bar, which ends in a line of its own, and what saves their state
-    if any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults):
-        needed.append(StepProgressBar())
-    beside = any(isinstance(callback, AsyncEvaluation) for callback in trainer.callbacks)
-    evaluates = evaluates and (beside or trainer.limit_val_batches != 0)
-    if not evaluates and not trainer.fast_dev_run:
-        refuse_evaluation_monitors(trainer.callbacks)
-    needed += [FinalEvaluation(), CallbackSchedule()]
-    if any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):
-        if evaluates:
-            needed.append(BestCheckpoint())
-        needed.append(LastCheckpoint(save_interval))
-    needed += [RunSummary(), DeferredLoggers(), RunFolder()]
-    kept = [callback for callback in trainer.callbacks if not any(callback is default for default in defaults)]
-    callbacks = kept + [new for new in needed if not any(isinstance(own, type(new)) for own in kept)]
-    trainer.callbacks = sorted(callbacks, key=_position)
-
-
-def _position(callback: Callback) -> int:
-    """Where a callback stands among all; callbacks of the same position keep their order."""
-    if hasattr(callback, "POSITION"):
-        return cast(Any, callback).POSITION
-    if isinstance(callback, DeferredLoggers):
-        return -1  # before any other setup looks for the loggers
-    if isinstance(callback, RunFolder):
-        return 8  # it is free once all have written
-    if isinstance(callback, FinalEvaluation):
-        return 0  # what others do at the end of training can use the evaluation
-    if isinstance(callback, RunSummary):
-        return 7  # it reports what the others have done
-    if isinstance(callback, LastCheckpoint):
-        return 6  # it holds the state of all others
-    if isinstance(callback, Checkpoint):
-        return 4 if getattr(callback, "monitor", None) is not None else 5  # ckpt_path="best" takes the first one
-    if isinstance(callback, EarlyStopping):
-        return 3
-    return 2 if isinstance(callback, CallbackSchedule) else 1
-
-
-def is_default(callback: Callback) -> bool:
-    """Whether Lightning added the callback by itself, as far as can be told: it is as one made without arguments.
-
-    Only what the constructor takes is compared. Other attributes change during a run, or between processes.
-    """
-    kind = type(callback)
-    if kind not in (RichProgressBar, TQDMProgressBar, ModelCheckpoint):
-        return False
-    parameters, fresh = inspect.signature(kind.__init__).parameters, vars(kind())
-    names = [name for name in fresh if name.lstrip("_") in parameters]
-    return all(vars(callback)[name] == fresh[name] for name in names)
 
 
 def gradient_hooks(trainer: Any, module: object, base: type) -> list[str]:
