@@ -26,18 +26,18 @@ from ppo_lightning.callbacks import AdaptiveLearningRate, HealthMonitor, Stage, 
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import Linear
 from ppo_lightning.tools import health as module
-from ppo_lightning.tools.diagnosis import METRICS, REMEDIES, Row, Run, diagnose
-from ppo_lightning.tools.health import HALVES
+from ppo_lightning.tools.diagnosis import METRICS, REMEDIES, IterationStats, RunStats, diagnose
+from ppo_lightning.tools.health import LOWER_LR_ON
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "docs/health.md").read_text()
 
-HEALTHY = Row(1, 100.0, 0.02, 0.2, 0.9, -0.5, math.nan, 1.0, clipped_actions=0.1)
-RUN = Run(0.4, True, True, HEALTHY, (20.0, 10 / 3), 0.03, 1.0, math.log(2))
+HEALTHY = IterationStats(1, 100.0, 0.02, 0.2, 0.9, -0.5, math.nan, 1.0, clipped_actions=0.1)
+RUN = RunStats(0.4, True, True, HEALTHY, (20.0, 10 / 3), 0.03, 1.0, math.log(2))
 T = Thresholds()
 
 
-def verdict(*rows: Row, run: Run = RUN, **thresholds) -> str | None:
+def verdict(*rows: IterationStats, run: RunStats = RUN, **thresholds) -> str | None:
     """Name of what is found in a window of the healthy row in which the last rows are others."""
     t = replace(T, **thresholds)
     window = [HEALTHY] * (t.window - len(rows)) + list(rows[-t.window :])
@@ -45,7 +45,7 @@ def verdict(*rows: Row, run: Run = RUN, **thresholds) -> str | None:
     return None if symptom is None else symptom.name
 
 
-def always(**values: float) -> list[Row]:
+def always(**values: float) -> list[IterationStats]:
     return [HEALTHY._replace(**values)] * 100
 
 
@@ -56,7 +56,7 @@ CASES = {
     "clip_fraction_too_high": always(clip_fraction=0.6),
     "entropy_collapsed": always(entropy_loss=-0.001, ep_return=20.0),
     "std_collapsed": always(std=0.005, ep_return=20.0),
-    "observation_constant": always(blind=1.0, explained_variance=0.0),
+    "observation_constant": always(constant_observation=1.0, explained_variance=0.0),
     "actions_clipped": always(clipped_actions=0.99, ep_return=20.0),
     "critic_not_learning": always(explained_variance=0.1, value_size=10.0, value_error=9.5),
     "reward_too_large": always(explained_variance=0.1, value_size=2000.0, value_error=1900.0),
@@ -121,7 +121,7 @@ def test_a_critic_with_nothing_to_explain_is_no_finding():
     )  # it knows the mean by now
     stuck = always(explained_variance=0.0, value_size=30.0, value_error=11.0, ep_return=20.0)
     assert verdict(*stuck) == "critic_not_learning"  # but nobody learns from it
-    frozen = always(explained_variance=0.0, value_size=30.0, value_error=11.0, frozen=1.0)
+    frozen = always(explained_variance=0.0, value_size=30.0, value_error=11.0, frozen_critic=1.0)
     assert verdict(*frozen, run=RUN._replace(warm=False)) == "critic_not_learning"
     assert verdict(*always(explained_variance=math.nan)) is None  # no rewards at all
 
@@ -528,7 +528,7 @@ def test_training_is_the_same_with_and_without(fit, monkeypatch):
 
 def test_rollouts_are_looked_at_only_where_the_critic_explains_little(fit, monkeypatch):
     looks = []
-    monkeypatch.setattr(module, "look", lambda batch: looks.append(batch) or {})
+    monkeypatch.setattr(module, "inspect_rollout", lambda batch: looks.append(batch) or {})
     fit(small(4), callbacks=[Planted(kl(0.02))])
     assert looks == []
     fit(small(4), callbacks=[Planted(lambda model: {**kl(0.02)(model), "train/explained_variance": 0.2})])
@@ -579,7 +579,7 @@ def test_without_loggers_there_is_no_file(fit, tmp_path):
 
 def test_the_critic_is_judged_by_iterations_with_rewards(fit, monkeypatch):
     """Where rewards are rare, the first that is found is none that the critic had to know."""
-    monkeypatch.setattr(module, "look", lambda batch: {"value_size": 10.0, "value_error": 10.0})
+    monkeypatch.setattr(module, "inspect_rollout", lambda batch: {"value_size": 10.0, "value_error": 10.0})
 
     def numbers(model):
         return {
@@ -794,4 +794,4 @@ def test_it_is_set_in_yaml(tmp_path):
 def test_every_number_it_needs_is_logged(fit):
     logged = fit(pendulum(iterations=1)).callback_metrics
     assert set(METRICS) - logged.keys() <= {"rollout/ep_rew_mean"}  # no episode has ended
-    assert set(HALVES) <= REMEDIES.keys()
+    assert set(LOWER_LR_ON) <= REMEDIES.keys()

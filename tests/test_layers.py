@@ -1,11 +1,14 @@
 """The import graph of the package."""
 
 import ast
+import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import ppo_lightning
 
@@ -77,6 +80,28 @@ def test_only_tools_imports_tools():
         if any(f"{name}.".startswith("ppo_lightning.tools.") for name in imported(path))
     }
     assert {Path(name).parts[0] for name in importers} == {"tools"}
+
+
+def test_callbacks_names_the_tools_and_pickles_them():
+    from ppo_lightning import callbacks
+
+    for name, module in callbacks.TOOLS.items():
+        found = getattr(callbacks, name)
+        assert found.__module__ == f"ppo_lightning.tools.{module}"
+        assert pickle.loads(pickle.dumps(found)) is found
+    assert set(callbacks.TOOLS) <= set(dir(callbacks))
+    assert isinstance(pickle.loads(pickle.dumps(callbacks.Dashboard())), callbacks.Dashboard)
+
+
+@pytest.mark.parametrize("name", ["Dashboard", "HealthMonitor", "EvaluationVideo", "RunReport"])
+@pytest.mark.parametrize("prefix", ["", "ppo_lightning.callbacks."])
+def test_the_command_line_takes_tools_by_short_name_and_by_path(capsys, name, prefix):
+    from ppo_lightning.cli import main
+
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--model.env", "CartPole-v1", f"--trainer.callbacks+={prefix}{name}", "--print_config"])
+    assert end.value.code == 0
+    assert f".{name}\n" in capsys.readouterr().out
 
 
 TRAIN = """

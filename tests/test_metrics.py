@@ -878,5 +878,5 @@ def test_details_are_those_of_the_rollout(fit):
 
 def test_details_want_a_name_for_each_number(fit):
     for names, count in (["angle"], 1), (["angle", "speed", "angle", "place"], 3):
-        with pytest.raises(InputError, match=f"{count} different observation_names, observations have 4 numbers"):
+        with pytest.raises(InputError, match=f"{count} different observation_names, observations have 4 dimensions"):
             fit(PPO(**SMALL), callbacks=[RolloutDetails(names)])

@@ -198,7 +198,7 @@ def full(*_, **__):
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("no render mode", "Uneven has no pictures: it must take render_mode=rgb_array"),
+        ("no render mode", "Uneven renders no images: it must take render_mode=rgb_array"),
         ("cannot draw", "EnvironmentFault: environment 0 raised ZeroDivisionError in reset: no light"),
         ("no library", r'a video needs moviepy: pip install "ppo-lightning\[video\]"'),
         ("no encoder", "FileNotFoundError: .*no_such_program"),
@@ -219,7 +219,7 @@ def test_what_fails_costs_one_warning_and_no_training(fit, tmp_path, monkeypatch
             folder.touch()
     env = {"no render mode": Uneven, "cannot draw": Blind}.get(fault, Drawn)
     model = drawn(env=env)
-    with pytest.warns(UserWarning, match=f"no video of step 32: {reason}.*the run goes on without videos") as caught:
+    with pytest.warns(UserWarning, match=f"no video of step 32: {reason}.*training continues without videos") as caught:
         fit(model, callbacks=[EvaluationVideo()], limit_val_batches=1.0)
     assert len([warning for warning in caught if "video" in str(warning.message)]) == 1
     assert model.num_env_steps == 128
@@ -227,13 +227,13 @@ def test_what_fails_costs_one_warning_and_no_training(fit, tmp_path, monkeypatch
 
 
 def test_asked_for_by_itself_it_says_what_is_wrong(tmp_path):
-    with pytest.raises(InputError, match="Recall has no pictures"):
+    with pytest.raises(InputError, match="Recall renders no images"):
         record(PPO(Recall), tmp_path)
     with pytest.raises(EnvironmentFault, match="no light"):
         record(drawn(env=Blind), tmp_path)
-    with pytest.raises(InputError, match="given as a VectorEnv, of which no other can be made"):
+    with pytest.raises(InputError, match="given as a VectorEnv, which cannot be created again"):
         record(PPO(SyncVectorEnv([Drawn])), tmp_path)
-    with pytest.raises(InputError, match="makes a VectorEnv, and videos are of single environments"):
+    with pytest.raises(InputError, match="creates a VectorEnv, and videos need single environments"):
         record(PPO(lambda num_envs: SyncVectorEnv([Drawn] * num_envs)), tmp_path)
 
 
@@ -291,7 +291,7 @@ def test_comet_is_given_it():
     logger = CometLogger.__new__(CometLogger)  # which would call its server
     logger._experiment = SimpleNamespace(log_video=lambda file, **kwargs: given.append((file, kwargs)))
     logger._comet_config = SimpleNamespace()
-    video.show(logger, Path("step_3.mp4"), 3)
+    video.log_video(logger, Path("step_3.mp4"), 3)
     assert given == [("step_3.mp4", {"name": "eval/video", "step": 3})]
 
 

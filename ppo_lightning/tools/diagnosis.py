@@ -1,4 +1,4 @@
-"""Which numbers of a run are healthy, and what is wrong where they are not. Pure functions of what was seen."""
+"""Healthy ranges of metrics, and the diagnosis of metrics outside of them, as pure functions."""
 
 import math
 import re
@@ -16,12 +16,12 @@ from ppo_lightning.parameters import INDEX, Limit, check_fields
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where a number stops being healthy. Numbers are means over ``window`` iterations."""
+    """Limits of healthy metrics, which are means over ``window`` iterations."""
 
     window: int = 10
-    """Iterations over which means are taken: what begins and ends within them is no finding (count)."""
+    """Iterations per mean; shorter events are no finding (count)."""
     warmup_iterations: int = 50
-    """Iterations with rewards before critic and return are judged: they begin with nothing, also in short runs (count)."""
+    """Iterations with rewards before critic and return are judged, which start untrained (count)."""
     approx_kl: tuple[float, float] = (0.01, 0.03)
     """Healthy change of the policy per iteration (nats)."""
     approx_kl_alert: float = 0.05
@@ -33,38 +33,42 @@ class Thresholds:
     explained_variance: float = 0.7
     """Healthy above."""
     explained_variance_alert: float = 0.3
-    """Alert below, where the critic also misses by ``value_error``: returns that hardly vary leave nothing to explain."""
+    """Alert below, if the critic's error also exceeds ``value_error``: constant returns have no variance to explain."""
     value_error: tuple[float, float] = (0.25, 0.9)
-    """The critic's error that is an alert, as a share of the size of its targets (both root mean square; 1 is no critic's):
-    where the critic is frozen or the return has not risen, and where it has."""
+    """Errors of the critic that are an alert, relative to its targets (both root mean square; a constant 0 has error 1):
+    if the critic is frozen or the return has not risen, and if it has."""
     value_size: float = 1000.0
-    """Size of the critic's targets that is too much for it, where it explains nothing (root mean square, reward units)."""
+    """Size of the critic's targets that is an alert, if it explains nothing (root mean square, reward units)."""
     value_loss_growth: float = 100.0
-    """Growth of value_loss over its lowest mean that is an alert, where the critic explains nothing (ratio)."""
+    """Growth of value_loss over its lowest mean that is an alert, if the critic explains nothing (ratio)."""
     entropy: float = 0.01
-    """Lowest entropy of discrete actions, as a share of the most there can be."""
+    """Lowest entropy of discrete actions, as a share of the maximum."""
     std: float = 0.01
     """Lowest standard deviation of continuous actions (action units)."""
     clipped_actions: tuple[float, float] = (0.75, 0.95)
-    """Shares of actions with a component outside the bounds that are an alert: where a policy begins so, and where an
-    update has led there and the return has not risen."""
+    """Shares of actions with a component outside the bounds that are an alert: of an initial policy, and of a trained one
+    whose return has not risen."""
     rise: float = 1.5
-    """The return has risen where it is so many standard errors above the mean of the first episodes."""
+    """The return has risen if it is this many standard errors above the mean of the first episodes."""
     stall: float = 0.5
     """Share of total_steps after which a return that has not risen is an alert (0 to 1)."""
     lr_factor: float = 0.5
-    """What the learning rate is multiplied by in one act."""
+    """Factor of the learning rate per intervention."""
     lowest_lr: float = 0.05
-    """Share of the given learning rate below which no act takes it."""
+    """Lowest learning rate of an intervention, as a share of the configured one."""
     ent_coef_factor: float = 2.0
-    """What ent_coef is multiplied by in one act."""
+    """Factor of ent_coef per intervention."""
     first_ent_coef: float = 0.001
-    """What the first act makes of an ent_coef of 0 (advantage units per nat)."""
+    """Value that the first intervention gives an ent_coef of 0 (advantage units per nat)."""
     highest_ent_coef: float = 0.1
-    """Above which no act takes ent_coef (advantage units per nat)."""
+    """Highest ent_coef of an intervention (advantage units per nat)."""
 
     def __post_init__(self) -> None:
-        """Refuse what would never or always be an alert."""
+        """Check the thresholds.
+
+        Raises:
+            InputError: a threshold would never or always be an alert.
+        """
         window = Limit("be 2 or more iterations", lambda value: value >= 2)
         check_fields(self, "HealthMonitor: thresholds.{}", window=window, warmup_iterations=INDEX)
         if not 0 < self.lr_factor < 1 < self.ent_coef_factor:
@@ -80,15 +84,15 @@ class Thresholds:
 
 
 class Symptom(NamedTuple):
-    """What the numbers of a window say."""
+    """A cause that the metrics of a window indicate."""
 
     name: str
     value: float
     evidence: str
 
 
-class Row(NamedTuple):
-    """What is remembered of an iteration; NaN is what it has not."""
+class IterationStats(NamedTuple):
+    """Metrics of an iteration; NaN stands for missing ones."""
 
     iteration: float
     ep_return: float
@@ -99,30 +103,30 @@ class Row(NamedTuple):
     std: float
     value_loss: float
     value_size: float = math.nan
-    """Of the critic's targets (root mean square); as all below only where it explains little."""
+    """Of the critic's targets (root mean square); this and all below are known only if it explains little."""
     value_error: float = math.nan
     """Of the critic (root mean square)."""
-    blind: float = 0.0
-    """1 where all observations were the same; NaN where nobody has looked."""
-    frozen: float = 0.0
-    """1 where the critic's parameters were those of the last look; NaN where nobody has looked twice."""
+    constant_observation: float = 0.0
+    """1 if all observations were equal; NaN if not inspected."""
+    frozen_critic: float = 0.0
+    """1 if the critic's parameters did not change between two inspections; NaN if not inspected twice."""
     clipped_actions: float = math.nan
-    """Share of actions with a component outside the bounds; NaN where the distribution clips nothing."""
+    """Share of actions with a component outside the bounds; NaN if the distribution clips nothing."""
 
 
-class Run(NamedTuple):
-    """What a window is judged by, beside its rows."""
+class RunStats(NamedTuple):
+    """Statistics of a run before the present window."""
 
     progress: float
     """Share of total_steps."""
     warm: bool
     """The critic may be judged."""
     settled: bool
-    """The return may be judged: none of the first episodes is in it any more."""
-    first: Row
+    """The return may be judged: it contains none of the first episodes."""
+    first: IterationStats
     """The run's first iteration."""
     start: tuple[float, float] | None
-    """Mean return of the first episodes, and standard error of how far that of 100 later ones is from it."""
+    """Mean return of the first episodes, and the standard error of its difference to the mean of 100 later ones."""
     worst_kl: float
     """The largest approx_kl so far."""
     lowest_value_loss: float
@@ -141,25 +145,25 @@ METRICS = {
     "train/value_loss": "value_loss",
     "rollout/clipped_actions": "clipped_actions",
 }
-"""Metrics that a :class:`Row` holds, and its fields."""
+"""Metrics that a :class:`IterationStats` holds, and its fields."""
 
 
 class Remedy(NamedTuple):
-    """What to do about a finding."""
+    """The advice for a finding."""
 
     key: str
     advice: str
     healthy: Callable[[Thresholds], str]
     other_key: str = ""
-    """In place of ``key`` where the network lacks the parameters of :class:`ActorCritic` that it names."""
+    """Replaces ``key`` if the network lacks the parameters of :class:`ActorCritic` that it names."""
     other_advice: str = ""
-    """In place of ``advice``, likewise."""
+    """Replaces ``advice``, likewise."""
 
     def for_network(self, parameters: Container[str]) -> tuple[str, str]:
         """Key and advice for a network.
 
         Args:
-            parameters: names of those that the configuration can set of the network (``policy.init_args``).
+            parameters: names of the network's parameters in the configuration (``policy.init_args``).
         """
         named = re.findall(r"policy\.init_args\.(\w+)", f"{self.key} {self.advice}")
         if all(name in parameters for name in named):
@@ -176,13 +180,13 @@ REMEDIES = {
     ),
     "observation_constant": Remedy(
         "--model.env",
-        "look at what the environment and --model.wrappers return: the policy cannot see",
+        "inspect what the environment and --model.wrappers return: the policy has no information",
         lambda t: "observations differ",
     ),
     "entropy_collapsed": Remedy(
         "--model.ent_coef",
-        "raise --model.ent_coef (double it, from 0.001), and look at how the policy's output begins: it no longer explores",
-        lambda t: f"above {t.entropy:g} of the most there can be",
+        "raise --model.ent_coef (double it, from 0.001), and inspect the policy's initial output: it no longer explores",
+        lambda t: f"above {t.entropy:g} of the maximum",
     ),
     "std_collapsed": Remedy(
         "--model.policy.init_args.log_std_init",
@@ -210,7 +214,7 @@ REMEDIES = {
     ),
     "clip_fraction_too_high": Remedy(
         "--model.optimizer.lr",
-        "halve --model.optimizer.lr, or lower --model.update_epochs: the policy moves further than it may be trusted",
+        "halve --model.optimizer.lr, or lower --model.update_epochs: the policy changes too much per update",
         lambda t: f"{t.clip_fraction[0]:g} to {t.clip_fraction[1]:g}",
     ),
     "reward_too_large": Remedy(
@@ -225,48 +229,48 @@ REMEDIES = {
     ),
     "critic_not_learning": Remedy(
         "--model.policy.init_args.hidden_sizes",
-        "give the critic more room (--model.policy.init_args.hidden_sizes [256,256]) or weight (--model.vf_coef), and see "
-        "that its observations tell what is to come",
+        "give the critic more room (--model.policy.init_args.hidden_sizes [256,256]) or weight (--model.vf_coef), and check "
+        "that its observations contain what it has to predict",
         lambda t: f"above {t.explained_variance:g}",
         "--model.vf_coef",
-        "give the network's critic more room (wider layers, layers of its own) or weight (--model.vf_coef), and see that "
-        "its observations tell what is to come",
+        "give the network's critic more room (wider layers, layers of its own) or weight (--model.vf_coef), and check that "
+        "its observations contain what it has to predict",
     ),
     "return_stalled": Remedy(
         "--model.optimizer.lr",
-        "explore more (--model.ent_coef 0.01), look at the reward, or try another --model.optimizer.lr; a run that began "
-        "at its best has nothing to mend",
+        "explore more (--model.ent_coef 0.01), inspect the reward, or try another --model.optimizer.lr; ignore it if the run "
+        "started at its best",
         lambda t: "rising",
     ),
 }
-"""By the name of a finding; causes come before what follows from them."""
+"""By the name of a finding; causes come before their consequences."""
 
 
-def diagnose(rows: Sequence[Row], run: Run, t: Thresholds) -> Symptom | None:
-    """The first cause of what is wrong in a window, if anything is.
+def diagnose(rows: Sequence[IterationStats], run: RunStats, t: Thresholds) -> Symptom | None:
+    """The first cause of unhealthy metrics in a window; None if there is none.
 
-    One at a time: what follows from it (a stalled return, a critic that has nothing to see) is no finding of its own.
+    Consequences of a cause (a stalled return, a critic without information) are no findings of their own.
 
     Args:
         rows: of ``t.window`` iterations, in order.
-        run: what was before.
-        t: where numbers stop being healthy.
+        run: statistics before them.
+        t: limits of healthy metrics.
     """
-    now = Row(*map(mean, zip(*rows, strict=True)))
+    now = IterationStats(*map(mean, zip(*rows, strict=True)))
     iterations = f"iterations {rows[0].iteration:.0f} to {rows[-1].iteration:.0f}"
-    rises = has_risen(now.ep_return, run.start, t)
-    if now.blind == 1:
+    rises = return_has_risen(now.ep_return, run.start, t)
+    if now.constant_observation == 1:
         return Symptom("observation_constant", 0.0, f"all observations of {iterations} were the same")
 
     begins, limits = run.first.clipped_actions, t.clipped_actions
-    untrained = run.first.iteration == 1  # a policy that has learnt may well act at the bounds
-    # Of the first window no return tells whether the bounds cost anything.
+    untrained = run.first.iteration == 1  # a trained policy may act at the bounds
+    # The return of the first window does not show whether the bounds cost anything.
     if untrained and begins > limits[0] < now.clipped_actions and not (rises and rows[0].iteration > 1):
         return Symptom("actions_clipped", now.clipped_actions, _clips(now, t, iterations))
 
     collapsed = [
         ("entropy_collapsed", -now.entropy_loss, t.entropy * run.most_entropy, False),
-        # From the start: then it is why the policy's probabilities leap.
+        # If it is small from the start, it causes the large approx_kl.
         ("std_collapsed", now.std, t.std, run.first.std < t.std),
     ]
     for name, value, least, born in collapsed:
@@ -277,7 +281,7 @@ def diagnose(rows: Sequence[Row], run: Run, t: Thresholds) -> Symptom | None:
                 return Symptom("learning_rate_too_high", run.worst_kl, seen)
             return Symptom(name, value, seen)
 
-    # A single iteration counts for four times the alert at most, so that it is none alone.
+    # A single iteration counts at most four times the alert, so that it is no finding alone.
     kl = mean([min(row.approx_kl, 4 * t.approx_kl_alert) for row in rows])
     crowded = now.clip_fraction > t.clip_fraction[1] or not rises
     if kl > (t.approx_kl_alert if crowded else 2 * t.approx_kl_alert):
@@ -287,11 +291,29 @@ def diagnose(rows: Sequence[Row], run: Run, t: Thresholds) -> Symptom | None:
     if now.clipped_actions > limits[1] and not begins > limits[1] and run.start is not None and not rises:
         return Symptom("actions_clipped", now.clipped_actions, _clips(now, t, iterations))
 
+    critic = _diagnose_critic(rows, now, run, t, iterations)
+    if critic is not None:
+        return critic
+    if run.start is not None and run.settled and run.progress >= t.stall and not rises:
+        seen = (
+            f"mean return {now.ep_return:.4g}, of the first episodes it was {run.start[0]:.4g} ± {run.start[1]:.3g}; "
+            f"{_moves(now, t)}, means of {iterations}"
+        )
+        return Symptom("return_stalled", now.ep_return, seen)
+    return None
+
+
+def _diagnose_critic(
+    rows: Sequence[IterationStats], now: IterationStats, run: RunStats, t: Thresholds, iterations: str
+) -> Symptom | None:
+    """The cause of a critic that predicts too little of the returns."""
     explained = mean([max(row.explained_variance, -1.0) for row in rows])
-    explained = 0.0 if math.isnan(explained) else explained  # targets that do not vary, and are missed
-    frozen = now.frozen == 1
+    explained = 0.0 if math.isnan(explained) else explained  # constant targets, and a critic that misses them
+    frozen = now.frozen_critic == 1
     judged = run.warm or frozen or now.value_size > t.value_size
-    missed = now.value_error > t.value_error[rises and not frozen] * now.value_size
+    missed = (
+        now.value_error > t.value_error[return_has_risen(now.ep_return, run.start, t) and not frozen] * now.value_size
+    )
     if judged and missed and explained < t.explained_variance_alert:
         seen = (
             f"explained_variance {explained:.2g} (healthy above {t.explained_variance:g}), the critic misses values of "
@@ -303,18 +325,11 @@ def diagnose(rows: Sequence[Row], run: Run, t: Thresholds) -> Symptom | None:
         if now.value_size > t.value_size:
             return Symptom("reward_too_large", now.value_size, seen)
         return Symptom("critic_not_learning", explained, f"{seen}; its parameters do not change" if frozen else seen)
-
-    if run.start is not None and run.settled and run.progress >= t.stall and not rises:
-        seen = (
-            f"mean return {now.ep_return:.4g}, of the first episodes it was {run.start[0]:.4g} ± {run.start[1]:.3g}; "
-            f"{_moves(now, t)}, means of {iterations}"
-        )
-        return Symptom("return_stalled", now.ep_return, seen)
     return None
 
 
-def is_well(row: Row, t: Thresholds, most_entropy: float) -> bool:
-    """Whether nothing in an iteration is beyond its alert; where that is so of a whole window, no mean can be."""
+def is_healthy(row: IterationStats, t: Thresholds, most_entropy: float) -> bool:
+    """Whether no metric of an iteration exceeds its alert; if so in a whole window, no mean does."""
     return (
         row.explained_variance >= t.explained_variance_alert
         and not row.approx_kl > t.approx_kl_alert
@@ -325,19 +340,19 @@ def is_well(row: Row, t: Thresholds, most_entropy: float) -> bool:
     )
 
 
-def has_risen(ep_return: float, start: tuple[float, float] | None, t: Thresholds) -> bool:
+def return_has_risen(ep_return: float, start: tuple[float, float] | None, t: Thresholds) -> bool:
     """Whether the return is above that of the first episodes (mean and standard error) by more than chance."""
     return start is not None and ep_return > start[0] + t.rise * start[1]
 
 
-def _moves(now: Row, t: Thresholds) -> str:
+def _moves(now: IterationStats, t: Thresholds) -> str:
     return (
         f"approx_kl {now.approx_kl:.3g} (healthy {t.approx_kl[0]:g} to {t.approx_kl[1]:g}), clip_fraction "
         f"{now.clip_fraction:.3g} (healthy {t.clip_fraction[0]:g} to {t.clip_fraction[1]:g})"
     )
 
 
-def _clips(now: Row, t: Thresholds, iterations: str) -> str:
+def _clips(now: IterationStats, t: Thresholds, iterations: str) -> str:
     return (
         f"the bounds of the action space clip {now.clipped_actions:.0%} of the actions in at least one component (healthy "
         f"below {t.clipped_actions[0]:.0%}), means of {iterations}"
@@ -345,27 +360,27 @@ def _clips(now: Row, t: Thresholds, iterations: str) -> str:
 
 
 def mean(values: Iterable[float]) -> float:
-    """Mean of those that are numbers; NaN of none."""
+    """Mean without NaN; NaN of nothing."""
     numbers = [value for value in values if value == value]
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
-def look(batch: TensorDict) -> dict[str, float]:
-    """What a :class:`Row` remembers of a rollout [T, N] with value targets; of the critic only where there were rewards."""
+def inspect_rollout(batch: TensorDict) -> dict[str, float]:
+    """Fields of :class:`IterationStats` of a rollout [T, N] with value targets; the critic's only with rewards."""
     seen = batch["observation"]
     parts = cast(list[Tensor], list(seen.values(True, True)) if isinstance(seen, TensorDict) else [seen])
-    looked = {"blind": float(all(map(_is_constant, parts)))}
+    found = {"constant_observation": float(all(map(_is_constant, parts)))}
     valid = batch["valid"]
     if batch["reward"][valid].any():
         target, value = batch["value_target"][valid], batch["state_value"][valid]
         size, error = torch.stack([target, target - value]).square().mean(1).sqrt().tolist()
-        looked |= {"value_size": size, "value_error": error}
-    return looked
+        found |= {"value_size": size, "value_error": error}
+    return found
 
 
 def _is_constant(observation: Tensor) -> bool:
     """Whether the observations [T, N, …] of some 16 steps are the same in all environments."""
-    if not torch.equal(observation[0], observation[-1]):  # mostly, and the rest may be pictures
+    if not torch.equal(observation[0], observation[-1]):  # the usual case, which is cheap also for images
         return False
     steps = observation[:: max(1, len(observation) // 16)]
     return bool((steps == observation[:1, :1]).all())

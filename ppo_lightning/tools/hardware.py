@@ -1,4 +1,4 @@
-"""What a run takes of its machine."""
+"""Use of processors and memory by a run."""
 
 import time
 from typing import Any, cast
@@ -14,12 +14,12 @@ from ppo_lightning.parameters import Limit, checked
 
 
 class Hardware:
-    """Use of processors and memory; nothing waits for a measurement.
+    """Measures the use of processors and memory, without blocking.
 
     Args:
-        device: that the policy is on.
-        interval_s: seconds for which a measurement is given again. The use of processors is their mean since the last
-            one, and means little over less than a tenth of a second.
+        device: of the policy.
+        interval_s: lifetime of a measurement (seconds). The use of processors is the mean since the last measurement, which
+            is inaccurate below a tenth of a second.
 
     Raises:
         InputError: psutil is not installed.
@@ -30,21 +30,21 @@ class Hardware:
             import psutil  # the hardware extra
         except ImportError as error:
             raise InputError(
-                'the use of hardware is measured by psutil, which is not installed: pip install "ppo-lightning[hardware]"'
+                'psutil measures the use of hardware, and is not installed: pip install "ppo-lightning[hardware]"'
             ) from error
         self.device, self.interval_s = device, interval_s
         self._psutil, self._process = psutil, psutil.Process()
-        psutil.cpu_percent()  # its first answer means nothing
+        psutil.cpu_percent()  # its first value is meaningless
         self._measured, self._newest = time.monotonic(), {}
-        self._asks_driver = device.type == "cuda"
+        self._use_driver = device.type == "cuda"
 
     def read(self) -> dict[str, float]:
-        """The newest measurement, the same object while it holds; empty before the first.
+        """The newest measurement, the same object during its lifetime; empty before the first.
 
         Returns:
-            ``hardware/cpu_percent``, of all processors, and ``ram_percent``, both of the whole machine;
-            ``process_ram_mb``, resident, of this process without its workers (10⁶ bytes). On a GPU ``gpu_memory_mb``, of
-            all processes there (10⁶ bytes), and ``gpu_percent``, the time in which it computed, where its driver says so.
+            ``hardware/cpu_percent`` and ``hardware/ram_percent`` of the whole machine; ``hardware/process_ram_mb``, the
+            resident memory of this process without its workers (10⁶ bytes). On a GPU ``hardware/gpu_memory_mb`` of all its
+            processes (10⁶ bytes), and ``hardware/gpu_percent``, the share of time with kernels, if the driver reports it.
         """
         now = time.monotonic()
         if now - self._measured < self.interval_s:
@@ -58,18 +58,18 @@ class Hardware:
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             measured["hardware/gpu_memory_mb"] = (total - free) / 1e6
-        if self._asks_driver:
+        if self._use_driver:
             measured |= self._utilization()
         self._newest = measured
         return measured
 
     def _utilization(self) -> dict[str, float]:
-        """What the driver says; nothing from then on, where it does not: a number is no reason for a run to fail."""
+        """The driver's measurement; after an error it is switched off, since a metric is no reason to fail a run."""
         try:
             return {"hardware/gpu_percent": float(torch.cuda.utilization(self.device))}
-        # The driver's library may be absent, forbidden (MIG), or replaced meanwhile; its errors have no common type.
+        # The driver's library may be absent, forbidden (MIG), or replaced; its errors have no common type.
         except Exception as error:
-            self._asks_driver = False
+            self._use_driver = False
             rank_zero_warn(f"hardware/gpu_percent is not measured: {type(error).__name__}: {error}")
             return {}
 
@@ -78,11 +78,11 @@ class HardwareMonitor(Callback):
     """PPOModule the use of processors and memory at the end of each iteration, at its environment step.
 
     (Lightning's DeviceStatsMonitor measures twice per batch, logs all sixty of CUDA's memory statistics instead of the
-    GPU's use, and needs a logger.) What is logged is of the first process; each has its own
-    in ``callback_metrics``.
+    GPU's use, and needs a logger.) Loggers get the first rank's measurements; each rank has its own in
+    ``callback_metrics``.
 
     Args:
-        interval_s: iterations that are shorter share a measurement, which is logged once (seconds).
+        interval_s: shorter iterations share a measurement, which is logged once (seconds).
 
     Raises:
         InputError: ``interval_s`` is negative, or psutil is not installed when training starts.
@@ -92,7 +92,7 @@ class HardwareMonitor(Callback):
     def __init__(self, interval_s: float = 0.5) -> None:
         self.interval_s = interval_s
         self.hardware: Hardware | None = None
-        """What measures, while training."""
+        """Set while training."""
         self._logged: dict[str, float] = {}
 
     @override
@@ -111,4 +111,4 @@ class HardwareMonitor(Callback):
         cast(PPOModule, pl_module).log_metrics(measured)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "hardware": None}  # of this process
+        return {**vars(self), "hardware": None}  # belongs to this process

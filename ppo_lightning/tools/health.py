@@ -1,4 +1,4 @@
-"""The monitor that says what is wrong with a run, and changes it where it is asked to."""
+"""The monitor that diagnoses a run and, if enabled, intervenes."""
 
 import inspect
 import json
@@ -33,85 +33,85 @@ from ppo_lightning.spaces import choices, leaves
 from ppo_lightning.tools.diagnosis import (
     METRICS,
     REMEDIES,
-    Row,
-    Run,
+    IterationStats,
+    RunStats,
     Symptom,
     Thresholds,
     diagnose,
-    has_risen,
-    is_well,
-    look,
+    inspect_rollout,
+    is_healthy,
     mean,
+    return_has_risen,
 )
 
 
 class Finding(TypedDict):
-    """Something that is wrong, as plain data."""
+    """A diagnosed problem, as plain data."""
 
     name: str
     since_step: int
-    """Environment steps when it was found."""
+    """Environment steps at the diagnosis."""
     since_iteration: int
     until_step: int | None
-    """Environment steps when it was over; None while it holds."""
+    """Environment steps at its end; None while it holds."""
     value: float
-    """What is out of range, when it was found."""
+    """Of the unhealthy metric at the diagnosis."""
     healthy: str
     """The range."""
     evidence: str
     advice: str
     key: str
-    """Of the configuration, to change first."""
+    """Configuration key to change first."""
 
 
-class Act(TypedDict):
-    """Something that the monitor has changed, as plain data."""
+class Intervention(TypedDict):
+    """A change of a hyperparameter by the monitor, as plain data."""
 
     step: int
     iteration: int
     finding: str
-    """Why."""
+    """The reason."""
     key: str
-    """Of the configuration: what was changed."""
+    """Configuration key that was changed."""
     factor: float
-    """By which it was multiplied."""
+    """By which the value was multiplied."""
     to: float
-    """What it is now: of a schedule its start."""
+    """The new value; of a schedule its start."""
 
 
 FIRST_EPISODES = 20
-"""Episodes that tell where the return began."""
+"""Episodes whose mean is the initial return."""
 
 REWARDS = ("rollout/reward_min", "rollout/reward_max")
-"""Metrics one of which is not zero where there were rewards."""
+"""One of these metrics is not zero if there were rewards."""
 
 
 def _finite(value: float) -> float:
-    """What JSON can hold of a number, to four digits."""
+    """A finite number of four digits, for JSON."""
     return float(f"{max(-1e300, min(1e300, value)):.4g}")
 
 
-HALVES = ("learning_rate_too_high", "clip_fraction_too_high", "value_loss_exploding", "non_finite")
-"""Findings upon which the learning rate is lowered."""
+LOWER_LR_ON = ("learning_rate_too_high", "clip_fraction_too_high", "value_loss_exploding", "non_finite")
+"""Findings that lower the learning rate."""
 
-EXPLORES = ("entropy_collapsed", "std_collapsed")
-"""Findings upon which ent_coef is raised."""
+RAISE_ENTROPY_ON = ("entropy_collapsed", "std_collapsed")
+"""Findings that raise ent_coef."""
 
 
 class HealthMonitor(Callback):
-    """Says what is wrong with a run, by which numbers, and what to change. Every run has one.
+    """Diagnoses problems of a run, with evidence and advice. Every run has one.
 
-    It compares means over a window of iterations with :class:`Thresholds`, names the first cause that it finds, prints it
-    once, and a summary at the end. The run's folder gets ``health.json`` (findings, acts, thresholds), TensorBoard a text,
-    and each logger ``health/alerts``, the number of findings that hold, when it changes.
+    It compares means over a window of iterations with :class:`Thresholds`, and prints the first cause of unhealthy metrics
+    once, and a summary at the end. It writes ``health.json`` (findings, acts, thresholds) into the run's folder, a text to
+    TensorBoard, and ``health/alerts``, the number of findings that hold, to each logger when it changes.
 
     Args:
-        act: change what can be changed: halve the learning rate where the policy moves too far, double ent_coef where it
-            no longer explores; at most once per window, within the bounds of the thresholds, and noted.
-        thresholds: where a number stops being healthy.
+        act: intervene: halve the learning rate if the policy changes too much, double ent_coef if it no longer explores; at
+            most once per window, within the bounds of the thresholds.
+        thresholds: limits of healthy metrics.
 
     Raises:
-        InputError: ``act`` is on beside an lr_scheduler, AdaptiveLearningRate or Stages, or a threshold cannot be used.
+        InputError: ``act`` is combined with an lr_scheduler, AdaptiveLearningRate or Stages, or a threshold is invalid.
     """
 
     @checked("HealthMonitor: {}")
@@ -127,28 +127,28 @@ class HealthMonitor(Callback):
 
     def _forget(self) -> None:
         self.findings: list[Finding] = []
-        """What was found, in the order of time; ``until_step`` is None while it holds."""
-        self.acts: list[Act] = []
-        """What was changed."""
+        """In the order of time; ``until_step`` is None while a finding holds."""
+        self.acts: list[Intervention] = []
+        """Interventions, in the order of time."""
         self.steps = self.iterations = 0
-        """Environment steps and iterations that were looked at."""
-        self._rows: deque[Row] = deque(maxlen=self.thresholds.window)
-        self._first: Row | None = None
+        """Environment steps and iterations so far."""
+        self._rows: deque[IterationStats] = deque(maxlen=self.thresholds.window)
+        self._first: IterationStats | None = None
         self._start: tuple[float, float] | None = None
         self._worst_kl = -math.inf
         self._lowest_value_loss = math.inf
         self._rewarded = 0
         """Iterations with rewards."""
         self._later_episodes = 0
-        """Episodes that ended after those that ``_start`` is of."""
-        self._doubted = 0
-        """Last iteration in which not all was well."""
+        """Episodes after those of ``_start``."""
+        self._last_unhealthy = 0
+        """Last iteration with an unhealthy metric."""
         self._critic: tuple[int, int] | None = None
-        """Fingerprint of the critic's parameters at the last look."""
+        """Fingerprint of the critic's parameters at the last inspection."""
         self._seen: dict[str, int] = {}
         """Iteration in which each finding held last."""
 
-    # --- what it says -------------------------------------------------------------------------------------------------
+    # --- results ------------------------------------------------------------------------------------------------------
 
     @property
     def alerts(self) -> list[Finding]:
@@ -157,18 +157,18 @@ class HealthMonitor(Callback):
 
     @property
     def diagnosis(self) -> str:
-        """What was found and done, for people."""
+        """Findings and interventions as text."""
         found = [
             f"  {finding['name']} from step {finding['since_step']:,} "
             + ("on" if finding["until_step"] is None else f"to {finding['until_step']:,}")
             + f": {finding['key']}"
             for finding in self.findings
         ]
-        done = [f"  {_told(act)}" for act in self.acts]
+        done = [f"  {_describe(act)}" for act in self.acts]
         return "\n".join([f"health: {len(found) or 'nothing'} found in {self.iterations} iterations", *found, *done])
 
     def report(self) -> dict[str, Any]:
-        """All of it as plain data: what ``health.json`` holds."""
+        """The contents of ``health.json``, as plain data."""
         return {
             "findings": [dict(finding) for finding in self.findings],
             "acts": [dict(act) for act in self.acts],
@@ -190,27 +190,26 @@ class HealthMonitor(Callback):
         if setters:
             raise InputError(
                 f"HealthMonitor: act would change the learning rate or ent_coef, which {' and '.join(setters)} sets: leave "
-                "out act, or that"
+                "out one of them"
             )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(PPOModule, pl_module)
-        folder = trainer.log_dir if trainer.loggers else None  # all processes ask: the answer is broadcast
+        folder = trainer.log_dir if trainer.loggers else None  # a broadcast, in which all ranks take part
         self._folder = None if folder is None or "://" in folder else Path(folder)
         discrete = not any(isinstance(leaf, Box) for leaf in leaves(module.action_space).values())
         self._most_entropy = sum(map(math.log, choices(module.action_space))) if discrete else math.nan
         self._given, self._skipped = None, 0.0
-        self._critic_parameters = cast(
-            Policy, pl_module.policy
-        ).critic_parameters  # to find them takes as long as to look
-        self._network_parameters = _configurable(cast(Policy, pl_module.policy).network)
-        if module.policy_version != self.iterations:  # another run than the one that was looked at
+        policy = cast(Policy, pl_module.policy)
+        self._critic_parameters = policy.critic_parameters  # once, since the search takes as long as an inspection
+        self._network_parameters = _configurable(policy.network)
+        if module.policy_version != self.iterations:  # another run
             self._forget()
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._given is None:  # not before: by now the optimiser's own numbers have been put back
+        if self._given is None:  # by now Lightning has restored the optimizer's state
             module = cast(PPOModule, pl_module)
             self._given = module.schedules["ent_coef"]
             for act in self.acts:
@@ -223,52 +222,53 @@ class HealthMonitor(Callback):
         module, metrics, t = cast(PPOModule, pl_module), trainer.callback_metrics, self.thresholds
         self.steps, self.iterations = module.num_env_steps, module.policy_version
         numbers = {field: metrics[name].item() if name in metrics else math.nan for name, field in METRICS.items()}
-        row = Row(self.iterations, **numbers)
+        row = IterationStats(self.iterations, **numbers)
         if not row.explained_variance >= t.explained_variance_alert:
-            looks = self.iterations % max(1, t.window // 3) == 0
-            looked = {**look(batch), "frozen": self._is_frozen(pl_module)} if looks else {"blind": math.nan}
-            row = row._replace(**{"frozen": math.nan, **looked})
+            found = {"constant_observation": math.nan, "frozen_critic": math.nan}
+            if self.iterations % max(1, t.window // 3) == 0:
+                found |= {**inspect_rollout(batch), "frozen_critic": self._is_frozen(pl_module)}
+            row = row._replace(**found)
         self._remember(row, metrics, module)
 
         symptoms: list[Symptom | None] = []
         skipped = metrics["train/skipped_steps"].item() if "train/skipped_steps" in metrics else 0.0
         if skipped > self._skipped:
-            seen = f"the gradients of {skipped:.0f} steps of this run were not finite, and left out"
+            seen = f"the gradients of {skipped:.0f} steps of this run were not finite; these steps were skipped"
             symptoms.append(Symptom("non_finite", skipped, seen))
         self._skipped = skipped
-        if len(self._rows) == t.window and self._is_doubtful(module):
+        if len(self._rows) == t.window and self._needs_diagnosis(module):
             symptoms.append(diagnose(self._rows, self._run(module), t))
-        changed = [self._note(symptom, pl_module) for symptom in symptoms if symptom is not None]
+        changed = [self._record(symptom, pl_module) for symptom in symptoms if symptom is not None]
         for finding in self.alerts:
             if self.iterations - self._seen[finding["name"]] >= t.window:
                 finding["until_step"] = self.steps
                 changed.append(True)
         if self.act:
-            # Processes have looked at their own observations: the first one's view counts.
+            # Each rank inspects its own observations; the first rank decides.
             names = [symptom.name for symptom in symptoms if symptom is not None]
-            changed += [self._do(name, trainer, module) for name in trainer.strategy.broadcast(names)]
+            changed += [self._intervene(name, trainer, module) for name in trainer.strategy.broadcast(names)]
         if any(changed):
-            self._mark(trainer)
+            self._log(trainer)
             self._write(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._give_back(pl_module)
+        self._restore(pl_module)
         self._write(trainer)
         if self.findings or self.iterations >= self.thresholds.window:
             pl_module.print(self.diagnosis)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._give_back(pl_module)
+        self._restore(pl_module)
         ended_by = Symptom("non_finite", self._skipped + 1, str(exception))
-        if isinstance(exception, FloatingPointError) and self._note(ended_by, None):
-            self._mark(trainer)
+        if isinstance(exception, FloatingPointError) and self._record(ended_by, None):
+            self._log(trainer)
         self._write(trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What the next finding and act depend on, as plain data."""
+        """All that later findings and interventions depend on, as plain data."""
         return {
             **self.report(),
             "rows": [list(row) for row in self._rows],
@@ -278,7 +278,7 @@ class HealthMonitor(Callback):
             "lowest_value_loss": self._lowest_value_loss,
             "rewarded": self._rewarded,
             "later_episodes": self._later_episodes,
-            "doubted": self._doubted,
+            "last_unhealthy": self._last_unhealthy,
             "critic": None if self._critic is None else list(self._critic),
             "seen": dict(self._seen),
         }
@@ -286,29 +286,29 @@ class HealthMonitor(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.findings = [cast(Finding, dict(finding)) for finding in state_dict["findings"]]
-        self.acts = [cast(Act, dict(act)) for act in state_dict["acts"]]
+        self.acts = [cast(Intervention, dict(act)) for act in state_dict["acts"]]
         self.steps, self.iterations = state_dict["steps"], state_dict["iterations"]
-        self._rows = deque((Row(*row) for row in state_dict["rows"]), maxlen=self.thresholds.window)
+        self._rows = deque((IterationStats(*row) for row in state_dict["rows"]), maxlen=self.thresholds.window)
         first, start = state_dict["first"], state_dict["start"]
-        self._first = None if first is None else Row(*first)
+        self._first = None if first is None else IterationStats(*first)
         self._start = None if start is None else (start[0], start[1])
         self._worst_kl, self._lowest_value_loss = state_dict["worst_kl"], state_dict["lowest_value_loss"]
         self._rewarded, self._later_episodes = state_dict["rewarded"], state_dict["later_episodes"]
         critic = state_dict["critic"]
         self._critic = None if critic is None else (critic[0], critic[1])
-        self._doubted, self._seen = state_dict["doubted"], dict(state_dict["seen"])
+        self._last_unhealthy, self._seen = state_dict["last_unhealthy"], dict(state_dict["seen"])
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _remember(self, row: Row, metrics: Mapping[str, Tensor], module: PPOModule) -> None:
+    def _remember(self, row: IterationStats, metrics: Mapping[str, Tensor], module: PPOModule) -> None:
         self._rows.append(row)
         self._rewarded += any(metrics[name] != 0 for name in REWARDS if name in metrics)
         self._first = self._first or row
         self._worst_kl = max(self._worst_kl, row.approx_kl)
-        if self._rewarded >= self.thresholds.window:  # before there are rewards, a critic loses nothing
+        if self._rewarded >= self.thresholds.window:  # a critic has no loss before the first rewards
             self._lowest_value_loss = min(self._lowest_value_loss, mean(each.value_loss for each in self._rows))
-        if not is_well(row, self.thresholds, self._most_entropy):
-            self._doubted = self.iterations
+        if not is_healthy(row, self.thresholds, self._most_entropy):
+            self._last_unhealthy = self.iterations
         if self._start is None and len(module.rollouts.episodes.window) >= FIRST_EPISODES:
             returns = [episode[0] for episode in module.rollouts.episodes.window]
             error = statistics.pstdev(returns) * math.sqrt(1 / len(returns) + 1 / EpisodeStatistics.WINDOW)
@@ -317,24 +317,24 @@ class HealthMonitor(Callback):
             self._later_episodes += int(metrics["rollout/episodes"])
 
     def _is_frozen(self, pl_module: LightningModule) -> float:
-        """Whether the critic is as it was at the last look; NaN where that cannot be told."""
-        if not self._critic_parameters:  # it shares all of them, or none of them learns
+        """Whether the critic has not changed since the last inspection; NaN if unknown."""
+        if not self._critic_parameters:  # all are shared with the actor, or frozen
             return math.nan if cast(Policy, pl_module.policy).halves[1].any() else 1.0
         before, self._critic = self._critic, fingerprint(self._critic_parameters)
         return math.nan if before is None else float(before == self._critic)
 
-    def _is_doubtful(self, module: PPOModule) -> bool:
-        """Whether there is anything to diagnose, which takes ten times as long to find out otherwise."""
+    def _needs_diagnosis(self, module: PPOModule) -> bool:
+        """Whether a metric was unhealthy lately; a diagnosis takes ten times as long as this check."""
         t = self.thresholds
         late = self.steps >= t.stall * module.total_steps
-        return self.iterations - self._doubted < t.window or (
-            late and not has_risen(mean(row.ep_return for row in self._rows), self._start, t)
+        return self.iterations - self._last_unhealthy < t.window or (
+            late and not return_has_risen(mean(row.ep_return for row in self._rows), self._start, t)
         )
 
-    def _run(self, module: PPOModule) -> Run:
+    def _run(self, module: PPOModule) -> RunStats:
         t = self.thresholds
         assert self._first is not None
-        return Run(
+        return RunStats(
             min(1.0, self.steps / module.total_steps),
             self._rewarded >= t.warmup_iterations + t.window,
             self.iterations >= t.warmup_iterations + t.window and self._later_episodes >= 2 * EpisodeStatistics.WINDOW,
@@ -345,8 +345,8 @@ class HealthMonitor(Callback):
             self._most_entropy,
         )
 
-    def _note(self, symptom: Symptom, pl_module: LightningModule | None) -> bool:
-        """Keep what was found, and say it to whoever is there; whether that is a change."""
+    def _record(self, symptom: Symptom, pl_module: LightningModule | None) -> bool:
+        """Record and print a finding; returns whether the alerts have changed."""
         self._seen[symptom.name] = self.iterations
         for finding in self.findings:
             if finding["name"] == symptom.name:
@@ -371,22 +371,22 @@ class HealthMonitor(Callback):
         )
         self.findings.append(finding)
         if pl_module is not None:
-            pl_module.print(_sentence(finding))
+            pl_module.print(_format(finding))
         return True
 
-    def _do(self, name: str, trainer: Trainer, module: PPOModule) -> bool:
-        """Change what the finding asks for, if it is time and within the bounds; whether anything was changed."""
+    def _intervene(self, name: str, trainer: Trainer, module: PPOModule) -> bool:
+        """Intervene for a finding, at most once per window and within the bounds; returns whether anything was changed."""
         t = self.thresholds
-        if name in HALVES:
+        if name in LOWER_LR_ON:
             key = "--model.optimizer.lr"
-        elif name in EXPLORES:
+        elif name in RAISE_ENTROPY_ON:
             key = "--model.ent_coef"
         else:
             return False
         before = [act for act in self.acts if act["key"] == key]
         if before and self.iterations - before[-1]["iteration"] < t.window:
             return False
-        if name in HALVES:
+        if name in LOWER_LR_ON:
             factor = t.lr_factor
             to = trainer.optimizers[0].param_groups[0]["initial_lr"] * factor
             within = math.prod([factor, *(act["factor"] for act in before)]) >= t.lowest_lr
@@ -398,24 +398,24 @@ class HealthMonitor(Callback):
             within = max(to, line.end * factor) <= t.highest_ent_coef
         if not within:
             return False
-        act = Act(step=self.steps, iteration=self.iterations, finding=name, key=key, factor=factor, to=to)
+        act = Intervention(step=self.steps, iteration=self.iterations, finding=name, key=key, factor=factor, to=to)
         self.acts.append(act)
         _apply(act, trainer, module, self)
-        cast(LightningModule, module).print(f"health: {_told(act)}")
+        cast(LightningModule, module).print(f"health: {_describe(act)}")
         return True
 
-    def _give_back(self, pl_module: LightningModule) -> None:
-        """Leave the module as the user made it: another fit applies the acts anew."""
+    def _restore(self, pl_module: LightningModule) -> None:
+        """Restore the user's schedule; another fit applies the interventions again."""
         if self._given is not None:
             cast(PPOModule, pl_module).schedules.release(self)
             self._given = None
 
-    def _mark(self, trainer: Trainer) -> None:
+    def _log(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
             logger.log_metrics({"health/alerts": len(self.alerts)}, step=self.steps)
             if isinstance(logger, TensorBoardLogger):
                 text = [f"**{finding['name']}** {finding['evidence']}. {finding['advice']}" for finding in self.alerts]
-                done = [_told(act) for act in self.acts]
+                done = [_describe(act) for act in self.acts]
                 logger.experiment.add_text("health", "\n\n".join([*text, *done]) or "nothing found", self.steps)
 
     def _write(self, trainer: Trainer) -> None:
@@ -424,12 +424,12 @@ class HealthMonitor(Callback):
         try:
             write_atomically(self._folder / "health.json", json.dumps(self.report(), indent=1).encode())
         except OSError as error:
-            rank_zero_warn(f"health.json could not be written into {self._folder} ({error}): the run goes on")
+            rank_zero_warn(f"health.json could not be written into {self._folder} ({error}); training continues")
             self._folder = None
 
 
-def _apply(act: Act, trainer: Trainer, module: PPOModule, owner: object) -> None:
-    """Change what it says, from the next iteration on."""
+def _apply(act: Intervention, trainer: Trainer, module: PPOModule, owner: object) -> None:
+    """Apply an intervention from the next iteration on."""
     if act["key"] == "--model.ent_coef":
         line = module.schedules["ent_coef"]
         assert line is not None
@@ -442,7 +442,7 @@ def _apply(act: Act, trainer: Trainer, module: PPOModule, owner: object) -> None
 
 
 def _configurable(network: Module) -> frozenset[str]:
-    """Parameters of :class:`ActorCritic` that the network's class takes; none of another network."""
+    """Parameters of :class:`ActorCritic` that the network's class takes; empty for other networks."""
     if not isinstance(network, ActorCritic):
         return frozenset()
     known = set(inspect.signature(ActorCritic).parameters)
@@ -455,16 +455,16 @@ def _configurable(network: Module) -> frozenset[str]:
     return frozenset(known if passes_on else known & own.keys())
 
 
-def _told(act: Act) -> str:
+def _describe(act: Intervention) -> str:
     name = act["key"].removeprefix("--model.")
     return f"{name} is {act['to']:.3g} from step {act['step']:,} on, since {act['finding']}"
 
 
-def _sentence(finding: Finding) -> str:
-    """What is printed when it is found."""
+def _format(finding: Finding) -> str:
+    """The printed text of a new finding."""
     head = (
         f"health: {finding['name']}, found at step {finding['since_step']:,} (iteration {finding['since_iteration']})"
     )
-    said = (("seen", finding["evidence"]), ("do", finding["advice"]))
-    lines = (fill(f"{word + ':':<6}{text}", 79, initial_indent="  ", subsequent_indent=" " * 8) for word, text in said)
+    parts = (("seen", finding["evidence"]), ("do", finding["advice"]))
+    lines = (fill(f"{word + ':':<6}{text}", 79, initial_indent="  ", subsequent_indent=" " * 8) for word, text in parts)
     return "\n".join([head, *lines])

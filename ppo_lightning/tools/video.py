@@ -34,13 +34,13 @@ from ppo_lightning.parameters import ONE_OR_MORE, checked
 from ppo_lightning.spaces import without_mask
 
 MAX_FRAMES = 1000
-"""Where a video ends, though episodes go on: all its frames are in memory, 0.7 GB of MuJoCo's."""
+"""Longest video (frames), since all frames are in memory: 0.7 GB of MuJoCo's."""
 
 TAG = "eval/video"
-"""Under which loggers show it."""
+"""Name of the video in loggers."""
 
 GIF_FPS, GIF_WIDTH = 10, 240
-"""Frames per second and pixels of the animation that TensorBoard shows: it knows no video, and keeps all in one file."""
+"""Frames per second and width (pixels) of the GIF for TensorBoard, which shows no videos and stores all in one file."""
 
 
 def record(
@@ -50,24 +50,24 @@ def record(
     deterministic: bool | None = None,
     fps: int | None = None,
 ) -> Path:
-    """Record the first episodes of the evaluation that ``model.evaluate()`` makes now, one after another.
+    """Record the first episodes that ``model.evaluate()`` would run now, one after another.
 
-    The environment is one of its own, with the same arguments and wrappers. No random numbers of training move. Without a
-    display, MuJoCo draws by EGL, or by OSMesa where there is no EGL, unless ``MUJOCO_GL`` says otherwise.
+    They run in a separate environment with the same arguments and wrappers, and do not change the random state of
+    training. Without a display, MuJoCo renders by EGL, or by OSMesa if there is no EGL, unless ``MUJOCO_GL`` is set.
 
     Args:
         model: a :class:`PPO`, trained or loaded.
-        folder: where the file is written, made where it is missing.
-        episodes: how many; the video ends after :data:`MAX_FRAMES` frames in any case.
+        folder: of the file; created if it is missing.
+        episodes: number of episodes; the video has at most :data:`MAX_FRAMES` frames.
         deterministic: take the most probable actions; None is the model's ``eval_deterministic``.
-        fps: frames per second; None is what the environment says in its metadata, else 30.
+        fps: frames per second; None takes the environment's metadata, else 30.
 
     Returns:
         The file, ``step_<environment steps>.mp4``.
 
     Raises:
-        InputError: moviepy is not installed, or the environment has no pictures.
-        EnvironmentFault: the environment raised, as MuJoCo does where it cannot draw.
+        InputError: moviepy is not installed, or the environment renders no images.
+        EnvironmentFault: the environment raised, as MuJoCo does if it cannot render.
         OSError: the file cannot be written.
     """
     if importlib.util.find_spec("moviepy") is None:
@@ -84,16 +84,16 @@ def record(
             if env.render_mode != "rgb_array":
                 env.close()
                 raise InputError(
-                    f"{module.env_factory.name} has no pictures: it must take render_mode=rgb_array, and be made with it"
+                    f"{module.env_factory.name} renders no images: it must take render_mode=rgb_array, and apply it"
                 )
-            # One recording of all episodes, since its length can be limited.
+            # One recording of all episodes, since only the length of a recording can be limited.
             place, first = f"{unfinished}/frames", lambda episode: episode == 0
             recorders.append(RecordVideo(env, place, first, video_length=MAX_FRAMES, fps=fps))
             return recorders[0]
 
         try:
             setting = module.env_provider.eval_overrides
-            maker = setting.apply_to(_drawing(module.env_factory, recorded))
+            maker = setting.apply_to(_recording_factory(module.env_factory, recorded))
             environments = Environments(maker, 1, module.env_timeout_s, attributes=setting.attributes)
         except EnvironmentFault as fault:
             raise fault.__cause__ if isinstance(fault.__cause__, InputError) else fault from None
@@ -109,14 +109,14 @@ def record(
                     deterministic=module.eval_deterministic if deterministic is None else deterministic,
                 )
             if recorders[0].recording:
-                del recorders[0].recorded_frames[-1]  # of the reset after the last episode
-        except BaseException:  # whatever it is, and it goes on from here: half a video is not worth encoding
+                del recorders[0].recorded_frames[-1]  # the reset after the last episode
+        except BaseException:  # skip encoding half a video
             for recorder in recorders:
                 recorder.recording = False
             raise
         finally:
             try:
-                environments.close()  # which encodes
+                environments.close()  # encodes the video
             finally:
                 for recorder in recorders:
                     recorder.recorded_frames = []
@@ -125,28 +125,28 @@ def record(
     return file
 
 
-def _drawing(maker: EnvFactory, recorded: Callable[[Any], Any]) -> EnvFactory:
-    """A recipe for one environment that draws and is recorded, wrapped as those that are evaluated."""
+def _recording_factory(maker: EnvFactory, recorded: Callable[[Any], Any]) -> EnvFactory:
+    """A factory of one environment that renders and is recorded, with the wrappers of evaluation."""
     again = maker.again()
     if again is None:
-        raise InputError(f"{maker.name} was given as a VectorEnv, of which no other can be made: give a callable")
+        raise InputError(f"{maker.name} was given as a VectorEnv, which cannot be created again: give a callable")
     draws = {**again.env_kwargs, "render_mode": "rgb_array"}
     if not isinstance(again.env, str):
         _, _, vector = again.probe(1)
         if vector is not None:
             vector.close()
-            raise InputError(f"{again.name} makes a VectorEnv, and videos are of single environments")
+            raise InputError(f"{again.name} creates a VectorEnv, and videos need single environments")
         parameters = inspect.signature(cast(Any, again.env)).parameters
         if "render_mode" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            draws = again.env_kwargs  # it may draw all the same
+            draws = again.env_kwargs  # it may render without the argument
     return replace(again, env_kwargs=draws, wrappers=(*again.wrappers, recorded), vectorization="sync", restarts=False)
 
 
 def choose_renderer() -> None:
-    """Where there is no display, let MuJoCo and pygame draw without: by EGL, with a graphics card or not, else by OSMesa."""
+    """Without a display, let MuJoCo render by EGL, else by OSMesa, and pygame by its dummy driver."""
     if sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
         return
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame would look for a display, and complain
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else pygame searches for a display and warns
     if "MUJOCO_GL" in os.environ:
         return
     egl_is_missing = ctypes.util.find_library("EGL") is None and ctypes.util.find_library("OSMesa") is not None
@@ -156,16 +156,16 @@ def choose_renderer() -> None:
 class EvaluationVideo(Callback):
     """Records evaluations: ``videos/step_<environment steps>.mp4`` in the run's folder, and in loggers that show videos.
 
-    After every so many evaluations, and the last, episodes are recorded in an environment of its own: those that the first
-    environment of that evaluation has run. Training is the same, to the bit, with and without. Where evaluations are not
-    training's own (:class:`AsyncEvaluation`, ``limit_val_batches: 0``), ``eval_interval`` counts. What fails costs a
-    warning, and the run goes on without further videos. Of several processes the first records.
+    It runs after every ``every`` evaluations and after the last one, in a separate environment, and records the episodes of
+    the evaluation's first environment. Training is bit-identical with and without it. If training does not evaluate itself
+    (:class:`AsyncEvaluation`, ``limit_val_batches: 0``), ``eval_interval`` counts. A failure is a warning, and the run
+    continues without further videos. The first rank records.
 
     Args:
         every: evaluations between videos; a validation is always recorded.
-        episodes: of a video, which ends after :data:`MAX_FRAMES` frames in any case.
-        folder: where files are written; None is ``videos`` in the run's folder.
-        fps: frames per second; None is what the environment says.
+        episodes: per video, which has at most :data:`MAX_FRAMES` frames.
+        folder: of the files; None is ``videos`` in the run's folder.
+        fps: frames per second; None takes the environment's metadata.
 
     Raises:
         InputError: a number is not positive.
@@ -191,13 +191,13 @@ class EvaluationVideo(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(PPOModule, pl_module)
-        due = _ends(trainer) or module.policy_version % module.iterations_between_evaluations == 0
+        due = _is_last_iteration(trainer) or module.policy_version % module.iterations_between_evaluations == 0
         if due and trainer.limit_val_batches == 0 and module.agreed_stop_signal not in Interrupts.SIGNALS:
             self._evaluated(trainer, module)
 
     def _evaluated(self, trainer: Trainer, module: PPOModule) -> None:
         self._evaluations += 1
-        if trainer.state.fn == TrainerFn.FITTING and self._evaluations % self.every and not _ends(trainer):
+        if trainer.state.fn == TrainerFn.FITTING and self._evaluations % self.every and not _is_last_iteration(trainer):
             return
         folder = _run_folder(trainer) / "videos" if self.folder is None else self.folder
         with others_wait(trainer):
@@ -209,30 +209,30 @@ class EvaluationVideo(Callback):
         try:
             video = record(module, folder, self.episodes, fps=self.fps)
             for logger in trainer.loggers:
-                show(logger, video, module.num_env_steps)
-        except Exception as error:  # of drivers, encoders, environments, disks and networks: a video is worth no run
+                log_video(logger, video, module.num_env_steps)
+        except Exception as error:  # of a driver, encoder, environment, disk or network: no reason to fail the run
             self._gave_up = True
-            drawn = f"; MuJoCo draws by MUJOCO_GL={os.environ.get('MUJOCO_GL')}" if "mujoco" in sys.modules else ""
+            drawn = f"; MuJoCo renders by MUJOCO_GL={os.environ.get('MUJOCO_GL')}" if "mujoco" in sys.modules else ""
             rank_zero_warn(
-                f"no video of step {module.num_env_steps:,}: {_told(error)}{drawn}; the run goes on without videos "
-                "(docs/evaluation.md says what they need)"
+                f"no video of step {module.num_env_steps:,}: {_first_line(error)}{drawn}; training continues without videos "
+                "(see docs/evaluation.md)"
             )
         module.exclude_from_fps(time.perf_counter() - started)
 
 
-def _ends(trainer: Trainer) -> bool:
+def _is_last_iteration(trainer: Trainer) -> bool:
     return trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
 
 
-def _told(error: Exception) -> str:
-    """The first line of an error, with its type where that is not ours; encoders write pages."""
+def _first_line(error: Exception) -> str:
+    """The first line of an error, with its type unless it is ours; encoders write pages."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
 def _run_folder(trainer: Trainer) -> Path:
-    """Of the loggers; without them of the checkpoint that is validated; else the folder for everything."""
-    folder = trainer.log_dir  # all processes ask: the answer is broadcast
+    """The loggers' folder; without loggers the validated checkpoint's; else the Trainer's default."""
+    folder = trainer.log_dir  # a broadcast, in which all ranks take part
     checkpoints = Path(str(trainer.ckpt_path)).resolve().parent
     if not trainer.loggers and trainer.ckpt_path and checkpoints.name == "checkpoints" and checkpoints.is_dir():
         return checkpoints.parent
@@ -240,8 +240,8 @@ def _run_folder(trainer: Trainer) -> Path:
 
 
 @singledispatch
-def show(logger: Logger, video: Path, step: int) -> None:
-    """Send a video to a logger; one that has no place for videos leaves it.
+def log_video(logger: Logger, video: Path, step: int) -> None:
+    """Send a video to a logger, if it supports videos.
 
     Args:
         logger: of the run.
@@ -250,43 +250,43 @@ def show(logger: Logger, video: Path, step: int) -> None:
     """
 
 
-@show.register
+@log_video.register
 def _(logger: TensorBoardLogger, video: Path, step: int) -> None:
-    # torch's add_video asks for a module that moviepy 2 has no more; what it would write is this.
+    # torch's add_video imports a module that moviepy 2 has removed; this is what it would write.
     from tensorboard.compat.proto import summary_pb2
 
     data, width, height = animation(video)
-    Summary = cast(Any, summary_pb2).Summary  # noqa: N806 - it is a class, made when its module is imported
+    Summary = cast(Any, summary_pb2).Summary  # noqa: N806 - a class, created at import
     image = Summary.Image(encoded_image_string=data, width=width, height=height, colorspace=3)
     writer = cast(Any, logger.experiment)
     writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=TAG, image=image)]), step)
 
 
-@show.register
+@log_video.register
 def _(logger: WandbLogger, video: Path, step: int) -> None:
     logger.log_video(TAG, [str(video)], step=step, format=["mp4"])
 
 
-@show.register
+@log_video.register
 def _(logger: MLFlowLogger, video: Path, step: int) -> None:
     logger.experiment.log_artifact(logger.run_id, str(video), "videos")
 
 
-@show.register
+@log_video.register
 def _(logger: CometLogger, video: Path, step: int) -> None:
     cast(Any, logger.experiment).log_video(str(video), name=TAG, step=step)
 
 
 @contextmanager
 def opened(video: Path) -> Iterator[Any]:
-    """A video as moviepy's clip, with nothing of it left open."""
+    """A video as moviepy's clip, with all its pipes closed at the end."""
     from moviepy import VideoFileClip
 
     with VideoFileClip(str(video), audio=False) as clip:
         process = cast(Any, clip).reader.proc
         try:
             yield clip
-        finally:  # moviepy leaves the pipes of a process that has ended
+        finally:  # moviepy leaves them open
             process.stdout.close()
             process.stderr.close()
 
