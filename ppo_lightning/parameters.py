@@ -538,6 +538,32 @@ def check_length(scheduler: torch.optim.lr_scheduler.LRScheduler, iterations: in
         )
 
 
+def check_callable(name: str, function: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse a function or module that cannot be called with these arguments.
+
+    Args:
+        name: of the parameter that it was given as.
+        function: that will be called.
+        args: names of positional arguments.
+        kwargs: by keyword.
+
+    Raises:
+        InputError: its signature does not take them.
+    """
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        signature = inspect.signature(called)
+    except ValueError:  # of a builtin, which has none
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        arguments = ", ".join([*args, *(["*", *kwargs] if kwargs else [])])
+        raise InputError(
+            f"{name} is called with ({arguments}), and {shown(function)} takes {signature}: {error}"
+        ) from error
+
+
 @contextmanager
 def calling(name: str, signature: str) -> Iterator[None]:
     """Name a factory of the user, and what it is called with, in what it raises."""

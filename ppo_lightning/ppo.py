@@ -35,6 +35,7 @@ from ppo_lightning.parameters import (
     LIMITS,
     Linear,
     PopArt,
+    check_callable,
     check_length,
     check_memory,
     checked,
@@ -46,12 +47,18 @@ from ppo_lightning.parameters import (
 )
 from ppo_lightning.policy import ActorCritic, Policy, RunningMoments, in_eval_mode
 from ppo_lightning.policy.prediction import predict
-from ppo_lightning.rollout.dataset import RolloutDataset, check_rollout
+from ppo_lightning.rollout.dataset import RolloutDataset, check_rollout, rollout_memory
 from ppo_lightning.runs.hyperparameters import defaults_of
 from ppo_lightning.runs.module import RunModule
 from ppo_lightning.runs.ranks import LightningBackend, can_bypass_strategy
 from ppo_lightning.runs.seeding import resolve_seed
-from ppo_lightning.runs.trainer import end_iteration, gradient_hooks, refuse_unsupported, shorten_timeout
+from ppo_lightning.runs.trainer import (
+    end_iteration,
+    gradient_hooks,
+    refuse_unsupported,
+    set_global_step,
+    shorten_timeout,
+)
 from ppo_lightning.spaces import MASK, without_mask
 
 
@@ -191,21 +198,25 @@ class PPO(RunModule):
             metric_names=metric_names,
             env_timeout_s=env_timeout_s,
         )
+        seen = without_mask(self.observation_space)
         check_memory(
             {
+                **rollout_memory(seen, num_steps, self.num_envs),
                 f"update_epochs = {update_epochs}": update_epochs * num_steps * self.num_envs * 8,  # permutations
                 f"num_eval_episodes = {num_eval_episodes}": num_eval_episodes * 32,
             }
         )
-        self.gamma, self.gae_lambda, self.num_minibatches = gamma, gae_lambda, num_minibatches
+        self.gamma, self.gae_lambda = gamma, gae_lambda
+        self.update_epochs, self.num_minibatches = update_epochs, num_minibatches
         self.clip_range_vf, self.vf_coef, self.target_kl = clip_range_vf, vf_coef, target_kl
         coefficients = schedule("clip_range", clip_range), schedule("ent_coef", ent_coef)
         self.schedules = Schedules(*coefficients, lr_scheduler=lr_scheduler is not None)
         self.optimizer, self.lr_scheduler = plain_factory(optimizer), plain_factory(lr_scheduler)
-        seen = without_mask(self.observation_space)
         self.policy = Policy(seen, self.action_space, policy, normalize_observation, popart)
         self.loss: Loss = PPOLoss() if loss is None else plain_factory(loss)
+        check_callable("loss", self.loss, "batch", "evaluate", "coefficients")
         self.advantage_estimator = plain_factory(advantage_estimator)
+        check_callable("advantage_estimator", self.advantage_estimator, "rollout", gamma=gamma, gae_lambda=gae_lambda)
         self.reward_normalizer = RewardNormalizer(normalize=normalize_reward, sign=clip_reward, gamma=gamma)
         self.guard = NonFiniteGuard(non_finite)
         self.updater = Updater(
@@ -324,6 +335,7 @@ class PPO(RunModule):
         update = self.update(batch)
         call_event(self, "on_update_end", update)
         self.count(batch, epochs=update.epochs)
+        set_global_step(self.trainer, steps + 1)
         if self.lr_scheduler is not None:
             # Torch's scheduler looks for a call of the optimizer's step, which a compiled update does not make.
             cast(Any, self._optimizer)._opt_called = True
@@ -332,7 +344,7 @@ class PPO(RunModule):
         self.log_metrics(metrics)
         call_event(self, "on_iteration_end", metrics)
         done = self.num_env_steps >= self.total_steps
-        end_iteration(self.trainer, steps + 1, done=done, stop_signal=self.agreed_stop_signal)
+        end_iteration(self.trainer, done=done, stop_signal=self.agreed_stop_signal)
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

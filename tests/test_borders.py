@@ -292,7 +292,7 @@ def test_predict_needs_the_mask_that_the_observation_has():
         ({"log_std_init": 5.0}, "must lie within log_std_range"),
         ({"hidden_sizes": 64}, "hidden_sizes must be 1 or more"),
         ({"hidden_sizes": (0,)}, "hidden_sizes must be 1 or more"),
-        ({"rnn": "lstm", "rnn_size": 0}, "memory_size must be 1 or more"),
+        ({"rnn": "lstm", "rnn_size": 0}, "rnn_size must be 1 or more"),
         ({"encoders": {"": lambda space: 7}}, "is a int: it must be a torch.nn.Module"),
         ({"encoders": {"": lambda space: nn.Linear(9, 9)}}, "the encoder Linear raised RuntimeError"),
         ({"encoders": {"": lambda space: nn.LSTM(4, 4)}}, "the encoder LSTM raised AttributeError"),
@@ -518,7 +518,7 @@ def test_what_makes_no_environment_is_refused(env, message):
             "encoders must be a dictionary with strings as keys and callables as values",
         ),
         (partial(ActorCritic, actor_keys="state"), "actor_keys must be a list of strings or null, got 'state'"),
-        (partial(ActorCritic, rnn="lstm", rnn_size=True), "memory_size must be 1 or more, got True"),
+        (partial(ActorCritic, rnn="lstm", rnn_size=True), "rnn_size must be 1 or more, got True"),
         (partial(ActorCritic, entropy_weights={"a": "1"}), "entropy_weights must be a dictionary"),
     ],
 )

@@ -10,7 +10,9 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from probes import ActionMustMatch, Endless, Faulty, Probe, Scripted, Uneven
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, EnvironmentFault, InputError, evaluation
+from ppo_lightning import PPO, EnvironmentFault, InputError
+from ppo_lightning.evaluation import episodes as evaluation
+from ppo_lightning.evaluation import evaluator
 from ppo_lightning.evaluation.episodes import summarize
 
 
@@ -18,13 +20,11 @@ def episodes_of(model, n, **kwargs):
     """The episodes themselves, before they are summarised."""
     kept = []
     original = evaluation.summarize
-    import ppo_lightning.ppo as module
-
-    module.summarize = lambda episodes: kept.append(episodes) or original(episodes)
+    evaluator.summarize = lambda episodes: kept.append(episodes) or original(episodes)
     try:
         model.evaluate(n, **kwargs)
     finally:
-        module.summarize = original
+        evaluator.summarize = original
     return kept[0]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import Space
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tensordict import TensorDict
 from torch import Tensor
@@ -68,7 +69,6 @@ class RolloutDataset(IterableDataset[TensorDict]):
         self.environments: Environments | Halves | None = None
         self.observation_space = without_mask(provider.observation_space)
         self._given_sequence_length = sequence_length
-        check_memory(self.memory())
         self.sequence_length = self.check_num_steps(num_steps)
         """Steps into which rollouts are split for a recurrent policy; None for others."""
         self.episodes = EpisodeStatistics()
@@ -129,7 +129,9 @@ class RolloutDataset(IterableDataset[TensorDict]):
 
     def _make_environments(self) -> Environments | Halves:
         if self.learner.device.type == "cpu":
-            check_memory(self.memory(), physical_memory())
+            check_memory(
+                rollout_memory(self.observation_space, self.num_steps, self.provider.num_envs), physical_memory()
+            )
         environments = self.provider.for_training()
         try:
             self._check_resets(environments, self.num_steps)
@@ -137,13 +139,6 @@ class RolloutDataset(IterableDataset[TensorDict]):
             environments.close()
             raise
         return environments
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of a rollout's observations, by the parameters that they come from."""
-        stored = [storage(leaf) for leaf in leaves(self.observation_space).values()]
-        sample = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
-        num_envs = self.provider.num_envs
-        return {f"num_steps · num_envs = {self.num_steps} · {num_envs}": self.num_steps * num_envs * sample}
 
     def check_num_steps(self, num_steps: int) -> int | None:
         """Refuse a length of rollouts that cannot be split; else the steps of a sequence, None without recurrence.
@@ -350,6 +345,13 @@ class RolloutDataset(IterableDataset[TensorDict]):
             pieces = zip(*(leaf.split(size) for leaf in leaves), strict=True)
             return [dict(zip(rows, piece, strict=True)) for piece in pieces]
         return list(rows.split(size))
+
+
+def rollout_memory(observation_space: Space[Any], num_steps: int, num_envs: int) -> dict[str, int]:
+    """Bytes of a rollout's observations, by the parameters that they come from."""
+    stored = [storage(leaf) for leaf in leaves(observation_space).values()]
+    sample = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
+    return {f"num_steps · num_envs = {num_steps} · {num_envs}": num_steps * num_envs * sample}
 
 
 def check_rollout(batch: Any, policy_version: int) -> None:

@@ -327,16 +327,14 @@ def check_trainer(trainer: Any, iterations: int, evaluation_interval: int, *, ru
     return before
 
 
-def end_iteration(trainer: Any, iterations: int, *, done: bool, stop_signal: signal.Signals | None) -> None:
-    """Count an iteration, and decide whether the run stops and whether an evaluation follows.
+def end_iteration(trainer: Any, *, done: bool, stop_signal: signal.Signals | None) -> None:
+    """Decide whether the run stops after this iteration, and whether an evaluation follows.
 
     Args:
         trainer: of the run.
-        iterations: so far.
         done: ``total_steps`` are trained.
         stop_signal: that asks the run to stop.
     """
-    set_global_step(trainer, iterations)
     trainer.should_stop = trainer.should_stop or done or stop_signal in STOP_SIGNALS
     if stop_signal in STOP_SIGNALS:
         trainer.check_val_every_n_epoch = sys.maxsize  # there is no time for an evaluation
