@@ -3,13 +3,16 @@
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
+
+from ppo_lightning import PPOCallback
 
 
-class Dump(Callback):
+class Dump(PPOCallback):
     """``rank_R.pt`` in the working directory, at the end of training."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.updates: list[int] = []
         self.first_observation: Any = None
 
@@ -17,8 +20,8 @@ class Dump(Callback):
         if self.first_observation is None:
             self.first_observation = batch["observation"][0].clone()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        self.updates.append(len(pl_module.updater.eager.norms))
+    def on_update_end(self, trainer: Trainer, pl_module: Any, update: Any) -> None:
+        self.updates.append(len(update.grad_norms))
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         state = {

@@ -275,7 +275,7 @@ def call(draw: random.Random) -> tuple[str, Callable[[], Any]]:
 def is_quick(model: PPO) -> bool:
     """Whether two iterations and an evaluation take no longer than a moment."""
     sizes = model.num_steps * model.num_envs * model.update_epochs <= 500 and model.num_eval_episodes <= 5
-    return sizes and not model.compiles and model.env_factory.vectorization != "async"
+    return sizes and not model.updater.compile and model.env_factory.vectorization != "async"
 
 
 def used(model: PPO, again: dict[str, Any], folder: Path) -> None:

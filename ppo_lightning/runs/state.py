@@ -36,6 +36,9 @@ class RunState:
         """That a fit resumes, until it has its optimizer."""
         self._local_rank_only = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "generator": None}  # the module gives its own back
+
     def of_this_rank(self) -> dict[str, Any]:
         """What this rank's next rollout depends on, as plain data."""
         return {
