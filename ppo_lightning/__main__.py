@@ -1,4 +1,4 @@
-"""``python -m ppo_lightning``: ``report`` and ``sweep`` have doors of their own, all else is LightningCLI's (cli.py)."""
+"""``python -m ppo_lightning``: the command line."""
 
 import os
 import signal
@@ -6,8 +6,8 @@ import sys
 from importlib import import_module
 from types import FrameType
 
-DOORS = {"report": "tools.report", "sweep": "tools.sweep"}
-"""Modules whose ``main`` takes the rest of the words."""
+COMMANDS = {"report": "tools.report", "sweep": "tools.sweep"}
+"""Modules of commands of their own, whose ``main`` takes the rest of the words; all others are LightningCLI's."""
 
 
 def run(words: list[str]) -> None:
@@ -16,11 +16,11 @@ def run(words: list[str]) -> None:
     Args:
         words: of the command line, without the program's name.
     """
-    door = DOORS.get(words[0]) if words else None
-    main = import_module(f"ppo_lightning.{door or 'cli'}").main
+    module = COMMANDS.get(words[0]) if words else None
+    main = import_module(f"ppo_lightning.{module or 'cli'}").main
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    main(words if door is None else words[1:])
+    main(words if module is None else words[1:])
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import multiprocessing
 
 from ppo_lightning import PPO
-from ppo_lightning.__main__ import DOORS, main
+from ppo_lightning.__main__ import COMMANDS, main
 
 PORTS = itertools.cycle(range(1000))
 
@@ -86,8 +86,8 @@ def command(words: list[str], before: Callable[[], Any] | None = None, timeout_s
         before: runs first, in that process.
         timeout_s: after which it is killed, with all processes that it has started.
     """
-    for door in ("cli", *DOORS):  # once, for all
-        import_module(f"ppo_lightning.{door}")
+    for module in ("cli", *COMMANDS.values()):  # once, for all
+        import_module(f"ppo_lightning.{module}")
     files = [Path(name).absolute() for name in (".output", ".error")]
     process = os.fork()
     if process == 0:

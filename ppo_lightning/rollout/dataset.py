@@ -116,7 +116,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
                 stepper.restore(saved["stepper"])
                 self.running_return, self.episodes.carry = saved["running_return"], saved["carry"]
             else:
-                rank_zero_info("environments begin anew: those that were saved were made otherwise")
+                rank_zero_info("environments begin new episodes: those that were saved were made otherwise")
             set_rng_state(saved["random"], learner.generator)  # resets may have drawn from the shared ones
         return stepper
 

@@ -62,7 +62,7 @@ def test_environments_that_a_callable_makes_otherwise_begin_anew(fit, caplog):
     model = PPO(partial(gym.make, "Pendulum-v1", g=5.0, max_episode_steps=50), **SMALL)
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         fit(model, ckpt_path="at.ckpt", limit_train_batches=1, max_epochs=4)
-    assert "environments begin anew: those that were saved were made otherwise" in caplog.text
+    assert "environments begin new episodes: those that were saved were made otherwise" in caplog.text
     model.rollouts.collect()
     environment = model.rollouts.environments.env.envs[0]
     assert environment.unwrapped.g == 5.0

@@ -16,8 +16,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from probes import Endless
 
-from ppo_lightning import PPO, evaluation, rollout
+from ppo_lightning import PPO
 from ppo_lightning.envs.classic_control import CartPole
+from ppo_lightning.evaluation import episodes as evaluation
+from ppo_lightning.rollout import dataset as rollout
 from ppo_lightning.runs.ranks import Ranks
 
 SMALL = {"num_envs": 2, "num_steps": 16, "total_steps": 128, "num_minibatches": 2}

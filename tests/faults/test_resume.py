@@ -95,7 +95,7 @@ def test_other_environments_begin_anew_and_the_log_says_so(fit, caplog):
     fit(PPO("Pendulum-v1", **SMALL), callbacks=[SaveAt(3)])
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         fit(PPO("Pendulum-v1", env_kwargs={"g": 5.0}, **SMALL), ckpt_path="at.ckpt")
-    assert "environments begin anew: they were {'env': 'Pendulum-v1'" in caplog.text
+    assert "environments begin new episodes: they were {'env': 'Pendulum-v1'" in caplog.text
 
 
 # --- several processes --------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_one_that_does_not_begins_anew_and_the_log_says_so(fit, caplog):
         model = PPO(Walk, **SMALL)
         fit(model, ckpt_path="at.ckpt")
     assert model.num_env_steps == SMALL["total_steps"]
-    assert "environments begin anew: Walk has no get_state and set_state" in caplog.text
+    assert "environments begin new episodes: Walk has no get_state and set_state" in caplog.text
 
 
 def test_a_state_that_no_file_can_hold_is_refused(fit):
