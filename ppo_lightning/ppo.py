@@ -207,8 +207,8 @@ class PPO(RunModule):
             }
         )
         self.gamma, self.gae_lambda = gamma, gae_lambda
-        self.update_epochs, self.num_minibatches = update_epochs, num_minibatches
-        self.clip_range_vf, self.vf_coef, self.target_kl = clip_range_vf, vf_coef, target_kl
+        self.num_minibatches = num_minibatches
+        self.clip_range_vf, self.vf_coef = clip_range_vf, vf_coef
         coefficients = schedule("clip_range", clip_range), schedule("ent_coef", ent_coef)
         self.schedules = Schedules(*coefficients, lr_scheduler=lr_scheduler is not None)
         self.optimizer, self.lr_scheduler = plain_factory(optimizer), plain_factory(lr_scheduler)
@@ -427,7 +427,7 @@ class PPO(RunModule):
             metrics["train/skipped_steps"] = self.guard.skipped
         if self.clip_range_vf is not None:
             metrics["train/clip_range_vf"] = self.clip_range_vf
-        if self.target_kl is not None:
+        if self.updater.target_kl is not None:
             metrics["train/early_stopped"] = float(update.stopped)
         return metrics
 

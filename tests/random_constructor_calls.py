@@ -274,7 +274,7 @@ def call(draw: random.Random) -> tuple[str, Callable[[], Any]]:
 
 def is_quick(model: PPO) -> bool:
     """Whether two iterations and an evaluation take no longer than a moment."""
-    sizes = model.num_steps * model.num_envs * model.update_epochs <= 500 and model.num_eval_episodes <= 5
+    sizes = model.num_steps * model.num_envs * model.updater.update_epochs <= 500 and model.num_eval_episodes <= 5
     return sizes and not model.updater.compile and model.env_factory.vectorization != "async"
 
 
@@ -311,7 +311,9 @@ def outcome(draw: random.Random, trains: float = 1.0) -> tuple[str, str]:
             made = make()
             if isinstance(made, PPO):
                 if trained and is_quick(made):
-                    again = {name: value for name, value in make.keywords.items() if name in made._not_saved}
+                    again = {
+                        name: value for name, value in make.keywords.items() if name in made.hyperparameters.unsaved
+                    }
                     used(made, {"env": make.args[0], **again}, Path(folder))
                     return "trained", text
                 made.close_environments()

@@ -411,7 +411,7 @@ def test_numpy_and_torch_scalars_become_plain_numbers_that_checkpoints_hold(fit,
     assert held["clip_range"] == {"start": 0.5, "end": 0.25}
     assert held["env_kwargs"] == {"length": 0.5, "forces": {"list": (0.5, 1)}}
     again = PPO.load_from_checkpoint(tmp_path / "scalars.ckpt", env=Pole)
-    assert (again.gamma, again.max_grad_norm, again.vf_coef) == (0.5, 0.75, 0.25)
+    assert (again.gamma, again.updater.max_grad_norm, again.vf_coef) == (0.5, 0.75, 0.25)
 
 
 # --- what factories return -----------------------------------------------------------------------------------------------

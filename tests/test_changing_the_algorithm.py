@@ -1,8 +1,11 @@
 """The algorithm's parts are values: a loss, an advantage estimator, keys of one's own, in every mode."""
 
+import ast
+import re
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import lightning
 import pytest
@@ -12,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, InputError, PPOCallback, PPOLoss, gae
+from ppo_lightning.callbacks import Stage, Stages
 
 SMALL = {"num_envs": 2, "num_steps": 16, "total_steps": 4 * 32, "update_epochs": 2, "num_minibatches": 2}
 
@@ -316,6 +320,173 @@ def test_an_estimator_that_returns_something_else_is_refused(returned, got):
 
     with pytest.raises(InputError, match=rf"advantage_estimator must return .* of shape \(16, 2\), {got}"):
         PPO("CartPole-v1", advantage_estimator=estimator, **SMALL).collect()
+
+
+# --- the examples of the documentation ---------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs/changing_the_algorithm.md").read_text()
+EXAMPLES = {
+    re.findall(r"(?:class|def) (\w+)", code)[0]: code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+}
+
+
+def example(name, **options):
+    """Its model, of a small size, and its callbacks."""
+    *definitions, model, fit = ast.parse(EXAMPLES[name]).body
+    space: dict = {}
+    exec(ast.unparse(ast.Module(definitions, [])), space)
+    (model, fit) = (cast(Any, one).value for one in (model, fit))
+    given = {one.arg: eval(ast.unparse(one.value), space) for one in model.keywords if one.arg != "total_steps"}
+    callbacks = [eval(ast.unparse(one.value), space) for one in fit.func.value.keywords]
+    options = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "total_steps": 96, **options}
+    return seeded(lambda: PPO("Pendulum-v1", **given, **options)), [one for each in callbacks for one in each]
+
+
+def test_there_are_examples_of_at_most_30_lines():
+    assert EXAMPLES.keys() == {"RewardPrediction", "ClipHigher", "SPOLoss", "upgo", "RND", "Mirrored"}
+    assert all(len([line for line in code.splitlines() if line.strip()]) <= 30 for code in EXAMPLES.values())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_example_trains_compiled_as_eager(name):
+    (eager, callbacks), (model, others) = example(name), example(name, compile=True)
+    before = weights(eager)
+    trained(eager, *callbacks)
+    trained(model, *others)
+    assert model.updater.compiled is not None
+    assert_close(weights(model), weights(eager), rtol=1e-3, atol=1e-4)
+    assert not torch.equal(
+        weights(eager)["policy.network.value_head.weight"], before["policy.network.value_head.weight"]
+    )
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_example_trains_on_two_ranks(name):
+    def train(rank):
+        model, callbacks = example(name, total_steps=128)
+        trained(model, *callbacks, ranks=2)
+        return {key: one.numpy() for key, one in weights(model).items() if key.startswith(("loss", "policy"))}
+
+    one, other = forked(train)
+    for key in one:
+        assert_close(one[key], other[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_example_resumes_bit_exactly(name, tmp_path):
+    whole, callbacks = example(name)
+    trained(whole, *callbacks)
+    first, callbacks = example(name)
+    trained(first, *callbacks, max_epochs=2).save_checkpoint(tmp_path / "two.ckpt")
+    second, callbacks = example(name)
+    trained(second, *callbacks, ckpt_path=tmp_path / "two.ckpt")
+    assert_close(weights(second), weights(whole), rtol=0, atol=0)
+
+
+def test_an_estimator_of_the_documentation_is_its_formula():
+    """UPGO by its definition, over two environments in which episodes end in both ways."""
+    model, _ = example("upgo", num_steps=32)
+    rollout = seeded(model.collect).clone()
+    generator = torch.Generator().manual_seed(0)
+    for key in ("reward", "state_value", "next_state_value"):
+        rollout[key] = torch.randn(32, 2, generator=generator)
+    rollout["terminated"] = torch.rand(32, 2, generator=generator) < 0.1
+    rollout["truncated"] = torch.rand(32, 2, generator=generator) < 0.1
+    advantage, target = model.advantage_estimator(rollout, gamma=0.9, gae_lambda=0.5)
+    for env in range(2):
+        for t in range(32):
+            total, discount, step = 0.0, 1.0, t
+            while True:
+                total += discount * float(rollout["reward"][step, env])
+                discount *= 0.9
+                over = rollout["terminated"][step, env] or rollout["truncated"][step, env] or step == 31
+                better = not over and target[step + 1, env] >= rollout["state_value"][step + 1, env]
+                if not better:
+                    value = rollout["next_state_value"][step, env] if over else rollout["state_value"][step + 1, env]
+                    total += discount * float(value) * (not rollout["terminated"][step, env])
+                    break
+                step += 1
+            assert float(target[t, env]) == pytest.approx(total, rel=1e-4, abs=1e-5)
+    assert_close(advantage, target - rollout["state_value"])
+
+
+# --- schedules have one owner ------------------------------------------------------------------------------------------
+
+
+class Fixes(PPOCallback):
+    """Sets a schedule, as a callback of one's own does."""
+
+    def __init__(self, name, value):
+        super().__init__()
+        self.name, self.value = name, value
+
+    def on_iteration_start(self, trainer, pl_module):
+        pl_module.schedules.override(self.name, self.value, owner=self)
+
+
+@pytest.mark.parametrize(("name", "metric"), [("lr", "train/learning_rate"), ("clip_range", "train/clip_range")])
+def test_a_callback_overrides_a_schedule_and_restores_it(name, metric):
+    model, logged, fixes = PPO("CartPole-v1", **SMALL), Logged(), Fixes(name, 0.125)
+    trained(model, fixes, logged)
+    assert [row[metric] for row in logged.rows] == [0.125] * 4
+    own = model.schedules[name]
+    model.schedules.override(name, None, owner=fixes)
+    assert model.schedules[name] != own
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "options", "message"),
+    [
+        ([Fixes("lr", 1e-3), Fixes("lr", 1e-4)], {}, "Fixes and Fixes both set the learning rate"),
+        ([Stages([Stage(clip_range=0.1)]), Fixes("clip_range", 0.2)], {}, "Fixes and Stages both set clip_range"),
+        (
+            [Fixes("lr", 1e-3)],
+            {"lr_scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=1)},
+            "Fixes and lr_scheduler both set the learning rate",
+        ),
+        ([Fixes("gamma", 0.9)], {}, "there is no schedule gamma: take one of lr, clip_range, ent_coef"),
+    ],
+)
+def test_a_second_owner_is_refused_by_name(callbacks, options, message):
+    with pytest.raises(InputError, match=message):
+        trained(PPO("CartPole-v1", **SMALL, **options), *callbacks)
+
+
+# --- subclasses --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_samples_of_a_subclass_are_used(compile):
+    class Half(PPO):
+        def training_samples(self, rollout):
+            return {name: tensor[::2] for name, tensor in super().training_samples(rollout).items()}
+
+    sizes = set()
+
+    class Sees(PPOLoss):
+        def forward(self, batch, evaluate, coefficients):
+            sizes.add(len(batch["advantage"]))
+            return super().forward(batch, evaluate, coefficients)
+
+    trained(Half("CartPole-v1", loss=Sees(), compile=compile, **SMALL))
+    assert sizes == {8} if not compile else 8 in sizes
+
+
+def test_the_command_line_trains_the_class_that_it_is_given(tmp_path, monkeypatch):
+    from ppo_lightning.cli import PPOCLI
+
+    kinds = []
+
+    class MyPPO(PPO):
+        def on_train_start(self):
+            super().on_train_start()
+            kinds.append(type(self).__name__)
+
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "--model.env", "CartPole-v1", "--model.num_envs", "2", "--model.num_steps", "16"]
+    words += ["--model.total_steps", "32", "--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "0"]
+    PPOCLI(MyPPO, args=[*words, "--trainer.enable_progress_bar", "false"])
+    assert kinds == ["MyPPO"]
 
 
 # --- the same by YAML --------------------------------------------------------------------------------------------------
