@@ -383,7 +383,9 @@ class PPO(RunModule):
         """
         try:
             samples = self.training_samples(rollout)
-            result = self.updater.update(samples, self.coefficients, self.generator, self.ranks.gather)
+            result = self.updater.update(
+                samples, self.coefficients, self.generator, self.ranks.gather, self.schedules.changing
+            )
         except NonFiniteGradient as error:
             folder = None if self._trainer is None else self.trainer.log_dir or self.trainer.default_root_dir
             message = write_dump(error, Path(folder or "."), int(self.iterations) + 1, self.ranks.rank)

@@ -336,6 +336,7 @@ def example(name, **options):
     space: dict = {}
     exec(ast.unparse(ast.Module(definitions, [])), space)
     (model, fit) = (cast(Any, one).value for one in (model, fit))
+    lightning.seed_everything(5, verbose=False)
     given = {one.arg: eval(ast.unparse(one.value), space) for one in model.keywords if one.arg != "total_steps"}
     callbacks = [eval(ast.unparse(one.value), space) for one in fit.func.value.keywords]
     options = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "total_steps": 96, **options}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from ppo_lightning.algorithm.compiler import MAX_SAMPLES, CompilerError, compile_function
-from ppo_lightning.algorithm.loss import Objective, normalize_advantages
+from ppo_lightning.algorithm.loss import LossCoefficients, Objective, normalize_advantages
 from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, index_samples
 from ppo_lightning.algorithm.optimizer_step import Backend, StepRecord, UpdateSettings
 from ppo_lightning.policy.actor_critic import ExplorationHead, GaussianHead
@@ -96,6 +96,11 @@ class CompiledStep:
         self.decoupled = isinstance(optimizer, torch.optim.AdamW)
         self.names: tuple[str, ...] | None = None
         """Of the scalars that the loss returns; None before its first call."""
+        self._given: LossCoefficients | None = None
+        self.coefficients = LossCoefficients()
+        """Of this update, but for those that are scheduled, which are 0."""
+        self.scheduled: tuple[str, ...] = ()
+        """Names of the coefficients that have changed, or will."""
         self.shapes: dict[str, torch.Size] = {}
         self.flat = self.moments = self.masks = torch.zeros(0)
         self.steps: list[Tensor] = []
@@ -134,7 +139,8 @@ class CompiledStep:
             batch["valid"] = valid
         if self.normalizes:
             batch["advantage"] = normalize_advantages(batch["advantage"], valid)
-        coefficients = replace(self.settings.coefficients, clip_range=at["clip_range"], ent_coef=at["ent_coef"])
+        scheduled: dict[str, Any] = {name: value for name, value in at.items() if name in self.scheduled}
+        coefficients = replace(self.coefficients, **scheduled)
 
         def score(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             losses = functional_call(self.objective, parameters, (batch, coefficients), tie_weights=self.tied)
@@ -197,6 +203,14 @@ class CompiledStep:
         samples that do not count.
         """
         self.plan, self.settings = plan, settings
+        # A coefficient that changes is a tensor, so that no change compiles anything again; others are plain numbers.
+        before, self.coefficients = self._given, settings.coefficients
+        self._given = settings.coefficients
+        for name in ("clip_range", "ent_coef"):
+            changed = before is not None and getattr(before, name) != getattr(self.coefficients, name)
+            if (changed or name in settings.scheduled) and name not in self.scheduled:
+                self.scheduled = (*self.scheduled, name)
+        self.coefficients = replace(self.coefficients, **dict.fromkeys(self.scheduled, 0.0))
         valid = samples.get("valid")
         self.samples = {name: leaf for name, leaf in samples.items() if name != "valid"}
         self.valid = None if valid is None else valid.nonzero().flatten()

@@ -20,7 +20,10 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LossCoefficients:
-    """Coefficients of the loss in one iteration, where their schedules are. In a compiled step two are tensors []."""
+    """Coefficients of the loss in one iteration, where their schedules are.
+
+    In a compiled step, those that change over the run are tensors [].
+    """
 
     clip_range: float | Tensor = 0.2
     """Change of an action's probability ratio beyond which the objective is constant (dimensionless)."""

@@ -34,6 +34,8 @@ class UpdateSettings(NamedTuple):
     """Parts in which the gradient of a minibatch is accumulated (count)."""
     target_kl: float | None
     """The update ends where the divergence exceeds 1.5 times this (nats)."""
+    scheduled: frozenset[str]
+    """Names of the coefficients that change over the run."""
 
 
 class StepRecord(NamedTuple):

@@ -32,6 +32,12 @@ class Schedules:
         """The schedule in force; None for the learning rate is linear from the optimizer's own to 0, or lr_scheduler's."""
         return self._overrides[name][0] if name in self._overrides else self._given[name]
 
+    @property
+    def changing(self) -> frozenset[str]:
+        """Names of the schedules that change over the run."""
+        lines = {name: self[name] for name in NAMES}
+        return frozenset(name for name, line in lines.items() if line is not None and line.start != line.end)
+
     def at(self, name: str, progress: float) -> float:
         """Value of a coefficient where ``progress`` (0 to 1) of the environment steps are trained."""
         line = self[name]

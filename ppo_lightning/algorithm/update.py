@@ -184,6 +184,7 @@ class Updater:
         coefficients: LossCoefficients,
         generator: torch.Generator,
         gather: Callable[[Tensor], Tensor],
+        scheduled: frozenset[str] = frozenset(),
     ) -> UpdateResult:
         """Epochs of shuffled minibatches of the objective (Schulman et al. 2017, algorithm 1).
 
@@ -192,6 +193,7 @@ class Updater:
             coefficients: of this iteration.
             generator: shuffles.
             gather: a row [P] of this rank -> the rows of all, [ranks, P].
+            scheduled: names of the coefficients that change over the run.
 
         Raises:
             InputError: the loss did not return what it has to, or compiling fails on one of several ranks alone.
@@ -209,7 +211,7 @@ class Updater:
             gather=gather,
         )
         normalizes = bool(self.normalize_advantage) and not over_ranks
-        settings = UpdateSettings(coefficients, normalizes, self.gradient_accumulation_steps, self.target_kl)
+        settings = UpdateSettings(coefficients, normalizes, self.gradient_accumulation_steps, self.target_kl, scheduled)
         if self.compiled is not None:
             result = self._compiled_epochs(self.compiled, samples, plan, settings, gather)
             if result is not None:
