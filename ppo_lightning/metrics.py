@@ -1,7 +1,7 @@
 """What one iteration reports, reduced over all ranks by one gather."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict
@@ -14,8 +14,19 @@ Gather = Callable[[Tensor], Tensor]
 """A row [P] of this rank -> the rows of all ranks, [ranks, P]."""
 
 
+class Episodes(Protocol):
+    """Statistics of episodes."""
+
+    finished: Tensor
+    """[E, 4] of the rollout: return, length, success, failure (NaN where unknown)."""
+
+    def means(self) -> dict[str, float]:
+        """Averages over the last ones, by metric."""
+        ...
+
+
 def iteration_metrics(
-    rollout: TensorDict, update: UpdateResult, policy: Policy, finished: Tensor, restarts: int, gather: Gather
+    rollout: TensorDict, update: UpdateResult, policy: Policy, episodes: Episodes, restarts: int, gather: Gather
 ) -> dict[str, float]:
     """Metrics of a rollout and its update, under Stable-Baselines3's names and with its meanings (docs/metrics.md).
 
@@ -26,13 +37,13 @@ def iteration_metrics(
         rollout: [T, N] with value targets.
         update: what it led to.
         policy: after the update.
-        finished: [E, 4] episodes of this rank that ended: return, length, success, failure (NaN where unknown).
+        episodes: those of this rank that ended in the rollout, and averages over the last ones.
         restarts: environments of this rank that were restarted so far.
         gather: over ranks.
     """
     std = policy.std(rollout[-1]) if policy.distribution.has_std else None
     clipped = policy.distribution.clipped(rollout["action"])
-    valid = rollout["valid"]
+    valid, finished, averages = rollout["valid"], episodes.finished, episodes.means()
     reward = rollout["reward"][valid].double()
     # Not all that is terminal for what is learnt ends an episode: a lost life does not.
     truncated = int((rollout["truncated"] & ~rollout["terminated"]).sum())
@@ -63,6 +74,7 @@ def iteration_metrics(
     mean = total / steps
     count, target, error = moments[:, 0], moments[:, 1], moments[:, 2]
     metrics = {
+        **averages,
         "rollout/episodes": sums["rollout/terminated"] + sums["rollout/truncated"],
         **sums,
         "rollout/reward_mean": mean,
@@ -76,6 +88,9 @@ def iteration_metrics(
     }
     if clipped is not None:
         metrics["rollout/clipped_actions"] /= steps
+    for count, rate in (("successes", "success_rate"), ("failures", "fail_rate")):
+        if f"rollout/{rate}" not in averages:
+            del metrics[f"rollout/{count}"]
     if not metrics["time/env_restarts"]:
         del metrics["time/env_restarts"]
     return metrics

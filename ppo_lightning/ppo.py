@@ -28,7 +28,6 @@ from ppo_lightning.callbacks import begin_writing, defer_writing
 from ppo_lightning.callbacks.defaults import attach_callbacks
 from ppo_lightning.callbacks.events import call_event
 from ppo_lightning.envs import EnvFactory, resolve
-from ppo_lightning.envs.info import means as means_of
 from ppo_lightning.metric_names import MetricNames
 from ppo_lightning.metrics import iteration_metrics
 from ppo_lightning.parameters import (
@@ -206,8 +205,7 @@ class PPO(RunModule):
                 f"num_eval_episodes = {num_eval_episodes}": num_eval_episodes * 32,
             }
         )
-        self.gamma, self.gae_lambda = gamma, gae_lambda
-        self.num_minibatches = num_minibatches
+        self.gamma, self.gae_lambda, self.num_minibatches = gamma, gae_lambda, num_minibatches
         self.clip_range_vf, self.vf_coef = clip_range_vf, vf_coef
         coefficients = schedule("clip_range", clip_range), schedule("ent_coef", ent_coef)
         self.schedules = Schedules(*coefficients, lr_scheduler=lr_scheduler is not None)
@@ -220,8 +218,6 @@ class PPO(RunModule):
         self.reward_normalizer = RewardNormalizer(normalize=normalize_reward, sign=clip_reward, gamma=gamma)
         self.guard = NonFiniteGuard(non_finite)
         self.updater = Updater(
-            self.policy,
-            self.loss,
             update_epochs=update_epochs,
             num_minibatches=num_minibatches,
             gradient_accumulation_steps=gradient_accumulation_steps,
@@ -232,16 +228,7 @@ class PPO(RunModule):
             compile=compile,
         )
         try_schedule(*self._make_optimizer())  # refuses mistakes now; the run makes its own in configure_optimizers
-        self.set_rollouts(
-            RolloutDataset(
-                self,
-                self.env_provider,
-                num_steps=num_steps,
-                num_minibatches=num_minibatches,
-                sequence_length=sequence_length,
-                compile=compile,
-            )
-        )
+        self.make_rollouts(num_steps, num_minibatches, sequence_length=sequence_length, compile=compile)
         self._warned_of_masks = False
         # Lightning warns that it will train for 1,000 epochs; setup() replaces that limit by total_steps.
         warnings.filterwarnings("ignore", message="`max_epochs` was not set")
@@ -406,25 +393,15 @@ class PPO(RunModule):
             seconds: how long that took.
             learning_rate: of the first parameter group.
         """
-        finished, restarts = self.rollouts.episodes.finished, self.env_provider.restarts.count
-        episodes = self.rollouts.episodes.means()
+        episodes, restarts = self.rollouts.episodes, self.env_provider.restarts.count
         metrics = {
-            **episodes,
-            **means_of(self.rollouts.info),
-            **self.clock.iterated(self.num_env_steps),
-            **iteration_metrics(rollout, update, self.policy, finished, restarts, self.ranks.gather),
-            "time/iterations": self.policy_version,
-            "time/total_timesteps": self.num_env_steps,
-            "time/collect": self.rollouts.collect_seconds,
+            **self.run_metrics(),
+            **iteration_metrics(rollout, update, self.policy, episodes, restarts, self.ranks.gather),
             "time/update": seconds,
             "train/clip_range": update.coefficients.clip_range,
             "train/learning_rate": learning_rate,
-            "train/n_updates": int(self.n_updates),
             **self.schedule_metrics,
         }
-        for count, rate in (("successes", "success_rate"), ("failures", "fail_rate")):
-            if f"rollout/{rate}" not in episodes:
-                del metrics[f"rollout/{count}"]
         if self.guard.skipped:
             metrics["train/skipped_steps"] = self.guard.skipped
         if self.clip_range_vf is not None:

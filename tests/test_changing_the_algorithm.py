@@ -264,6 +264,29 @@ def test_a_loss_that_returns_something_else_is_refused(compile, returned, messag
     assert_close(weights(model), before)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_loss_that_is_replaced_between_two_iterations_is_used(compile):
+    class Nothing(PPOLoss):
+        def forward(self, batch, evaluate, coefficients):
+            return {"loss": 0.0 * evaluate(batch)[0].sum()}
+
+    class Replaces(PPOCallback):
+        def on_iteration_start(self, trainer, pl_module):
+            if pl_module.policy_version == 2:
+                pl_module.loss = Nothing()
+                self.kept = weights(pl_module.policy)
+
+    model, replaces = PPO("CartPole-v1", compile=compile, optimizer=plain_adam, **SMALL), Replaces()
+    trained(model, replaces)
+    moved = {name: (one - replaces.kept[name]).abs().max() for name, one in weights(model.policy).items()}
+    assert max(moved.values()) < 2e-3  # what Adam's momentum carries on
+    trained(PPO("CartPole-v1", loss=Nothing(), compile=compile, **SMALL))
+
+
+def plain_adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-4)
+
+
 def test_names_that_change_are_refused():
     class Changes(PPOLoss):
         calls = 0

@@ -30,6 +30,7 @@ from ppo_lightning.errors import InputError
 from ppo_lightning.metric_names import TABLES, renamed, restored
 from ppo_lightning.metrics import iteration_metrics
 from ppo_lightning.policy import ActorCritic
+from ppo_lightning.rollout.dataset import EpisodeStatistics
 
 SMALL = {"env": "CartPole-v1", "num_envs": 4, "num_steps": 16, "total_steps": 4 * 64}
 
@@ -530,9 +531,11 @@ def test_two_processes_log_what_one_would_of_both_rollouts(mode):
     table = torch.stack(list(losses.values()))[None]
     update = UpdateResult(one.coefficients, tuple(losses), table, torch.zeros(0, 3), 1, 1, False)
     finished = torch.cat([first["finished"], second["finished"]])
+    episodes = EpisodeStatistics()
+    episodes.finished = finished
     one.policy.load_state_dict(first["learnt"])
     with torch.no_grad():
-        metrics = iteration_metrics(both, update, one.policy, finished, 0, lambda row: row)
+        metrics = iteration_metrics(both, update, one.policy, episodes, 0, lambda row: row)
     for name, value in metrics.items():
         if name in first["metrics"]:
             assert first["metrics"][name] == second["metrics"][name], name

@@ -85,7 +85,7 @@ def learn(model, batch):
             seen.append(batch["advantage"])
             return super().forward(batch, evaluate, coefficients)
 
-    model.updater.objective.loss = Sees()
+    model.loss = Sees()
     model.learn(batch, torch.optim.SGD(model.parameters(), lr=0.0))
     return seen
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppo_lightning.algorithm.compiled_step import CompiledStep, NonFiniteError, unsupported_reason
 from ppo_lightning.algorithm.compiler import CompilerError
-from ppo_lightning.algorithm.loss import Loss, LossCoefficients, Objective
+from ppo_lightning.algorithm.loss import LossCoefficients, Objective
 from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, plan_minibatches
 from ppo_lightning.algorithm.optimizer_step import (
     Backend,
@@ -21,7 +21,6 @@ from ppo_lightning.algorithm.optimizer_step import (
     UpdateSettings,
 )
 from ppo_lightning.errors import InputError
-from ppo_lightning.policy import Policy
 
 
 class UpdateResult(NamedTuple):
@@ -48,11 +47,9 @@ class UpdateResult(NamedTuple):
 
 
 class Updater:
-    """Updates a policy on rollouts.
+    """Updates the policy of a module on rollouts, by the module's loss.
 
     Args:
-        policy: that learns.
-        loss: that is minimised.
         update_epochs: epochs over each rollout (count).
         num_minibatches: of each epoch (count).
         gradient_accumulation_steps: parts in which the gradient of a minibatch is accumulated (count).
@@ -65,8 +62,6 @@ class Updater:
 
     def __init__(
         self,
-        policy: Policy,
-        loss: Loss,
         *,
         update_epochs: int,
         num_minibatches: int,
@@ -77,7 +72,6 @@ class Updater:
         guard: NonFiniteGuard,
         compile: bool,
     ) -> None:
-        self.policy, self.objective = policy, Objective(policy, loss)
         self.update_epochs, self.num_minibatches = update_epochs, num_minibatches
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.normalize_advantage, self.target_kl = normalize_advantage, target_kl
@@ -101,7 +95,7 @@ class Updater:
 
     def prepare(
         self,
-        module: nn.Module,
+        module: Any,
         optimizer: torch.optim.Optimizer,
         backend: Backend,
         *,
@@ -112,7 +106,7 @@ class Updater:
         """Prepare the updates of a run; compile the step if asked for and possible.
 
         Args:
-            module: whose parameters are trained.
+            module: whose parameters are trained, with attributes ``policy`` and ``loss``.
             optimizer: takes the steps.
             backend: of the run.
             world_size: ranks.
@@ -129,7 +123,7 @@ class Updater:
         return {**vars(self), "eager": None, "compiled": None, "_run": None, "parameters": []}  # of this process's run
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Prepare again where the optimizer's parameters have changed.
+        """Prepare again where the optimizer's parameters or the loss have changed.
 
         Raises:
             InputError: a module was replaced or added during training, and the optimizer does not train it.
@@ -140,8 +134,10 @@ class Updater:
                 f"{self._names(added)} came during training, and the optimizer does not train it: replace modules "
                 "between two fits, or give their parameters to trainer.optimizers[0].add_param_group as well"
             )
-        if [*map(id, _parameters(optimizer))] != [*map(id, self.parameters)]:
-            if self.world_size > 1:
+        assert self.eager is not None
+        changed = [*map(id, _parameters(optimizer))] != [*map(id, self.parameters)]
+        if changed or self.eager.objective.loss is not self._run[0].loss:
+            if changed and self.world_size > 1:
                 raise InputError(
                     "the optimizer's parameters changed during training on several ranks, whose gradients are averaged "
                     "over the parameters of its start: change them between two fits"
@@ -157,24 +153,25 @@ class Updater:
 
     def _make_steps(self) -> None:
         module, optimizer, backend, hooks, precision = self._run
-        self.policy.check_again()
+        policy, objective = module.policy, Objective(module.policy, module.loss)
+        policy.check_again()
         self.parameters = _parameters(optimizer)
-        trained, own = {id(one) for one in self.parameters}, {id(one) for one in self.policy.parameters()}
+        trained, own = {id(one) for one in self.parameters}, {id(one) for one in policy.parameters()}
         self._unreached = [
             name for name, one in module.named_parameters() if id(one) in trained - own and one.requires_grad
         ]
-        masks = self.policy.halves_of(self.parameters)
-        self.eager = EagerStep(self.objective, optimizer, backend, masks, self.max_grad_norm, self.guard)
+        masks = policy.halves_of(self.parameters)
+        self.eager = EagerStep(objective, optimizer, backend, masks, self.max_grad_norm, self.guard)
         self.compiled = None
         if not self.compile:
             return
-        reason = unsupported_reason(self.objective, optimizer, precision)
+        reason = unsupported_reason(objective, optimizer, precision)
         if hooks:
             reason = f"{', '.join(hooks)} has hooks around gradients"
         try:
             if reason is not None:
                 raise CompilerError(reason)
-            self.compiled = CompiledStep(self.objective, optimizer, backend, self.world_size, self.max_grad_norm)
+            self.compiled = CompiledStep(objective, optimizer, backend, self.world_size, self.max_grad_norm)
         except CompilerError as error:
             _warn_of_eager(error)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ppo_lightning.envs import EnvFactory, EnvProvider
-from ppo_lightning.envs.info import added
+from ppo_lightning.envs.info import added, means
 from ppo_lightning.evaluation.evaluator import evaluate_over_ranks
 from ppo_lightning.metric_names import MetricNames
 from ppo_lightning.parameters import ONE_OR_MORE, checked
@@ -55,7 +55,7 @@ from ppo_lightning.spaces import check_mask
 class RunModule(LightningModule):
     """A LightningModule that trains on rollouts: it counts environment steps, evaluates, and resumes bit-exactly.
 
-    A subclass sets :attr:`policy` and :attr:`rollouts`, and updates the policy.
+    A subclass sets :attr:`policy`, calls :meth:`make_rollouts`, and updates the policy.
 
     Args:
         factory: makes the environments.
@@ -121,11 +121,20 @@ class RunModule(LightningModule):
         self.run_folder: Path | None = None
         """Where the last fit kept its files, which another fit of this model may replace."""
 
-    def set_rollouts(self, rollouts: RolloutDataset) -> None:
-        """Train on these rollouts."""
-        self.rollouts = rollouts
+    def make_rollouts(
+        self, num_steps: int, num_minibatches: int, *, sequence_length: int | None, compile: bool
+    ) -> None:
+        """Train on rollouts of the environments; arguments as of :class:`RolloutDataset`. The policy is set."""
+        self.rollouts = RolloutDataset(
+            cast(Any, self),
+            self.env_provider,
+            num_steps=num_steps,
+            num_minibatches=num_minibatches,
+            sequence_length=sequence_length,
+            compile=compile,
+        )
         signature = env_signature(self.hparams, self.num_envs)
-        self.run_state = RunState(rollouts, self.generator, signature, self.env_factory.name)
+        self.run_state = RunState(self.rollouts, self.generator, signature, self.env_factory.name)
 
     # --- a run, in the order of its parts -----------------------------------------------------------------------------
 
@@ -213,6 +222,17 @@ class RunModule(LightningModule):
             self.rollouts.info = added(self.ranks.gather_objects(self.rollouts.info))
         self.rollouts.unconsumed = False
         self.run_state.rollback.discard()
+
+    def run_metrics(self) -> dict[str, float]:
+        """Counters and times of an iteration, and the averages of what environments reported in ``info``."""
+        return {
+            **means(self.rollouts.info),
+            **self.clock.iterated(self.num_env_steps),
+            "time/iterations": self.policy_version,
+            "time/total_timesteps": self.num_env_steps,
+            "time/collect": self.rollouts.collect_seconds,
+            "train/n_updates": int(self.n_updates),
+        }
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Log metrics of this iteration, at once: a ``self.log`` of each costs more than an update.
