@@ -551,7 +551,7 @@ def test_a_compiled_rollout_sees_the_level(fit):
         (
             {},
             [AdaptiveLearningRate(), HealthMonitor(act=True)],
-            "which AdaptiveLearningRate sets: leave out act",
+            "which AdaptiveLearningRate sets: leave out one of them",
         ),
         ({}, [Stages([Stage(), Stage(from_share=0.5), Stage(from_steps=32)])], "stages begin at [0, 32.0, 32]"),
         ({}, [Stages([Stage(freeze=["encoder"])])], "freeze 'encoder' of a Stage is in no parameter's name"),
