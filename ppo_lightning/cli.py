@@ -44,7 +44,7 @@ from ppo_lightning.runs.trainer import refuse_impossible, refuse_unwritable
 
 
 class RunWriter(ExperimentWriter):
-    """Goes on with a ``metrics.csv`` that is there; Lightning's own writer deletes it."""
+    """Appends to an existing ``metrics.csv``; Lightning's own writer deletes it."""
 
     @override
     def _check_log_dir_exists(self) -> None:
@@ -94,7 +94,7 @@ class RunCSVLogger(TolerantCSVLogger):
 
 
 def _that_keeps_rows(logger: Logger) -> Logger:
-    """Of Lightning's CSVLogger one that goes on with the file of a run that goes on; any other logger as it is.
+    """Replace Lightning's CSVLogger by one that appends when a run resumes; any other logger is unchanged.
 
     It writes after rows or seconds; ``flush_logs_every_n_steps`` would speak of environment steps, which come in thousands.
     """
@@ -263,7 +263,7 @@ class PPOCLI(LightningCLI):
             return False
         checkpoint = self._get(self.config_init, "ckpt_path")
         run = Path(checkpoint).resolve().parent.parent if checkpoint and Path(checkpoint).is_file() else None  # no URL
-        if run is not None and run.name.startswith("version_"):  # a resumed run goes on in its own folder
+        if run is not None and run.name.startswith("version_"):  # a resumed run keeps its folder
             place: dict[str, Any] = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
         else:
             place = {"save_dir": root, "name": "lightning_logs"}
@@ -346,7 +346,7 @@ def threads(model: PPO, processes: int) -> int:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; what the user can mend is said in one sentence, with exit status 1."""
+    """Run the command line; a user error prints one sentence and exits with status 1."""
     torch.set_float32_matmul_precision("high")
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())  # as `python -m` does, so that configs can name modules that lie here

@@ -15,11 +15,11 @@ class AdaptiveLearningRate(Callback):
     """Lowers the learning rate where the policy moves too far, raises it where it moves too little.
 
     The rule of rsl_rl (Schwarke et al. 2025), once per iteration, by ``train/approx_kl`` (the divergence of the update's
-    last pass, over all processes): more than twice ``desired_kl`` divides the rate by ``factor``, less than half of it,
-    but more than 0, multiplies it. The first iteration has the optimiser's rate, a run that goes on the one it had last.
+    last epoch, over all ranks): more than twice ``desired_kl`` divides the learning rate by ``factor``, less than half of
+    it, but more than 0, multiplies it. It starts at the optimiser's learning rate; a resumed run keeps its last one.
 
     rsl_rl applies it before each gradient step, to the exact divergence between two Gaussians. Here any distribution will
-    do, by the estimate E[r − 1 − ln r] (Schulman 2020), and compiled updates know their rate beforehand.
+    do, by the estimate E[r − 1 − ln r] (Schulman 2020), and compiled updates know their learning rate beforehand.
 
     Args:
         desired_kl: divergence per update to aim at (nats).

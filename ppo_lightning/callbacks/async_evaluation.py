@@ -42,7 +42,7 @@ _COUNT = Limit("be more than 0 (a whole number)", lambda value: value > 0)
 
 
 class AsyncEvaluation(Callback):
-    """Evaluates snapshots in another process while training goes on, in the place of evaluations that training waits for.
+    """Evaluates snapshots in another process while training continues, instead of pausing it.
 
     A snapshot is the policy with its normalisers, and a whole checkpoint. Its ``eval/…`` are those that ``model.evaluate()``
     gives at that step. They are logged at that step, reach ``trainer.callback_metrics`` when they arrive, and the snapshot
@@ -183,7 +183,7 @@ class AsyncEvaluation(Callback):
         if trainer.is_global_zero:
             weights = io.BytesIO()
             torch.save({name: tensor.cpu() for name, tensor in module.policy.state_dict().items()}, weights)
-            # What is dumped are the tensors that training goes on with.
+            # The checkpoint holds the tensors that training updates in place.
             copied = copy.deepcopy(checkpoint)
             self._waiting = Taken(
                 self._taken, module.evaluation_seed(), module.env_provider.eval_overrides, weights.getvalue(), copied

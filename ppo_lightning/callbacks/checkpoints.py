@@ -23,7 +23,7 @@ from ppo_lightning.runs.checkpoint import ON_EXCEPTION, PREVIOUS, read_checkpoin
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """One file per run, under a fixed name in the run's folder; where it cannot be written, training goes on without."""
+    """One file per run, under a fixed name in the run's folder; where it cannot be written, training continues without."""
 
     PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
     _stage = ""

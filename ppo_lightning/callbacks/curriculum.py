@@ -27,9 +27,9 @@ class Level:
     """Values of attributes of the environment or its wrappers, or the argument of its methods, by name
     (``cfg.terrain.level`` is an attribute of an attribute; a tensor or array is filled)."""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments with which environments are made anew, beside those of the model."""
+    """Arguments with which environments are recreated, beside those of the model."""
     from_steps: int | None = None
-    """It begins after so many environment steps of the run (steps)."""
+    """Environment steps of the run after which it begins (steps)."""
     metric: str | None = None
     """It begins when this metric, under its Stable-Baselines3 name, is within its bounds; in the first process, where
     processes differ (seconds)."""
@@ -70,8 +70,8 @@ class Level:
 class Curriculum(EvaluationCallback):
     """Changes attributes of environments, or the arguments they are made with, level by level.
 
-    A level begins between two rollouts. ``rollout/…`` averages begin anew with it, so that they speak of this level alone,
-    and so does the count of how often the next one's metric was reached. Levels come in their order, and none comes back.
+    A level begins between two rollouts. It resets the ``rollout/…`` averages, so that they cover this level alone, and the
+    count of how often the next level's metric was reached. Levels come in order, and none comes back.
     ``curriculum/stage`` (1 for the first) is logged with each iteration, and kept in checkpoints.
 
     Args:
@@ -147,7 +147,7 @@ class Curriculum(EvaluationCallback):
             return
         changes = self.stage != before
         if not self._is_on and before and changes:
-            self._put_on(module, before, anew=False)  # what the run that goes on had last
+            self._put_on(module, before, anew=False)  # the level of the resumed run
         self._put_on(module, self.stage, anew=changes)
         if changes:
             level = self.levels[self.stage - 1]

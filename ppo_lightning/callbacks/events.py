@@ -1,4 +1,4 @@
-"""What happens within an iteration, for whoever wants to take part."""
+"""Events within an iteration, for callbacks."""
 
 from collections.abc import Callable
 from typing import Any, cast

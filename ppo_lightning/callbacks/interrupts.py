@@ -42,7 +42,7 @@ class Interrupts(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals, after Lightning has; it gives them back to whoever had them before."""
+        """Install the signal handlers after Lightning's; Lightning restores the previous ones."""
         if threading.current_thread() is not threading.main_thread():
             return
         module, main, first = cast(PPOModule, pl_module), threading.get_ident(), 0.0

@@ -89,7 +89,7 @@ class WatchProcesses(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say whose fault it is, at once: whoever started the processes may be about to end them all."""
+        """Report the failed rank at once: the launcher may be about to end all ranks."""
         if not (self._written and isinstance(exception, Exception)):  # interrupts end all processes
             return
         rank = trainer.global_rank
@@ -166,7 +166,7 @@ def _died(host: str, pid: str) -> bool:
     except ProcessLookupError:
         return True
     stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"  # nobody has asked how it ended
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"  # a zombie
 
 
 def _is_of_others(exception: Exception) -> bool:

@@ -71,8 +71,8 @@ COEFFICIENTS = ("ent_coef", "clip_range")
 class Stages(Callback):
     """Changes learning rate, coefficients, length of rollouts and what is learnt, stage by stage.
 
-    A stage begins before the first rollout of which all steps lie in it. Where one lets parts learn again that the one
-    before had frozen, the optimiser's moments begin anew. ``train/stage`` (1 for the first) is logged with each iteration.
+    A stage begins before the first rollout of which all steps lie in it. Where it unfreezes parameters, the optimiser's
+    moments are reset. ``train/stage`` (1 for the first) is logged with each iteration.
 
     Args:
         stages: in their order; the first begins at once.
@@ -136,7 +136,7 @@ class Stages(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on in the stage of the run that goes on, before its update is compiled."""
+        """Restore the stage of a resumed run, before its update is compiled."""
         module = cast(PPOModule, pl_module)
         self._own = {
             "requires_grad": {name: one.requires_grad for name, one in module.policy.named_parameters()},

@@ -46,9 +46,9 @@ class InfoLog:
         self.keys = frozenset((*REWARD_KEYS, *ENV_KEYS, *keys))
         self.num_envs = num_envs
         self.carry: dict[str, Any] = {}
-        """[N] sums so far of the episodes that go on, arrays or tensors by name."""
+        """[N] sums so far of the unfinished episodes, arrays or tensors by name."""
         self._saved: dict[str, Tensor] = {}
-        """The same of a run that goes on, until a step shows whether arrays or tensors are given."""
+        """The same from a checkpoint, until a step shows whether environments give arrays or tensors."""
         self._sums: dict[str, list[Any]] = {}
         self._metrics: dict[str, list[Any]] = {}
         """Of each step, what is under :data:`METRICS`."""
@@ -132,7 +132,7 @@ class InfoLog:
         return sums
 
     def restart(self) -> None:
-        """All episodes begin anew; what was added up of steps stays."""
+        """Reset the sums of episodes; keep those of steps."""
         self.carry, self._saved = {}, {}
 
     def state(self) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ PACKAGES = {
 """Beginnings of the ids that a package registers when it is imported."""
 
 RESTARTED = "ppo_lightning_restarted"
-"""Where an environment says in its info why it was made anew."""
+"""Key of ``info`` under which an environment reports why it was restarted."""
 
 NORMALIZERS = {"normalize_observation": ("obs",), "normalize_reward": ("rew", "ret")}
 """Our parameters that normalise, with parts of the names of wrappers, or of their attributes, that do the same."""
@@ -76,7 +76,7 @@ class EnvFactory:
         env_kwargs: arguments for ``gymnasium.make`` or the callable.
         wrappers: applied to each environment, first to last, innermost first.
         vectorization: how single environments become a vector (see :class:`PPO`).
-        restarts: an environment that raises is made anew, and its episode ends there as truncated.
+        restarts: an environment that raises is restarted, and its episode ends there as truncated.
 
     Raises:
         InputError: the id is not known, what it needs is not installed, or wrappers do not apply.
@@ -340,14 +340,13 @@ def _watched(make: Callable[[], Env], index: int, restarts: bool, entropy: int |
 class Watched(gym.Wrapper[Any, Any, Any, Any]):
     """One environment that names itself when it raises, or returns what its observation space does not allow.
 
-    Where it can be made anew, an error in ``step`` ends the episode instead: truncated, with reward 0 and the last
-    observation before the error, which the info tells under :data:`RESTARTED`. A ``reset`` that raises is tried once
-    more on a new environment.
+    Where it can be restarted, an error in ``step`` truncates the episode, with reward 0 and the last observation before the
+    error, which ``info`` reports under :data:`RESTARTED`. A ``reset`` that raises is retried once on a new environment.
 
     Args:
         env: the environment, wrapped as the user asked.
         index: its place in the vector, from 0.
-        make: makes it anew; None ends the run.
+        make: restarts it; None ends the run.
         has_process: it is alone in a process: resets with a seed seed the random streams that it shares with nothing.
 
     Raises:
@@ -393,11 +392,11 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         restore_environment(self, state)
         if STREAMS in state[0] and self._streams_seed is not None:
             move(state[0][STREAMS], self._streams_seed)
-        if self._last is None:  # it was saved by a run that could not make environments anew
+        if self._last is None:  # the run that saved it could not restart environments
             self._last = last
 
     def steer(self, values: Mapping[str, Any]) -> str | None:
-        """Set attributes of the environment, now and whenever it is made anew; the first name that it has not."""
+        """Set attributes of the environment, now and after each restart; returns the first name that it lacks."""
         self._steered = partial(set_values, values={**self._steered.keywords["values"], **values})
         return set_values(self.env, values)
 

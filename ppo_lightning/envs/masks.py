@@ -79,7 +79,7 @@ class ActionMasks:
             self.now[~begun] = kept[~begun]
 
     def _take(self, observation: Any, info: dict[str, Any], needed: Array, where: str) -> None:
-        if not needed.any():  # all episodes are over: nobody need say what is allowed in them
+        if not needed.any():  # all episodes are over: no mask is needed
             self.now = np.tile(self._free, (self.num_envs, 1))
             return
         if self._methods and MASK not in info:

@@ -11,17 +11,17 @@ from ppo_lightning.spaces import cut
 
 
 class EnvProvider:
-    """The environments of a run: those of training for whoever closes them, those of evaluations kept here.
+    """Makes the environments of a run: the caller closes those of training; those of evaluations are kept here.
 
     Args:
         factory: makes them.
-        num_envs: how many are stepped together, where the recipe has no number of its own.
+        num_envs: how many are stepped together, where the factory does not set its own number.
         timeout_s: seconds after which a step or reset of worker processes is an error.
-        restarts: how often environments may be made anew.
-        info_keys: keys of ``info`` whose numbers are added up.
+        restarts: how often environments may be restarted.
+        info_keys: keys of ``info`` whose values are accumulated.
 
     Raises:
-        InputError: they cannot be made, or made anew.
+        InputError: they cannot be made or restarted.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class PotentialShaping(gym.Wrapper[Any, Any, Any, Any]):
         return observation, float(reward) + shaping, terminated, truncated, info
 
     def get_state(self) -> float:
-        """Φ of the current state, for a run that goes on from here."""
+        """Φ of the current state, for a checkpoint."""
         return self._before
 
     def set_state(self, state: float) -> None:

@@ -131,7 +131,7 @@ class TensorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         return after.observation, after.reward, after.terminated, after.truncated, info
 
     def get_state(self) -> dict[str, Tensor]:
-        """States, lengths and random numbers, for a run that goes on from here."""
+        """States, episode lengths and random state, for a checkpoint."""
         return {"state": self.state, "elapsed": self.elapsed, "random": self.generator.get_state()}
 
     def set_state(self, state: dict[str, Tensor]) -> None:

@@ -195,8 +195,8 @@ def _unbounded(shape: Any) -> Box:
 class Games(VectorWrapper):
     """``ale_py.vector_env.AtariVectorEnv`` whose episodes are games.
 
-    With ``life_loss_info`` it calls a lost life terminal though the game goes on. Here ``terminated`` is the end of a game,
-    and ``info["life_lost"]`` [N] says that a life was lost: terminal for what is learnt, but no episode's end.
+    With ``life_loss_info`` it reports a lost life as terminal within a game. Here ``terminated`` is the end of a game, and
+    ``info["life_lost"]`` [N] reports a lost life: terminal for learning, but not the end of an episode.
 
     Args:
         env: the vector.
@@ -266,7 +266,7 @@ class EnvPool(VectorEnv):
 
     @override
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start an episode everywhere. envpool is seeded when it is made, so another seed makes it anew."""
+        """Start all episodes. envpool is seeded when it is made, so another seed recreates it."""
         if seed is not None and not (self._fresh and seed == self._seed):
             self._env.close()
             self._env, self._seed = self._make(int(seed)), seed

@@ -31,7 +31,7 @@ FAILURE_KEYS = ("is_failure", "failure", "fail")
 """Where they say that it failed: reached a state from which there is no success (ManiSkill; LeanRL-style runners)."""
 
 LIFE_LOST = "life_lost"
-"""Where environments say in their info that a life was lost in a game that goes on."""
+"""Key of ``info`` under which environments report a lost life within a game."""
 
 
 class Transition(NamedTuple):
@@ -54,9 +54,9 @@ class Transition(NamedTuple):
     final_observation: Tree | None
     """[E, …] the last observations of those episodes."""
     life_lost: Array | None
-    """[N] bool, terminal for what is learnt, though the episode goes on (Atari); None where no life was lost."""
+    """[N] bool, terminal for learning though the episode continues (Atari); None where no life was lost."""
     outcome: Array | None
-    """[E, 2] success and failure, each 1.0 or 0.0 where the environment says whether it was one, else NaN."""
+    """[E, 2] success and failure, each 1.0 or 0.0 where the environment reports it, else NaN."""
     metrics: dict[str, Array]
     """[E] numbers under ``info["metrics"]`` at the end of those episodes, by name; NaN where there are none."""
 
@@ -80,7 +80,7 @@ class TensorTransition(NamedTuple):
 
 @dataclass
 class Restarts:
-    """How often crashed environments were made anew in this run, and how often they may be."""
+    """How often crashed environments were restarted in this run, and how often they may be."""
 
     limit: int = 0
     """Restarts that the run allows."""
@@ -109,9 +109,9 @@ class Environments:
     ``NEXT_STEP`` spends the call after an episode's end on the reset: that row is not a step, and ``valid`` says so.
     ``SAME_STEP`` resets at once and hands over the last observation in ``info``. ``DISABLED`` is reset here.
 
-    Where restarts are allowed, an environment that raises is made anew, alone. Gymnasium cannot replace one worker
-    process of several: where one dies or hangs in a step, all of this vector are made anew. Episodes that were going on
-    end as truncated, with reward 0 and the last observation that was seen.
+    Where restarts are allowed, only the environment that raises is restarted. Gymnasium cannot replace a single worker
+    process: where one dies or hangs in a step, the whole vector is restarted. Unfinished episodes end as truncated, with
+    reward 0 and the last observation.
 
     Args:
         maker: recipe for the vector, used at the first reset.
@@ -119,8 +119,8 @@ class Environments:
         timeout_s: seconds after which a step or reset of worker processes is an error.
         made: the vector, where it exists already.
         first: number of the first environment, in messages.
-        restarts: how often a crashed environment may be made anew.
-        info_keys: keys of ``info`` whose numbers are added up, beside those that are known.
+        restarts: how often a crashed environment may be restarted.
+        info_keys: further keys of ``info`` whose values are accumulated.
         attributes: of the environments, to be set whenever they are made.
     """
 
@@ -144,9 +144,9 @@ class Environments:
         self.name, self.time_limit_advice = maker.name, maker.time_limit_advice
         self.num_envs = self.env.num_envs
         self.logged = InfoLog(info_keys, self.num_envs)
-        """What the environments say in ``info`` beside the reward."""
+        """Metrics from the environments' ``info``."""
         self.crashed = np.zeros(self.num_envs, dtype=bool)
-        """[N] environments that were made anew in the last step: their episodes did not end by themselves."""
+        """[N] environments that were restarted in the last step: their episodes did not end by themselves."""
         self.is_endless = False
         """An evaluation has cut an episode here, and has warned of it."""
         self._timeout = timeout_s
@@ -179,10 +179,10 @@ class Environments:
         self._finalizer = None if self._maker.is_instance else weakref.finalize(self, _close, env)
 
     def steer(self, attributes: Mapping[str, Any]) -> None:
-        """Set attributes of all environments, or call their methods: those that differ now, all when they are made anew.
+        """Set attributes of all environments, or call their methods: changed ones now, all after a restart.
 
         Raises:
-            InputError: an environment has none of a name.
+            InputError: an environment lacks an attribute.
             EnvironmentFault: it raised, or its worker process died.
         """
         before, self._attributes = self._attributes, dict(attributes)
@@ -335,7 +335,7 @@ class Environments:
         return self._flatten(given)
 
     def _count(self, info: dict[str, Any]) -> None:
-        """Count the environments that say they were made anew."""
+        """Count the environments that report a restart."""
         self.crashed[:] = False
         for said in (info, final_info(info) or {}):
             for index, cause in enumerate(said.get(RESTARTED, ())):

@@ -35,7 +35,7 @@ CLOSE_S = 2.0
 """Seconds that worker processes have to close their environments."""
 
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)
-"""What a pipe says when nobody is at its other end."""
+"""What a pipe raises when its other end is closed."""
 
 
 class WorkerLost(EnvironmentFault):
@@ -254,7 +254,7 @@ def close(*envs: AsyncVectorEnv) -> None:
         for env in envs:
             for pipe in env.parent_pipes:
                 if pipe is not None and not pipe.closed:
-                    with contextlib.suppress(OSError):  # whoever is dead need not be told
+                    with contextlib.suppress(OSError):  # the worker may be dead
                         pipe.send(("close", None))
         deadline = time.monotonic() + CLOSE_S
         running = {process.sentinel for env in envs for process in env.processes}

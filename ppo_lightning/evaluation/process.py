@@ -28,7 +28,7 @@ from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import without_mask
 
 GONE = (EOFError, ConnectionError)
-"""What a pipe says when nobody is at its other end."""
+"""What a pipe raises when its other end is closed."""
 
 
 class EvaluatorLost(RuntimeError):  # noqa: N818 - what it is
@@ -51,7 +51,7 @@ class Evaluation:
     timeout_s: float
     """For one step of the environments' own worker processes (seconds)."""
     restarts: int
-    """How often environments that crash may be made anew."""
+    """How often crashed environments may be restarted."""
     info_keys: tuple[str, ...]
     """Keys of ``info`` whose numbers are averaged, beside those that are known."""
     mixed: bool
@@ -172,7 +172,7 @@ def _how(status: int) -> str:
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """Evaluate whatever comes, until nobody asks any more.
+    """Serve evaluation requests until the connection closes.
 
     Args:
         descriptor: of the connection to the process that asks.

@@ -72,7 +72,7 @@ class Stepper(ABC):
     ) -> None:
         self.num_envs, self.num_steps = environments.num_envs, num_steps
         num_envs = self.num_envs
-        # One more observation than steps: the last is where the next rollout goes on.
+        # One more observation than steps: the next rollout starts from the last.
         spaces = {
             name: empty(leaf, num_steps + 1, num_envs, device=device)
             for name, leaf in leaves(observation_space).items()
@@ -367,7 +367,7 @@ class TensorStepper(Stepper):
         self._observation = tree_map(lambda leaf: leaf.to(self.device), state["observation"])
 
     def forget_graph(self) -> None:
-        """Compile the steps anew, since the environments have changed: a captured graph would not see it."""
+        """Recompile the steps after the environments have changed, which a captured graph would not see."""
         self._graph = None
 
     @override
@@ -499,7 +499,7 @@ def _put(rows: Tree, step: int, values: Tree) -> None:
             _put(row, step, values[name])
     elif (
         rows.dtype == np.uint8 and rows.ndim == 5
-    ):  # pictures, laid out anew on the way: torch is three times as fast at it
+    ):  # images, whose layout changes in the copy: torch is three times as fast at it
         torch.from_numpy(rows)[step].copy_(torch.from_numpy(np.ascontiguousarray(values)))
     else:
         rows[step] = values

@@ -79,9 +79,9 @@ class RolloutDataset(IterableDataset[TensorDict]):
         self.collect_seconds = 0.0
         """Wall-clock seconds that the last rollout took."""
         self.unconsumed = False
-        """A rollout has begun that no update has learnt from yet."""
+        """The current rollout has not been used in an update yet."""
         self.saved: dict[str, Any] | None = None
-        """What a run that was saved goes on from, as :meth:`state` gave it, until the environments are made."""
+        """The saved state to resume from, as :meth:`state` returned it, until the environments are made."""
         self._is_endless = False
         self._stepper: Stepper | None = None
         self._score: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -223,7 +223,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         self.episodes.window.extend(tuple(episode) for episode in contents["episodes"])
 
     def state(self) -> dict[str, Any] | None:
-        """What the next rollout goes on from, as plain data; None where an environment's state cannot be told."""
+        """State from which the next rollout continues, as plain data; None where an environment cannot save its state."""
         if self.saved is not None:
             return self.saved
         if self.unconsumed or self._stepper is None or self.environments is None:
@@ -395,7 +395,7 @@ class EpisodeStatistics:
     """Returns, lengths, successes and failures of finished episodes, computed once per rollout.
 
     The episodes of the current rollout are in :attr:`finished` until they are taken; :attr:`window` holds the last 100
-    of all ranks, and the episodes that go on are carried from rollout to rollout.
+    of all ranks, and unfinished episodes are carried from rollout to rollout.
     """
 
     WINDOW = 100
@@ -406,10 +406,10 @@ class EpisodeStatistics:
         self.steps = torch.zeros(0, dtype=torch.int64)
         """[E] of the current rollout, at which its episodes ended."""
         self.carry = torch.zeros(2, 0, dtype=torch.float64)
-        """[2, N] return and length so far of the episodes that go on."""
+        """[2, N] return and length so far of the unfinished episodes."""
 
     def restart(self, num_envs: int) -> None:
-        """Begin all episodes anew."""
+        """Reset all episodes."""
         self.carry = torch.zeros(2, num_envs, dtype=torch.float64)
 
     def add(self, reward: Tensor, valid: Tensor, ends: Ends) -> None:
@@ -417,7 +417,7 @@ class EpisodeStatistics:
 
         Args:
             reward: [T, N] as the environments gave it.
-            valid: [T, N] bool, the row is an environment step.
+            valid: [T, N] bool, the transition is an environment step.
             ends: the episodes that ended.
         """
         length = valid.double().cpu()
@@ -438,7 +438,7 @@ class EpisodeStatistics:
         self.carry[:, env[latest]] -= at_end[:, latest]
 
     def shortest(self) -> int:
-        """Steps that each environment has gone on for at least; 0 where any episode has ended."""
+        """Length of the shortest unfinished episode; 0 where any episode has ended."""
         return 0 if self.window or len(self.finished) else int(self.carry[1].min())
 
     def record(self, episodes: Tensor) -> None:

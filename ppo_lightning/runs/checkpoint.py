@@ -228,7 +228,7 @@ def plain_contents(data: bytes, source: object, map_location: Any = "cpu") -> di
 def _plain(data: bytes, source: object, map_location: Any) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
-    except Exception as error:  # a digest is no signature: whoever made this file chose what the reader stumbles over
+    except Exception as error:  # a digest is no signature: the file may hold anything
         raise InputError(
             f"{source} is no checkpoint that can be read ({type(error).__name__}): it holds more than tensors and plain "
             "data; use one that PPO wrote, with callbacks whose state_dict holds nothing else"

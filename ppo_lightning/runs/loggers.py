@@ -1,4 +1,4 @@
-"""Loggers beside those of the run's folder: what they are told of a run, which packages they need, and whose folder counts."""
+"""Loggers beside those of the run's folder: what they receive, which packages they need, and whose folder counts."""
 
 import inspect
 import math
@@ -117,7 +117,7 @@ def wandb_run_ends() -> Iterator[None]:
 
 
 def _wandb_run() -> Any:
-    wandb = sys.modules.get("wandb")  # whoever logs there has imported it
+    wandb = sys.modules.get("wandb")  # its logger has imported it
     return None if wandb is None else wandb.run
 
 

@@ -431,9 +431,9 @@ def find_checkpoints(trainer: Any) -> None:
 
 
 def restart_epoch(trainer: Any, iterations: int) -> None:
-    """Let a run that goes on from within an iteration (after a crash, or from ``best.ckpt``) begin another one.
+    """Let a run that resumes from within an iteration (after a crash, or from ``best.ckpt``) begin another one.
 
-    Lightning would go on within it, without the ``on_train_epoch_start`` in which callbacks prepare a rollout.
+    Lightning would continue within it, without the ``on_train_epoch_start`` in which callbacks prepare a rollout.
 
     Args:
         trainer: of the run.
