@@ -99,7 +99,7 @@ class PPO(RunModule):
             YAML a function as package.module.name, or a class by class_path. ``reward`` is as it is learnt from.
         update_epochs: epochs over each rollout (count).
         num_minibatches: minibatches of each epoch (count).
-        gradient_accumulation_steps: microbatches over which a minibatch's gradient is accumulated, where a minibatch does not fit
+        gradient_accumulation_steps: microbatches over which the gradient of a minibatch is accumulated, where one does not fit
             into memory; the optimizer step is the same (count).
         sequence_length: of a recurrent policy, the steps of the sequences into which rollouts are split; null is num_steps
             (steps).

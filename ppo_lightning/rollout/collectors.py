@@ -30,7 +30,7 @@ class Ends(NamedTuple):
     observation: Tree
     """[E, …] their last observations, as a rollout stores them; empty where no episode ended."""
     state: Tensor | None
-    """[E, S] what the policy's memory held then."""
+    """[E, S] recurrent state at their end."""
     outcome: Tensor
     """[E, 2] float64, success and failure: 1 or 0 where the environment reports it, else NaN."""
 
@@ -302,7 +302,7 @@ class Part:
         self.observation, self.begun = after.observation, after.begun
 
     def end(self) -> tuple[Any, ...]:
-        """Actions [T, n, …], parameters [T, n, P] and values [T, n] from acting, recurrent state before each step and after the last."""
+        """Actions [T, n, …], parameters [T, n, P], values [T, n], recurrent state before each step and after the last."""
         joint = self.taken[0].value is not None
         return (
             stack([step.action for step in self.taken]),
@@ -323,7 +323,7 @@ class Final(NamedTuple):
     observation: Tree
     """[E, …] their last observations, numpy."""
     state: Tensor | None
-    """[E, S] what the policy's memory held then."""
+    """[E, S] recurrent state at their end."""
     outcome: Array | None
     """[E, 2]"""
 
@@ -523,7 +523,7 @@ def _by_step(rows: Tree) -> list[Tree]:
 
 
 def check_finite(observations: Tree, reward: Tensor, ends: Ends, num_observations: int, num_steps: int) -> None:
-    """Refuse what would poison the parameters, before anything is computed from it.
+    """Refuse values that are not finite, before anything is computed from them.
 
     Raises:
         EnvironmentFault: an observation or reward is not finite.
@@ -543,9 +543,9 @@ def check_finite(observations: Tree, reward: Tensor, ends: Ends, num_observation
 
 
 def warn_of_bounds(observations: Tree, observation_space: Space[Any]) -> None:
-    """Say which observation [T, N, …] lies outside of its space, where one does: it is learnt from as it is."""
+    """Warn of an observation [T, N, …] outside of its space, which is used unchanged."""
     for name, leaf in leaves(observation_space).items():
-        if not isinstance(leaf, Box) or leaf.dtype == np.uint8:  # of other spaces that is an error
+        if not isinstance(leaf, Box) or leaf.dtype == np.uint8:  # for other spaces that is an error
             continue
         rows = observations[name] if name else observations
         low, high = (as_stored(bound, rows.dtype).to(rows.device) for bound in (leaf.low, leaf.high))

@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 
 FOLDER = Path("/dev/shm")
 SPIN_S, YIELD_S, LOOK_S = 2e-3, 0.05, 0.1
-"""Seconds to wait without giving the core away, then without sleeping, and between two checks that the other ranks are alive."""
+"""Seconds to spin, then to yield without sleeping, and between two checks that the other ranks are alive."""
 ROW = 1 << 12
 """Minimum capacity in single-precision numbers: counts and metrics are gathered here, too."""
 STRIDE = 8

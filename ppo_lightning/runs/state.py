@@ -33,7 +33,7 @@ class RunState:
         self._refit: dict[str, Any] | None = None
         """State of the optimizer and of this rank after the last fit."""
         self._checkpoint: dict[str, Any] | None = None
-        """That a fit resumes, until it has its optimizer."""
+        """The checkpoint that a fit resumes, until the optimizer exists."""
         self._local_rank_only = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class RunState:
             yield
         finally:
             self._checkpoint: dict[str, Any] | None = None
-        """That a fit resumes, until it has its optimizer."""
+        """The checkpoint that a fit resumes, until the optimizer exists."""
         self._local_rank_only = False
 
     def load(self, checkpoint: dict[str, Any], *, fits: bool) -> None:

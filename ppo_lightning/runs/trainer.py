@@ -408,8 +408,8 @@ def _env_steps(trainer: Any) -> int | None:
 class CheckpointFinder(_CheckpointConnector):
     """Takes ``last`` and ``best`` as the command line does, in a Trainer that has not trained.
 
-    Lightning looks in the Trainer's own, new folder, finds no file, and starts from scratch. ``trainer.ckpt_path`` is set before
-    setup.
+    Lightning looks in the Trainer's own, new folder, finds no file, and starts from scratch. This sets ``trainer.ckpt_path``
+    before setup.
     """
 
     @override
