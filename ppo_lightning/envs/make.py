@@ -259,9 +259,7 @@ class EnvFactory:
         # Forking a process that runs threads can deadlock the child: workers come from a clean server that has
         # imported this package once. Scripts need `if __name__ == "__main__":`, as with any such workers.
         multiprocessing.get_context("forkserver").set_forkserver_preload(["ppo_lightning.envs"])
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # the server would get it while it imports
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server would get it while it imports
         try:
             forkserver.ensure_running()
         finally:

@@ -122,9 +122,7 @@ class Simulator(VectorEnv):
 
     def _final(self, shown: Any, before: Any, path: str = "") -> Any:
         """Last observations of episodes, in the groups of the observation; missing groups keep the previous observation."""
-        if (
-            isinstance(shown, np.ndarray) and shown.dtype == object
-        ):  # a tensor, or groups, per finished environment
+        if isinstance(shown, np.ndarray) and shown.dtype == object:  # a tensor, or groups, per finished environment
             return self._joined(shown, before)
         shown = _groups(shown)
         if isinstance(before, dict) and isinstance(shown, dict):
