@@ -96,7 +96,7 @@ class RunCSVLogger(TolerantCSVLogger):
 def _that_keeps_rows(logger: Logger) -> Logger:
     """Replace Lightning's CSVLogger by one that appends when a run resumes; any other logger is unchanged.
 
-    It writes after rows or seconds; ``flush_logs_every_n_steps`` would speak of environment steps, which come in thousands.
+    It flushes by count or time; ``flush_logs_every_n_steps`` would count environment steps, which come in thousands.
     """
     if type(logger) is not CSVLogger:
         return logger
@@ -271,14 +271,14 @@ class PPOCLI(LightningCLI):
         return [board, RunCSVLogger(place["save_dir"], place["name"], board.version)]
 
     def before_fit(self) -> None:
-        """Take as many threads as pay for an update of this size."""
+        """Set the number of threads by the size of the update."""
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads(cast(PPO, self.model), processes=self.trainer.num_devices))
 
     def after_fit(self) -> None:
-        """Draw the learning curve and say where everything is."""
+        """Draw the learning curve, and print where the files are."""
         trainer = self.trainer
-        folder = trainer.log_dir  # all processes ask: the answer is broadcast
+        folder = trainer.log_dir  # all ranks ask: the answer is broadcast
         if not trainer.is_global_zero or folder is None:
             return
         run = Path(folder)
@@ -367,7 +367,7 @@ def _refuse_values_in_the_place_of_keys(config: Namespace) -> None:
 
 
 def _parse(parser: LightningArgumentParser, given: list[str] | dict[str, Any] | Namespace, **how: Any) -> Namespace:
-    """Parse words of a command line, or what Python gave in their place.
+    """Parse words of a command line, or the values that Python gave instead.
 
     Args:
         parser: of the command line.
