@@ -44,7 +44,7 @@ from ppo_lightning.runs.trainer import refuse_impossible, refuse_unwritable
 
 
 class RunWriter(ExperimentWriter):
-    """Goes on with a ``metrics.csv`` that is there; Lightning's own writer deletes it."""
+    """Appends to an existing ``metrics.csv``; Lightning's own writer deletes it."""
 
     @override
     def _check_log_dir_exists(self) -> None:
@@ -94,9 +94,9 @@ class RunCSVLogger(TolerantCSVLogger):
 
 
 def _that_keeps_rows(logger: Logger) -> Logger:
-    """Of Lightning's CSVLogger one that goes on with the file of a run that goes on; any other logger as it is.
+    """Replace Lightning's CSVLogger by one that appends when a run resumes; any other logger is unchanged.
 
-    It writes after rows or seconds; ``flush_logs_every_n_steps`` would speak of environment steps, which come in thousands.
+    It flushes by count or time; ``flush_logs_every_n_steps`` would count environment steps, which come in thousands.
     """
     if type(logger) is not CSVLogger:
         return logger
@@ -263,7 +263,7 @@ class PPOCLI(LightningCLI):
             return False
         checkpoint = self._get(self.config_init, "ckpt_path")
         run = Path(checkpoint).resolve().parent.parent if checkpoint and Path(checkpoint).is_file() else None  # no URL
-        if run is not None and run.name.startswith("version_"):  # a resumed run goes on in its own folder
+        if run is not None and run.name.startswith("version_"):  # a resumed run keeps its folder
             place: dict[str, Any] = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
         else:
             place = {"save_dir": root, "name": "lightning_logs"}
@@ -271,14 +271,14 @@ class PPOCLI(LightningCLI):
         return [board, RunCSVLogger(place["save_dir"], place["name"], board.version)]
 
     def before_fit(self) -> None:
-        """Take as many threads as pay for an update of this size."""
+        """Set the number of threads by the size of the update."""
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads(cast(PPO, self.model), processes=self.trainer.num_devices))
 
     def after_fit(self) -> None:
-        """Draw the learning curve and say where everything is."""
+        """Draw the learning curve, and print where the files are."""
         trainer = self.trainer
-        folder = trainer.log_dir  # all processes ask: the answer is broadcast
+        folder = trainer.log_dir  # all ranks ask: the answer is broadcast
         if not trainer.is_global_zero or folder is None:
             return
         run = Path(folder)
@@ -346,7 +346,7 @@ def threads(model: PPO, processes: int) -> int:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; what the user can mend is said in one sentence, with exit status 1."""
+    """Run the command line; a user error prints one sentence and exits with status 1."""
     torch.set_float32_matmul_precision("high")
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())  # as `python -m` does, so that configs can name modules that lie here
@@ -367,7 +367,7 @@ def _refuse_values_in_the_place_of_keys(config: Namespace) -> None:
 
 
 def _parse(parser: LightningArgumentParser, given: list[str] | dict[str, Any] | Namespace, **how: Any) -> Namespace:
-    """Parse words of a command line, or what Python gave in their place.
+    """Parse words of a command line, or the values that Python gave instead.
 
     Args:
         parser: of the command line.

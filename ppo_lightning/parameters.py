@@ -226,7 +226,7 @@ def _real(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Any value, with plain Python values in the place of scalars, within dictionaries, lists and tuples too."""
+    """Any value, with plain Python values instead of scalars, within dictionaries, lists and tuples too."""
     if type(value) is dict:
         return {_plain(key): _plain(item) for key, item in value.items()}
     if type(value) in (list, tuple):
@@ -321,7 +321,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Linear:
-    """A straight line over the run: ``start`` at its first environment step, ``end`` at ``total_steps``."""
+    """A linear schedule over the run: ``start`` at its first environment step, ``end`` at ``total_steps``."""
 
     start: float
     """Value of the first iteration, in the coefficient's own unit."""
@@ -333,7 +333,7 @@ class Linear:
         check_fields(self, "{} of Linear", start=FINITE, end=FINITE)
 
     def at(self, progress: float) -> float:
-        """Value where ``progress`` (0 to 1) of the environment steps are behind."""
+        """Value after the share ``progress`` (0 to 1) of the environment steps."""
         return self.start + (self.end - self.start) * progress
 
 
@@ -369,7 +369,7 @@ def check_samples(num_steps: int, num_envs: int, num_minibatches: int) -> None:
     """Refuse rollouts that have fewer samples than minibatches.
 
     Raises:
-        InputError: so they have.
+        InputError: they do.
     """
     samples = num_steps * num_envs
     if num_minibatches > samples:
@@ -416,7 +416,7 @@ def check_sequences(
         given: ``sequence_length``; None is whole rollouts.
         num_steps: steps of each environment per rollout.
         num_envs: environments of this process.
-        num_minibatches: pieces that the sequences are cut into.
+        num_minibatches: that the sequences are split into.
         is_recurrent: the policy is.
 
     Raises:

@@ -86,20 +86,20 @@ class PPO(RunModule):
             [B, …] to distribution parameters [B, P] and values [B]. The default, ActorCritic, has encoders for images
             and Dict observations, recurrent layers, and several distributions as options.
         normalize_observation: subtract the running mean of observations, divide by their standard deviation, clip at
-            ±10; of a Dict the numeric parts, never images.
+            ±10; of a Dict the numeric entries, never images.
         normalize_reward: divide rewards by the standard deviation of the discounted return, clip at ±10; reported
             returns stay in the environment's units.
-        clip_reward: learn from the sign of rewards, -1, 0 or 1, as is the custom for Atari; reported returns stay in the
+        clip_reward: learn from the sign of rewards, -1, 0 or 1, as usual for Atari; reported returns stay in the
             environment's units.
-        popart: {beta} normalises what the critic learns while preserving its output; null does not.
+        popart: {beta} normalises the critic's targets while preserving its output; null does not.
         gamma: discount factor (per environment step, 0 to 1).
         gae_lambda: how far advantages look ahead: 0 is the one-step TD error, 1 the whole return (dimensionless, 0 to 1).
         advantage_estimator: callable (rollout [T, N], *, gamma, gae_lambda) -> (advantage [T, N], value target [T, N]); in
             YAML a function as package.module.name, or a class by class_path. ``reward`` is as it is learnt from.
         update_epochs: epochs over each rollout (count).
         num_minibatches: minibatches of each epoch (count).
-        gradient_accumulation_steps: parts in which the gradient of a minibatch is accumulated, for one that does not fit into
-            memory whole; the step is the same (count).
+        gradient_accumulation_steps: microbatches over which the gradient of a minibatch is accumulated, where one does not fit
+            into memory; the optimizer step is the same (count).
         sequence_length: of a recurrent policy, the steps of the sequences into which rollouts are split; null is num_steps
             (steps).
         loss: module or callable (batch, evaluate, coefficients) -> scalars by name, of which loss is minimised and all are
@@ -108,15 +108,14 @@ class PPO(RunModule):
             {start, end} for a linear schedule over the run (dimensionless).
         clip_range_vf: change of a value beyond which the critic's loss is constant, in (normalised) reward units; null does
             not clip.
-        normalize_advantage: give the advantages of each minibatch mean 0 and standard deviation 1: true by those of
-            each rank's own samples, all_ranks by those of all ranks' together, so that the number of ranks makes no
-            difference. On one rank both are the same.
+        normalize_advantage: give the advantages of each minibatch mean 0 and standard deviation 1: true over each rank's
+            own samples, all_ranks over the samples of all ranks, which makes the result independent of their number.
         ent_coef: weight of the entropy bonus; a number, or {start, end} for a linear schedule over the run (advantage units
             per nat).
         vf_coef: weight of the critic's mean squared error in the loss (dimensionless).
         max_grad_norm: gradients are scaled down to this Euclidean norm over all parameters; null does not clip.
-        non_finite: what to do about a gradient whose norm is not finite: raise ends the run, with a file to reproduce it
-            and the parameters as they were before; skip leaves the step out, 10 in a row at most.
+        non_finite: on a gradient whose norm is not finite, raise ends the run, with unchanged parameters and a file to
+            reproduce it; skip leaves the step out, 10 in a row at most.
         target_kl: end an update, before the step, when the approximate KL divergence exceeds 1.5 times this (nats);
             null never does.
         optimizer: class_path or callable parameters -> optimizer; its learning rate falls linearly to 0 over
@@ -128,8 +127,8 @@ class PPO(RunModule):
         eval_deterministic: evaluate the most probable action instead of drawing one.
         max_env_restarts: how often environments that raise, or whose worker processes die or hang, may be restarted in one
             run of this process, their episodes cut there; 0 ends the run (count).
-        info_keys: keys of the environments' info whose numbers are logged as env/…, beside reward_components, rewards, log
-            and metrics, which are logged where they are given.
+        info_keys: keys of the environments' info whose scalars are logged as env/…, beside reward_components, rewards, log
+            and metrics, which are always logged where present.
         metric_names: whose names loggers receive: sb3, cleanrl, leanrl, apexrl, pufferlib or embodichain, with that
             system's signs and scales; monitors and reports keep Stable-Baselines3's.
         env_timeout_s: a step or reset of async environments that takes longer is an error (seconds).
@@ -137,7 +136,7 @@ class PPO(RunModule):
             several times as fast for small networks, after some ten seconds of compilation.
 
     Raises:
-        InputError: a value cannot be used; the sentence says which, and what to do.
+        InputError: a value cannot be used; the message names it, and what to do.
     """
 
     @checked(skip=["env"], **LIMITS)
@@ -237,7 +236,7 @@ class PPO(RunModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """Attach what every run needs, in the place of Lightning's default bar and checkpoint; the user's callbacks stay."""
+        """Attach our callbacks instead of Lightning's default progress bar and checkpoint; keep the user's."""
         refuse_unsupported(self.trainer, self)
         evaluates = self.env_factory.again() is not None
         attach_callbacks(self.trainer, self.iterations_between_evaluations, evaluates=evaluates)
@@ -262,14 +261,14 @@ class PPO(RunModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Begin a fit; every check has passed, so that the run's files are opened."""
+        """Begin a fit and open the run's files, since every check has passed."""
         self.begin_fit()
         self.guard.reset()
         begin_writing(self.trainer, self)
 
     @override
     def train_dataloader(self) -> RolloutDataset:
-        """The rollouts themselves: sized (1), no DataLoader, so that each is collected after the last update."""
+        """The rollouts themselves (length 1): without a DataLoader, each is collected after the last update."""
         return self.rollouts
 
     @override
@@ -286,7 +285,7 @@ class PPO(RunModule):
 
     @override
     def on_train_epoch_start(self) -> None:
-        """Call the events that an iteration, and with it a rollout, begins."""
+        """Call the events of a new iteration and rollout."""
         call_event(self, "on_iteration_start")
         call_event(self, "on_rollout_start")
 
@@ -315,7 +314,7 @@ class PPO(RunModule):
 
     @override
     def training_step(self, batch: TensorDict, batch_idx: int) -> None:
-        """Update the policy on the rollout; then count, log, and decide whether the run stops."""
+        """Update the policy on the rollout, then count, log, and decide whether the run stops."""
         started, steps = time.perf_counter(), self.trainer.global_step
         learning_rate = self.schedules.set_learning_rate(self._optimizer, self.progress)
         call_event(self, "on_update_start", batch)
@@ -335,27 +334,27 @@ class PPO(RunModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradients, unscaled by now in any precision; never step on one that is not finite."""
+        """Unscale and clip the gradients; never step on one that is not finite."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # a fused optimizer would do it within its step: too late for clipping
         assert self.updater.eager is not None
         self.updater.eager.clip(scaler)
 
-    # --- the parts of an iteration ------------------------------------------------------------------------------------
+    # --- steps of an iteration ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def training_samples(self, rollout: TensorDict) -> dict[str, Any]:
-        """What an update is made on: samples [T · N] of a rollout, or of a recurrent policy its sequences [B, L].
+        """Samples [T · N] of a rollout to update on, or sequences [B, L] for a recurrent policy.
 
-        ``observation`` is what the network sees and values are as the loss compares them: normalised once, not per epoch.
-        ``valid`` is there only where some samples do not count.
+        ``observation`` and the values are normalised once, not per epoch. ``valid`` is present only where some samples do
+        not count.
         """
         return training_samples(rollout, self.policy, self.rollouts.sequence_length)
 
     @property
     def coefficients(self) -> LossCoefficients:
-        """Of the loss in this iteration, where their schedules are."""
+        """Coefficients of the loss in this iteration, by their schedules."""
         clip_range, ent_coef = (self.schedules.at(name, self.progress) for name in ("clip_range", "ent_coef"))
         return LossCoefficients(clip_range, self.clip_range_vf, self.vf_coef, ent_coef)
 
@@ -366,7 +365,7 @@ class PPO(RunModule):
             rollout: [T, N] with advantages.
 
         Raises:
-            FloatingPointError: a gradient is not finite, and such steps are not skipped.
+            FloatingPointError: a gradient is not finite, and non_finite is raise.
         """
         try:
             samples = self.training_samples(rollout)
@@ -376,7 +375,7 @@ class PPO(RunModule):
         except NonFiniteGradient as error:
             folder = None if self._trainer is None else self.trainer.log_dir or self.trainer.default_root_dir
             message = write_dump(error, Path(folder or "."), int(self.iterations) + 1, self.ranks.rank)
-            self.ranks.barrier()  # the first process to end stops the others before they have written theirs
+            self.ranks.barrier()  # the first rank to end stops the other ranks before they have written theirs
             raise FloatingPointError(message) from None
         self.updater.warn_of_unreached()
         return result
@@ -385,12 +384,12 @@ class PPO(RunModule):
     def metrics(
         self, rollout: TensorDict, update: UpdateResult, *, seconds: float, learning_rate: float
     ) -> dict[str, float]:
-        """What is logged of an iteration: of all ranks, but for seconds, which are this rank's (docs/metrics.md).
+        """Metrics of an iteration over all ranks; seconds are this rank's (docs/metrics.md).
 
         Args:
             rollout: [T, N].
-            update: what was done with it.
-            seconds: how long that took.
+            update: result of the update on it.
+            seconds: duration of the update.
             learning_rate: of the first parameter group.
         """
         episodes, restarts = self.rollouts.episodes, self.env_provider.restarts.count
@@ -413,15 +412,15 @@ class PPO(RunModule):
     # --- what users call ----------------------------------------------------------------------------------------------
 
     def predict(self, observation: Any, deterministic: bool = True, state: Any = None, action_mask: Any = None) -> Any:
-        """Action for one observation, or actions for a batch of them; numpy in, numpy out, as the environment takes them.
+        """Action for one observation, or actions for a batch; numpy in, numpy out, in the environment's units.
 
-        A recurrent policy returns the pair (action, state): pass the state on with the next observation of the
-        episode, and None with the first.
+        A recurrent policy returns the pair (action, state): pass the state with the next observation of the episode, and
+        None with the first.
 
         Args:
-            observation: [*shape], or [B, *shape] of the observation space, unnormalised; of a Dict or Tuple the parts.
-            deterministic: the most probable action; else one is drawn, with torch's global generator.
-            state: of the recurrent policy, as the call before returned it; None at the start of an episode.
+            observation: [*shape], or [B, *shape] of the observation space, unnormalised; for a Dict or Tuple its entries.
+            deterministic: the most probable action; else one is sampled with torch's global generator.
+            state: of the recurrent policy, from the previous call; None at the start of an episode.
             action_mask: [M], or [B, M], 1 or True where an action is allowed, else 0 or False; one that is part of the
                 observation is read from there. Without one all actions are allowed, with one warning where the policy
                 was trained with masks.
@@ -450,8 +449,8 @@ class PPO(RunModule):
     def collect(self) -> TensorDict:
         """One rollout [T, N] with its ``advantage`` and ``value_target``; the next call overwrites it.
 
-        For loops of your own: under a Trainer this is done already. The first call seeds what draws random numbers, as
-        ``fit`` does: by ``lightning.seed_everything``, else by a seed that is drawn and kept in ``seed``.
+        For your own training loop; a Trainer calls it by itself. The first call seeds the run as ``fit`` does: by
+        ``lightning.seed_everything``, else by a random seed that is kept in ``seed``.
         """
         if self.rollouts.environments is None:
             self.seed = resolve_seed(self.seed)
@@ -461,19 +460,19 @@ class PPO(RunModule):
         return rollout
 
     def learn(self, rollout: TensorDict, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """Update the policy on what :meth:`collect` returned, and count it.
+        """Update the policy on the rollout of :meth:`collect`, and count it.
 
-        The learning rate falls linearly to 0, unless ``lr_scheduler`` was given: then step one of your own.
+        The learning rate falls linearly to 0, unless ``lr_scheduler`` was given: then step your own scheduler.
 
         Args:
-            rollout: of the policy as it is now.
+            rollout: of the current policy.
             optimizer: over the model's parameters, the same one in every call.
 
         Returns:
-            The metrics that loggers get, ``rollout/…``, ``time/…`` and ``train/…``, at ``num_env_steps``.
+            The logged metrics ``rollout/…``, ``time/…`` and ``train/…``, at ``num_env_steps``.
 
         Raises:
-            FloatingPointError: a gradient is not finite, and such steps are not skipped.
+            FloatingPointError: a gradient is not finite, and non_finite is raise.
         """
         started = time.perf_counter()
         learning_rate = self.schedules.set_learning_rate(optimizer, self.progress)
@@ -487,7 +486,7 @@ class PPO(RunModule):
 
     @property
     def learning_rate(self) -> float:
-        """Of the first parameter group, in the last update."""
+        """Learning rate of the first parameter group, in the last update."""
         assert self.updater.optimizer is not None
         return self.updater.optimizer.param_groups[0]["lr"]
 

@@ -21,7 +21,7 @@ from ppo_lightning.errors import InputError
 SUPPORTED = "Box, Discrete, MultiDiscrete and MultiBinary spaces, and Dict or Tuple of these"
 
 MASK = "action_mask"
-"""Key, in a Dict observation or in info, of what says which actions are allowed."""
+"""Key of the action mask, in a Dict observation or in info."""
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Tree: TypeAlias = Any
@@ -185,7 +185,7 @@ def _(space: MultiBinary) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def empty(space: Space[Any], *batch: int, device: torch.device | None = None) -> Tensor:
-    """Room for samples [*batch, …] of a basic space; pictures with their channels side by side, as convolutions want them."""
+    """Storage for samples [*batch, …] of a basic space; images are channels-last in memory, as convolutions need."""
     shape, dtype = storage(space)
     if is_image(space) and len(shape) == 3 and not channels_are_last(shape):
         return torch.empty(*batch, *shape[1:], shape[0], dtype=dtype, device=device).movedim(-1, -3)
@@ -198,7 +198,7 @@ def cut(samples: int, pieces: int) -> list[int]:
 
 
 def rows_of(leaf: Tensor, order: Tensor) -> Tensor:
-    """Rows [B, …] that ``order`` names: several times as fast for pictures as indexing, and laid out as they were."""
+    """Samples [B, …] at the indices ``order``: several times as fast for images as indexing, in the same layout."""
     if leaf.ndim == 4 and leaf.is_contiguous(memory_format=torch.channels_last):
         return leaf.permute(0, 2, 3, 1).index_select(0, order).permute(0, 3, 1, 2)
     return leaf.index_select(0, order)
@@ -271,7 +271,7 @@ def encoder(space: Space[Any]) -> Callable[[Tensor], Tensor]:
 def _(space: Box) -> Callable[[Tensor], Tensor]:
     if not is_image(space):
         return Tensor.float if space.shape else _column  # the tensor itself where it is float32 already
-    # Convolutions want the channels of a pixel side by side: laid out so once per rollout, not in every minibatch.
+    # Convolutions need channels-last memory: converted once per rollout, not in every minibatch.
     return _pixels_first if len(space.shape) == 3 and not channels_are_last(space.shape) else _same
 
 
@@ -362,9 +362,9 @@ def channels_are_last(picture: Sequence[int]) -> bool:
 
 
 def is_image(space: Space[Any]) -> bool:
-    """Whether a Box is a picture, or a stack of pictures: bytes from 0 to 255, in three or four dimensions.
+    """Whether a Box is an image, or a stack of images: bytes from 0 to 255, in three or four dimensions.
 
-    Two dimensions are a grey picture where both have at least 8 pixels.
+    Two dimensions are a grey image where both have at least 8 pixels.
     """
     if not isinstance(space, Box) or space.dtype != np.uint8 or space.low.min() != 0 or space.high.max() != 255:
         return False

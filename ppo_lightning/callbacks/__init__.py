@@ -1,4 +1,4 @@
-"""What every run needs, and what changes a run. The callbacks of ``tools`` are public here too, and imported on first use."""
+"""Callbacks of every run, and optional ones. The callbacks of ``tools`` are public here too, and imported on first use."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -55,7 +55,7 @@ TOOLS = {
 
 
 def has_tools() -> bool:
-    """Whether the folder ``ppo_lightning/tools`` is there."""
+    """Whether the folder ``ppo_lightning/tools`` exists."""
     spec = find_spec("ppo_lightning.tools")
     return spec is not None and spec.origin is not None
 

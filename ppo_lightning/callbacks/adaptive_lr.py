@@ -1,4 +1,4 @@
-"""A learning rate that follows how far each update moves the policy."""
+"""A learning rate that adapts to the KL divergence of each update."""
 
 from typing import Any, cast
 
@@ -12,23 +12,23 @@ from ppo_lightning.parameters import FINITE, checked
 
 
 class AdaptiveLearningRate(Callback):
-    """Lowers the learning rate where the policy moves too far, raises it where it moves too little.
+    """Lowers the learning rate where an update's KL divergence is too large, and raises it where it is too small.
 
     The rule of rsl_rl (Schwarke et al. 2025), once per iteration, by ``train/approx_kl`` (the divergence of the update's
-    last pass, over all processes): more than twice ``desired_kl`` divides the rate by ``factor``, less than half of it,
-    but more than 0, multiplies it. The first iteration has the optimiser's rate, a run that goes on the one it had last.
+    last epoch, over all ranks): more than twice ``desired_kl`` divides the learning rate by ``factor``, less than half of
+    it, but more than 0, multiplies it. It starts at the optimiser's learning rate; a resumed run keeps its last one.
 
-    rsl_rl applies it before each gradient step, to the exact divergence between two Gaussians. Here any distribution will
-    do, by the estimate E[r − 1 − ln r] (Schulman 2020), and compiled updates know their rate beforehand.
+    rsl_rl applies it before each gradient step, to the exact divergence between two Gaussians. Here it applies to any
+    distribution, by the estimate E[r − 1 − ln r] (Schulman 2020), and compiled updates know their learning rate beforehand.
 
     Args:
         desired_kl: divergence per update to aim at (nats).
-        factor: by which the rate changes (dimensionless, more than 1).
-        min_lr: lowest rate.
-        max_lr: highest rate.
+        factor: by which the learning rate changes (dimensionless, more than 1).
+        min_lr: lowest learning rate.
+        max_lr: highest learning rate.
 
     Raises:
-        InputError: a number cannot be used, or the learning rate is given by something else, too.
+        InputError: a number cannot be used, or something else sets the learning rate, too.
     """
 
     @checked("AdaptiveLearningRate: {}", desired_kl=FINITE, factor=FINITE, min_lr=FINITE, max_lr=FINITE)
@@ -42,7 +42,7 @@ class AdaptiveLearningRate(Callback):
             )
         self.desired_kl, self.factor, self.min_lr, self.max_lr = desired_kl, factor, min_lr, max_lr
         self.rate: float | None = None
-        """Of the next iteration; None before the first."""
+        """Learning rate of the next iteration; None before the first."""
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Evaluations beside training, in a process of their own."""
+"""Evaluations during training, in a separate process."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ from ppo_lightning.parameters import SECONDS, Limit, checked
 
 
 class Taken(NamedTuple):
-    """A run as it was when an evaluation was due."""
+    """Snapshot of a run for an evaluation."""
 
     step: int
     """Environment steps."""
@@ -35,35 +35,35 @@ class Taken(NamedTuple):
     weights: bytes
     """The policy with its normalisers, as ``torch.save`` writes them."""
     checkpoint: dict[str, Any] | None
-    """What ``best.ckpt`` holds if this is the best; None where no checkpoints are kept."""
+    """Contents of ``best.ckpt`` if this is the best; None without checkpoints."""
 
 
 _COUNT = Limit("be more than 0 (a whole number)", lambda value: value > 0)
 
 
 class AsyncEvaluation(Callback):
-    """Evaluates snapshots in another process while training goes on, in the place of evaluations that training waits for.
+    """Evaluates snapshots in another process while training continues, instead of pausing it.
 
-    A snapshot is the policy with its normalisers, and a whole checkpoint. Its ``eval/…`` are those that ``model.evaluate()``
-    gives at that step. They are logged at that step, reach ``trainer.callback_metrics`` when they arrive, and the snapshot
-    itself becomes ``best.ckpt`` where it is the best. Training is the same, to the bit, with and without.
+    A snapshot is the policy with its normalisers, and a whole checkpoint. Its ``eval/…`` equal those of ``model.evaluate()``
+    at that step. They are logged at that step, reach ``trainer.callback_metrics`` when they arrive, and the snapshot becomes
+    ``best.ckpt`` if it is the best. Training is bit-identical with and without this callback.
 
-    One evaluation runs at a time. What is due meanwhile waits; something newer takes its place. The last policy is always
-    evaluated, and the end of training waits for it. An evaluation that fails, or takes too long, costs a warning, and the
-    next one has a new process. The process has one thread, on the CPU; of several training processes the first starts it.
+    One evaluation runs at a time. One snapshot waits, and a newer one replaces it. The last policy is always evaluated, and
+    the end of training waits for it. An evaluation that fails or times out gives a warning, and the next one has a new
+    process. The process has one thread, on the CPU; rank 0 starts it.
 
     Args:
         every: iterations between evaluations; None is the model's ``eval_interval``.
         episodes: of an evaluation; None is the model's ``num_eval_episodes``.
         deterministic: take the most probable actions; None is the model's ``eval_deterministic``.
-        timeout_s: an evaluation that takes longer is given up (seconds).
+        timeout_s: an evaluation that takes longer is aborted (seconds).
 
     Raises:
         InputError: one of them is not positive.
     """
 
     PATIENCE_S = 3.0
-    """Seconds that a run which was interrupted or failed waits for the evaluation that is under way."""
+    """Seconds that an interrupted or failed run waits for the running evaluation."""
 
     @checked("AsyncEvaluation: {}", every=_COUNT, episodes=_COUNT, timeout_s=SECONDS)
     def __init__(
@@ -83,7 +83,7 @@ class AsyncEvaluation(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Turn off the evaluations that training waits for."""
+        """Turn off Lightning's evaluations, which pause training."""
         if stage != "fit":
             return
         module = cast(PPOModule, pl_module)
@@ -112,14 +112,14 @@ class AsyncEvaluation(Callback):
         self._taken = -1
         if trainer.is_global_zero:
             self._packed = self._evaluation(trainer, cast(PPOModule, pl_module)).packed()
-            self._evaluator = Evaluator(self._packed, self.timeout_s)  # to import everything takes it seconds
+            self._evaluator = Evaluator(self._packed, self.timeout_s)  # its imports take seconds
 
     def _evaluation(self, trainer: Trainer, module: PPOModule) -> Evaluation:
         maker = module.env_factory.again()
         assert maker is not None
         episodes = module.num_eval_episodes if self.episodes is None else self.episodes
         return Evaluation(
-            copy.deepcopy(module.policy).cpu().eval(),  # as a validation has it
+            copy.deepcopy(module.policy).cpu().eval(),  # as in a validation
             maker,
             module.observation_space,
             num_envs=min(module.num_envs, episodes),
@@ -143,7 +143,7 @@ class AsyncEvaluation(Callback):
             self._take(trainer, module)
         if last:
             self._finish(trainer, module)
-        elif due or trainer.world_size == 1:  # several processes have to agree on what has arrived
+        elif due or trainer.world_size == 1:  # ranks must agree on what has arrived
             self._turn(trainer)
 
     @override
@@ -156,10 +156,10 @@ class AsyncEvaluation(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
-            if trainer.world_size == 1:  # else the others may not answer any more
+            if trainer.world_size == 1:  # else other ranks may not answer
                 self._waiting = None
                 self._turn(trainer, time.monotonic() + self.PATIENCE_S)
-        except Exception as error:  # of a logger, perhaps, whose first error ended the run: that one is to be seen
+        except Exception as error:  # the error that ended the run must stay visible, such as a logger's
             rank_zero_warn(f"the last evaluation was not logged ({type(error).__name__}: {error})")
         finally:
             self._close("the run has ended by an error or by force")
@@ -174,7 +174,7 @@ class AsyncEvaluation(Callback):
             trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
     def _take(self, trainer: Trainer, module: PPOModule) -> None:
-        """Keep the run as it is now: collective, since each process has a share of a checkpoint."""
+        """Take a snapshot of the run: collective, since each rank holds a part of a checkpoint."""
         if module.agreed_stop_signal in Interrupts.SIGNALS:  # there is no time
             return
         self._taken = module.num_env_steps
@@ -183,7 +183,7 @@ class AsyncEvaluation(Callback):
         if trainer.is_global_zero:
             weights = io.BytesIO()
             torch.save({name: tensor.cpu() for name, tensor in module.policy.state_dict().items()}, weights)
-            # What is dumped are the tensors that training goes on with.
+            # The checkpoint holds the tensors that training updates in place.
             copied = copy.deepcopy(checkpoint)
             self._waiting = Taken(
                 self._taken, module.evaluation_seed(), module.env_provider.eval_overrides, weights.getvalue(), copied
@@ -201,14 +201,14 @@ class AsyncEvaluation(Callback):
             self._close("the run was interrupted")
 
     def _turn(self, trainer: Trainer, until: float = 0.0) -> bool:
-        """Take in a result that has arrived, and begin what waits; all processes together.
+        """Receive a result that has arrived, and begin the waiting evaluation; collective.
 
         Args:
             trainer: of the run.
             until: wait for a result, until that time of ``time.monotonic``.
 
         Returns:
-            Whether more can be waited for.
+            Whether another result is pending.
         """
         taken = self._running
         news = self._hear(min(BREATH_S, until - time.monotonic())) if taken is not None else None
@@ -274,7 +274,7 @@ def _warn(step: int, error: Exception) -> None:
 
 
 def _completed(checkpoint: dict[str, Any] | None, trainer: Trainer) -> dict[str, Any] | None:
-    """A snapshot's checkpoint with its own evaluation in the records, which was not known then."""
+    """A snapshot's checkpoint with its own evaluation added to the records."""
     for callback in cast(Any, trainer).callbacks:
         if isinstance(callback, RunSummary) and checkpoint is not None:
             checkpoint["callbacks"][callback.state_key]["evaluations"] = callback.state_dict()["evaluations"]

@@ -1,4 +1,4 @@
-"""When callbacks that monitor a metric, or save by iterations or time, act."""
+"""Schedules callbacks that monitor a metric, or save by iterations or time."""
 
 import difflib
 import time
@@ -18,21 +18,21 @@ from ppo_lightning.metric_names import LATER, may_come_later
 from ppo_lightning.module import PPOModule
 
 EVALUATION = "eval/"
-"""Begin of the names of what an evaluation measures."""
+"""Prefix of metrics of evaluations."""
 
 PACKAGES = ("ppo_lightning", "lightning", "torch", "builtins")
-"""Packages whose classes log no metrics but those that are known."""
+"""Packages whose classes log no unknown metrics."""
 
 INT32_MAX = 2**31 - 1
 
 
 class CallbackSchedule(EvaluationCallback):
-    """Lets :class:`EarlyStopping` and :class:`ModelCheckpoint` act when their metric is there, at intervals of their own.
+    """Lets :class:`EarlyStopping` and :class:`ModelCheckpoint` act when their metric is logged, at their own intervals.
 
-    Lightning decides by the evaluation interval when they act, raises an error where their metric is not there yet, and
-    ignores ``train_time_interval`` in manual optimisation. Here a callback that monitors ``eval/…`` acts at the end of
-    each evaluation, any other at the end of each iteration, unless the user said otherwise. A metric that comes later
-    (there is no ``rollout/ep_rew_mean`` before an episode ends) is waited for; one that never comes is an error.
+    Lightning lets them act by the evaluation interval, raises an error where their metric is not logged yet, and ignores
+    ``train_time_interval`` in manual optimisation. Here a callback that monitors ``eval/…`` acts after each evaluation, any
+    other after each iteration, unless the user set it otherwise. A callback waits for a metric that is logged later
+    (``rollout/ep_rew_mean`` needs a finished episode); a metric that is never logged is an error.
 
     Raises:
         InputError: a callback monitors a metric that the run does not log.
@@ -40,7 +40,7 @@ class CallbackSchedule(EvaluationCallback):
 
     def __init__(self) -> None:
         self._changed: list[tuple[Callback, str, Any]] = []
-        """Callbacks of the user's, with attributes that this one has set and their values before."""
+        """The user's callbacks, with the attributes that this one has set and their previous values."""
         self._has_evaluated = False
 
     @override
@@ -76,11 +76,11 @@ class CallbackSchedule(EvaluationCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save the checkpoints that are due by iterations or by time; put the present step in the place of ``{step}``."""
+        """Save the checkpoints that are due by iterations or time; ``{step}`` becomes the current environment step."""
         steps = cast(PPOModule, pl_module).num_env_steps
         if steps <= INT32_MAX:  # Lightning casts it to int32
             trainer.callback_metrics["step"] = torch.tensor(steps)
-        else:  # file names then have Lightning's own count, of iterations
+        else:  # file names then have Lightning's own count of iterations
             trainer.callback_metrics.pop("step", None)
         for callback in _monitors(trainer):
             if isinstance(callback, ModelCheckpoint) and _is_due(callback, trainer):
@@ -88,7 +88,7 @@ class CallbackSchedule(EvaluationCallback):
 
     def _save(self, checkpoint: ModelCheckpoint, trainer: Trainer) -> None:
         metrics = checkpoint._monitor_candidates(trainer)
-        if _is_evaluated(checkpoint):  # the score there is may be another policy's
+        if _is_evaluated(checkpoint):  # the last score may be another policy's
             checkpoint._defer_save_until_validation = True
             _hold(checkpoint, trainer)
         elif checkpoint.monitor is None or checkpoint.monitor in metrics:
@@ -98,7 +98,7 @@ class CallbackSchedule(EvaluationCallback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the callbacks act that monitor a metric."""
+        """Prepare callbacks that monitor a metric, before they act."""
         callbacks = _all(trainer)
         first = cast(Any, trainer.fit_loop.epoch_progress.current).processed <= 1
         logs_next = first and _has_hooks(pl_module, "on_train_epoch_end")
@@ -114,7 +114,7 @@ class CallbackSchedule(EvaluationCallback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let those save that have waited for the evaluation."""
+        """Save the checkpoints that have waited for the evaluation."""
         for callback in _monitors(trainer):
             if isinstance(callback, ModelCheckpoint) and callback._defer_save_until_validation:
                 callback._last_global_step_saved = 0
@@ -135,7 +135,7 @@ class CallbackSchedule(EvaluationCallback):
                 raise _unknown(callback, name, trainer)
 
     def _follow_evaluations(self, trainer: Trainer) -> None:
-        """Let callbacks act after evaluations whose metric, under a name of the user's, is logged there."""
+        """Let callbacks act after evaluations if these log their metric under the user's own name."""
         results = trainer._results
         logged = () if results is None else results.metrics(False)["callback"]
         for callback, name, value in self._changed:
@@ -143,7 +143,7 @@ class CallbackSchedule(EvaluationCallback):
                 setattr(callback, name, False)
 
     def _without_metric(self, trainer: Trainer) -> list[tuple[Callback, str]]:
-        """Callbacks whose metric is not there, with its name, unless they are content without."""
+        """Callbacks whose required metric is not logged, with its name."""
         metrics, lenient = trainer.callback_metrics, {id(one) for one, name, _ in self._changed if name == "strict"}
         return [
             (callback, callback.monitor)
@@ -156,7 +156,7 @@ class CallbackSchedule(EvaluationCallback):
 
 
 def refuse_evaluation_monitors(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks that monitor evaluations, of which there are none.
+    """Refuse callbacks that monitor evaluations in a run without any.
 
     Raises:
         InputError: there is such a callback.
@@ -176,18 +176,18 @@ def _all(trainer: Trainer) -> list[Callback]:
 
 
 def _monitors(trainer: Trainer) -> list[Any]:
-    """Callbacks of the user's that stop or save."""
+    """The user's callbacks that stop or save."""
     kinds = (EarlyStopping, ModelCheckpoint)
     return [one for one in _all(trainer) if isinstance(one, kinds) and not isinstance(one, RunCheckpoint)]
 
 
 def _when(callback: Callback) -> str:
-    """Attribute that says whether the callback acts at the end of an iteration, or else of an evaluation."""
+    """Attribute that sets whether the callback acts after an iteration, or else after an evaluation."""
     return "_check_on_train_epoch_end" if isinstance(callback, EarlyStopping) else "_save_on_train_epoch_end"
 
 
 def _has_hooks(owner: Any, hook: str) -> bool:
-    """Whether a user's module or callback has hooks of such a name, in which it may log metrics of its own."""
+    """Whether a user's module or callback overrides such a hook, in which it may log its own metrics."""
     kinds = [kind for kind in type(owner).__mro__ if kind.__module__.partition(".")[0] not in PACKAGES]
     return any(hook in name for kind in kinds for name in vars(kind))
 

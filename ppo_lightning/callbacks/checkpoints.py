@@ -1,4 +1,4 @@
-"""The two checkpoints that every run leaves: the best by evaluation, and the last."""
+"""The two checkpoints of every run: the best by evaluation, and the last."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ from ppo_lightning.runs.checkpoint import ON_EXCEPTION, PREVIOUS, read_checkpoin
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """One file per run, under a fixed name in the run's folder; where it cannot be written, training goes on without."""
+    """One file per run, under a fixed name in the run's folder; where it cannot be written, training continues without."""
 
     PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
     _stage = ""
@@ -43,12 +43,12 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stage != "fit":  # a validation has no scores to go on with
+        if self._stage != "fit":  # a validation has no scores to resume
             return
         if Path(str(state_dict["dirpath"])).resolve() != Path(str(self.dirpath)).resolve():
             return  # another run's files: this one has none yet
-        # The paths are not to be trusted: what they name is deleted when something better is saved. And Lightning compares
-        # how folders are written: under another spelling, the file just saved would be deleted as the old one.
+        # The paths are untrusted: Lightning deletes the file when it saves a better one. It compares paths as strings:
+        # under another spelling, it would delete the new file as the old one.
         own = self.format_checkpoint_name({})
         scores = [score for score in state_dict["best_k_models"].values() if isinstance(score, Tensor)]
         super().load_state_dict(
@@ -64,7 +64,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         before = {**self.state_dict(), "best_k_models": dict(self.best_k_models)}
         super()._save_topk_checkpoint(trainer, monitor_candidates)
-        if not self._written:  # the file there has the score it had
+        if not self._written:  # the existing file keeps its score
             vars(self).update(before)
 
     @override
@@ -72,12 +72,12 @@ class RunCheckpoint(ModelCheckpoint):
         self._written = True
         try:
             self._write(trainer, filepath)
-        except OSError as error:  # of the process that writes, and of none else
+        except OSError as error:  # on the writing rank only
             self._written = False
             _warn(filepath, trainer, error)
-            trainer.strategy.barrier("Trainer.save_checkpoint")  # the others wait there
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # the other ranks wait there
         self._written = trainer.strategy.broadcast(self._written)
-        self._last_global_step_saved = trainer.global_step  # or tried to: all processes alike
+        self._last_global_step_saved = trainer.global_step  # or tried to, on all ranks
 
     def _write(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -91,18 +91,18 @@ class BestCheckpoint(RunCheckpoint):
             filename="best",
             monitor="eval/mean_reward",
             mode="max",
-            save_on_train_epoch_end=False,  # but at the end of each evaluation
+            save_on_train_epoch_end=False,  # after each evaluation instead
             enable_version_counter=False,
         )
         self._kept: dict[str, Any] | None = None
         self._keeps = False
 
     def keep(self, trainer: Trainer, checkpoint: dict[str, Any] | None, scores: dict[str, Tensor]) -> None:
-        """Save a state that the run was in before, if it is the best one so far; all processes together.
+        """Save an earlier state of the run if it is the best so far; collective.
 
         Args:
             trainer: of the run.
-            checkpoint: what was dumped then, in the process that writes; None in others.
+            checkpoint: of that state, on the writing rank; None on others.
             scores: of that state, ``eval/mean_reward`` among them.
         """
         counters = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
@@ -118,7 +118,7 @@ class BestCheckpoint(RunCheckpoint):
             super()._write(trainer, filepath)
             return
         if self._kept is not None:
-            self._kept["callbacks"][self.state_key] = self.state_dict()  # its own score was not known then
+            self._kept["callbacks"][self.state_key] = self.state_dict()  # its own score was not known when it was taken
             trainer.strategy.save_checkpoint(self._kept, filepath)
         trainer.strategy.barrier("Trainer.save_checkpoint")
         if trainer.is_global_zero:
@@ -127,9 +127,9 @@ class BestCheckpoint(RunCheckpoint):
 
 
 class LastCheckpoint(RunCheckpoint):
-    """``last.ckpt``: the newest state, every so often, at the end, and when a single process fails.
+    """``last.ckpt``: the newest state, at intervals, at the end, and when a single rank fails.
 
-    The file before it stays beside it as ``previous.ckpt``.
+    The previous file is kept as ``previous.ckpt``.
 
     Args:
         every_n_epochs: iterations between two saves.
@@ -180,14 +180,14 @@ class LastCheckpoint(RunCheckpoint):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save where the last whole iteration ended; by one process alone, since others may not answer any more.
+        """Save the end of the last whole iteration, on one rank alone, since other ranks may not answer.
 
-        Where that state lacks what a bit-exact resume needs (the environments within a rollout, the other ranks), and
-        ``last.ckpt`` has it, the state gets a file of its own and ``last.ckpt`` stays.
+        Where that state is incomplete for a bit-exact resume (the environments within a rollout, the other ranks), and
+        ``last.ckpt`` is complete, the state is saved under another name and ``last.ckpt`` stays.
         """
         is_new = self._started_at is not None and trainer.global_step > self._started_at
         if not is_new or not self._should_save_on_exception(trainer):
-            return  # the files hold what there is
+            return  # the files are up to date
         module = cast(PPOModule, pl_module)
         module.rollback_update()
         if trainer.is_global_zero:
@@ -200,11 +200,11 @@ class LastCheckpoint(RunCheckpoint):
             try:
                 with _keeping_previous(path) if path is last else nullcontext():
                     trainer.strategy.save_checkpoint(contents, path)
-            except OSError as error:  # what ended the run is to be seen, not this
+            except OSError as error:  # the error that ended the run must stay visible
                 _warn(str(path), trainer, error)
 
     def _is_late(self, trainer: Trainer) -> bool:
-        """Whether the first process's clock says so: saving is collective, and clocks differ."""
+        """Whether a save is due by rank 0's clock: saving is collective, and clocks differ."""
         late = time.monotonic() - self._saved_at >= 60 * self.minutes
         return trainer.strategy.broadcast(late)
 
@@ -231,7 +231,7 @@ def _is_exact(path: Path, world_size: int) -> bool:
 
 
 def _is_good(path: Path) -> bool:
-    """Whether a file is undamaged: else the one before it is worth more."""
+    """Whether a file is undamaged: else the previous one is kept."""
     try:
         read_verified(path)
     except InputError:
@@ -241,8 +241,8 @@ def _is_good(path: Path) -> bool:
 
 @contextmanager
 def _keeping_previous(last: Path) -> Iterator[None]:
-    """Keep the file that is replaced within, where it is replaced, as ``previous.ckpt``."""
-    if not last.is_file() or not _is_good(last):  # the first one, or a remote folder, which has the last file only
+    """Keep the file that is replaced within as ``previous.ckpt``."""
+    if not last.is_file() or not _is_good(last):  # the first save, or a remote folder, which keeps the last file only
         yield
         return
     kept = last.with_name(f".{PREVIOUS}.unfinished")
@@ -253,6 +253,6 @@ def _keeping_previous(last: Path) -> Iterator[None]:
         except OSError:  # a file system without links
             shutil.copy2(last, kept)
         yield
-        kept.replace(last.with_name(PREVIOUS))  # not before, lest a save that fails costs the older file
+        kept.replace(last.with_name(PREVIOUS))  # only now, so that a failed save does not lose the older file
     finally:
         kept.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Simulators do not outlive the run that started them."""
+"""Closes simulators with the run that started them."""
 
 from typing import cast
 
@@ -22,6 +22,6 @@ class CloseEnvironments(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, EnvironmentFault):  # whose environments can tell nothing
+        if not isinstance(exception, EnvironmentFault):  # failed environments have no state to save
             cast(PPOModule, pl_module).save_env_state()
         cast(PPOModule, pl_module).close_environments()

@@ -1,4 +1,4 @@
-"""Environments that become harder, or otherwise different, while a policy learns."""
+"""A curriculum: environments that change while a policy learns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,30 +18,29 @@ from ppo_lightning.parameters import FINITE, INDEX, ONE_OR_MORE, check_fields, c
 
 @dataclass(frozen=True)
 class Level:
-    """What environments are like from some moment on; what it leaves out stays as the level before had it.
+    """Environment overrides of a curriculum level; what it leaves out keeps the previous level's value.
 
-    It begins when all of its conditions hold; the first has none.
+    It begins when all of its conditions hold; the first level has none.
     """
 
     attributes: dict[str, Any] = field(default_factory=dict)
     """Values of attributes of the environment or its wrappers, or the argument of its methods, by name
     (``cfg.terrain.level`` is an attribute of an attribute; a tensor or array is filled)."""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments with which environments are made anew, beside those of the model."""
+    """Arguments with which environments are recreated, beside those of the model."""
     from_steps: int | None = None
-    """It begins after so many environment steps of the run (steps)."""
+    """Environment steps of the run after which it begins (steps)."""
     metric: str | None = None
-    """It begins when this metric, under its Stable-Baselines3 name, is within its bounds; in the first process, where
-    processes differ (seconds)."""
+    """It begins when this metric, under its Stable-Baselines3 name, is within its bounds on rank 0."""
     at_least: float | None = None
     """Lower bound of the metric, in its unit."""
     at_most: float | None = None
     """Upper bound of the metric, in its unit."""
     times: int = 1
-    """How often in a row the metric must be so: iterations, or of a metric ``eval/…`` evaluations (count)."""
+    """How often in a row the metric must be within its bounds: iterations, or evaluations for ``eval/…`` (count)."""
 
     def __post_init__(self) -> None:
-        """Refuse bounds of nothing, and a metric without bounds."""
+        """Refuse bounds without a metric, and a metric without bounds."""
         check_fields(
             self, "{} of a Curriculum's Level", from_steps=INDEX, at_least=FINITE, at_most=FINITE, times=ONE_OR_MORE
         )
@@ -58,29 +57,28 @@ class Level:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether it waits for something."""
+        """Whether it has a condition."""
         return self.from_steps is not None or self.metric is not None
 
     def accepts(self, value: float) -> bool:
-        """Whether its metric is within its bounds; what is not a number is not."""
+        """Whether its metric is within its bounds; NaN is not."""
         low = self.at_least is None or value >= self.at_least
         return low and (self.at_most is None or value <= self.at_most)
 
 
 class Curriculum(EvaluationCallback):
-    """Changes attributes of environments, or the arguments they are made with, level by level.
+    """Changes attributes or arguments of environments, level by level.
 
-    A level begins between two rollouts. ``rollout/…`` averages begin anew with it, so that they speak of this level alone,
-    and so does the count of how often the next one's metric was reached. Levels come in their order, and none comes back.
+    A level begins between two rollouts. It resets the ``rollout/…`` averages, so that they cover this level alone, and the
+    count of how often the next level's metric was reached. Levels come in order, and none comes back.
     ``curriculum/stage`` (1 for the first) is logged with each iteration, and kept in checkpoints.
 
     Args:
         levels: in their order.
-        evaluation: evaluate on the current level, too; else on the environments as the model was given them.
+        evaluation: evaluate on the current level, too; else on the model's own environments.
 
     Raises:
-        InputError: there are no levels, the first waits for something, or another waits for nothing, or for what there
-            will not be.
+        InputError: there are no levels, the first has a condition, or another has none or one that cannot be met.
     """
 
     @checked("Curriculum: {}")
@@ -99,12 +97,12 @@ class Curriculum(EvaluationCallback):
             )
         self.levels, self.evaluation = list(levels), evaluation
         self.stage = 0
-        """Number of the level that is on, from 1; 0 before the first."""
+        """Number of the current level, from 1; 0 before the first."""
         self.reached = 0
         """How often in a row the next level's metric was within its bounds."""
         self._is_on = False
         self._heard: Any = None
-        """Value of the next level's metric that was looked at last."""
+        """Last checked value of the next level's metric."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -127,7 +125,7 @@ class Curriculum(EvaluationCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to wait for evaluations that there will not be."""
+        """Refuse to wait for evaluations in a run without any."""
         metric = next((level.metric for level in self.levels if (level.metric or "").startswith("eval/")), None)
         others: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         beside = any(isinstance(other, AsyncEvaluation) for other in others)
@@ -147,7 +145,7 @@ class Curriculum(EvaluationCallback):
             return
         changes = self.stage != before
         if not self._is_on and before and changes:
-            self._put_on(module, before, anew=False)  # what the run that goes on had last
+            self._put_on(module, before, anew=False)  # the level of the resumed run
         self._put_on(module, self.stage, anew=changes)
         if changes:
             level = self.levels[self.stage - 1]
@@ -170,7 +168,7 @@ class Curriculum(EvaluationCallback):
         return begun and (level.metric is None or self.reached >= level.times)
 
     def _setting(self, stage: int) -> EnvOverrides:
-        """Of a level, with what those before it have set and it has not."""
+        """Overrides of a level, merged with those of the levels before."""
         setting = EnvOverrides()
         for level in self.levels[:stage]:
             setting = EnvOverrides(
@@ -203,7 +201,7 @@ class Curriculum(EvaluationCallback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the level on that a checkpoint was at, where it is validated alone."""
+        """Apply the level of a checkpoint that is only validated."""
         self._evaluate_on_level(pl_module)
 
     @override
@@ -221,7 +219,7 @@ class Curriculum(EvaluationCallback):
         self._look(trainer, evaluated=True)
 
     def _look(self, trainer: Trainer, *, evaluated: bool) -> None:
-        """Count how often the next level's metric was within its bounds, as the first process sees it."""
+        """Count how often the next level's metric was within its bounds on rank 0."""
         metric, metrics = self._awaited, trainer.callback_metrics
         if metric is None or metric.startswith("eval/") != evaluated:
             return
@@ -231,7 +229,7 @@ class Curriculum(EvaluationCallback):
         if value is not None:
             if is_new:
                 self.reached = self.reached + 1 if self.levels[self.stage].accepts(value) else 0
-        elif not metric.startswith("rollout/"):  # which are there once an episode has ended
+        elif not metric.startswith("rollout/"):  # which are logged once an episode has ended
             raise InputError(
                 f"level {self.stage + 1} of the Curriculum waits for {metric}, which there is not: take one of "
                 f"{', '.join(sorted(metrics))}, or of an evaluation (eval/mean_reward)"

@@ -25,20 +25,20 @@ from ppo_lightning.callbacks import (
 
 
 def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> None:
-    """Put our bar and checkpoints in the place of Lightning's own; callbacks that the user made stay.
+    """Replace Lightning's default progress bar and checkpoint by ours; the user's callbacks stay.
 
     Args:
         trainer: of the run.
         save_interval: iterations between two saves of the last checkpoint.
-        evaluates: the environments can be evaluated, so that there can be a best checkpoint.
+        evaluates: the environments can be evaluated, which a best checkpoint needs.
 
     Raises:
-        InputError: a callback monitors a metric of evaluations, and there are none.
+        InputError: a callback monitors evaluations in a run without any.
     """
     defaults = [callback for callback in trainer.callbacks if is_default(callback)]
     needed: list[Callback] = [WatchProcesses()] if trainer.world_size > 1 else []
-    needed += [CloseEnvironments(), Interrupts()]  # after the other, since it may take seconds
-    needed += default_tools()  # before the bar, which ends in a line of its own, and what saves their state
+    needed += [CloseEnvironments(), Interrupts()]  # last, since it may take seconds
+    needed += default_tools()  # before the progress bar, and before the callbacks that save their state
     if any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults):
         needed.append(StepProgressBar())
     beside = any(isinstance(callback, AsyncEvaluation) for callback in trainer.callbacks)
@@ -57,19 +57,19 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
 
 
 def _position(callback: Callback) -> int:
-    """Where a callback stands among all; callbacks of the same position keep their order."""
+    """Sort key of a callback; callbacks of the same position keep their order."""
     if hasattr(callback, "POSITION"):
         return cast(Any, callback).POSITION
     if isinstance(callback, DeferredLoggers):
         return -1  # before any other setup looks for the loggers
     if isinstance(callback, RunFolder):
-        return 8  # it is free once all have written
+        return 8  # it is unlocked once all callbacks have written
     if isinstance(callback, FinalEvaluation):
-        return 0  # what others do at the end of training can use the evaluation
+        return 0  # other callbacks can use the evaluation at the end of training
     if isinstance(callback, RunSummary):
-        return 7  # it reports what the others have done
+        return 7  # it reports the results of other callbacks
     if isinstance(callback, LastCheckpoint):
-        return 6  # it holds the state of all others
+        return 6  # it saves the state of all callbacks
     if isinstance(callback, Checkpoint):
         return 4 if getattr(callback, "monitor", None) is not None else 5  # ckpt_path="best" takes the first one
     if isinstance(callback, EarlyStopping):
@@ -78,9 +78,9 @@ def _position(callback: Callback) -> int:
 
 
 def is_default(callback: Callback) -> bool:
-    """Whether Lightning added the callback by itself, as far as can be told: it is as one made without arguments.
+    """Whether Lightning presumably added the callback by itself: it equals one made without arguments.
 
-    Only what the constructor takes is compared. Other attributes change during a run, or between processes.
+    Only arguments of the constructor are compared. Other attributes change during a run, or between ranks.
     """
     kind = type(callback)
     if kind not in (RichProgressBar, TQDMProgressBar, ModelCheckpoint):

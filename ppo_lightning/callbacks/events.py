@@ -1,4 +1,4 @@
-"""What happens within an iteration, for whoever wants to take part."""
+"""Events within an iteration, for callbacks."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -13,10 +13,10 @@ from ppo_lightning.algorithm.update import UpdateResult
 
 
 class PPOCallback(Callback):
-    """A Lightning callback with the events of PPO, to subclass; or to make of plain functions, ``PPOCallback(event=f)``.
+    """A Lightning callback with the events of PPO, to subclass or to make from functions: ``PPOCallback(event=f)``.
 
-    They come in this order: iteration start, rollout start, rollout end, update start, update end, iteration end. What
-    they raise ends the run.
+    Their order is: iteration start, rollout start, rollout end, update start, update end, iteration end. An exception in
+    one ends the run.
 
     Args:
         functions: called for each event by name, with the same arguments as the method.
@@ -43,19 +43,19 @@ class PPOCallback(Callback):
         """An iteration begins: before its rollout."""
 
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The rollout begins; in the first iteration there are no environments yet."""
+        """The rollout begins; in the first iteration the environments do not exist yet."""
 
     def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: TensorDict) -> None:
-        """The rollout [T, N] is there, without advantages; it may be changed in place."""
+        """The rollout [T, N] is collected, without advantages; it may be changed in place."""
 
     def on_update_start(self, trainer: Trainer, pl_module: LightningModule, rollout: TensorDict) -> None:
         """The rollout has advantages and value targets; they may be changed in place."""
 
     def on_update_end(self, trainer: Trainer, pl_module: LightningModule, update: UpdateResult) -> None:
-        """The policy has learnt from the rollout."""
+        """The policy is updated on the rollout."""
 
     def on_iteration_end(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
-        """All is counted and logged; an evaluation may follow."""
+        """The iteration is counted and logged; an evaluation may follow."""
 
 
 EVENTS = tuple(name for name in vars(PPOCallback) if name.startswith("on_"))
@@ -69,17 +69,17 @@ def call_event(module: Any, event: str, *given: Any) -> None:
 
 
 class EvaluationCallback(Callback):
-    """A callback that hears of a run's evaluations, whether training waits for them or they take place beside it."""
+    """A callback that receives a run's evaluations, whether these pause training or not."""
 
     def on_evaluation(
         self, trainer: Trainer, pl_module: LightningModule, step: int, statistics: dict[str, float]
     ) -> None:
-        """An evaluation has given something, which ``trainer.callback_metrics`` has, too.
+        """An evaluation has finished; ``trainer.callback_metrics`` has its metrics, too.
 
         Args:
             trainer: of the run.
             pl_module: of the run.
-            step: environment steps of the policy that was evaluated; beside training there are more by now.
+            step: environment steps of the evaluated policy, which training may have passed.
             statistics: its ``eval/…``.
         """
 
@@ -92,7 +92,7 @@ class EvaluationCallback(Callback):
 
 
 def notify_evaluation(trainer: Trainer, module: LightningModule, step: int, statistics: dict[str, float]) -> None:
-    """Let all that wait for evaluations know of one that took place beside training; :class:`EarlyStopping` is of them."""
+    """Notify callbacks of an asynchronous evaluation, :class:`EarlyStopping` included."""
     for callback in cast(list[Any], trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(callback, EvaluationCallback):
             callback.on_evaluation(trainer, module, step, statistics)

@@ -1,4 +1,4 @@
-"""The evaluation of the policy that a run ends with."""
+"""The evaluation of a run's last policy."""
 
 from typing import Any, cast
 
@@ -12,8 +12,8 @@ from ppo_lightning.module import PPOModule
 class FinalEvaluation(Callback):
     """Evaluates the last policy at the end of training, unless Lightning has done so.
 
-    Lightning evaluates after a batch. What ends a run later (early stopping on a training metric, a callback's
-    ``on_train_epoch_end``, ``max_time``) comes after that. A signal leaves no time for an evaluation.
+    Lightning evaluates after a batch. Early stopping on a training metric, a callback's ``on_train_epoch_end`` and
+    ``max_time`` end a run after that. A signal leaves no time for an evaluation.
     """
 
     def __init__(self) -> None:

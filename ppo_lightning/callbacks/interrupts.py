@@ -1,4 +1,4 @@
-"""Signals that end a run: in good order first, and at once if that takes too long."""
+"""Signals that end a run: gracefully first, and at once if that takes too long."""
 
 import signal
 import sys
@@ -19,15 +19,15 @@ from ppo_lightning.runs.trainer import STOP_SIGNALS
 class Interrupts(Callback):
     """Ends a run on SIGINT (Ctrl-C, a notebook's stop button) and SIGTERM (a scheduler).
 
-    The first signal lets the iteration end, so that the run can go on from its last checkpoint to the bit, and ``fit``
-    returns. A second one, or :attr:`GRACE_S` seconds, ends it wherever it is. After SIGTERM the process exits with
-    status 143. Lightning's own handler, which would exchange a message between processes wherever they are, gives way.
-    SLURM's requeue signal is Lightning's: it saves and requeues, here once the iteration has ended in all processes.
+    The first signal lets the iteration end, so that the run can resume bit-exactly from its last checkpoint, and ``fit``
+    returns. A second one, or :attr:`GRACE_S` seconds, ends it at once. After SIGTERM the process exits with status 143. This
+    replaces Lightning's own handler, which would communicate between ranks in the middle of an iteration. Lightning handles
+    SLURM's requeue signal: it saves and requeues, here once the iteration has ended on all ranks.
     """
 
     GRACE_S = 5.0
     ECHO_S = 1.0
-    """Seconds within which a signal is the same one: processes get it from their terminal, and from the first process."""
+    """Seconds within which a repeated signal is the same one: a rank gets it from the terminal, and from rank 0."""
     SIGNALS = STOP_SIGNALS
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Interrupts(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals, after Lightning has; it gives them back to whoever had them before."""
+        """Install the signal handlers after Lightning's; Lightning restores the previous ones."""
         if threading.current_thread() is not threading.main_thread():
             return
         module, main, first = cast(PPOModule, pl_module), threading.get_ident(), 0.0
@@ -89,7 +89,7 @@ class Interrupts(Callback):
         self._leave_on_sigterm(trainer)
 
     def _leave_on_sigterm(self, trainer: Trainer) -> None:
-        """Outside of training there is nothing to save; Lightning only makes a note of the signal."""
+        """Exit: outside of training there is nothing to save, and Lightning only records the signal."""
         if self._handler is None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
@@ -110,7 +110,7 @@ class Interrupts(Callback):
         cast(PPOModule, pl_module).rollback_update()
         for number in self.SIGNALS:
             if self._handler is not None and signal.getsignal(number) is self._handler:
-                signal.signal(number, signal.SIG_IGN)  # it is ending; Lightning gives the signals back
+                signal.signal(number, signal.SIG_IGN)  # the run is ending; Lightning restores the handlers
 
     def _forget_timer(self) -> None:
         if self._timer is not None:

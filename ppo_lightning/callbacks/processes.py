@@ -1,4 +1,4 @@
-"""One process of several fails: which, and why."""
+"""Reports which rank failed, and why."""
 
 import atexit
 import os
@@ -22,12 +22,12 @@ from ppo_lightning.module import PPOModule
 from ppo_lightning.runs.shared_memory import PeerLost
 
 BREATH_S = 30.0
-"""Seconds after which the first process tells the others that it is busy beside training: they would give it up."""
+"""Seconds between messages of a busy rank 0 to the other ranks, which would time out without them."""
 
 
 @contextmanager
 def others_wait(trainer: Trainer) -> Iterator[None]:
-    """What the first process of several does within takes long: the others wait at the end, as long as it lives."""
+    """Let other ranks wait at the end for a long task of rank 0, as long as it is alive."""
     if trainer.world_size == 1:
         yield
         return
@@ -46,23 +46,23 @@ def others_wait(trainer: Trainer) -> Iterator[None]:
         done.set()
     if trainer.is_global_zero:
         breathing.join()
-    while broadcast(False):  # what the first process says counts
+    while broadcast(False):  # rank 0 decides
         pass
 
 
 class WatchProcesses(Callback):
-    """Names the process that failed, and leaves none behind.
+    """Names the rank that failed, and ends all ranks.
 
-    Processes meet in gradients and sums. Where one raised, died or hangs, the others hear of a closed connection or a
-    timeout, and no more can be sent. So each writes into the process group's store, which lies beside it: once a second
-    at most its iteration, the time and its id, and at its end why it ended. The process that has written no end is the one at
-    fault. (The store lives in process 0, or in torchrun; where it does not answer, process 0 is gone.)
+    Where a rank raised, died or hangs, the other ranks get a closed connection or a timeout, and collectives fail. So each
+    rank writes to the process group's store: at most once a second its iteration, the time and its process id, and at its
+    end the reason. A rank that has written no reason is the one at fault. (The store lives in rank 0, or in torchrun; where
+    it does not answer, rank 0 is gone.)
     """
 
     INTERVAL_S = 1.0
     """Seconds between two entries."""
     PATIENCE_S = 2.0
-    """Seconds that the processes which hear of a fault give each other to write so."""
+    """Seconds that ranks wait for each other's reasons after a fault."""
 
     _written = 0.0
 
@@ -89,8 +89,8 @@ class WatchProcesses(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say whose fault it is, at once: whoever started the processes may be about to end them all."""
-        if not (self._written and isinstance(exception, Exception)):  # interrupts end all processes
+        """Report the failed rank at once: the launcher may be about to end all ranks."""
+        if not (self._written and isinstance(exception, Exception)):  # interrupts end all ranks
             return
         rank = trainer.global_rank
         if _is_of_others(exception):
@@ -105,11 +105,11 @@ class WatchProcesses(Callback):
             launcher.kill(signal.SIGKILL)  # one that hangs would never end
 
     def _blame(self, rank: int, world_size: int, exception: Exception) -> str:
-        """One sentence for each process that is at fault, as far as the store can tell; else what was heard of it."""
+        """One sentence per rank at fault, as far as the store knows; else the exception."""
         answer: list[str] = []
         asking = threading.Thread(target=lambda: answer.append(self._ask(rank, world_size, exception)), daemon=True)
         asking.start()
-        asking.join(3 * self.PATIENCE_S)  # a store has timeouts, and waits without one to hear that its server got them
+        asking.join(3 * self.PATIENCE_S)  # a store has timeouts, but waits for its server without one
         if asking.is_alive():
             return "process 0, which the others meet at, does not answer: it hangs"
         return answer[0] if answer else str(exception)
@@ -126,7 +126,7 @@ class WatchProcesses(Callback):
                 silent = [other for other in others if not store.check([f"end {other}"])]
                 if dead or len(silent) <= 1 or time.time() > until:
                     break
-                time.sleep(0.05)  # the others hear of it, too
+                time.sleep(0.05)  # other ranks notice it, too
             said = [store.get(f"end {other}").decode() for other in others if other not in silent]
             self._leave(rank, [other for other in others if other not in (dead or silent)])
         except distributed.DistError:
@@ -144,7 +144,7 @@ class WatchProcesses(Callback):
         )
 
     def _leave(self, rank: int, living: list[int]) -> None:
-        """Note that this process has read what it wants; the first one, with which the store ends, waits for the others."""
+        """Mark this rank as done with the store; rank 0, with which the store ends, waits for the other ranks."""
         self._store.set(f"left {rank}", "")
         until = time.time() + self.PATIENCE_S
         while rank == 0 and time.time() < until and not all(self._store.check([f"left {other}"]) for other in living):
@@ -152,13 +152,13 @@ class WatchProcesses(Callback):
 
 
 def _end_process_group() -> None:
-    """End gloo's threads as long as there is an interpreter: a thread that frees a tensor after it aborts the process."""
+    """End gloo's threads before the interpreter: a thread that frees a tensor afterwards aborts the process."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def _died(host: str, pid: str) -> bool:
-    """Whether a process of this machine is no more; of another machine that cannot be seen."""
+    """Whether a process of this machine has ended; False for another machine."""
     if host != socket.gethostname():
         return False
     try:
@@ -166,9 +166,9 @@ def _died(host: str, pid: str) -> bool:
     except ProcessLookupError:
         return True
     stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"  # nobody has asked how it ended
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"  # a zombie
 
 
 def _is_of_others(exception: Exception) -> bool:
-    """Whether a process heard of another's fault: by NCCL or the store, or by gloo, whose errors have no type."""
+    """Whether an exception is due to another rank's fault: from NCCL, the store, or gloo, whose errors have no type."""
     return isinstance(exception, distributed.DistError) or "/gloo/" in str(exception)

@@ -17,7 +17,7 @@ from ppo_lightning.module import PPOModule
 
 
 class AboveBar(DummyTqdmFile):
-    """A standard stream whose lines are written above the bar; tqdm compares streams to find the bars on the same screen."""
+    """A standard stream whose lines are written above the bar; tqdm compares streams to find bars on the same terminal."""
 
     def __eq__(self, other: object) -> bool:
         return self.wrapped is getattr(other, "_wrapped", other)
@@ -32,7 +32,7 @@ class AboveBar(DummyTqdmFile):
 
 @contextlib.contextmanager
 def lines_above_bar() -> Iterator[None]:
-    """Write whatever is printed, warned or logged within above the bar, each line on its own."""
+    """Write all output within above the bar, line by line."""
     streams: dict[Any, Any] = {sys.stdout: AboveBar(sys.stdout), sys.stderr: AboveBar(sys.stderr)}
     loggers = [
         logging.root,
@@ -117,7 +117,7 @@ class StepProgressBar(TQDMProgressBar):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the bar as it is, and let what follows begin on a line of its own."""
+        """Keep the bar, and end its line."""
         if self._train_progress_bar is not None:
             self._train_progress_bar.close()
         self._lines_above.close()

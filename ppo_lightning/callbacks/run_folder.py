@@ -25,10 +25,10 @@ CHECKPOINTS = (LAST, BEST, PREVIOUS)
 
 
 class DeferredLoggers(Callback):
-    """Keeps the loggers from the Trainer until Lightning has passed the place where it opens their files.
+    """Hides the loggers from the Trainer until after Lightning would open their files.
 
-    Lightning opens them before any ``setup``, so that a run that is refused would have written already. Only where the first
-    logger is TensorBoard's or a CSVLogger: the folder of others is known only once they are open.
+    Lightning opens them before any ``setup``, so that a refused run would already have written. Only for a TensorBoardLogger
+    or CSVLogger in front: other loggers must be open before their folder is known.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class DeferredLoggers(Callback):
 class RunFolder(Callback):
     """Holds a run's folder for one process at a time, and refuses a folder that holds another run.
 
-    The first process locks a file in it; a process that was killed leaves no lock. A model that is fitted again, or that
+    Rank 0 locks a file in it; a killed process leaves no lock. A model that is fitted again, or that
     resumes a checkpoint of the folder, replaces its own files. Without a logger, a run whose ``default_root_dir`` holds
     another run gets ``version_N`` in it.
     """
@@ -71,7 +71,7 @@ class RunFolder(Callback):
         self._lock: FileLock | None = None
 
     def choose(self, trainer: Trainer, module: PPOModule) -> None:
-        """Give a run without a logger a folder of its own, before callbacks look for it."""
+        """Choose the folder of a run without a logger, before callbacks look for it."""
         given = self._root or str(trainer.default_root_dir)
         if trainer.loggers or not _writers(trainer) or "://" in given:
             return
@@ -79,7 +79,7 @@ class RunFolder(Callback):
         cast(Any, trainer)._default_root_dir = str(_free_folder(root, _resumed(trainer), module.run_folder))
 
     def open(self, trainer: Trainer, module: PPOModule) -> None:
-        """Lock the folder, then let the loggers open their files; all processes together.
+        """Lock the folder, then let the loggers open their files; collective.
 
         Raises:
             InputError: another process trains in the folder, or it holds another run.
@@ -107,17 +107,17 @@ class RunFolder(Callback):
         self._release()
 
     def _place(self, trainer: Trainer) -> str | None:
-        """The run's folder; None where nothing is written, or to another file system."""
+        """The run's folder; None without files, or on another file system."""
         writers = _writers(trainer)
         if _has_folder(trainer) or (writers and not trainer.loggers):
-            place = trainer.log_dir  # all processes ask: the answer is broadcast
+            place = trainer.log_dir  # all ranks ask: the answer is broadcast
         else:
             place = next((str(one.dirpath) for one in writers if isinstance(one, RunCheckpoint)), None)
             place = None if place is None else place.removesuffix("/checkpoints")
         return None if place is None or "://" in place else place
 
     def _hold(self, folder: Path, resumed: Path | None, own: Path | None) -> str | None:
-        """Lock a folder; the reason why it cannot be used, where there is one."""
+        """Lock a folder; returns the reason why it cannot be used, or None."""
         if folder not in (resumed, own) and _holds_a_run(folder):
             return (
                 f"{folder} holds another run, whose files this one would replace: give a new Trainer, another version or "
@@ -138,7 +138,7 @@ class RunFolder(Callback):
     def _release(self) -> None:
         lock, self._lock = self._lock, None
         if lock is not None:
-            Path(lock.lock_file).unlink(missing_ok=True)  # while it is locked: who waits for it finds out
+            Path(lock.lock_file).unlink(missing_ok=True)  # while locked: a waiting process notices
             lock.release()
 
 
@@ -177,24 +177,24 @@ def _writers(trainer: Trainer) -> list[Callback]:
 
 
 def _resumed(trainer: Trainer) -> Path | None:
-    """Folder of the run whose checkpoint is resumed, where that is in such a folder."""
+    """Folder of the run whose checkpoint is resumed, if any."""
     path = Path(str(trainer.ckpt_path)).resolve()
     return path.parent.parent if trainer.ckpt_path and path.is_file() and path.parent.name == "checkpoints" else None
 
 
 def _holds_a_run(folder: Path) -> bool:
-    """Whether a run that has trained left its results here."""
+    """Whether a folder holds the results of a run."""
     summary = folder / SUMMARY
     if any((folder / "checkpoints" / name).is_file() for name in CHECKPOINTS):
         return True
     try:
         return summary.is_file() and json.loads(summary.read_text())["global_step"] > 0
-    except (ValueError, KeyError, TypeError):  # of another maker
+    except (ValueError, KeyError, TypeError):  # another program's file
         return True
 
 
 def _free_folder(root: Path, resumed: Path | None, own: Path | None) -> Path:
-    """Where a run without a logger keeps its files: where it kept them before, else where no run does."""
+    """Folder of a run without a logger: its previous one, else an unused one."""
     for folder in (resumed, own):
         if folder is not None and (
             folder == root or (folder.name.startswith("version_") and folder.is_relative_to(root))

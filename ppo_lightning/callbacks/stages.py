@@ -1,4 +1,4 @@
-"""Training in stages: what a run learns with changes on the way."""
+"""Training in stages: hyperparameters that change during a run."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,27 +26,27 @@ from ppo_lightning.parameters import (
 
 @dataclass(frozen=True)
 class Stage:
-    """What a run learns with from some moment on; what it leaves out is as the model has it."""
+    """Hyperparameters of a training stage; what it leaves out has the model's value."""
 
     from_steps: int | None = None
-    """It begins after so many environment steps of the run (steps)."""
+    """Environment steps of the run after which it begins (steps)."""
     from_share: float | None = None
-    """It begins after this share of ``total_steps`` (dimensionless, 0 to 1)."""
+    """Share of ``total_steps`` after which it begins (dimensionless, 0 to 1)."""
     learning_rate: float | Linear | None = None
-    """Rate of the optimiser; a number is constant, {start, end} is a line over the whole run. Of several parameter groups
-    it is the first one's, and the others keep their ratio to it."""
+    """Learning rate of the optimiser; a number is constant, {start, end} is a linear schedule over the whole run. With
+    several parameter groups it is that of the first, and the other groups keep their ratio to it."""
     ent_coef: float | Linear | None = None
     """Weight of the entropy bonus, as of the model."""
     clip_range: float | Linear | None = None
-    """Change of an action's probability ratio beyond which the objective pays no more, as of the model."""
+    """Change of an action's probability ratio beyond which the objective is constant, as of the model."""
     num_steps: int | None = None
     """Steps of each environment per rollout (steps)."""
     freeze: Sequence[str] = ()
-    """Parts of the policy that do not learn: pieces of parameters' names, in which * is anything (``critic``,
+    """Parameters that do not learn: parts of their names, in which * matches anything (``critic``,
     ``encoders.*.weight``)."""
 
     def __post_init__(self) -> None:
-        """Refuse two beginnings, and numbers out of their limits."""
+        """Refuse two start conditions, and numbers out of their limits."""
         if isinstance(self.freeze, str):
             raise InputError(f"freeze of a Stage is a list of patterns: write [{self.freeze}]")
         rates = dict.fromkeys(("learning_rate", *COEFFICIENTS), FINITE_NOT_NEGATIVE)
@@ -69,16 +69,16 @@ COEFFICIENTS = ("ent_coef", "clip_range")
 
 
 class Stages(Callback):
-    """Changes learning rate, coefficients, length of rollouts and what is learnt, stage by stage.
+    """Changes learning rate, coefficients, length of rollouts and frozen parameters, stage by stage.
 
-    A stage begins before the first rollout of which all steps lie in it. Where one lets parts learn again that the one
-    before had frozen, the optimiser's moments begin anew. ``train/stage`` (1 for the first) is logged with each iteration.
+    A stage begins before the first rollout of which all steps lie in it. Where it unfreezes parameters, the optimiser's
+    moments are reset. ``train/stage`` (1 for the first) is logged with each iteration.
 
     Args:
         stages: in their order; the first begins at once.
 
     Raises:
-        InputError: the stages are out of order, set what something else sets, or name no part of the policy.
+        InputError: the stages are out of order, set what something else sets, or name unknown parameters.
     """
 
     @checked("Stages: {}")
@@ -89,13 +89,13 @@ class Stages(Callback):
             )
         self.stages = list(stages)
         self.stage = 0
-        """Number of the stage that is on, from 1; 0 before the first."""
+        """Number of the current stage, from 1; 0 before the first."""
         self._own: dict[str, Any] | None = None
-        """What the model was given, while a stage is on."""
+        """The model's own values, during a stage."""
 
     @property
     def sets_learning_rate(self) -> bool:
-        """Whether any of its stages does."""
+        """Whether any stage sets the learning rate."""
         return any(stage.learning_rate is not None for stage in self.stages)
 
     @override
@@ -136,7 +136,7 @@ class Stages(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on in the stage of the run that goes on, before its update is compiled."""
+        """Restore the stage of a resumed run, before its update is compiled."""
         module = cast(PPOModule, pl_module)
         self._own = {
             "requires_grad": {name: one.requires_grad for name, one in module.policy.named_parameters()},
@@ -182,7 +182,7 @@ class Stages(Callback):
         self._take_off(cast(PPOModule, pl_module))
 
     def _take_off(self, module: PPOModule) -> None:
-        """Leave the model as it was given."""
+        """Restore the model's own values."""
         if self._own is None:
             return
         module.schedules.release(self)
@@ -192,10 +192,10 @@ class Stages(Callback):
 
 
 def _frozen(policy: nn.Module, patterns: Iterable[str]) -> set[str]:
-    """Names of the parameters that patterns mean.
+    """Names of the parameters that match patterns.
 
     Raises:
-        InputError: a pattern means none, or nothing is left to learn.
+        InputError: a pattern matches none, or all parameters are frozen.
     """
     names, found = [name for name, _ in policy.named_parameters()], set()
     for pattern in patterns:

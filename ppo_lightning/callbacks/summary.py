@@ -18,8 +18,8 @@ from ppo_lightning.runs.history import SUMMARY, Records
 class RunSummary(Callback):
     """Records metrics for ``model.summary()``, and writes ``summary.json`` into the run's folder.
 
-    The first process writes it however the run ends. A run without a logger has no folder, and no file. Checkpoints hold
-    the records, so that those of a resumed run are complete.
+    Rank 0 writes it however the run ends. A run without a logger has no folder, and no file. Checkpoints hold the records,
+    so that those of a resumed run are complete.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class RunSummary(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # all processes ask: the answer is broadcast
+        folder = trainer.log_dir  # all ranks ask: the answer is broadcast
         self._folder = Path(folder) if trainer.loggers and folder is not None else None
         if self._records.begun_at is None:
             self._records.begun_at = cast(PPOModule, pl_module).num_env_steps
@@ -57,7 +57,7 @@ class RunSummary(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the evaluation; before any ``on_validation_end``, in which it is saved."""
+        """Record the evaluation, before any ``on_validation_end`` saves it."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             found = trainer.callback_metrics
             metrics = {name: found[name].item() for name in found if name[:5] == "eval/"}

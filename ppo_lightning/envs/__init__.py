@@ -1,4 +1,4 @@
-"""The world: Gymnasium environments, alone or in vectors, behind one interface."""
+"""Gymnasium environments, single or vectorised, behind one interface."""
 
 from ppo_lightning.envs.make import EnvFactory as EnvFactory
 from ppo_lightning.envs.make import EnvSource as EnvSource

@@ -1,4 +1,4 @@
-"""Numbers that environments give in their info beside the reward: added up over a rollout, and over whole episodes."""
+"""Metrics from the environments' ``info``, accumulated over a rollout and over whole episodes."""
 
 from collections.abc import Mapping
 from decimal import Decimal
@@ -14,28 +14,28 @@ from torch import Tensor
 from ppo_lightning.spaces import Array
 
 REWARD_KEYS = ("reward_components", "rewards")
-"""Where environments say which parts their reward has (ApexRL and LeanRL-style runners; EmbodiChain)."""
+"""Keys of ``info`` for the components of the reward (ApexRL and LeanRL-style runners; EmbodiChain)."""
 
 METRICS = "metrics"
-"""Where EmbodiChain's environments give numbers whose evaluation is their value at the end of an episode."""
+"""Key of EmbodiChain's metrics, which are evaluated by their value at the end of an episode."""
 
 ENV_KEYS = ("log", METRICS)
-"""Where they say whatever else is worth a curve (Isaac Lab and ApexRL; EmbodiChain)."""
+"""Keys of other metrics (Isaac Lab and ApexRL; EmbodiChain)."""
 
 FINAL_OBSERVATION, FINAL_INFO = "final_obs", "final_info"
-"""Where a vector that resets in the same step gives what an episode ended with."""
+"""Keys of the last observation and info of an episode, in a vector that resets in the same step."""
 
 Sums = dict[str, tuple[float, float]]
-"""Sum and number of what was added up, by the name under which its mean is logged."""
+"""Sum and count of values, by the name under which their mean is logged."""
 
 
 class InfoLog:
-    """Adds up what N environments say in ``info`` under certain keys: numbers [N], or dictionaries of such.
+    """Accumulates metrics of N environments from keys of ``info``: scalars [N], or dictionaries of such.
 
-    A part of the reward is logged as ``reward/<name>``, its mean per step, and as ``reward_components/<name>``, the mean
-    over the episodes that ended of its sum over all of an episode, whichever rollouts it began in. Anything else is logged
-    as ``env/<name>``, its mean per step and environment that gave it; in evaluations what is under :data:`METRICS` is the mean
-    over episodes of the value at their end, as EmbodiChain has it.
+    A component of the reward is logged as ``reward/<name>``, its mean per step, and as ``reward_components/<name>``, its sum
+    over an episode, averaged over finished episodes. Anything else is logged as ``env/<name>``, its mean per step and
+    environment that reports it. In evaluations, metrics under :data:`METRICS` are averaged over episodes by their value at
+    the end, as in EmbodiChain.
 
     Args:
         keys: of ``info``, beside :data:`REWARD_KEYS` and :data:`ENV_KEYS`.
@@ -46,22 +46,22 @@ class InfoLog:
         self.keys = frozenset((*REWARD_KEYS, *ENV_KEYS, *keys))
         self.num_envs = num_envs
         self.carry: dict[str, Any] = {}
-        """[N] sums so far of the episodes that go on, arrays or tensors by name."""
+        """[N] sums so far of the unfinished episodes, arrays or tensors by name."""
         self._saved: dict[str, Tensor] = {}
-        """The same of a run that goes on, until a step shows whether arrays or tensors are given."""
+        """The same from a checkpoint, until a step shows whether environments give arrays or tensors."""
         self._sums: dict[str, list[Any]] = {}
         self._metrics: dict[str, list[Any]] = {}
-        """Of each step, what is under :data:`METRICS`."""
+        """Metrics of each step under :data:`METRICS`."""
         self._ends: dict[str, list[Any]] = {}
-        """The same at the ends of episodes, those that :meth:`end_episode` was called for."""
+        """The same at the ends of episodes, from :meth:`end_episode`."""
 
     def step(self, info: dict[str, Any], done: Any, valid: Array | None) -> None:
-        """Take in one step.
+        """Accumulate one step.
 
         Args:
-            info: what the step gave.
+            info: of the step.
             done: [N] bool array or tensor, the episode ended.
-            valid: [N] bool, False where the call was a reset; None where every row is a step.
+            valid: [N] bool, False where the call was a reset; None where every call was a step.
         """
         if self.keys.isdisjoint(info) and "final_info" not in info and not self.carry and not self._saved:
             return
@@ -73,7 +73,7 @@ class InfoLog:
         last = final_info(info)
         if last is None or last is info:
             self._add(info, done, valid)
-        else:  # of an episode that ended: the rest tells of the reset
+        else:  # of a finished episode: the other entries are of the reset
             self._add(info, done, ~done)
             self._add(last, done, done)
         if isinstance(done, np.ndarray) and not done.any():
@@ -96,7 +96,7 @@ class InfoLog:
                 known = known if mask is None else known & mask
         number = known.sum()
         if isinstance(numbers, np.ndarray) and not number:
-            return  # texts, or objects: nothing to add up
+            return  # texts or objects
         numbers = _where(known, numbers)
         if key not in REWARD_KEYS:
             self._account(f"env/{name}", numbers, number, self._metrics if key == METRICS else self._sums)
@@ -111,47 +111,47 @@ class InfoLog:
 
     def _account(self, name: str, numbers: Any, number: Any, sums: dict[str, list[Any]]) -> None:
         entry = sums.setdefault(name, [0.0, 0])
-        entry[0] = entry[0] + numbers.sum()  # on a device nothing waits for it
+        entry[0] = entry[0] + numbers.sum()  # without device synchronisation
         entry[1] = entry[1] + number
 
     def end_episode(self, metrics: Mapping[str, float]) -> None:
-        """Take in what an episode of an evaluation ended with, by name under :data:`METRICS`; NaN is left out."""
+        """Accumulate the final :data:`METRICS` of an evaluation's episode, by name; NaN is left out."""
         for name, value in metrics.items():
             self._account(f"env/{name}", np.nan_to_num(value), value == value, self._ends)
 
     def take(self) -> Sums:
-        """What was added up of steps since the last call."""
+        """Sums over steps since the last call."""
         sums = added([_plain(self._sums), _plain(self._metrics)])
         self._sums, self._metrics, self._ends = {}, {}, {}
         return sums
 
     def take_evaluation(self) -> Sums:
-        """What was added up since the last call, of :data:`METRICS` at the ends of episodes."""
+        """Sums of :data:`METRICS` at the ends of episodes since the last call."""
         sums = added([_plain(self._sums), _plain(self._ends)])
         self._sums, self._metrics, self._ends = {}, {}, {}
         return sums
 
     def restart(self) -> None:
-        """All episodes begin anew; what was added up of steps stays."""
+        """Reset the sums of episodes; keep those of steps."""
         self.carry, self._saved = {}, {}
 
     def state(self) -> dict[str, Tensor]:
-        """Sums of the episodes that go on."""
+        """Sums of the unfinished episodes."""
         return {**self._saved, **{name: torch.as_tensor(carry).cpu().clone() for name, carry in self.carry.items()}}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Restore the sums of :meth:`state`."""
         self.carry, self._saved = {}, dict(state)
 
 
 def final_info(info: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a vector that resets in the same step says of episodes that ended; None where it says nothing."""
+    """The info of finished episodes, in a vector that resets in the same step; None without one."""
     last = info.get(FINAL_INFO)
     return last if isinstance(last, dict) else None
 
 
 def metrics_at_end(info: Mapping[str, Any], done: Array) -> dict[str, Array]:
-    """Numbers [N] under ``info["metrics"]`` of the step that ended episodes, by name; NaN where there are none.
+    """Metrics [N] under ``info["metrics"]`` of the step that ended episodes, by name; NaN where missing.
 
     Args:
         info: of that step.
@@ -175,13 +175,13 @@ def _named(info: Mapping[str, Any], key: str) -> list[tuple[str, Any, Any]]:
 
 
 def numbers_of(given: Any, like: Any) -> Any:
-    """What N environments gave under one key as numbers [N], or [] of a vector as a whole; None where it is neither.
+    """Values of N environments under one key as numbers [N], or [] of a vector as a whole; None where they are neither.
 
-    NaN stands for what is no number. An array, tensor or list of one number counts as that number.
+    Values that are no numbers become NaN. An array, tensor or list of one number counts as that number.
 
     Args:
         given: anything.
-        like: [N] array or tensor, which says whether the numbers are an array (float64) or a tensor (float32).
+        like: [N] array or tensor: the result is an array (float64) or a tensor (float32) likewise.
     """
     if isinstance(given, Tensor):
         if given.is_complex() or given.layout is not torch.strided:
@@ -192,7 +192,7 @@ def numbers_of(given: Any, like: Any) -> Any:
     elif isinstance(given, np.ndarray) and given.ndim == 0:
         numbers = np.array(_number(given.item()))
     elif isinstance(given, np.ndarray | list | tuple):
-        # Vectors put NumPy's own bools, and None where an environment gave nothing, into arrays of objects.
+        # Vectors put NumPy's bools, and None for a missing value, into arrays of objects.
         numbers = np.array([_number(one) for one in given], dtype=np.float64)
     else:
         numbers = np.array(_number(given))
@@ -207,7 +207,7 @@ def numbers_of(given: Any, like: Any) -> Any:
 
 
 def mask_of(given: Any, like: Any) -> Any:
-    """[N] bool, the environments that gave a value; None where nothing says so."""
+    """[N] bool, the environments that gave a value; None where it is unknown."""
     if not isinstance(given, np.ndarray | Tensor) or given.shape != like.shape or given.dtype not in (bool, torch.bool):
         return None
     if isinstance(like, Tensor):
@@ -233,7 +233,7 @@ def _plain(sums: Mapping[str, list[Any]]) -> Sums:
 
 
 def added(every: list[Sums]) -> Sums:
-    """Sums of several logs as one."""
+    """Merge sums of several logs."""
     together: Sums = {}
     for sums in every:
         for name, (total, number) in sums.items():
@@ -243,7 +243,7 @@ def added(every: list[Sums]) -> Sums:
 
 
 def means(sums: Sums) -> dict[str, float]:
-    """What is logged of sums."""
+    """Means of sums, for loggers."""
     return {name: total / number for name, (total, number) in sums.items()}
 
 
@@ -255,16 +255,16 @@ def _where(counts: Any, numbers: Any) -> Any:
 
 
 MAX_DEPTH = 8
-"""Dictionaries within one another that are combined; nothing reads what lies deeper."""
+"""Depth to which nested dictionaries are combined; deeper values are never read."""
 
 
 _FLOATS = {float: np.dtype(np.float64), np.float64: np.dtype(np.float64), np.float32: np.dtype(np.float32)}
 
 
 def accept_any_info(env: VectorEnv) -> None:
-    """Let a vector of Gymnasium's combine whatever its environments put into ``info``.
+    """Let a Gymnasium vector combine any values in its environments' ``info``.
 
-    Its own method makes an array by what the first environment gave: it cuts another's 0.25 to 0, and raises where types
+    Its own method makes an array by the first environment's value: it truncates another's 0.25 to 0, and raises where types
     or shapes differ.
     """
     inner: Any = env.unwrapped
@@ -275,17 +275,17 @@ def accept_any_info(env: VectorEnv) -> None:
 def add_info(
     num_envs: int, together: dict[Any, Any], info: Mapping[Any, Any], index: int, depth: int = 0
 ) -> dict[Any, Any]:
-    """Add one environment's info to that of the vector, as ``VectorEnv._add_info`` does, whatever it holds.
+    """Add one environment's info to that of the vector, as ``VectorEnv._add_info`` does, for any values.
 
     Numbers, and arrays of one shape, become an array whose dtype holds all of them; anything else becomes an array of
-    objects. Where some environments give a dictionary, others' values under its key are left out.
+    objects. Where some environments give a dictionary, other values under its key are left out.
 
     Args:
         num_envs: N.
         together: of the vector so far; it is changed.
         info: of the environment.
         index: which environment it is.
-        depth: how many dictionaries ``together`` is in; those in :data:`MAX_DEPTH` others are objects.
+        depth: how many dictionaries ``together`` is in; those at :data:`MAX_DEPTH` are objects.
 
     Returns:
         ``together``: each key with its values [N], and under ``_`` and the key which environments gave one.
@@ -316,7 +316,7 @@ def add_info(
 
 
 def _placed(held: Any, mask: Any, value: Any, index: int, num_envs: int, *, is_object: bool) -> Array:
-    """An array [N, …] of what was held and a value at ``index``."""
+    """An array [N, …] of the held values, with a value at ``index``."""
     given = None if is_object else _array(value)
     if given is not None:
         if held is None:

@@ -1,4 +1,4 @@
-"""From what the user names to a vector of environments: ids, callables, wrappers, vectorisation."""
+"""Makes vectors of environments: ids, callables, wrappers, vectorisation."""
 
 import contextlib
 import copy
@@ -37,11 +37,11 @@ EnvSource = str | VectorEnv | Callable[..., VectorEnv | Env]
 Vectorization = Literal["sync", "async", "vector_entry_point"]
 
 EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "ale_py": "atari", "minigrid": "minigrid", "pygame": "classic-control"}
-"""Which extra of ours installs the module that an environment could not import."""
+"""Extra of this package that installs a missing module of an environment."""
 
 FLAGS = frozenset({bool, np.bool_})
 NUMBERS = frozenset({float, int, np.float64, np.float32, np.int64})
-"""Types of flags and rewards that need no second look."""
+"""Types of flags and rewards that need no further check."""
 
 PACKAGES = {
     "ALE/": "ale_py",
@@ -51,16 +51,16 @@ PACKAGES = {
     "Meta-World/": "metaworld",
     "gym_pusht/": "gym_pusht",
 }
-"""Beginnings of the ids that a package registers when it is imported."""
+"""Prefixes of the ids that a package registers when it is imported."""
 
 RESTARTED = "ppo_lightning_restarted"
-"""Where an environment says in its info why it was made anew."""
+"""Key of ``info`` under which an environment reports why it was restarted."""
 
 NORMALIZERS = {"normalize_observation": ("obs",), "normalize_reward": ("rew", "ret")}
 """Our parameters that normalise, with parts of the names of wrappers, or of their attributes, that do the same."""
 
 STREAMS = "streams"
-"""Under which an environment's state has the random streams of its process."""
+"""Key of the process's random state in an environment's state."""
 
 RESERVED = frozenset((FINAL_OBSERVATION, FINAL_INFO))
 """Keys of info that belong to the vector: an environment's own values under them are left out."""
@@ -68,7 +68,7 @@ RESERVED = frozenset((FINAL_OBSERVATION, FINAL_INFO))
 
 @dataclass(frozen=True)
 class EnvFactory:
-    """A recipe for vectors of environments; nothing runs until it is called.
+    """Factory of vectors of environments; no environment is made until it is called.
 
     Args:
         env: Gymnasium id (``module:Id-v0`` imports the module first), a VectorEnv, or a callable that makes a VectorEnv
@@ -76,10 +76,10 @@ class EnvFactory:
         env_kwargs: arguments for ``gymnasium.make`` or the callable.
         wrappers: applied to each environment, first to last, innermost first.
         vectorization: how single environments become a vector (see :class:`PPO`).
-        restarts: an environment that raises is made anew, and its episode ends there as truncated.
+        restarts: an environment that raises is restarted, and its episode ends there as truncated.
 
     Raises:
-        InputError: the id is not known, what it needs is not installed, or wrappers do not apply.
+        InputError: the id is unknown, a package is not installed, or wrappers do not apply.
     """
 
     env: EnvSource
@@ -110,12 +110,12 @@ class EnvFactory:
 
     @property
     def is_instance(self) -> bool:
-        """The user made the vector: it is used as it is, and closing it is the user's."""
+        """The user made the vector, and closes it."""
         return isinstance(self.env, VectorEnv)
 
     @property
     def name(self) -> str:
-        """What to call the environment in messages."""
+        """Name of the environment in messages."""
         if isinstance(self.env, str):
             return self.env
         made_by = self.env.func if isinstance(self.env, partial) else self.env
@@ -132,9 +132,9 @@ class EnvFactory:
         return f"{advice} (gymnasium.wrappers.TimeLimit among the wrappers, or what {self.name} takes for it)"
 
     def again(self) -> "EnvFactory | None":
-        """A recipe for more of the same, for evaluation; None where only the one instance is known.
+        """A factory for evaluation; None where the user gave an instance that cannot be recreated.
 
-        Wrappers whose class says ``training_only = True`` are left out.
+        Wrappers whose class sets ``training_only = True`` are left out.
         """
         if not isinstance(self.env, VectorEnv):
             kept = tuple(wrapper for wrapper in self.wrappers if not _is_for_training(wrapper))
@@ -148,10 +148,10 @@ class EnvFactory:
         return EnvFactory(spec.id, kwargs, spec.kwargs.get("wrappers", ()), mode)
 
     def probe(self, num_envs: int) -> tuple[gym.Space[Any], gym.Space[Any], VectorEnv | None]:
-        """Spaces of one environment, and the vector itself where making one was the only way to learn them.
+        """Spaces of one environment, and the vector itself where it had to be made to get them.
 
         Raises:
-            InputError: a wrapper normalises by statistics of its own.
+            InputError: a wrapper normalises by its own statistics.
         """
         if isinstance(self.env, VectorEnv):
             made: VectorEnv | Env = adapted(self.env)
@@ -181,7 +181,7 @@ class EnvFactory:
         return space
 
     def __call__(self, num_envs: int, first: int = 0) -> VectorEnv:
-        """Make ``num_envs`` environments as one vector; a VectorEnv that comes with a number of its own keeps it.
+        """Make ``num_envs`` environments as one vector; a VectorEnv with its own number keeps it.
 
         Args:
             num_envs: how many.
@@ -245,23 +245,21 @@ class EnvFactory:
         return self._wrapped(env)
 
     def _vectorize(self, make: Callable[[], Env], num_envs: int, first: int) -> VectorEnv:
-        # What environments draw from shared streams when they are made is the run's, and each worker's own.
+        # Environments that are random when they are made depend on the run's seed, and differ between workers.
         entropy = None if self.vectorization == "sync" else torch.initial_seed() % 2**64
         makers = [partial(_watched, make, index, self.restarts, entropy) for index in range(first, first + num_envs)]
         if self.vectorization == "sync":
-            with contextlib.ExitStack() as made:  # SyncVectorEnv would leave those open that come before one that fails
+            with contextlib.ExitStack() as made:  # SyncVectorEnv leaves environments open when a later one fails
                 envs = [made.enter_context(contextlib.closing(maker())) for maker in makers]
                 made.pop_all()
-            # SAME_STEP leaves no dummy rows, and nothing is copied: a rollout copies what it keeps.
+            # SAME_STEP has no dummy steps, and a rollout copies what it stores.
             return SyncVectorEnv(
                 [partial(_itself, env) for env in envs], copy=False, autoreset_mode=AutoresetMode.SAME_STEP
             )
         # Forking a process that runs threads can deadlock the child: workers come from a clean server that has
         # imported this package once. Scripts need `if __name__ == "__main__":`, as with any such workers.
         multiprocessing.get_context("forkserver").set_forkserver_preload(["ppo_lightning.envs"])
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # which the server would take while it imports
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server would get it while it imports
         try:
             forkserver.ensure_running()
         finally:
@@ -270,17 +268,16 @@ class EnvFactory:
 
 
 def refuse_running_statistics(env: Any, name: str) -> None:
-    """Refuse an environment with a wrapper that normalises by statistics which it gathers while it is stepped.
+    """Refuse an environment with a wrapper that normalises by running statistics.
 
-    Evaluations, ``predict`` and checkpoints know nothing of them: they would see other observations, or report normalised
-    returns.
+    Evaluations, ``predict`` and checkpoints lack these: they would use other observations, or report normalised returns.
 
     Args:
         env: environment or vector, just made.
         name: what to call it in messages.
 
     Raises:
-        InputError: it names the wrapper, and the parameter to use in its place.
+        InputError: it names the wrapper, and the parameter to use instead.
     """
     for layer in _layers(env):
         kept = [key for key, value in vars(layer).items() if _is_running(value)]
@@ -303,7 +300,7 @@ def _layers(env: Any) -> Iterator[Any]:
             yield env
             yield from _layers(inner)
             return
-    if isinstance(env, AsyncVectorEnv):  # whose environments are out of reach, in their processes
+    if isinstance(env, AsyncVectorEnv):  # its environments are in other processes
         with contextlib.closing(env.env_fns[0]()) as one:
             yield from _layers(one)
     elif isinstance(env, SyncVectorEnv):
@@ -327,10 +324,10 @@ def _itself(env: Env) -> Env:
 
 
 def _watched(make: Callable[[], Env], index: int, restarts: bool, entropy: int | None) -> "Watched":
-    """An environment in this process, or in one of its own: then ``entropy`` seeds the streams that it may draw from."""
+    """A checked environment in this process, or in its own: then ``entropy`` seeds the shared generators."""
     try:
         if entropy is not None:
-            seed_shared(entropy, 1 + index)  # another seed than that of any reset
+            seed_shared(entropy, 1 + index)  # a seed that differs from those of resets
         return Watched(make(), index, make if restarts else None, has_process=entropy is not None)
     except Exception as error:
         lines = "".join(traceback.format_exception(error))
@@ -338,17 +335,16 @@ def _watched(make: Callable[[], Env], index: int, restarts: bool, entropy: int |
 
 
 class Watched(gym.Wrapper[Any, Any, Any, Any]):
-    """One environment that names itself when it raises, or returns what its observation space does not allow.
+    """One environment whose exceptions, and values outside its spaces, are reported with its name.
 
-    Where it can be made anew, an error in ``step`` ends the episode instead: truncated, with reward 0 and the last
-    observation before the error, which the info tells under :data:`RESTARTED`. A ``reset`` that raises is tried once
-    more on a new environment.
+    Where it can be restarted, an error in ``step`` truncates the episode, with reward 0 and the last observation before the
+    error, which ``info`` reports under :data:`RESTARTED`. A ``reset`` that raises is retried once on a new environment.
 
     Args:
         env: the environment, wrapped as the user asked.
         index: its place in the vector, from 0.
-        make: makes it anew; None ends the run.
-        has_process: it is alone in a process: resets with a seed seed the random streams that it shares with nothing.
+        make: restarts it; None ends the run.
+        has_process: it is alone in a process: resets with a seed also seed the process's shared generators.
 
     Raises:
         EnvironmentFault: from ``reset`` and ``step``, with the environment's own traceback.
@@ -371,17 +367,17 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         self._step = env.step
         self._shape, self._dtype = env.observation_space.shape, env.observation_space.dtype
         self._is_array = isinstance(env.observation_space, gym.spaces.Box)
-        # Stable-Baselines3's contributed MaskablePPO asks the environment by this method.
+        # Stable-Baselines3's contributed MaskablePPO calls this method.
         self._masks = env.get_wrapper_attr("action_masks") if env.has_wrapper_attr("action_masks") else None
 
     @property
     def time_limit(self) -> float | None:
-        """Steps after which episodes end at the latest; None where the environment does not say."""
+        """Steps after which episodes end at the latest; None where unknown."""
         return time_limit(self.env)
 
     @property
     def run_state(self) -> list[Any] | None:
-        """State of the environment, which worker processes are asked for and given by this name."""
+        """State of the environment; worker processes get and set it under this name."""
         state = environment_state(self)
         if state is None or self._streams_seed is None:
             return state
@@ -393,16 +389,16 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         restore_environment(self, state)
         if STREAMS in state[0] and self._streams_seed is not None:
             move(state[0][STREAMS], self._streams_seed)
-        if self._last is None:  # it was saved by a run that could not make environments anew
+        if self._last is None:  # the run that saved it could not restart environments
             self._last = last
 
     def steer(self, values: Mapping[str, Any]) -> str | None:
-        """Set attributes of the environment, now and whenever it is made anew; the first name that it has not."""
+        """Set attributes of the environment, now and after each restart; returns the first name that it lacks."""
         self._steered = partial(set_values, values={**self._steered.keywords["values"], **values})
         return set_values(self.env, values)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset, with faults named."""
+        """Reset, and name the environment in errors."""
         try:
             observation, info = self._reset(seed, options)
         except EnvironmentFault as fault:
@@ -417,7 +413,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         return observation, info if self._masks is None else self._masked("reset", info)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step, with faults named."""
+        """Step, and name the environment in errors."""
         try:
             given = self._step(action)
         except Exception as error:
@@ -447,7 +443,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         if self._make is not None:
             self._last = copy.deepcopy(observation)
         if terminated or truncated:
-            observation, info = copy.deepcopy(observation), copy.copy(info)  # a reset may write over them
+            observation, info = copy.deepcopy(observation), copy.copy(info)  # a reset may overwrite them
         elif self._masks is not None:
             info = self._masked("step", info)
         return observation, reward, terminated, truncated, info
@@ -464,7 +460,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
 
     def _number(self, reward: Any) -> float:
         if reward is None:
-            return np.nan  # refused with the step of the rollout, like any reward that is not finite
+            return np.nan  # the rollout refuses it, like any reward that is not finite
         given = number(reward)
         if given is None:
             raise EnvironmentFault(
@@ -483,7 +479,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
     def _reset(self, seed: int | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
             self._seed = seed
-        elif self._is_new and self._seed is not None:  # else its episodes would not be those of the run's seed
+        elif self._is_new and self._seed is not None:  # else its episodes would not depend on the run's seed
             seed = int(np.random.SeedSequence([self._seed, self._renewals]).generate_state(1)[0])
         self._is_new = False
         if self._has_process and seed is not None:
@@ -500,7 +496,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
 
     def _renew(self) -> None:
         assert self._make is not None
-        with contextlib.suppress(Exception):  # it is broken already
+        with contextlib.suppress(Exception):  # it has failed already
             self.env.close()
         self._wear(self._make())
         self._steered(self.env)
@@ -517,7 +513,7 @@ class Watched(gym.Wrapper[Any, Any, Any, Any]):
         old = old_api(error)
         if old is not None:
             return EnvironmentFault(f"environment {self.index} {old}")
-        # The traceback goes into the text, because a worker process can send nothing else.
+        # The traceback goes into the text, since a worker process can only send text.
         lines = "".join(traceback.format_exception(error))
         return EnvironmentFault(
             f"environment {self.index} raised {type(error).__name__} in {where}: {error}\n\n{lines}"
@@ -539,13 +535,13 @@ def _unreserved(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve(env: EnvSource) -> EnvSource:
-    """The function or class that a dotted path names (``package.module.make``); anything else as it is."""
+    """The function or class that a dotted path names (``package.module.make``); anything else is unchanged."""
     if not isinstance(env, str) or "." not in env or ":" in env or env in gym.registry:
         return env
     module, _, name = env.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two of what is no module's name
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two for an invalid module name
         raise InputError(
             f"env={env}: cannot import it ({error}); give a Gymnasium id or the path of a function"
         ) from error
@@ -590,7 +586,7 @@ def find_spec(env_id: str) -> EnvSpec:
 
 @contextlib.contextmanager
 def making(name: str) -> Iterator[None]:
-    """Say in one sentence why an environment could not be made; for a failed import, the command that mends it."""
+    """Report why an environment could not be made; for a failed import, the command that installs it."""
     try:
         yield
     except InputError:

@@ -1,4 +1,4 @@
-"""Which actions are allowed: read once per step, checked where it enters."""
+"""Action masks: read once per step, and checked on input."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,18 +45,18 @@ class ActionMasks:
         """[N, M] bool; None where the environments give none."""
 
     def start(self, observation: Any, info: dict[str, Any]) -> None:
-        """Take the masks of fresh episodes everywhere; whether there are any is settled here.
+        """Read the masks after a reset of all environments, which decides whether there are masks.
 
         Raises:
             InputError: they do not fit the action space.
-            EnvironmentFault: not all environments give one, or one of them allows nothing.
+            EnvironmentFault: an environment gives none, or one without an allowed action.
         """
         self.now = None
         if self.observed or MASK in info or self._methods:
             self._take(observation, info, np.ones(self.num_envs, dtype=bool), "reset")
 
     def step(self, observation: Any, info: dict[str, Any], free: Array | None) -> None:
-        """Take the masks after a step.
+        """Read the masks after a step.
 
         Args:
             observation: of the vector.
@@ -72,14 +72,14 @@ class ActionMasks:
             )
 
     def restart(self, observation: Any, info: dict[str, Any], begun: Array) -> None:
-        """Take the masks of those episodes that have begun, [N] bool."""
+        """Read the masks of the new episodes, [N] bool."""
         if self.now is not None:
             kept = self.now
             self._take(observation, info, begun, "reset")
             self.now[~begun] = kept[~begun]
 
     def _take(self, observation: Any, info: dict[str, Any], needed: Array, where: str) -> None:
-        if not needed.any():  # all episodes are over: nobody need say what is allowed in them
+        if not needed.any():  # all episodes are over: no mask is needed
             self.now = np.tile(self._free, (self.num_envs, 1))
             return
         if self._methods and MASK not in info:
@@ -118,7 +118,7 @@ class ActionMasks:
 
 
 def _mask_methods(env: VectorEnv) -> list[Callable[[], Array]]:
-    """``action_masks`` of each environment in a vector that was made without ours around them, where they have it."""
+    """``action_masks`` of each environment in a vector without our wrapper, where they have it."""
     inner = env.unwrapped
     if not isinstance(inner, SyncVectorEnv) or not all(one.has_wrapper_attr("action_masks") for one in inner.envs):
         return []

@@ -1,4 +1,4 @@
-"""What a curriculum changes in environments: their attributes between rollouts, or the arguments they are made with."""
+"""Overrides of environments by a curriculum: attributes between rollouts, or arguments."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,15 +14,15 @@ from ppo_lightning.errors import InputError
 
 @dataclass(frozen=True)
 class EnvOverrides:
-    """How environments differ from those that the run was given."""
+    """Attributes and arguments of environments that differ from the run's own."""
 
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """Values of attributes, or arguments of methods, by name."""
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments to make them with, beside or in the place of those given."""
+    """Arguments to make them with, merged over the run's own."""
 
     def apply_to(self, factory: EnvFactory) -> EnvFactory:
-        """The recipe with these arguments."""
+        """The factory with these arguments."""
         return replace(factory, env_kwargs={**factory.env_kwargs, **self.env_kwargs}) if self.env_kwargs else factory
 
 
@@ -33,12 +33,12 @@ def steer(
 
     Args:
         env: the vector.
-        name: what to call it in messages.
+        name: of the vector, in messages.
         values: by name.
         ask: calls a method of each environment in a worker process, with one argument.
 
     Raises:
-        InputError: an environment has no attribute or method of a name, or cannot be asked.
+        InputError: an environment lacks an attribute or method, or cannot be called.
     """
     inner = layers(env)[-1]
     if isinstance(inner, Workers):

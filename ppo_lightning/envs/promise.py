@@ -1,4 +1,4 @@
-"""What environments return: converted to the shapes and dtypes that their spaces promise, or refused in one sentence."""
+"""Converts what environments return to the shapes and dtypes of their spaces, or refuses it."""
 
 import re
 import reprlib
@@ -16,7 +16,7 @@ from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.spaces import MASK, Array, children, without_mask
 
 OLD_API = "the API before Gym 0.26"
-"""What to call the interface whose ``step`` returned four values and whose ``reset`` returned an observation alone."""
+"""Name of the interface whose ``step`` returned four values and whose ``reset`` returned only an observation."""
 
 BOOL = np.dtype(bool)
 
@@ -25,11 +25,11 @@ SHOWN = 4
 
 
 class Promise:
-    """Converts what N environments return in ``reset`` and ``step``.
+    """Converts what N environments return from ``reset`` and ``step``.
 
-    Values that already have the promised shape and dtype pass through: two comparisons each. Anything else is converted
-    where its meaning is plain: another dtype that holds the same values, lists, one trailing dimension of size 1 more or
-    less. What is left is refused, with the environment's number, the key and the value.
+    Values of the right shape and dtype pass through, at two comparisons each. Others are converted where that is
+    unambiguous: another dtype that holds the same values, lists, one trailing dimension of size 1 more or less. All else is
+    refused, with the environment's number, the key and the value.
 
     Args:
         name: of the vector, in messages.
@@ -63,7 +63,7 @@ class Promise:
         raise EnvironmentFault(f"{self.name} {wrong_step(given)}")
 
     def _info(self, given: Any) -> Any:
-        """An info as it is, a list of one for each environment as one; None where it is neither."""
+        """An info unchanged, or a list of one per environment combined; None where it is neither."""
         if isinstance(given, Mapping):
             return given
         if not (isinstance(given, list | tuple) and len(given) == self.num_envs):
@@ -108,7 +108,7 @@ class Promise:
         return self._nested(where, given, self.space, "", index)
 
     def tensor_flags(self, key: str, given: Any, device: torch.device) -> Tensor:
-        """[N] bool, as :meth:`flags`; values are looked at in the first step only, since that waits for the device."""
+        """[N] bool, as :meth:`flags`; values are checked in the first step only, since that synchronises the device."""
         if type(given) is Tensor and given.dtype is torch.bool and given.shape == self._rows:
             return given
         tensor = self._tensor(key, given, self._rows, device, "True or False")
@@ -126,7 +126,7 @@ class Promise:
         return tensor if tensor.is_floating_point() else tensor.float()
 
     def tensor_observation(self, where: str, given: Any, device: torch.device) -> Any:
-        """Observations of all environments as tensors, nested as their space; their dtype is the rollout's affair."""
+        """Observations of all environments as tensors, nested as their space; the rollout converts their dtype."""
         return self._nested_tensors(where, given, self.space, "", device)
 
     def _parts(self, where: str, given: Any, space: Space[Any], path: str) -> dict[Any, Any]:
@@ -228,7 +228,7 @@ class Promise:
 
 
 def wrong_step(given: Any) -> str:
-    """What to say of something that a ``step`` returned and that is not five values with a dictionary at their end."""
+    """Message for a ``step`` that did not return five values with a dictionary at the end."""
     if isinstance(given, tuple | list) and len(given) == 4:
         return (
             f"returned (observation, reward, done, info) from step, {OLD_API}: return (observation, reward, terminated, "
@@ -241,7 +241,7 @@ def wrong_step(given: Any) -> str:
 
 
 def wrong_reset(given: Any) -> str:
-    """What to say of something that a ``reset`` returned and that is not an observation with a dictionary."""
+    """Message for a ``reset`` that did not return an observation and a dictionary."""
     if isinstance(given, tuple | list) and len(given) == 2:
         return (
             f"returned (observation, info) from reset with the info {described(given[1])}: return a dict, {{}} where there is "
@@ -254,7 +254,7 @@ def wrong_reset(given: Any) -> str:
 
 
 def old_api(error: Exception) -> str | None:
-    """What to say of an error that an environment with the API before Gym 0.26 causes in its caller; None of any other."""
+    """Message for an error due to the API before Gym 0.26; None for any other."""
     unknown = re.search(r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error))
     if isinstance(error, TypeError) and unknown is not None:
         return f"has a reset without {unknown[1]}, {OLD_API}: give it the signature reset(self, *, seed=None, options=None)"

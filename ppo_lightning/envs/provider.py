@@ -1,4 +1,4 @@
-"""Which environments a run trains on and evaluates on, made when they are first needed."""
+"""The environments for training and evaluation, made when they are first needed."""
 
 from functools import partial
 from typing import Any
@@ -11,17 +11,17 @@ from ppo_lightning.spaces import cut
 
 
 class EnvProvider:
-    """The environments of a run: those of training for whoever closes them, those of evaluations kept here.
+    """Makes the environments of a run: the caller closes those of training; those of evaluations are kept here.
 
     Args:
         factory: makes them.
-        num_envs: how many are stepped together, where the recipe has no number of its own.
+        num_envs: how many are stepped together, where the factory does not set its own number.
         timeout_s: seconds after which a step or reset of worker processes is an error.
-        restarts: how often environments may be made anew.
-        info_keys: keys of ``info`` whose numbers are added up.
+        restarts: how often environments may be restarted.
+        info_keys: keys of ``info`` whose values are accumulated.
 
     Raises:
-        InputError: they cannot be made, or made anew.
+        InputError: they cannot be made or restarted.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class EnvProvider:
         self.num_envs = int(num_envs) if self._probed is None else self._probed.num_envs
         self.restarts = Restarts(restarts)
         self.overrides = self.eval_overrides = EnvOverrides()
-        """How the environments of training and of evaluations differ from the recipe, by callbacks that steer."""
+        """Overrides by callbacks, of the environments of training and of evaluations."""
         self._double_buffered = factory.vectorization == "async" and self._probed is None and self.num_envs > 1
         self._make = partial(Environments, timeout_s=timeout_s, restarts=self.restarts, info_keys=info_keys)
         self._eval_envs: Environments | None = None
         self._num_eval_envs = 0
 
     def for_training(self) -> Environments | Halves:
-        """New environments to train on; worker processes in two halves. The first call takes what the probe has made."""
+        """New environments to train on; worker processes in two halves. The first call reuses the probed vector."""
         made, self._probed = self._probed, self._probed if self.factory.is_instance else None
         factory = self.overrides.apply_to(self.factory)
         if made is not None and factory is not self.factory:  # it was made with other arguments
@@ -62,10 +62,10 @@ class EnvProvider:
             raise
 
     def for_evaluation(self, num_envs: int) -> Environments:
-        """Environments of their own for evaluations, the same ones until another number or setting is wanted.
+        """Separate environments for evaluations, reused until another number or other overrides are requested.
 
         Raises:
-            InputError: the one vector that there is, is the user's.
+            InputError: the user gave a vector that cannot be recreated.
         """
         if self._eval_envs is not None and self._num_eval_envs != num_envs:
             self.close_evaluation()
@@ -82,7 +82,7 @@ class EnvProvider:
         return self._eval_envs
 
     def set_eval_overrides(self, overrides: EnvOverrides) -> None:
-        """Evaluate on environments that differ so from the recipe."""
+        """Evaluate on environments with these overrides."""
         if overrides != self.eval_overrides:
             self.close_evaluation()
         self.eval_overrides = overrides
@@ -97,7 +97,7 @@ class EnvProvider:
         """Refuse arguments that make environments of other spaces.
 
         Raises:
-            InputError: so they do.
+            InputError: the spaces differ.
         """
         observation_space, action_space, made = overrides.apply_to(self.factory).probe(self.num_envs)
         if made is not None:
@@ -110,7 +110,7 @@ class EnvProvider:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Simulators stay where they are; only a vector that the user made goes along."""
+        """Exclude simulators, except a vector that the user made."""
         state = {**self.__dict__, "_eval_envs": None}
         if not self.factory.is_instance:
             state["_probed"] = None

@@ -1,4 +1,4 @@
-"""Rewards that guide learning and leave the best policy what it is."""
+"""Reward shaping that does not change the best policy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,12 @@ from ppo_lightning.errors import InputError
 
 
 class PotentialShaping(gym.Wrapper[Any, Any, Any, Any]):
-    """Adds to each reward what the step gained in potential (Ng, Harada & Russell 1999).
+    """Adds the gain in potential of each step to its reward (Ng, Harada & Russell 1999).
 
         r′ₜ = rₜ + γ Φ(sₜ₊₁) − Φ(sₜ),    Φ = 0 after a terminal state
 
-    Over an episode the discounted additions come to −Φ(s₀), whatever was done, so that every policy keeps its rank; where a
-    time limit cuts the episode they come to γᵀ Φ(s_T) − Φ(s₀), and the critic's value of s_T makes up for it.
+    Over an episode the discounted additions sum to −Φ(s₀), whatever the actions, so that every policy keeps its rank; where a
+    time limit cuts the episode they sum to γᵀ Φ(s_T) − Φ(s₀), and the critic's value of s_T compensates for it.
 
     ``rollout/…`` returns are those with the additions; evaluations leave this wrapper out. ``info["reward_components"]``
     has both parts of each reward: ``environment`` and ``shaping``.
@@ -53,9 +53,9 @@ class PotentialShaping(gym.Wrapper[Any, Any, Any, Any]):
         return observation, float(reward) + shaping, terminated, truncated, info
 
     def get_state(self) -> float:
-        """Φ of the current state, for a run that goes on from here."""
+        """Φ of the current state, for a checkpoint."""
         return self._before
 
     def set_state(self, state: float) -> None:
-        """Go on from what :meth:`get_state` gave."""
+        """Restore Φ from :meth:`get_state`."""
         self._before = state

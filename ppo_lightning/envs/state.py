@@ -1,8 +1,8 @@
-"""The state of environments as plain data, so that a run can go on where it was stopped, to the bit.
+"""The state of environments as plain data, so that a run can resume bit-exactly.
 
-An environment that has both methods ``get_state() -> data`` and ``set_state(data)`` says itself what its state is, in
-plain data: numbers, strings, arrays, tensors, NumPy's generators, and lists, tuples or dictionaries of them. Gymnasium's
-classic control, toy text and MuJoCo environments, and its wrappers, are known here. Any other has no state to tell.
+An environment with both methods ``get_state() -> data`` and ``set_state(data)`` defines its own state, in plain data:
+numbers, strings, arrays, tensors, NumPy's generators, and lists, tuples or dictionaries of them. Gymnasium's classic
+control, toy text and MuJoCo environments, and its wrappers, are supported here. The state of any other cannot be saved.
 """
 
 import re
@@ -25,22 +25,22 @@ KNOWN = (
     "gymnasium.wrappers.",
     "ppo_lightning.envs.make.",
 )
-"""Modules in which all that an object knows is in its attributes: what is not plain data there does not change."""
+"""Modules whose objects keep their state in attributes: those that are not plain data do not change."""
 MUJOCO = "gymnasium.envs.mujoco."
 MUJOCO_PARTS = {"model", "data", "mujoco_renderer"}
 INNER = {"env", "envs", "spec", "metadata"}
-"""Attributes that are no state of the layer itself."""
+"""Attributes that are not part of the layer's own state."""
 MARK = "~"
-"""Key of what is no plain data by itself; no attribute has this name."""
+"""Key that marks encoded values; no attribute has this name."""
 BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
 
 class _NotPlainError(Exception):
-    """A value that no file of plain data can hold."""
+    """A value that cannot be saved as plain data."""
 
 
 def environment_state(env: gym.Env[Any, Any]) -> list[Any] | None:
-    """State of an environment, layer by layer from the outermost wrapper inwards; None where one cannot be told."""
+    """State of an environment, layer by layer from the outermost wrapper inwards; None where a layer cannot be saved."""
     layers = [_layer_state(layer) for layer in _layers(env)]
     return None if None in layers else layers
 
@@ -52,21 +52,21 @@ def restore_environment(env: gym.Env[Any, Any], state: list[Any]) -> None:
 
 
 def vector_state(env: VectorEnv, ask: Callable[[AsyncVectorEnv, str], Any]) -> list[Any] | None:
-    """State of a vector of environments; None where one of them has none that could be told.
+    """State of a vector of environments; None where an environment cannot be saved.
 
     Args:
         env: the vector.
-        ask: what each environment in a worker process has under a name.
+        ask: gets an attribute of each environment in a worker process.
 
     Raises:
-        InputError: an environment's own ``get_state`` gave what no file can hold.
+        InputError: an environment's ``get_state`` returned a value that cannot be saved.
     """
     layers: list[Any] = []
     while isinstance(env, gym.vector.VectorWrapper):
         layers.append(_layer_state(env))
         env = env.env
     if isinstance(env, AsyncVectorEnv):
-        # Workers keep to themselves which episodes a next step would reset.
+        # Workers do not report which episodes the next step resets.
         alike = env.metadata["autoreset_mode"] is not AutoresetMode.NEXT_STEP
         inner = [{"envs": list(ask(env, "run_state"))}] if alike and isinstance(env, Workers) else [None]
     elif isinstance(env, SyncVectorEnv):
@@ -169,7 +169,7 @@ def _methods(layer: Any) -> tuple[Callable[[], Any], Callable[[Any], None]] | No
 
 
 def _attributes(owner: Any, without: set[str]) -> dict[str, Any]:
-    """What an object of a known module holds as plain data; the rest are spaces, functions, windows."""
+    """An object's attributes that are plain data; the rest are spaces, functions, windows."""
     plain = {}
     for name, value in vars(owner).items():
         if name in without or isinstance(value, str | bytes):  # names of folders and modes, no state
@@ -183,7 +183,7 @@ def _attributes(owner: Any, without: set[str]) -> dict[str, Any]:
 
 
 def _restore_attributes(owner: Any, attributes: Mapping[str, Any]) -> None:
-    """Put back what :func:`_attributes` gave, and nothing else that a file may hold."""
+    """Restore the attributes of :func:`_attributes`, and nothing else from a file."""
     known = _attributes(owner, INNER | MUJOCO_PARTS)
     for name, value in attributes.items():
         if name not in known:
@@ -197,7 +197,7 @@ def _restore_attributes(owner: Any, attributes: Mapping[str, Any]) -> None:
 
 
 def _mujoco_state(model: Any, data: Any) -> dict[str, Any]:
-    """All of the simulator's arrays: what is observed lags behind the integrated state by a step."""
+    """All of the simulator's arrays: observed quantities lag behind the integrated state by a step."""
     import mujoco  # pyright: ignore[reportMissingImports]
 
     whole = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # pyright: ignore[reportAttributeAccessIssue]
@@ -224,7 +224,7 @@ def _arrays(data: Any) -> dict[str, np.ndarray]:
 
 
 def pack(value: Any) -> Any:
-    """A value as what ``torch.load(weights_only=True)`` can bring back.
+    """Encode a value for ``torch.load(weights_only=True)``.
 
     Raises:
         _NotPlainError: it is neither plain data nor an array, tensor or generator.
@@ -270,7 +270,7 @@ def _as_arrays(packed: Any) -> Any:
 
 
 def unpack(value: Any) -> Any:
-    """What :func:`pack` was given."""
+    """Decode a value of :func:`pack`."""
     if isinstance(value, list | tuple):
         return type(value)(unpack(item) for item in value)
     if not isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""The random streams that everything in a process shares: ``random``, ``numpy.random`` and torch's default generators.
+"""The shared random generators of a process: ``random``, ``numpy.random`` and torch's defaults.
 
-Environments and networks of one's own may draw from them.
+A user's environments and networks may use them.
 """
 
 import pickle
@@ -16,7 +16,7 @@ from ppo_lightning.envs.state import pack, unpack
 
 
 def seed_shared(*entropy: int) -> None:
-    """Seed the streams that this process shares, each differently, from non-negative whole numbers."""
+    """Seed the shared generators of this process, each differently, from non-negative integers."""
     for_python, for_numpy, for_torch = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(for_python))
     np.random.seed(int(for_numpy))  # noqa: NPY002 - the shared one is meant
@@ -26,7 +26,7 @@ def seed_shared(*entropy: int) -> None:
 
 
 def shared_state() -> dict[str, Any]:
-    """Where the streams are, as plain data."""
+    """State of the shared generators, as plain data."""
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
@@ -36,7 +36,7 @@ def shared_state() -> dict[str, Any]:
 
 
 def restore_shared(state: dict[str, Any]) -> None:
-    """Put the streams where :func:`shared_state` found them."""
+    """Restore the state of :func:`shared_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -45,7 +45,7 @@ def restore_shared(state: dict[str, Any]) -> None:
 
 
 def get_rng_state(generator: torch.Generator) -> dict[str, Any]:
-    """State of a generator and of the streams that this process shares, as plain data."""
+    """State of a generator and of the shared generators of this process, as plain data."""
     return {"own": generator.get_state(), **shared_state()}
 
 
@@ -57,7 +57,7 @@ def set_rng_state(state: dict[str, Any], generator: torch.Generator) -> None:
 
 @contextmanager
 def streams_of_their_own(*entropy: int) -> Iterator[None]:
-    """Seed the shared streams for what is done inside, and leave them as they were."""
+    """Seed the shared generators within the context, and restore them afterwards."""
     before = shared_state()
     seed_shared(*entropy)
     try:
@@ -67,7 +67,7 @@ def streams_of_their_own(*entropy: int) -> Iterator[None]:
 
 
 def moved(*entropy: int) -> dict[str, Any]:
-    """States of those streams that have moved since :func:`seed_shared`, as plain data that a pipe can carry."""
+    """States of the shared generators used since :func:`seed_shared`, as plain data that can be pickled."""
     now = _plain()
     with streams_of_their_own(*entropy):
         fresh = _plain()
@@ -75,7 +75,7 @@ def moved(*entropy: int) -> dict[str, Any]:
 
 
 def move(state: dict[str, Any], *entropy: int) -> None:
-    """Seed the streams, and put them where :func:`moved` found them."""
+    """Seed the shared generators, and restore the states of :func:`moved`."""
     seed_shared(*entropy)
     state = {**_plain(), **state}
     restore_shared({**state, "torch": torch.from_numpy(unpack(state["torch"])), "cuda": None})

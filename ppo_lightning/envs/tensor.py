@@ -1,4 +1,4 @@
-"""Environments that are tensors: N of them step as one, where the policy is, and can be compiled together with it."""
+"""Environments on tensors: N of them step as one, on the policy's device, and can be compiled with it."""
 
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
@@ -15,14 +15,14 @@ from ppo_lightning.errors import InputError
 
 
 class Advance(NamedTuple):
-    """What one step of N environments gave."""
+    """Result of one step of N environments."""
 
     state: Tensor
-    """[N, S] afterwards: of the new episode where one ended."""
+    """[N, S] after the step: of the new episode where one ended."""
     elapsed: Tensor
     """[N] int32, steps of the episode so far."""
     observation: Tensor
-    """[N, …] what to act on next."""
+    """[N, …] next policy input."""
     reward: Tensor
     """[N]"""
     terminated: Tensor
@@ -30,14 +30,14 @@ class Advance(NamedTuple):
     truncated: Tensor
     """[N] bool"""
     final_observation: Tensor
-    """[N, …] what the step led to, before any reset."""
+    """[N, …] observations after the step, before any reset."""
 
 
 class TensorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
     """N environments whose state is one tensor [N, S], and whose dynamics are pure functions of tensors.
 
     A subclass gives spaces, ``num_uniform``, ``max_episode_steps`` and three functions: :meth:`initial`,
-    :meth:`dynamics` and :meth:`observe`. Resets happen in the same step, and draw from a generator of the vector's own.
+    :meth:`dynamics` and :meth:`observe`. Resets happen in the same step, and use the vector's own generator.
     PPO steps such a vector on tensors alone; with ``compile: true`` several steps and the policy become one graph.
 
     Args:
@@ -91,13 +91,13 @@ class TensorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         """Observations [N, …] of states [N, S]."""
 
     def advance(self, state: Tensor, elapsed: Tensor, action: Tensor, uniform: Tensor) -> Advance:
-        """One step with resets, as a pure function: nothing is kept.
+        """One step with resets, as a pure function.
 
         Args:
             state: [N, S].
             elapsed: [N] int32, steps of the episode before this one.
             action: [N, …].
-            uniform: [N, U] for those resets that are needed.
+            uniform: [N, U] random numbers for resets.
         """
         state, reward, terminated = self.dynamics(state, action)
         final, elapsed = self.observe(state), elapsed + 1
@@ -115,7 +115,7 @@ class TensorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
 
     @override
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """Begin all episodes; the same seed begins the same ones."""
+        """Begin all episodes; the same seed gives the same ones."""
         if seed is not None:
             self.generator.manual_seed(int(seed))
         self.state = self.initial(self.uniform())
@@ -124,18 +124,18 @@ class TensorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
 
     @override
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
-        """One step of all environments; ``info["final_obs"]`` [N, …] is what each led to before any reset."""
+        """One step of all environments; ``info["final_obs"]`` [N, …] are the observations before any reset."""
         after = self.advance(self.state, self.elapsed, torch.as_tensor(actions, device=self.device), self.uniform())
         self.state, self.elapsed = after.state, after.elapsed
         info = {"final_obs": after.final_observation}
         return after.observation, after.reward, after.terminated, after.truncated, info
 
     def get_state(self) -> dict[str, Tensor]:
-        """States, lengths and random numbers, for a run that goes on from here."""
+        """States, episode lengths and random state, for a checkpoint."""
         return {"state": self.state, "elapsed": self.elapsed, "random": self.generator.get_state()}
 
     def set_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what :meth:`get_state` gave."""
+        """Restore the state of :meth:`get_state`."""
         self.state, self.elapsed = state["state"].to(self.device), state["elapsed"].to(self.device)
         self.generator.set_state(state["random"])
 

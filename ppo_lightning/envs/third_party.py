@@ -1,4 +1,4 @@
-"""Vector environments of other packages, as Gymnasium's interface promises them."""
+"""Vector environments of other packages behind Gymnasium's interface."""
 
 import importlib
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from ppo_lightning.errors import EnvironmentFault, InputError
 
 
 def adapted(env: Any) -> Any:
-    """What a package calls an environment as Gymnasium promises it; what keeps the promise, or is no vector, as it is."""
+    """Adapt another package's vector to Gymnasium's interface; return any other environment unchanged."""
     if isinstance(env, VectorEnv):
         inner: Any = env
         while isinstance(inner, VectorWrapper) and not isinstance(inner, Games):
@@ -25,7 +25,7 @@ def adapted(env: Any) -> Any:
         if package == "ale_py":
             return Games(env)
         vector: Any = inner
-        if package == "mani_skill":  # which resets in the same step, and does not say so
+        if package == "mani_skill":  # it resets in the same step without declaring it
             if not vector.auto_reset:
                 raise InputError("ManiSkillVectorEnv must reset by itself: give it auto_reset=True")
             vector.metadata = {**inner.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -37,27 +37,27 @@ def adapted(env: Any) -> Any:
 
 
 LOGS = ("log", "episode")
-"""Where simulators give what is worth a curve."""
+"""Keys of simulators' metrics."""
 
 FINAL_OBSERVATIONS = ("final_obs", "final_observation")
-"""Where they show what episodes ended with (Isaac Lab; ApexRL), of all environments in the order of their observations."""
+"""Keys of the last observations of episodes (Isaac Lab; ApexRL), of all environments in the order of observations."""
 
 NOT_INFO = frozenset((*LOGS, *FINAL_OBSERVATIONS, "observations", "time_outs"))
-"""Extras that are logged otherwise, or that nothing else reads and that would be copied."""
+"""Extras that are logged elsewhere, or that are never read and not worth copying."""
 
 
 class Simulator(VectorEnv):
     """A simulator of many environments on tensors: Isaac Lab's environments, or any VecEnv of rsl_rl.
 
-    They reset in the same step. What an episode ended with is ``extras["final_obs"]``, which Isaac Lab's environments give with
-    ``cfg.compute_final_obs = True``, or ``extras["final_observation"]``. Without it, as in rsl_rl, the value of the observation
-    before stands for it where a time limit ended the episode: one step is counted twice, which is little.
+    They reset in the same step. An episode's last observation is ``extras["final_obs"]``, which Isaac Lab's environments give
+    with ``cfg.compute_final_obs = True``, or ``extras["final_observation"]``. Without it, as in rsl_rl, a time limit bootstraps
+    from the value of the previous observation, which counts one step twice.
 
-    ``extras["log"]``, and rsl_rl's older ``extras["episode"]``, are logged as those of any environment, the other extras as
-    its ``info``. A value that is not one number per environment counts as its mean, as in rsl_rl.
+    ``extras["log"]``, and rsl_rl's older ``extras["episode"]``, are logged as those of any environment; other extras are
+    its ``info``. A value that is not one number per environment is replaced by its mean, as in rsl_rl.
 
     Observations in several groups ("policy", "critic") are a Dict of them: ``actor_keys`` and ``critic_keys`` of
-    :class:`ActorCritic` say who sees which.
+    :class:`ActorCritic` choose among them.
 
     Args:
         simulator: the environment.
@@ -91,7 +91,7 @@ class Simulator(VectorEnv):
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin all episodes; rsl_rl's interface has no seed: give it to the simulator itself."""
         self._before = _groups(self.simulator.reset(seed=seed) if self._is_gymnasium else self.simulator.reset())
-        if self._before is None:  # some reset and return nothing
+        if self._before is None:  # some resets return nothing
             self._before = _groups(self.simulator.get_observations())
         return self._before, {}
 
@@ -121,10 +121,8 @@ class Simulator(VectorEnv):
         return self._before, reward, terminated, truncated, info
 
     def _final(self, shown: Any, before: Any, path: str = "") -> Any:
-        """What episodes ended with, in the groups of the observation; those that are not shown are as they were before."""
-        if (
-            isinstance(shown, np.ndarray) and shown.dtype == object
-        ):  # a tensor, or groups, of each environment that ended
+        """Last observations of episodes, in the groups of the observation; missing groups keep the previous observation."""
+        if isinstance(shown, np.ndarray) and shown.dtype == object:  # a tensor, or groups, per finished environment
             return self._joined(shown, before)
         shown = _groups(shown)
         if isinstance(before, dict) and isinstance(shown, dict):
@@ -142,7 +140,7 @@ class Simulator(VectorEnv):
         )
 
     def _joined(self, shown: Any, before: Any) -> Any:
-        """Rows of environments, None where no episode ended, as one batch."""
+        """Stack observations of environments, None where no episode ended, into one batch."""
         if isinstance(before, dict):
             parts = {name: np.full(self.num_envs, None, dtype=object) for name in before}
             for index, row in enumerate(shown):
@@ -163,16 +161,16 @@ class Simulator(VectorEnv):
 
 
 def _mean(value: Any, num_envs: int) -> Any:
-    """A value to log: one number per environment as it is, other tensors and arrays of numbers as their mean."""
+    """A value to log: one number per environment unchanged, other numeric tensors and arrays as their mean."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         value = torch.from_numpy(value)
     if not isinstance(value, Tensor) or value.is_complex() or not value.ndim or value.shape == (num_envs,):
         return value
-    return value.float().mean()  # NaN of none, which is left out
+    return value.float().mean()  # NaN for an empty one, which is left out
 
 
 def _groups(given: Any) -> Any:
-    """Observations as one tensor, or a dictionary of groups, copied: simulators write over what they gave."""
+    """Observations as one tensor, or a dictionary of groups, copied: simulators overwrite them."""
     if isinstance(given, tuple):  # with extras
         given = given[0]
     if isinstance(given, Tensor):
@@ -195,8 +193,8 @@ def _unbounded(shape: Any) -> Box:
 class Games(VectorWrapper):
     """``ale_py.vector_env.AtariVectorEnv`` whose episodes are games.
 
-    With ``life_loss_info`` it calls a lost life terminal though the game goes on. Here ``terminated`` is the end of a game,
-    and ``info["life_lost"]`` [N] says that a life was lost: terminal for what is learnt, but no episode's end.
+    With ``life_loss_info`` it reports a lost life as terminal within a game. Here ``terminated`` is the end of a game, and
+    ``info["life_lost"]`` [N] reports a lost life: terminal for learning, but not the end of an episode.
 
     Args:
         env: the vector.
@@ -205,7 +203,7 @@ class Games(VectorWrapper):
     def __init__(self, env: VectorEnv) -> None:
         super().__init__(env)
         mode: Any = getattr(env.unwrapped, "autoreset_mode", env.metadata["autoreset_mode"])
-        # All its instances write into one dictionary, that of the base class.
+        # All its instances write to one dictionary of the base class.
         self._metadata = {**env.metadata, "autoreset_mode": AutoresetMode(mode)}
         self._same_step = self._metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
         self._begun = np.zeros(env.num_envs, dtype=np.int64)
@@ -213,7 +211,7 @@ class Games(VectorWrapper):
 
     @override
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start a game everywhere; environment i is seeded with ``seed + i``."""
+        """Start all games; environment i is seeded with ``seed + i``."""
         observation, info = self.env.reset(seed=seed % 2**31 if isinstance(seed, int) else seed, options=options)
         self._begun = info["frame_number"] - info["episode_frame_number"]
         return observation, info
@@ -230,7 +228,7 @@ class Games(VectorWrapper):
             )
         self._lost = terminated
         if terminated.any():
-            # In the same step, what info says is of the new game already: one that has begun at another frame.
+            # In the same step, info is already that of the new game, which has begun at another frame.
             over = begun != self._begun if self._same_step else info["lives"] == 0
             info["life_lost"] = self._lost = terminated & ~over
             terminated = terminated & over
@@ -239,12 +237,12 @@ class Games(VectorWrapper):
 
 
 class EnvPool(VectorEnv):
-    """A vector of the package envpool, with seeds and batched spaces as Gymnasium has them.
+    """A vector of the package envpool, with Gymnasium's seeding and batched spaces.
 
     Args:
         task: its name, such as ``Pong-v5``.
         num_envs: how many environments.
-        options: what else ``envpool.make_gymnasium`` takes.
+        options: further arguments of ``envpool.make_gymnasium``.
 
     Raises:
         InputError: envpool is not installed.
@@ -266,7 +264,7 @@ class EnvPool(VectorEnv):
 
     @override
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start an episode everywhere. envpool is seeded when it is made, so another seed makes it anew."""
+        """Start all episodes. envpool is seeded when it is made, so another seed recreates it."""
         if seed is not None and not (self._fresh and seed == self._seed):
             self._env.close()
             self._env, self._seed = self._make(int(seed)), seed

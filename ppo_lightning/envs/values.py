@@ -11,7 +11,7 @@ from ppo_lightning.envs.third_party import Simulator
 
 
 def layers(env: Any) -> list[Any]:
-    """An environment or vector from the outermost wrapper inwards, with what an adapter holds of another package."""
+    """An environment or vector from the outermost wrapper inwards, including an adapter's inner environment."""
     found = [env]
     while isinstance(found[-1], gym.Wrapper | gym.vector.VectorWrapper):
         found.append(found[-1].env)
@@ -30,7 +30,7 @@ LIMITS = (
 
 
 def time_limit(env: Any) -> float | None:
-    """Steps after which the episodes of an environment or vector end at the latest; None where it does not say."""
+    """Steps after which the episodes of an environment or vector end at the latest; None where unknown."""
     spec = getattr(env, "spec", None)
     said = [] if spec is None else [spec.max_episode_steps, spec.kwargs.get("max_num_frames_per_episode")]  # of Atari
     said += [getattr(layer, name, None) for layer in layers(env) for name in LIMITS]
@@ -42,11 +42,11 @@ def set_values(env: Any, values: Mapping[str, Any]) -> str | None:
     """Set attributes of an environment or vector, or call its methods with a value; a tensor or array is filled.
 
     Args:
-        env: whose outermost layer that has the name is meant.
+        env: whose outermost layer with the name is changed.
         values: by name; ``cfg.terrain.level`` is an attribute of an attribute.
 
     Returns:
-        The first name that nothing has; None where all were set.
+        The first name that no layer has; None where all were set.
     """
     for name, value in values.items():
         *path, last = name.split(".")

@@ -1,4 +1,4 @@
-"""One interface to every vector of environments, with automatic resets decided in one place."""
+"""One interface to every vector of environments, with one place for automatic resets."""
 
 import traceback
 import warnings
@@ -25,20 +25,20 @@ from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.spaces import MASK, Array, Tree, flattener, tree_map, without_mask
 
 SUCCESS_KEYS = ("is_success", "success")
-"""Where environments say in their info that an episode reached its goal (Gymnasium-Robotics and SB3; ManiSkill)."""
+"""Keys of ``info`` that report an episode's success (Gymnasium-Robotics and SB3; ManiSkill)."""
 
 FAILURE_KEYS = ("is_failure", "failure", "fail")
-"""Where they say that it failed: reached a state from which there is no success (ManiSkill; LeanRL-style runners)."""
+"""Keys that report its failure: a state from which success is impossible (ManiSkill; LeanRL-style runners)."""
 
 LIFE_LOST = "life_lost"
-"""Where environments say in their info that a life was lost in a game that goes on."""
+"""Key of ``info`` under which environments report a lost life within a game."""
 
 
 class Transition(NamedTuple):
-    """What one step of N environments gave, whatever the vector's autoreset mode."""
+    """Result of one step of N environments, in any autoreset mode."""
 
     observation: Tree
-    """[N, …] what to act on next: the first observation of the new episode where one ended."""
+    """[N, …] next policy input: the first observation of the new episode where one ended."""
     reward: Array
     """[N]"""
     terminated: Array
@@ -46,7 +46,7 @@ class Transition(NamedTuple):
     truncated: Array
     """[N] bool, the episode was cut, by a time limit usually."""
     valid: Array | None
-    """[N] bool, False where NEXT_STEP spent the call on a reset; None where every row is a step."""
+    """[N] bool, False where NEXT_STEP spent the call on a reset; None where every call was a step."""
     ended: Array
     """[E] indices of the environments whose episode ended."""
     begun: Array
@@ -54,18 +54,18 @@ class Transition(NamedTuple):
     final_observation: Tree | None
     """[E, …] the last observations of those episodes."""
     life_lost: Array | None
-    """[N] bool, terminal for what is learnt, though the episode goes on (Atari); None where no life was lost."""
+    """[N] bool, terminal for learning though the episode continues (Atari); None where no life was lost."""
     outcome: Array | None
-    """[E, 2] success and failure, each 1.0 or 0.0 where the environment says whether it was one, else NaN."""
+    """[E, 2] success and failure, each 1.0 or 0.0 where the environment reports it, else NaN."""
     metrics: dict[str, Array]
-    """[E] numbers under ``info["metrics"]`` at the end of those episodes, by name; NaN where there are none."""
+    """[E] metrics under ``info["metrics"]`` at the end of those episodes, by name; NaN where missing."""
 
 
 class TensorTransition(NamedTuple):
-    """What one step of N environments gave as tensors, episodes that ended included: nothing waits for the device."""
+    """Result of one step of N environments as tensors, without device synchronisation."""
 
     observation: Tree
-    """[N, …] what to act on next."""
+    """[N, …] next policy input."""
     reward: Tensor
     """[N]"""
     terminated: Tensor
@@ -73,14 +73,14 @@ class TensorTransition(NamedTuple):
     truncated: Tensor
     """[N] bool"""
     final_observation: Tree | None
-    """[N, …] what the step led to, right where an episode ended; None where the environments gave none."""
+    """[N, …] observations after the step, valid where an episode ended; None where not given."""
     outcome: Tensor | None
-    """[N, 2] success and failure, 1 or 0 where the environment says so, else NaN; right where an episode ended."""
+    """[N, 2] success and failure, 1 or 0 where the environment reports it, else NaN; valid where an episode ended."""
 
 
 @dataclass
 class Restarts:
-    """How often crashed environments were made anew in this run, and how often they may be."""
+    """How often crashed environments were restarted in this run, and how often they may be."""
 
     limit: int = 0
     """Restarts that the run allows."""
@@ -88,13 +88,13 @@ class Restarts:
     """Restarts so far."""
 
     def take(self, cause: str) -> None:
-        """Count one more, with a warning.
+        """Count a restart, with a warning.
 
         Args:
-            cause: what went wrong, where, in its first line.
+            cause: error and its place, in the first line.
 
         Raises:
-            EnvironmentFault: there are none left.
+            EnvironmentFault: no restarts are left.
         """
         if self.count >= self.limit:
             raise EnvironmentFault(f"{cause}\n\nall of max_env_restarts = {self.limit} are used up")
@@ -104,23 +104,23 @@ class Restarts:
 
 
 class Environments:
-    """N environments that reset themselves, whichever way their vector does it.
+    """N environments with automatic resets, in any autoreset mode of their vector.
 
-    ``NEXT_STEP`` spends the call after an episode's end on the reset: that row is not a step, and ``valid`` says so.
-    ``SAME_STEP`` resets at once and hands over the last observation in ``info``. ``DISABLED`` is reset here.
+    ``NEXT_STEP`` spends the call after an episode's end on the reset: ``valid`` is False there. ``SAME_STEP`` resets at once
+    and returns the last observation in ``info``. ``DISABLED`` is reset here.
 
-    Where restarts are allowed, an environment that raises is made anew, alone. Gymnasium cannot replace one worker
-    process of several: where one dies or hangs in a step, all of this vector are made anew. Episodes that were going on
-    end as truncated, with reward 0 and the last observation that was seen.
+    Where restarts are allowed, only the environment that raises is restarted. Gymnasium cannot replace a single worker
+    process: where one dies or hangs in a step, the whole vector is restarted. Unfinished episodes end as truncated, with
+    reward 0 and the last observation.
 
     Args:
-        maker: recipe for the vector, used at the first reset.
-        num_envs: how many environments, where the vector has no number of its own.
+        maker: factory of the vector, called at the first reset.
+        num_envs: how many environments, where the vector does not set its own number.
         timeout_s: seconds after which a step or reset of worker processes is an error.
         made: the vector, where it exists already.
         first: number of the first environment, in messages.
-        restarts: how often a crashed environment may be made anew.
-        info_keys: keys of ``info`` whose numbers are added up, beside those that are known.
+        restarts: how often a crashed environment may be restarted.
+        info_keys: further keys of ``info`` whose values are accumulated.
         attributes: of the environments, to be set whenever they are made.
     """
 
@@ -144,13 +144,13 @@ class Environments:
         self.name, self.time_limit_advice = maker.name, maker.time_limit_advice
         self.num_envs = self.env.num_envs
         self.logged = InfoLog(info_keys, self.num_envs)
-        """What the environments say in ``info`` beside the reward."""
+        """Metrics from the environments' ``info``."""
         self.crashed = np.zeros(self.num_envs, dtype=bool)
-        """[N] environments that were made anew in the last step: their episodes did not end by themselves."""
+        """[N] environments that were restarted in the last step: their episodes did not end by themselves."""
         self.is_endless = False
         """An evaluation has cut an episode here, and has warned of it."""
         self._timeout = timeout_s
-        mode = self.env.metadata.get("autoreset_mode")  # to guess it would drop steps, or learn from resets
+        mode = self.env.metadata.get("autoreset_mode")  # a wrong guess would drop steps, or learn from resets
         try:
             self.mode = AutoresetMode(mode)
         except ValueError as error:
@@ -166,23 +166,23 @@ class Environments:
         self._action: Any = None
         self._device: torch.device | None = None
         self.tensors: Tree | None = None
-        """[N, …] first observations, of a vector that :meth:`step_tensors` can step; None of any other."""
+        """[N, …] first observations of a vector for :meth:`step_tensors`; None for any other."""
         self._attributes: dict[str, Any] = {}
         self.steer(attributes or {})
 
     def _take_over(self, env: VectorEnv) -> None:
         self.env = env
         accept_any_info(env)
-        # Gymnasium writes what these return into arrays of its own: shapes and dtypes are right already.
+        # Gymnasium copies observations into its own arrays: shapes and dtypes are right already.
         self._keeps_promise = type(env) in (SyncVectorEnv, Workers)
         self._watch = Watch(env, self._first) if isinstance(env, AsyncVectorEnv) else None
         self._finalizer = None if self._maker.is_instance else weakref.finalize(self, _close, env)
 
     def steer(self, attributes: Mapping[str, Any]) -> None:
-        """Set attributes of all environments, or call their methods: those that differ now, all when they are made anew.
+        """Set attributes of all environments, or call their methods: changed ones now, all after a restart.
 
         Raises:
-            InputError: an environment has none of a name.
+            InputError: an environment lacks an attribute.
             EnvironmentFault: it raised, or its worker process died.
         """
         before, self._attributes = self._attributes, dict(attributes)
@@ -198,27 +198,27 @@ class Environments:
 
     @property
     def inserts_rows(self) -> bool:
-        """Whether the vector spends a step on every reset, so that a rollout has rows which are no steps."""
+        """Whether the vector spends a step on every reset, so that a rollout has dummy steps."""
         return self.mode is AutoresetMode.NEXT_STEP
 
     @property
     def action_mask(self) -> Array | None:
-        """[N, M] bool, what is allowed after the last reset or step; None where the environments give no masks."""
+        """[N, M] bool, allowed actions after the last reset or step; None without masks."""
         return self._masks.now
 
     @property
     def lacks_final_observation(self) -> str:
-        """What to say of a vector that hides what an episode ended with."""
+        """Message for a vector that does not give an episode's last observation."""
         return (
             f"{self.name} resets in the same step but gives no info['final_obs'], without which a time limit cannot "
             "be told from a terminal state: return it, or use another autoreset_mode"
         )
 
     def reset(self, seed: int | None) -> Tree:
-        """Start an episode everywhere: environment i is seeded with ``seed + i``, a native vector with ``seed``.
+        """Start all episodes: environment i is seeded with ``seed + i``, a native vector with ``seed``.
 
         Raises:
-            EnvironmentFault: an environment raised, died, did not answer in time, or is not what its spaces say.
+            EnvironmentFault: an environment raised, died, did not answer in time, or violates its spaces.
             InputError: the environments give masks that do not fit the actions.
         """
         self._done[:] = False
@@ -229,7 +229,7 @@ class Environments:
         observation, info = self._promise.observation("reset", self._arrays(given)), self._arrays(given_info)
         self._count(info)
         self._masks.start(observation, info)
-        # Resets in the same step, without masks: what each step gives has the same form, whatever happened.
+        # Resets in the same step, without masks: every step returns the same structure.
         dense = self._device is not None and self.mode is AutoresetMode.SAME_STEP and self._masks.now is None
         self.tensors = self._tensors("reset", given) if dense else None
         observation = self._flatten(observation)
@@ -238,7 +238,7 @@ class Environments:
 
     @property
     def parts(self) -> list[tuple["Environments", slice]]:
-        """What can step while something else is served, and which of the environments they are."""
+        """Groups of environments that step independently, and their indices."""
         return [(self, slice(0, self.num_envs))]
 
     def step(self, action: Any) -> Transition:
@@ -247,7 +247,7 @@ class Environments:
         return self.receive()
 
     def send(self, action: Any) -> None:
-        """Let worker processes begin a step; other vectors do all of it in :meth:`receive`.
+        """Let worker processes begin a step; other vectors step in :meth:`receive`.
 
         Args:
             action: as the vector takes them, [N, …].
@@ -263,7 +263,7 @@ class Environments:
                 self._lost = self._bearable(lost)
 
     def receive(self) -> Transition:
-        """What the step gave. Arrays may be the vector's own buffers: copy what must outlive the next call.
+        """Result of the step. Arrays may be the vector's buffers: copy what must outlive the next call.
 
         Raises:
             EnvironmentFault: an environment raised, died, did not answer in time, or allows no action.
@@ -283,7 +283,7 @@ class Environments:
             begun, self._done = self._done, done
             valid = ~begun
         self.logged.step(info, done, valid)
-        # What follows an episode's end is a reset, whatever is allowed there; SAME_STEP is behind it already.
+        # After an episode's end comes a reset, for which masks do not matter; SAME_STEP has reset already.
         if self._masks.now is not None or MASK in info:
             self._masks.step(observation, info, free=None if self.mode is AutoresetMode.SAME_STEP else done)
         if not done.any():
@@ -310,21 +310,21 @@ class Environments:
         )
 
     def time_limit(self) -> float | None:
-        """Steps after which episodes end at the latest; None where the environments do not say."""
+        """Steps after which episodes end at the latest; None where unknown."""
         env = layers(self.env)[-1]
         if isinstance(env, Workers):
             return self._ask("time_limit", lambda: self._asked(env, "time_limit")[0])
         return time_limit(env.envs[0] if isinstance(env, SyncVectorEnv) else self.env)
 
     def restart(self, which: Array, observation: Tree) -> Tree:
-        """Begin new episodes in the middle of others, where a vector can: those of Gymnasium's environments.
+        """Begin new episodes in some environments, where the vector supports it: Gymnasium's do.
 
         Args:
             which: [N] bool, the environments.
             observation: [N, …] of all of them now.
 
         Returns:
-            [N, …] what to act on next; ``observation`` where the vector cannot.
+            [N, …] next policy input; ``observation`` where the vector does not support it.
         """
         if self.mode is not AutoresetMode.DISABLED and not isinstance(self.env, SyncVectorEnv | AsyncVectorEnv):
             return observation
@@ -335,7 +335,7 @@ class Environments:
         return self._flatten(given)
 
     def _count(self, info: dict[str, Any]) -> None:
-        """Count the environments that say they were made anew."""
+        """Count the environments that report a restart."""
         self.crashed[:] = False
         for said in (info, final_info(info) or {}):
             for index, cause in enumerate(said.get(RESTARTED, ())):
@@ -344,7 +344,7 @@ class Environments:
                     self.crashed[index] = True
 
     def _keep(self, observation: Tree) -> None:
-        """Keep what is seen, for when the workers are lost in the next step."""
+        """Keep the observation, in case the workers are lost in the next step."""
         if self._restarts.limit and self._watch is not None:
             self._last = tree_map(np.copy, observation)
 
@@ -363,7 +363,7 @@ class Environments:
         self.crashed[:] = True
         self.logged.step({}, np.ones(self.num_envs, dtype=bool), None)
         final, seed = self._last, self._seed
-        if seed is not None:  # other episodes than those that the seed began with
+        if seed is not None:  # not the same episodes again
             seed = int(np.random.SeedSequence([seed, self._restarts.count]).generate_state(1)[0])
         observation = self.reset(seed)
         none, all_ = np.zeros(self.num_envs, dtype=bool), np.ones(self.num_envs, dtype=bool)
@@ -371,7 +371,7 @@ class Environments:
         return Transition(observation, reward, none, all_, None, ended, all_, final, None, None, {})
 
     def step_tensors(self, action: Any) -> TensorTransition:
-        """Step a vector of tensors that resets in the same step, and copy nothing.
+        """Step a vector of tensors that resets in the same step, without copies.
 
         Args:
             action: as the vector takes them, tensors [N, …].
@@ -398,7 +398,7 @@ class Environments:
         )
 
     def state(self) -> dict[str, Any] | None:
-        """State of all environments between two steps, as plain data; None where one has none that could be told."""
+        """State of all environments between two steps, as plain data; None where one cannot be saved."""
         if self._lost is not None:
             return None
         try:
@@ -424,7 +424,7 @@ class Environments:
         return self._watch.call(name, env.call_wait, self._timeout)
 
     def restore(self, state: dict[str, Any]) -> bool:
-        """Go on, after a reset, from what :meth:`state` gave; False, and nothing done, where that was of other ones."""
+        """Restore, after a reset, the state of :meth:`state`; False, without effect, if it is of other environments."""
         now = self.state()
         if now is None or not same_environments(now["env"], state["env"]):
             return False
@@ -434,7 +434,7 @@ class Environments:
         self.logged.restore(state["logged"])
         if state["last"] is not None:
             self._last = unpack(state["last"])
-        if state["attributes"] != repr(self._attributes):  # environments have come back with those that were saved
+        if state["attributes"] != repr(self._attributes):  # the saved state has replaced the attributes
             self._set(self._attributes)
         return True
 
@@ -444,7 +444,7 @@ class Environments:
             self._finalizer()
 
     def disown(self) -> bool:
-        """Leave closing to the caller; False where it is done, or the user's."""
+        """Leave closing to the caller; False where the vector is closed, or the user's."""
         return self._finalizer is not None and self._finalizer.detach() is not None
 
     def _raw_reset(self, **how: Any) -> Any:
@@ -461,7 +461,7 @@ class Environments:
         return self._promise.observation("reset", observation), info
 
     def _stepped(self) -> Any:
-        """What a step gave, as arrays of the promised shapes and dtypes."""
+        """Result of a step, as arrays of the spaces' shapes and dtypes."""
         env: Any = self.env
         action, device, promise = self._action, self._device, self._promise
         if self._watch is not None:
@@ -486,12 +486,12 @@ class Environments:
         return self._flatten(self._promise.tensor_observation(where, observation, cast(torch.device, self._device)))
 
     def _ask(self, where: str, call: Callable[[], Any], timeout_s: float | None = None) -> Any:
-        """Call the vector; of worker processes, wait for their answers beforehand where there is a time for it."""
+        """Call the vector; with ``timeout_s``, wait for the answers of worker processes first."""
         watch = self._watch
         return self._named(where, call if watch is None else lambda: watch.call(where, call, timeout_s))
 
     def _arrays(self, given: Any) -> Any:
-        """What a vector gave, tensors as arrays."""
+        """Values of a vector, tensors as arrays."""
         if self._device is None:
             return given
         return _map(given, lambda leaf: _array(leaf) if isinstance(leaf, Tensor) else leaf)
@@ -521,11 +521,11 @@ class Environments:
 
 
 class Halves:
-    """Worker processes in two halves: one steps while the policy serves the other.
+    """Worker processes in two halves: one steps while the policy acts for the other.
 
     Args:
         first: environments 0 to N/2.
-        second: the others.
+        second: the remaining ones.
     """
 
     def __init__(self, first: Environments, second: Environments) -> None:
@@ -621,7 +621,7 @@ def _tensor_outcome(info: dict[str, Any], like: Tensor) -> Tensor | None:
 
 
 def _flag(info: dict[str, Any], keys: tuple[str, ...], like: Any) -> Any:
-    """[N] what each environment says under the first of ``keys`` that it gives, NaN without; None without any."""
+    """[N] flag of each environment under the first of ``keys`` that it reports, NaN without; None without any."""
     where: Any = torch.where if isinstance(like, Tensor) else np.where
     flag = None
     for key in keys:
@@ -636,7 +636,7 @@ def _flag(info: dict[str, Any], keys: tuple[str, ...], like: Any) -> Any:
 
 
 def _lives(info: dict[str, Any], done: Array) -> Array | None:
-    """[N] bool, a life was lost; None where no environment says so."""
+    """[N] bool, a life was lost; None where no environment reports it."""
     if LIFE_LOST not in info:
         return None
     lost = _flag(info, (LIFE_LOST,), done)
@@ -644,7 +644,7 @@ def _lives(info: dict[str, Any], done: Array) -> Array | None:
 
 
 def _has(attributes: Mapping[str, Any], name: str, value: Any) -> bool:
-    return name in attributes and repr(attributes[name]) == repr(value)  # arrays have no one truth
+    return name in attributes and repr(attributes[name]) == repr(value)  # arrays have no single truth value
 
 
 def _close(env: VectorEnv) -> None:

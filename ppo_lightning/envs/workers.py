@@ -1,4 +1,4 @@
-"""Worker processes of environments: started, watched while they work, and ended in whatever state they are."""
+"""Worker processes of environments: started, monitored, and ended in any state."""
 
 import contextlib
 import faulthandler
@@ -26,24 +26,24 @@ from gymnasium.vector.async_vector_env import _async_worker
 from ppo_lightning.errors import EnvironmentFault
 
 START_S = 300.0
-"""Seconds after which worker processes must have made their environments."""
+"""Timeout for worker processes to make their environments (seconds)."""
 
 FAULT_S = 1.0
-"""Seconds after which an error that a worker process has announced must have come."""
+"""Timeout for an error that a worker process has announced (seconds)."""
 
 CLOSE_S = 2.0
 """Seconds that worker processes have to close their environments."""
 
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)
-"""What a pipe says when nobody is at its other end."""
+"""What a pipe raises when its other end is closed."""
 
 
 class WorkerLost(EnvironmentFault):
-    """A worker process died, or did not answer in time: it can be asked no more."""
+    """A worker process died, or did not answer in time."""
 
 
 class Workers(AsyncVectorEnv):
-    """Gymnasium's worker processes from a clean server; none outlives a failure to start them.
+    """Gymnasium's worker processes from a clean server; a failure to start ends all of them.
 
     Args:
         makers: make the environments, whose faults name them.
@@ -58,7 +58,7 @@ class Workers(AsyncVectorEnv):
     def __init__(self, makers: Sequence[Callable[[], gym.Env[Any, Any]]], first: int) -> None:
         self._first = first
         try:
-            # SAME_STEP leaves no dummy rows, and nothing is copied: a rollout copies what it keeps.
+            # SAME_STEP has no dummy steps, and a rollout copies what it stores.
             super().__init__(
                 makers,
                 copy=False,
@@ -90,8 +90,8 @@ def _work(
     *,
     first: int,
 ) -> None:
-    """Gymnasium's worker, that says whether its environment could be made, and can always say what went wrong."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the run, which ends its workers
+    """Gymnasium's worker, which also reports whether its environment could be made, and always its errors."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the run handles them, and ends its workers
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1)
     threading.Thread(target=_leave_with_the_run, daemon=True).start()
@@ -110,7 +110,7 @@ def _work(
 
 
 class _Answers:
-    """A worker's end of its pipe, which leaves out of an answer's info what cannot be pickled."""
+    """A worker's end of its pipe, which drops values of ``info`` that cannot be pickled."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.recv, self.close = pipe, pipe.recv, pipe.close
@@ -118,7 +118,7 @@ class _Answers:
     def send(self, message: tuple[Any, bool]) -> None:
         try:
             self.pipe.send(message)
-        except Exception:  # whatever objects raise that cannot be pickled; nothing was sent
+        except Exception:  # objects raise anything where they cannot be pickled; nothing was sent
             answer, succeeded = message
             if not (isinstance(answer, tuple) and len(answer) in (2, 5) and isinstance(answer[-1], dict)):
                 raise
@@ -126,7 +126,7 @@ class _Answers:
 
 
 def _sendable(info: dict[Any, Any]) -> dict[Any, Any]:
-    """What can be pickled of an info."""
+    """The entries of an info that can be pickled."""
     kept = {}
     for key, value in info.items():
         try:
@@ -139,7 +139,7 @@ def _sendable(info: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _leave_with_the_run() -> None:
-    """End when the run's process has: a worker that hangs would not see its pipe close."""
+    """End with the run's process: a worker that hangs would not see its pipe close."""
     run = multiprocessing.parent_process()
     assert run is not None
     run.join()
@@ -147,7 +147,7 @@ def _leave_with_the_run() -> None:
 
 
 class _Faults:
-    """The queue of a worker's errors, as text: one that could not be pickled would be waited for without end."""
+    """The queue of a worker's errors, as text: an error that cannot be pickled would never arrive."""
 
     def __init__(self, faults: Any, first: int) -> None:
         self.faults, self.first = faults, first
@@ -161,7 +161,7 @@ class _Faults:
 
 
 class Watch:
-    """Waits for the answers of worker processes, and knows at once when one of them has died.
+    """Waits for the answers of worker processes, and notices at once when one has died.
 
     Args:
         env: the vector, just made.
@@ -171,19 +171,19 @@ class Watch:
     def __init__(self, env: AsyncVectorEnv, first: int) -> None:
         self.env, self.first = env, first
         self._index = {process.sentinel: index for index, process in enumerate(env.processes)}
-        self._poll = select.poll()  # a selector made for each call would cost more than the call
+        self._poll = select.poll()  # a selector per call would cost more than the call
         for sentinel in self._index:
             self._poll.register(sentinel, select.POLLIN)
-        # Of a vector that was not made here, an error that cannot be pickled never comes.
+        # In a vector that was not made here, an error that cannot be pickled never arrives.
         env.error_queue.get = partial(env.error_queue.get, timeout=FAULT_S)
 
     def call(self, where: str, call: Callable[[], Any], timeout_s: float | None = None) -> Any:
-        """Ask the workers, or take their answers; after any failure none of them is left.
+        """Send to the workers, or receive from them; any failure ends all of them.
 
         Args:
             where: what they do, in messages.
             call: sends or receives.
-            timeout_s: wait as long for all answers beforehand; None does not wait.
+            timeout_s: wait this long for all answers first; None does not wait.
 
         Raises:
             WorkerLost: one died, or did not answer in time.
@@ -202,7 +202,7 @@ class Watch:
                 f"an environment raised in {where} what its worker process could not send: it is on the error stream"
             ) from error
         except Exception:
-            kill(self.env)  # what is left can neither be asked nor closed politely
+            kill(self.env)  # the remaining workers cannot be closed gracefully
             raise
 
     def _wait(self, where: str, timeout_s: float) -> None:
@@ -220,7 +220,7 @@ class Watch:
                 self._poll.unregister(own)
 
     def _end(self, where: str, index: int) -> EnvironmentFault:
-        """Why a worker has ended: it died, or its environment raised, which it says before it ends."""
+        """Why a worker has ended: it died, or its environment raised, which it reports before it ends."""
         if not _answered(self.env.parent_pipes[index]):
             return self._death(where)
         number, kind, error, trace = self.env.error_queue.get()
@@ -239,7 +239,7 @@ class Watch:
         silent = [index for index, pipe in enumerate(self.env.parent_pipes) if not _answered(pipe)]
         for index in silent:
             os.kill(cast(int, self.env.processes[index].pid), signal.SIGUSR1)
-        time.sleep(0.2)  # for them to write where they are
+        time.sleep(0.2)  # for them to write their stacks
         names = [self.first + index for index in silent]
         longer = "" if where == "__init__" else ", or raise env_timeout_s"
         return WorkerLost(
@@ -249,12 +249,12 @@ class Watch:
 
 
 def close(*envs: AsyncVectorEnv) -> None:
-    """End worker processes: politely, and by force where they have not ended in time, be they busy, hung or dead."""
+    """End worker processes: gracefully, and by force where they have not ended in time."""
     try:
         for env in envs:
             for pipe in env.parent_pipes:
                 if pipe is not None and not pipe.closed:
-                    with contextlib.suppress(OSError):  # whoever is dead need not be told
+                    with contextlib.suppress(OSError):  # the worker may be dead
                         pipe.send(("close", None))
         deadline = time.monotonic() + CLOSE_S
         running = {process.sentinel for env in envs for process in env.processes}
@@ -265,7 +265,7 @@ def close(*envs: AsyncVectorEnv) -> None:
 
 
 def kill(*envs: AsyncVectorEnv) -> None:
-    """End worker processes by force: Gymnasium's own way waits for ever where one is dead or busy."""
+    """Kill worker processes: Gymnasium's own way waits forever where one is dead or busy."""
     started = [process for env in envs for process in env.processes if process.pid is not None]
     for process in started:
         process.kill()
@@ -279,14 +279,14 @@ def kill(*envs: AsyncVectorEnv) -> None:
 
 
 def _answered(pipe: Any) -> bool:
-    """Whether something was sent that has not been read: the pipe of a dead process is readable, too."""
+    """Whether a pipe holds unread data: the pipe of a dead process is readable, too."""
     return struct.unpack("i", fcntl.ioctl(pipe.fileno(), termios.FIONREAD, b"\0" * 4))[0] > 0
 
 
 def _ending(code: int | None) -> str:
     if code is None or code >= 0:
         return f"it ended with exit code {code}"
-    known = {one.value for one in signal.Signals}  # but for those of real-time programs, which have no names
+    known = {one.value for one in signal.Signals}  # real-time signals have no names
     name = f" ({signal.Signals(-code).name})" if -code in known else ""
     why = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
     return f"killed by signal {-code}{name}{why}"

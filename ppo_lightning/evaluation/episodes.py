@@ -16,7 +16,7 @@ from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import Tree, storing
 
 MAX_EPISODE_STEPS = 100_000
-"""An evaluation episode that has not ended by then is counted as it stands, with a warning."""
+"""An evaluation episode that has not ended by then is truncated, with a warning."""
 
 MIN_EPISODE_STEPS = 100
 """Steps that an evaluation episode may take in any case."""
@@ -36,26 +36,25 @@ def evaluate_episodes(
     deterministic: bool,
     max_steps: int,
 ) -> Tensor:
-    """Run ``num_episodes`` episodes from fresh resets and return what they gave.
+    """Run ``num_episodes`` episodes from fresh resets and return their results.
 
-    Which environment runs how many is settled beforehand, as evenly as it goes. Taking the first N that finish instead
-    would favour short episodes. Actions are drawn from a generator of their own. What environments draw from the streams that
-    a process shares (``random``, ``numpy.random``, torch's default generators) depends on ``seed`` alone, and leaves them
-    as they were.
+    Episodes are distributed evenly over environments beforehand, since taking the first N that finish would favour short
+    ones. Actions are sampled from a separate generator. The process's shared generators (``random``, ``numpy.random``,
+    torch's defaults) are seeded by ``seed`` for the environments, and restored afterwards.
 
     Args:
         policy: acts; its normalisers are frozen.
         environments: stepped here and nowhere else.
         observation_space: of one environment, without its action mask.
         num_episodes: how many, exactly.
-        seed: of the environments (``seed + i``) and of the actions where they are drawn.
+        seed: of the environments (``seed + i``) and of sampled actions.
         deterministic: take the most probable action instead of drawing one.
         max_steps: an episode is cut after so many steps, or after :data:`MIN_EPISODE_STEPS` where these are more; environments
             that have a time limit are cut after :data:`MAX_EPISODE_STEPS` only (steps).
 
     Returns:
         [num_episodes, 5] float64: undiscounted return (reward units), length (steps), success and failure (1, 0, or NaN
-        where the environment does not say), and 1 where the episode was cut, by environment, then time.
+        where the environment does not report it), and 1 where the episode was cut, by environment, then time.
     """
     with streams_of_their_own(seed):
         observation = environments.reset(seed)
@@ -146,9 +145,9 @@ def _check_finite(after: Transition, step: int) -> None:
 
 
 def said(sums: Sums) -> dict[str, float]:
-    """What the environments said in ``info``, under ``eval/``: means over the steps that the evaluation took.
+    """Metrics from the environments' ``info`` under ``eval/``: means over the steps of the evaluation.
 
-    Of ``info["metrics"]`` they are means over the episodes that count, of the value at their end.
+    Those of ``info["metrics"]`` are means over the evaluated episodes, of the value at their end.
     """
     return {f"eval/{name}": value for name, value in means(sums).items()}
 
@@ -156,7 +155,7 @@ def said(sums: Sums) -> dict[str, float]:
 def summarize(episodes: Tensor) -> dict[str, float]:
     """Statistics of episodes [E, 4 or 5] under ``eval/``: returns in reward units, lengths in steps, rates in [0, 1].
 
-    An episode that was cut is neither a success nor a failure, where others say which they were.
+    A cut episode is neither a success nor a failure, where the environment reports either.
     """
     returns, lengths, *outcomes = episodes[:, :4].unbind(1)
     cut = episodes[:, 4:].any(1)

@@ -37,7 +37,7 @@ def evaluate_over_ranks(
         autocast: the precision of updates.
         num_episodes: of all ranks.
         deterministic: take the most probable actions.
-        run_seed: of the run, for what environments draw when they are made.
+        run_seed: of the run, for environments that are random when they are made.
         seed: of this rank's episodes.
         max_steps: of an episode of an environment without a time limit (steps).
 
@@ -63,7 +63,7 @@ def evaluate_over_ranks(
                     max_steps=max_steps,
                 )
         except BaseException:
-            provider.close_evaluation()  # another evaluation makes new ones
+            provider.close_evaluation()  # the next evaluation makes new ones
             raise
         info = environments.logged.take_evaluation()
     row = torch.cat([episodes.flatten(), episodes.new_tensor([bool(info)])])

@@ -1,4 +1,4 @@
-"""Evaluations in a process of their own, of weights as they were when each was asked for."""
+"""Evaluations of snapshots of weights, in a separate process."""
 
 import contextlib
 import io
@@ -28,16 +28,16 @@ from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import without_mask
 
 GONE = (EOFError, ConnectionError)
-"""What a pipe says when nobody is at its other end."""
+"""What a pipe raises when its other end is closed."""
 
 
 class EvaluatorLost(RuntimeError):  # noqa: N818 - what it is
-    """An evaluation that gives no result: its process died or hangs, or its environments failed."""
+    """An evaluation failed: its process died or hangs, or its environments failed."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation needs besides weights and a seed."""
+    """Inputs of an evaluation besides weights and a seed."""
 
     policy: Policy
     """On the CPU; its weights are replaced before each evaluation."""
@@ -51,18 +51,18 @@ class Evaluation:
     timeout_s: float
     """For one step of the environments' own worker processes (seconds)."""
     restarts: int
-    """How often environments that crash may be made anew."""
+    """How often crashed environments may be restarted."""
     info_keys: tuple[str, ...]
-    """Keys of ``info`` whose numbers are averaged, beside those that are known."""
+    """Further keys of ``info`` whose values are averaged."""
     mixed: bool
     """Training rounds to bfloat16."""
     max_steps: int = MAX_EPISODE_STEPS
     """Of an episode of an environment without a time limit (steps)."""
     seed: int = 0
-    """Of the run, for what environments draw when they are made."""
+    """Of the run, for environments that are random when they are made."""
 
     def environments(self, setting: EnvOverrides, restarts: Restarts) -> Environments:
-        """The environments, differing so from those that the run was given."""
+        """The environments, with these overrides."""
         with streams_of_their_own(self.seed):
             return Environments(
                 setting.apply_to(self.maker),
@@ -74,10 +74,10 @@ class Evaluation:
             )
 
     def packed(self) -> bytes:
-        """This, for another process, with what it registered in Gymnasium.
+        """This evaluation and its registration in Gymnasium, pickled for another process.
 
         Raises:
-            InputError: something in it cannot be sent.
+            InputError: a part of it cannot be pickled.
         """
         name = self.maker.env  # a module before the colon registers by itself
         ids = [name] if isinstance(name, str) and ":" not in name else []
@@ -88,7 +88,7 @@ class Evaluation:
 def _packed(what: Any, name: str) -> bytes:
     try:
         return cloudpickle.dumps(what)
-    except Exception as error:  # whatever objects raise that cannot be pickled
+    except Exception as error:  # objects raise anything where they cannot be pickled
         raise InputError(
             f"AsyncEvaluation cannot send {name} to another process ({error}): give functions and classes that can be "
             "pickled, or leave it out"
@@ -98,12 +98,12 @@ def _packed(what: Any, name: str) -> bytes:
 class Evaluator:
     """A process that evaluates, one evaluation at a time.
 
-    It is no multiprocessing.Process, since such a one would import the user's script once more. It has a session of its
-    own, so that a Ctrl-C in the terminal is not for it, and all that it starts ends with it. It ends when its parent does.
+    It is no multiprocessing.Process, which would import the user's script again. It has its own process session, so that
+    Ctrl-C in the terminal does not reach it, and its children end with it. It ends when its parent does.
 
     Args:
-        evaluation: what :meth:`Evaluation.packed` gave.
-        timeout_s: seconds after which an evaluation is given up.
+        evaluation: the result of :meth:`Evaluation.packed`.
+        timeout_s: seconds after which an evaluation is aborted.
     """
 
     def __init__(self, evaluation: bytes, timeout_s: float) -> None:
@@ -123,29 +123,29 @@ class Evaluator:
             )
 
     def ask(self, weights: bytes, seed: int, setting: EnvOverrides) -> None:
-        """Begin an evaluation, without waiting for the process to listen.
+        """Begin an evaluation, without waiting for the process to be ready.
 
         Args:
             weights: a ``state_dict`` of the policy, as ``torch.save`` writes it.
             seed: of the episodes.
-            setting: how the environments differ from those that the run was given.
+            setting: overrides of the environments.
 
         Raises:
-            InputError: the setting cannot be sent.
+            InputError: the setting cannot be pickled.
         """
         self._asked = time.monotonic()
         packed = _packed(setting, f"{dict(setting.attributes)} and {dict(setting.env_kwargs)} of a level")
         threading.Thread(target=self._send, args=((weights, seed, packed),), daemon=True).start()
 
     def _send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # a process that is gone is noticed where its answer is awaited
+        with contextlib.suppress(OSError):  # answer() reports a process that has died
             self._connection.send(message)
 
     def answer(self, wait_s: float) -> dict[str, float] | None:
-        """The statistics of the evaluation that was asked for; None where they are not there within ``wait_s`` seconds.
+        """The statistics of the requested evaluation; None where they do not arrive within ``wait_s`` seconds.
 
         Raises:
-            EvaluatorLost: they will never be.
+            EvaluatorLost: the evaluation failed.
         """
         if not self._connection.poll(wait_s):
             if time.monotonic() - self._asked > self._timeout_s:
@@ -160,7 +160,7 @@ class Evaluator:
         return answer
 
     def close(self) -> None:
-        """End the process and all that it has started, whatever they do."""
+        """Kill the process and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -172,10 +172,10 @@ def _how(status: int) -> str:
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """Evaluate whatever comes, until nobody asks any more.
+    """Serve evaluation requests until the connection closes.
 
     Args:
-        descriptor: of the connection to the process that asks.
+        descriptor: of the connection to the requesting process.
         parent: id of that process.
     """
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -33,22 +33,22 @@ class ActorCritic(nn.Module):
 
     Weights are orthogonal with gain √2 in hidden layers, 0.01 at the policy's output and 1 at the value's, biases 0
     (Huang et al. 2022, detail 2). The parts of a Dict or Tuple observation are encoded one by one and concatenated:
-    pictures by a CNN, everything else as it is, unless ``encoders`` says otherwise.
+    images by a CNN, everything else unchanged, unless ``encoders`` sets another network.
 
     Args:
-        observation_space: what the environment shows.
-        action_space: what it takes.
-        hidden_sizes: units of each hidden layer; null is 64, 64, and no hidden layers behind pictures alone.
-        activation: class of what follows each hidden layer.
+        observation_space: of the environment.
+        action_space: of the environment.
+        hidden_sizes: units of each hidden layer; null is 64, 64, and no hidden layers after images alone.
+        activation: class of the activation after each hidden layer.
         layer_norm: normalise each hidden layer's output before its activation.
-        image_encoder: class_path or callable (space) -> network for pictures; null is NatureCNN from 36 × 36 pixels on,
+        image_encoder: class_path or callable (space) -> network for images; null is NatureCNN from 36 × 36 pixels,
             ImpalaCNN below.
         encoders: the same for parts of a Dict or Tuple, by path ("state", "arm.0").
-        rnn: lstm or gru behind the hidden layers; null is none.
+        rnn: lstm or gru after the hidden layers; null is no recurrent layer.
         rnn_size: units of the recurrent layer.
         shared: policy and value have encoders, hidden layers and recurrent layer in common.
-        actor_keys: parts of a Dict or Tuple that the policy sees; null is all.
-        critic_keys: parts that the value sees; null is all. More than the policy sees make a privileged critic.
+        actor_keys: parts of a Dict or Tuple that are inputs of the policy; null is all.
+        critic_keys: parts that are inputs of the value; null is all. More than the policy's make a privileged critic.
         distribution: over Box actions: normal (clipped to the bounds by the environment alone), tanh (normal, squashed
             into the bounds), beta (on the bounds), gsde (normal, with noise that is a function of the state).
         log_std_init: initial log standard deviation of normal, tanh and gsde, in log action units (tanh: before it).
@@ -156,7 +156,7 @@ class ActorCritic(nn.Module):
         return self.action_head(self.actor_trunk(observation))
 
     def latent(self, observation: Tree, state: Tensor | None = None, start: Tensor | None = None) -> Tensor:
-        """What the action's head sees: [B, H], or recurrent [L, B, H] (arguments as of :meth:`forward`)."""
+        """Input of the action head: [B, H], or recurrent [L, B, H] (arguments as of :meth:`forward`)."""
         if state is None or start is None:
             return self.actor_trunk(observation)
         return self.actor_trunk.unroll(observation, state[:, : self.actor_trunk.state_size], start)[0]
@@ -285,7 +285,7 @@ def encoders_of(
 
 
 def default_image_encoder(space: Space[Any]) -> nn.Module:
-    """NatureCNN where pictures are large enough for it, else ImpalaCNN."""
+    """NatureCNN where images are large enough for it, else ImpalaCNN."""
     try:
         return NatureCNN(space)
     except InputError:

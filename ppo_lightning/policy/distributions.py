@@ -436,7 +436,7 @@ class StateDependentExploration(DiagonalGaussian):
     """Normals whose noise is a function of the state, held for several steps (Raffin et al. 2021, gSDE).
 
     ``parameters`` are means [B, d] and loadings w [B, L·d], the network's latent φ(s) [B, L] times the standard
-    deviations [L, d] of the exploration matrix ε. An action is mean + Σₗ wₗ εₗ, with ε drawn anew every ``sample_freq``
+    deviations [L, d] of the exploration matrix ε. An action is mean + Σₗ wₗ εₗ, with ε redrawn every ``sample_freq``
     steps, so it is normal with variance Σₗ wₗ², and equal states are given equal noise meanwhile.
     """
 

@@ -44,7 +44,7 @@ class MLP(nn.Module):
     """Perceptron over a flattened observation.
 
     Args:
-        space: of the observation; bytes of a picture are divided by 255.
+        space: of the observation; bytes of an image are divided by 255.
         hidden_sizes: units of each layer; the last is the size of the output.
         activation: class of what follows each layer.
         layer_norm: normalise each layer's output before its activation.
@@ -70,7 +70,7 @@ class MLP(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """What the convolutional networks share: pictures as they come, in the form that convolutions want.
+    """Base of the convolutional networks: converts images to the layout of convolutions.
 
     Bytes become floats here, on the network's device; stacked frames become channels.
 
@@ -81,7 +81,7 @@ class ImageEncoder(nn.Module):
         smallest: pixels that each side must have.
 
     Raises:
-        InputError: the space is no picture, or too small.
+        InputError: the space is no image, or too small.
     """
 
     def __init__(self, space: Space[Any], scale: float, channels: Channels, smallest: int) -> None:
@@ -112,7 +112,7 @@ class ImageEncoder(nn.Module):
         return observation.to(dtype, memory_format=torch.channels_last)
 
     def output_size(self, layers: nn.Module) -> int:
-        """Values per picture that ``layers`` return."""
+        """Values per image that ``layers`` return."""
         with torch.no_grad():
             return layers(torch.zeros(1, *self.shape)).flatten(1).shape[1]
 
@@ -146,7 +146,7 @@ class NatureCNN(ImageEncoder):
     """Three convolutions and a layer of 512 (Mnih et al. 2015), orthogonal.
 
     Args:
-        space: pictures of at least 36 × 36.
+        space: images of at least 36 × 36.
         features: units of the last layer.
         scale: what values are divided by; 0 takes 255 for bytes and 1 for floats.
         channels: whether channels come before or after the pixels; auto sees it by the shape.
@@ -168,16 +168,16 @@ class NatureCNN(ImageEncoder):
 
     @override
     def forward(self, observation: Tensor) -> Tensor:
-        """[B, features] for pictures [B, …]."""
+        """[B, features] for images [B, …]."""
         return self.output(self.layers(self.picture(observation)))
 
 
 class ImpalaCNN(ImageEncoder):
-    """Residual network of three blocks and a layer of 256 (Espeholt et al. 2018), for pictures of any size.
+    """Residual network of three blocks and a layer of 256 (Espeholt et al. 2018), for images of any size.
 
     Args:
-        space: pictures.
-        depths: channels of each block; each halves the picture.
+        space: images.
+        depths: channels of each block; each halves the image.
         features: units of the last layer.
         scale: what values are divided by; 0 takes 255 for bytes and 1 for floats.
         channels: whether channels come before or after the pixels; auto sees it by the shape.
@@ -204,7 +204,7 @@ class ImpalaCNN(ImageEncoder):
 
     @override
     def forward(self, observation: Tensor) -> Tensor:
-        """[B, features] for pictures [B, …]."""
+        """[B, features] for images [B, …]."""
         return self.output(self.layers(self.picture(observation)))
 
 

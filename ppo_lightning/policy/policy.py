@@ -1,4 +1,4 @@
-"""Everything between an observation as the environment gives it and an action as the rollout keeps it."""
+"""From the environment's observations to the rollout's actions."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,13 +32,13 @@ class Policy(nn.Module):
         action_space: of one environment.
         network: makes the network. Its ``forward`` returns distribution parameters [B, P] and values [B]. Where it also
             has methods ``actor`` (parameters alone) and ``critic`` (values alone), acting and bootstrapping use those;
-            an attribute ``shared: true`` says that values come with the parameters for nearly nothing.
-            An attribute ``distribution`` says what the parameters describe; without it they are logits, and means and
-            log standard deviations. An attribute ``state_size`` above 0 says that the network has memory; its
-            ``forward`` then takes observations [L, B, …], the state [B, S] before them and the flags [L, B] that an
+            an attribute ``shared: true`` declares that values are nearly free with the parameters.
+            An attribute ``distribution`` defines the parameters; without it they are logits, or means and log standard
+            deviations. An attribute ``state_size`` above 0 declares a recurrent network, whose
+            ``forward`` takes observations [L, B, …], the state [B, S] before them and the flags [L, B] that an
             episode starts there, and returns parameters [L, B, P], values [L, B] and the state after them.
-        normalize_observation: subtract the running mean of observations and divide by their standard deviation; those
-            parts that are numbers, so neither pictures nor one-hot codes.
+        normalize_observation: subtract the running mean of observations and divide by their standard deviation; numeric
+            parts only, neither images nor one-hot codes.
         popart: how value targets are normalised, if they are.
 
     Raises:
@@ -97,7 +97,7 @@ class Policy(nn.Module):
         # Layers may well be called actor and critic; what counts as half of the network is a method of its class.
         self._has_halves = all(callable(getattr(type(self.network), half, None)) for half in ("actor", "critic"))
         self.is_joint = bool(self.state_size or not self._has_halves or getattr(self.network, "shared", False) is True)
-        """Acting gives the values, too: with memory, and where policy and value have layers in common."""
+        """Acting computes the values, too: for recurrent policies, and where policy and value share layers."""
         self._spaces = observation_space, action_space
         self._check(observation_space, action_space)
 
@@ -192,14 +192,14 @@ class Policy(nn.Module):
         return {name: encode(observation[name]) for name, encode in self.encoders.items()}
 
     def numbers(self, observation: Tree) -> Tensor:
-        """Of stored observations [B, …] what is normalised, [B, D]: samples for the moments."""
+        """The normalised features [B, D] of stored observations [B, …]: samples for the moments."""
         encoded = self.encode(observation)
         if "" in self.normalized:
             return encoded.flatten(1)
         return torch.cat([encoded[name].flatten(1) for name in self.normalized], -1)
 
     def features(self, observation: Tree) -> Tree:
-        """What the network sees of stored observations [B, …]: numbers are normalised where that is on, at ±10 at most."""
+        """Network inputs from stored observations [B, …]: numeric parts are normalised if enabled, clipped at ±10."""
         features = self.encode(observation)
         if self.moments is None:
             return features
@@ -212,7 +212,7 @@ class Policy(nn.Module):
 
     @override
     def forward(self, features: Tree) -> tuple[Tensor, Tensor]:
-        """Distribution parameters [B, P] and values [B] without memory; float32 under autocast too."""
+        """Distribution parameters [B, P] and values [B] of a feed-forward policy; float32 under autocast too."""
         parameters, value = self.network(features)
         return parameters.float(), self._value(value)
 
@@ -224,22 +224,22 @@ class Policy(nn.Module):
         return quick()
 
     def actor(self, features: Tree) -> Tensor:
-        """Distribution parameters [B, P] without memory."""
+        """Distribution parameters [B, P] of a feed-forward policy."""
         network: Any = self.network
         return (network.actor(features) if self._has_halves else network(features)[0]).float()
 
     def critic(self, features: Tree) -> Tensor:
-        """Values [B], in (normalised) reward units, without memory."""
+        """Values [B], in (normalised) reward units, of a feed-forward policy."""
         network: Any = self.network
         return self._value(network.critic(features) if self._has_halves else network(features)[1])
 
     def advance(self, features: Tree, state: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With memory: parameters [B, P], values [B] and the state [B, S] after one step.
+        """One step of a recurrent policy: parameters [B, P], values [B] and the state [B, S] after it.
 
         Args:
             features: [B, …].
             state: [B, S] before it.
-            start: [B] bool, it is the first of an episode: what was before is forgotten.
+            start: [B] bool, it is the first of an episode: the state is reset.
         """
         features = tree_map(lambda leaf: leaf.unsqueeze(0), features)
         parameters, value, state = self.network(features, state, start.unsqueeze(0))
@@ -252,7 +252,7 @@ class Policy(nn.Module):
         """Log-probability of stored actions, entropy, and value as the loss compares it, each like the batch.
 
         Args:
-            batch: [B], or with memory sequences [B, L]: ``observation`` as :meth:`features`, ``action``, and where there
+            batch: [B], or recurrent sequences [B, L]: ``observation`` as :meth:`features`, ``action``, and where there
                 are any ``action_mask``, ``recurrent_state`` and ``episode_start``.
         """
         if self.state_size:
@@ -329,7 +329,7 @@ class Policy(nn.Module):
             observation: [B, …].
             noise: what draws the actions, [B, Z]; None takes the most probable ones.
             mask: [B, M] bool, what is allowed; None is everything.
-            state: [B, S] of a policy with memory.
+            state: [B, S] of a recurrent policy.
             start: [B] bool, the observation is the first of an episode.
             actor: what :meth:`quick_actor` made.
         """
@@ -349,7 +349,7 @@ class Policy(nn.Module):
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off; afterwards each submodule is in the mode that it was in."""
+    """Switch to evaluation mode, and restore each submodule's mode afterwards."""
     training = [one for one in module.modules() if one.training]
     if training:
         module.eval()
@@ -370,7 +370,7 @@ class Step(NamedTuple):
     value: Tensor | None
     """[B], where the network gave it on the way."""
     state: Tensor | None
-    """[B, S] of the memory, afterwards."""
+    """[B, S] recurrent state after the step."""
 
 
 def _normalized(features: Tensor, mean: Tensor, factor: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def predict(
     state: Any,
     action_mask: Any,
 ) -> Any:
-    """Actions for observations, and the state of the memory where the policy has one (see :meth:`PPO.predict`)."""
+    """Actions for observations, and the state of a recurrent policy (see :meth:`PPO.predict`)."""
     device = next(policy.parameters()).device
     space = without_mask(observation_space)
     rows, single = observations(observation, space, device)
@@ -70,7 +70,7 @@ def predict(
 
 
 def observations(observation: Any, space: Space[Any], device: torch.device) -> tuple[Tree, bool]:
-    """Observations as rows of tensors, and whether it was a single one.
+    """Observations as a batch of tensors, and whether it was a single one.
 
     Raises:
         InputError: they are not of the space.

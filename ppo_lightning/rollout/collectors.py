@@ -1,4 +1,4 @@
-"""How a rollout's steps are taken: by Gymnasium's arrays, by tensors, or several at a time in one compiled graph."""
+"""Collectors of a rollout's steps: by Gymnasium's arrays, by tensors, or several steps in one compiled graph."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -28,11 +28,11 @@ class Ends(NamedTuple):
     env: Tensor
     """[E]"""
     observation: Tree
-    """[E, …] their last observations, as a rollout keeps them; empty where no episode ended."""
+    """[E, …] their last observations, as a rollout stores them; empty where no episode ended."""
     state: Tensor | None
-    """[E, S] what the policy's memory held then."""
+    """[E, S] recurrent state at their end."""
     outcome: Tensor
-    """[E, 2] float64, success and failure: 1 or 0 where the environment says whether it was one, else NaN."""
+    """[E, 2] float64, success and failure: 1 or 0 where the environment reports it, else NaN."""
 
 
 class Steps(NamedTuple):
@@ -41,23 +41,23 @@ class Steps(NamedTuple):
     action: Tree
     """[T, N, …]"""
     parameters: Tensor | None
-    """[T · N, P] of the actions' distributions, where acting gave the values, too."""
+    """[T · N, P] of the actions' distributions, where acting computed values, too."""
     value: Tensor | None
     """[T · N]"""
     states: Tensor | None
-    """[T, N, S] of the policy's memory before each step."""
+    """[T, N, S] recurrent state before each step."""
     ends: Ends
     state: Tensor | None
-    """[N, S] of the memory, afterwards."""
+    """[N, S] recurrent state after the last step."""
     begun: Tensor | None
-    """[N] bool, with memory: what is observed afterwards is the first of an episode."""
+    """[N] bool, recurrent policies only: the observation after the last step is the first of an episode."""
 
 
 class Stepper(ABC):
-    """Takes T steps at a time, and writes what happens into tensors that are allocated once.
+    """Takes T steps at a time, and writes the transitions into tensors that are allocated once.
 
     Args:
-        environments: what to step, reset already.
+        environments: to step, already reset.
         num_steps: T.
         observation_space: of one environment, without its action mask.
         device: where the tensors are.
@@ -72,7 +72,7 @@ class Stepper(ABC):
     ) -> None:
         self.num_envs, self.num_steps = environments.num_envs, num_steps
         num_envs = self.num_envs
-        # One more observation than steps: the last is where the next rollout goes on.
+        # One more observation than steps: the next rollout starts from the last.
         spaces = {
             name: empty(leaf, num_steps + 1, num_envs, device=device)
             for name, leaf in leaves(observation_space).items()
@@ -88,12 +88,12 @@ class Stepper(ABC):
         """Each [T, N, …], under a rollout's names."""
 
     def state(self) -> dict[str, Any]:
-        """What the next rollout begins with, besides the environments' own state."""
+        """State from which the next rollout begins, besides the environments' own."""
         return {"observation": tree_map(lambda leaf: leaf[-1].cpu().clone(), self.observations)}
 
     @abstractmethod
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Begin the next rollout with what :meth:`state` gave."""
+        """Begin the next rollout from the state of :meth:`state`."""
 
     @abstractmethod
     def take(self, policy: Policy, noise: Tensor | None) -> Steps:
@@ -101,7 +101,7 @@ class Stepper(ABC):
 
         Args:
             policy: acts.
-            noise: [T, N, Z] what draws the actions.
+            noise: [T, N, Z] from which actions are sampled.
 
         Raises:
             EnvironmentFault: an environment failed, or an observation or reward is not finite.
@@ -109,14 +109,14 @@ class Stepper(ABC):
 
 
 class ArrayStepper(Stepper):
-    """Steps any vector through numpy arrays, which share the memory of the tensors that a rollout keeps.
+    """Steps any vector through numpy arrays, which share memory with the rollout's tensors.
 
     Args:
         environments: what to step.
         first: [N, …] their first observations.
         num_steps: T.
         observation_space: of one environment, without its action mask.
-        state_size: S of the policy's memory, 0 without.
+        state_size: S of the recurrent state, 0 without.
         device: where the policy is.
     """
 
@@ -169,7 +169,7 @@ class ArrayStepper(Stepper):
             part.begin(self.rows, arrays, self.observations, noise)
         step = 0
         try:
-            # Of several parts, one steps while the policy serves the next.
+            # One part steps while the policy acts for the next.
             for step in range(self.num_steps):
                 for part in self.parts:
                     if step:
@@ -182,7 +182,7 @@ class ArrayStepper(Stepper):
                 part.receive(step - 1, finals)
                 part.observe(step)
         except EnvironmentFault:
-            # An environment may well choke on what its own NaN caused.
+            # An environment may fail on what its own NaN caused.
             steps = max(step - 1, 0)
             check_finite(self.observations, self.rows["reward"], self._ends(finals), steps + 1, steps)
             raise
@@ -228,14 +228,14 @@ class ArrayStepper(Stepper):
 
 
 class Part:
-    """Environments that step together, and what the policy needs to know of them.
+    """Environments that step together, and the policy's inputs from them.
 
     Args:
         environments: of this part.
         place: which of all environments they are.
-        observation: [n, …] what they show.
-        begun: [n] bool, that is the first of an episode.
-        state: [n, S] of the policy's memory.
+        observation: [n, …] their current observations.
+        begun: [n] bool, the observation is the first of an episode.
+        state: [n, S] recurrent state.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class Part:
         self.observation, self.begun, self.state = observation, begun, state
 
     def begin(self, rows: dict[str, Tensor], arrays: Tree, observations: Tree, noise: Tensor | None) -> None:
-        """Prepare a rollout: views of what is written to and read from in each step."""
+        """Prepare a rollout: views of the tensors that each step reads and writes."""
         own = {key: tensor[:, self.place] for key, tensor in rows.items()}
         self._rows = {key: tensor.numpy() for key, tensor in own.items()}
         self._masks, self._starts = own.get("action_mask"), own.get("episode_start")
@@ -259,11 +259,11 @@ class Part:
         self.states: list[Tensor] = []
 
     def observe(self, step: int) -> None:
-        """Keep what is observed now."""
+        """Store the current observation."""
         _put(self._observations, step, self.observation)
 
     def seen(self, step: int, device: torch.device) -> tuple[Any, ...]:
-        """What the policy acts on: observation, noise, mask, memory, and whether an episode begins."""
+        """The policy's inputs: observation, noise, mask, recurrent state, and whether an episode begins."""
         mask = start = None
         if self._masks is not None:
             self._rows["action_mask"][step] = self.environments.action_mask
@@ -284,7 +284,7 @@ class Part:
         self.environments.send(action)
 
     def receive(self, step: int, finals: list["Final"]) -> None:
-        """Keep what the step gave."""
+        """Store the result of the step."""
         after = self.environments.receive()
         self._reward[step], self._terminated[step], self._truncated[step] = (
             after.reward,
@@ -302,7 +302,7 @@ class Part:
         self.observation, self.begun = after.observation, after.begun
 
     def end(self) -> tuple[Any, ...]:
-        """Actions [T, n, …], parameters [T, n, P] and values [T, n] from acting, memory before each step and after all."""
+        """Actions [T, n, …], parameters [T, n, P], values [T, n], recurrent state before each step and after the last."""
         joint = self.taken[0].value is not None
         return (
             stack([step.action for step in self.taken]),
@@ -319,20 +319,20 @@ class Final(NamedTuple):
 
     step: int
     ended: Array
-    """[E] environments."""
+    """[E] indices of environments."""
     observation: Tree
     """[E, …] their last observations, numpy."""
     state: Tensor | None
-    """[E, S] what the policy's memory held then."""
+    """[E, S] recurrent state at their end."""
     outcome: Array | None
     """[E, 2]"""
 
 
 class TensorStepper(Stepper):
-    """Steps a vector of tensors: nothing is copied to numpy, and nothing waits for the device inside a rollout.
+    """Steps a vector of tensors: no copies to numpy and no device synchronisation within a rollout.
 
     Args:
-        environments: what to step, whose vector gives tensors and resets in the same step.
+        environments: to step, whose vector gives tensors and resets in the same step.
         num_steps: T.
         observation_space: of one environment.
         device: where the policy is.
@@ -340,7 +340,7 @@ class TensorStepper(Stepper):
     """
 
     CHUNK = 16
-    """Steps of one graph, at most: more gain little, and take long to compile."""
+    """Maximum steps of one graph: more gain little, and take long to compile."""
 
     def __init__(
         self,
@@ -354,7 +354,7 @@ class TensorStepper(Stepper):
         super().__init__(environments, num_steps, observation_space, device)
         self.environments, self.device = environments, device
         self.finals = tree_map(lambda leaf: torch.zeros_like(leaf[1:]), self.observations)
-        """[T, N, …] what each step led to."""
+        """[T, N, …] observations after each step."""
         self._observation = environments.tensors
         self._graph: Callable[..., Any] | None = None
         self._policy: Policy | None = None
@@ -367,7 +367,7 @@ class TensorStepper(Stepper):
         self._observation = tree_map(lambda leaf: leaf.to(self.device), state["observation"])
 
     def forget_graph(self) -> None:
-        """Compile the steps anew, since the environments have changed: a captured graph would not see it."""
+        """Recompile the steps after the environments have changed, which a captured graph would not see."""
         self._graph = None
 
     @override
@@ -384,7 +384,7 @@ class TensorStepper(Stepper):
         return self._eager(policy, noise)
 
     def _is_pure(self, env: Any) -> bool:
-        """Whether the vector is what its pure functions are."""
+        """Whether the vector behaves as its pure functions do."""
         if not isinstance(env, TensorEnv) or env.device != self.device:
             return False
         own = [name for name in ("step", "reset") if getattr(type(env), name) is not getattr(TensorEnv, name)]
@@ -470,7 +470,7 @@ class TensorStepper(Stepper):
 def _several(
     env: TensorEnv, policy: Policy, state: Tensor, elapsed: Tensor, noise: Tensor | None, uniform: Tensor
 ) -> tuple[Any, ...]:
-    """K steps of environments and policy, for one graph: state, and [K, N, …] what a rollout keeps of them."""
+    """K steps of environments and policy, for one graph: state, and the rollout's entries [K, N, …]."""
     steps, actions, parameters, values = [], [], [], []
     for step, own in enumerate(uniform.unbind()):
         observation = env.observe(state)
@@ -488,7 +488,7 @@ def _several(
 
 
 def _joined(taken: list[Step]) -> tuple[Tensor | None, Tensor | None]:
-    """Parameters [T · N, P] and values [T · N], where acting gave both."""
+    """Parameters [T · N, P] and values [T · N], where acting computed both."""
     values = [step.value for step in taken if step.value is not None]
     return (torch.cat([step.parameters for step in taken]), torch.cat(values)) if values else (None, None)
 
@@ -499,7 +499,7 @@ def _put(rows: Tree, step: int, values: Tree) -> None:
             _put(row, step, values[name])
     elif (
         rows.dtype == np.uint8 and rows.ndim == 5
-    ):  # pictures, laid out anew on the way: torch is three times as fast at it
+    ):  # images, whose layout changes in the copy: torch is three times as fast at it
         torch.from_numpy(rows)[step].copy_(torch.from_numpy(np.ascontiguousarray(values)))
     else:
         rows[step] = values
@@ -523,7 +523,7 @@ def _by_step(rows: Tree) -> list[Tree]:
 
 
 def check_finite(observations: Tree, reward: Tensor, ends: Ends, num_observations: int, num_steps: int) -> None:
-    """Refuse what would poison the parameters, before anything is computed from it.
+    """Refuse values that are not finite, before anything is computed from them.
 
     Raises:
         EnvironmentFault: an observation or reward is not finite.
@@ -543,9 +543,9 @@ def check_finite(observations: Tree, reward: Tensor, ends: Ends, num_observation
 
 
 def warn_of_bounds(observations: Tree, observation_space: Space[Any]) -> None:
-    """Say which observation [T, N, …] lies outside of its space, where one does: it is learnt from as it is."""
+    """Warn of an observation [T, N, …] outside of its space, which is used unchanged."""
     for name, leaf in leaves(observation_space).items():
-        if not isinstance(leaf, Box) or leaf.dtype == np.uint8:  # of other spaces that is an error
+        if not isinstance(leaf, Box) or leaf.dtype == np.uint8:  # for other spaces that is an error
             continue
         rows = observations[name] if name else observations
         low, high = (as_stored(bound, rows.dtype).to(rows.device) for bound in (leaf.low, leaf.high))

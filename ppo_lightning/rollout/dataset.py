@@ -1,4 +1,4 @@
-"""The dataset that is its own simulator: one rollout per pass, collected with the policy as it is now."""
+"""A dataset that simulates: one rollout per epoch, collected with the current policy."""
 
 import math
 import time
@@ -27,20 +27,20 @@ from ppo_lightning.rollout.collectors import ArrayStepper, Ends, Stepper, Steps,
 from ppo_lightning.spaces import Tree, cut, leaves, storage, tree_map, without_mask
 
 ENDLESS = 10_000
-"""Steps of each environment after which it is worth saying that no episode has ended."""
+"""Steps of each environment after which a run warns that no episode has ended."""
 
 
 class RolloutDataset(IterableDataset[TensorDict]):
-    """Steps the learner's environments with its policy; each pass yields one rollout, a TensorDict [T, N].
+    """Steps the learner's environments with its policy; each iteration yields one rollout, a TensorDict [T, N].
 
-    Its length is exactly 1: a sized iterable is never fetched ahead of the update before it, so that no rollout is a
-    policy old. Asking for an iterator does nothing; the episodes go on where the last rollout left them.
+    Its length is exactly 1: Lightning does not prefetch a sized iterable, so that each rollout is of the current policy.
+    A new iterator does not reset the environments: unfinished episodes continue.
 
     A rollout holds ``observation``, ``action``, ``action_log_prob``, ``state_value``, ``next_state_value``,
-    ``reward``, ``terminated``, ``truncated`` and ``valid`` (False for the dummy rows of NEXT_STEP vectors), and the
-    number ``policy_version``. Observations and actions of Dict or Tuple spaces are TensorDicts of their parts, by path.
-    Where there are masks it holds ``action_mask``, and of a policy with memory ``recurrent_state`` (before each step) and
-    ``episode_start`` (the memory is reset before it). Its tensors are overwritten by the next rollout.
+    ``reward``, ``terminated``, ``truncated`` and ``valid`` (False for the dummy steps of NEXT_STEP vectors), and the
+    number ``policy_version``. Observations and actions of Dict or Tuple spaces are TensorDicts of their leaves, by path.
+    With masks it holds ``action_mask``, and with a recurrent policy ``recurrent_state`` (before each step) and
+    ``episode_start`` (the recurrent state is reset before it). Its tensors are overwritten by the next rollout.
 
     Args:
         learner: module whose policy acts.
@@ -48,11 +48,11 @@ class RolloutDataset(IterableDataset[TensorDict]):
         num_steps: T, steps of each environment per rollout.
         num_minibatches: that a rollout must suffice for (count).
         sequence_length: of a recurrent policy, into which rollouts are split (steps); None is num_steps.
-        compile: make values, and steps of environments that are tensors, compiled graphs.
+        compile: compile the computation of values, and the steps of tensor environments.
     """
 
     PIECE = 1 << 23
-    """Numbers of observation that the pass over a whole rollout takes at once: pictures in pieces that stay in cache."""
+    """Elements of observations per forward pass over a rollout, so that activations of images stay in cache."""
 
     def __init__(
         self,
@@ -70,18 +70,18 @@ class RolloutDataset(IterableDataset[TensorDict]):
         self.observation_space = without_mask(provider.observation_space)
         self._given_sequence_length = sequence_length
         self.sequence_length = self.check_num_steps(num_steps)
-        """Steps into which rollouts are split for a recurrent policy; None for others."""
+        """Steps into which rollouts are split for a recurrent policy; None without recurrence."""
         self.episodes = EpisodeStatistics()
         self.running_return = torch.zeros(0)
-        """[N] discounted return so far of the episodes that go on, where rewards are normalised."""
+        """[N] discounted return so far of the unfinished episodes, where rewards are normalised."""
         self.info: Sums = {}
-        """What the environments said in ``info`` during the last rollout."""
+        """Metrics from the environments' ``info`` during the last rollout."""
         self.collect_seconds = 0.0
         """Wall-clock seconds that the last rollout took."""
         self.unconsumed = False
-        """A rollout has begun that no update has learnt from yet."""
+        """The current rollout has not been used in an update yet."""
         self.saved: dict[str, Any] | None = None
-        """What a run that was saved goes on from, as :meth:`state` gave it, until the environments are made."""
+        """The saved state to resume from, as :meth:`state` returned it, until the environments are made."""
         self._is_endless = False
         self._stepper: Stepper | None = None
         self._score: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -93,7 +93,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         yield self.collect()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "environments": None, "_stepper": None, "_score": None}  # simulators stay where they are
+        return {**vars(self), "environments": None, "_stepper": None, "_score": None}  # simulators are not pickled
 
     def close(self) -> None:
         """Stop the simulators; the next rollout starts new ones."""
@@ -103,7 +103,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
             self.environments = None
 
     def start(self) -> Stepper:
-        """Make and reset the environments, and allocate what rollouts are written to."""
+        """Make and reset the environments, and allocate the rollout's tensors."""
         learner = self.learner
         self.environments = environments = self._make_environments()
         first = environments.reset(learner.environment_seed())
@@ -117,11 +117,11 @@ class RolloutDataset(IterableDataset[TensorDict]):
                 self.running_return, self.episodes.carry = saved["running_return"], saved["carry"]
             else:
                 rank_zero_info("environments begin new episodes: those that were saved were made otherwise")
-            set_rng_state(saved["random"], learner.generator)  # resets may have drawn from the shared ones
+            set_rng_state(saved["random"], learner.generator)  # resets may have used the shared generators
         return stepper
 
     def _make_stepper(self, environments: Environments | Halves, first: Tree) -> Stepper:
-        """What takes ``num_steps`` steps of environments that show ``first`` [N, …]."""
+        """A collector of ``num_steps`` steps, from the observations ``first`` [N, …]."""
         state_size, device = self.learner.policy.state_size, self.learner.device
         if isinstance(environments, Environments) and environments.tensors is not None and not state_size:
             return TensorStepper(environments, self.num_steps, self.observation_space, device, compiles=self.compile)
@@ -174,14 +174,14 @@ class RolloutDataset(IterableDataset[TensorDict]):
     def set_env_overrides(self, overrides: EnvOverrides, *, restart: bool) -> None:
         """Change the environments between two rollouts.
 
-        Attributes change where the environments are; with other arguments they are recreated and start new episodes.
+        Attributes are set on the existing environments; with other arguments these are recreated and start new episodes.
 
         Args:
-            overrides: how they differ from those that the run was given.
-            restart: this is a change. False restores those of a resumed run.
+            overrides: attributes and arguments that differ from the run's own.
+            restart: reset episodes and averages; False restores the overrides of a resumed run.
 
         Raises:
-            InputError: the environments do not have what is to be set, or have other spaces when made with these arguments.
+            InputError: the environments lack an attribute, or have other spaces with these arguments.
         """
         before, self.provider.overrides = self.provider.overrides, overrides
         if restart and overrides.env_kwargs != before.env_kwargs:
@@ -192,7 +192,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
             self._set_env_attributes(overrides.attributes)
 
     def _set_env_attributes(self, attributes: Mapping[str, Any]) -> None:
-        """Set attributes of the present environments; the provider does so of new ones."""
+        """Set attributes of the existing environments; the provider sets those of new ones."""
         if self.environments is not None and self._stepper is not None:
             self.environments.steer(attributes)
             if isinstance(self._stepper, TensorStepper):
@@ -218,12 +218,12 @@ class RolloutDataset(IterableDataset[TensorDict]):
             self._stepper.restore(state)
 
     def load(self, contents: Mapping[str, Any]) -> None:
-        """Take the last episodes of a checkpoint."""
+        """Load the last episodes of a checkpoint."""
         self.episodes.window.clear()
         self.episodes.window.extend(tuple(episode) for episode in contents["episodes"])
 
     def state(self) -> dict[str, Any] | None:
-        """What the next rollout goes on from, as plain data; None where an environment's state cannot be told."""
+        """State from which the next rollout continues, as plain data; None where an environment cannot save its state."""
         if self.saved is not None:
             return self.saved
         if self.unconsumed or self._stepper is None or self.environments is None:
@@ -241,7 +241,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
 
     @torch.no_grad()
     def collect(self) -> TensorDict:
-        """Step all environments T times and return what happened, on the learner's device.
+        """Step all environments T times and return the rollout, on the learner's device.
 
         Raises:
             EnvironmentFault: an environment failed, or an observation or reward is not finite.
@@ -272,7 +272,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         return rollout
 
     def _evaluate(self, policy: Policy, stepper: Stepper, steps: Steps) -> TensorDict:
-        """Log-probabilities and values of a whole rollout at once; exact, since normalisers are frozen meanwhile."""
+        """Log-probabilities and values of a whole rollout at once; exact, since normalisers are frozen during a rollout."""
         device, ends = self.learner.device, steps.ends
         rows = {key: tensor.to(device) for key, tensor in stepper.rows.items()}
         observation = tree_map(lambda leaf: leaf.to(device), stepper.observations)
@@ -324,7 +324,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         return _log_prob(policy, parameters, action, mask), values
 
     def _values_after(self, policy: Policy, observation: Tree, steps: Steps) -> Tensor:
-        """Values [N + E] of the observations after the last step, and of the final ones of all episodes that ended."""
+        """Values [N + E] of the observations after the last step, and of the final ones of all finished episodes."""
         after = tree_map(
             lambda leaf, final: torch.cat([leaf[self.num_steps], final.to(leaf.device)]),
             observation,
@@ -338,7 +338,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         return policy.advance(policy.features(after), state, start.to(state.device))[1]
 
     def _pieces(self, rows: Tree) -> list[Tree]:
-        """A tree of tensors [B, …] in pieces."""
+        """Split a tree of tensors [B, …] along B."""
         leaves = rows.values() if isinstance(rows, Mapping) else [rows]
         size = max(1, self.PIECE // sum(leaf[0].numel() for leaf in leaves))
         if isinstance(rows, Mapping):
@@ -355,7 +355,7 @@ def rollout_memory(observation_space: Space[Any], num_steps: int, num_envs: int)
 
 
 def check_rollout(batch: Any, policy_version: int) -> None:
-    """Refuse what is not a rollout of the present policy.
+    """Refuse anything but a rollout of the current policy.
 
     Raises:
         InputError: it comes from another loader, or was collected before the last update.
@@ -373,7 +373,7 @@ def check_rollout(batch: Any, policy_version: int) -> None:
 
 
 def _in_cache(trees: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Trees of tensors [B, …], or None, in parts of at most ``MAX_SAMPLES`` rows."""
+    """Split trees of tensors [B, …], or None, into at most ``MAX_SAMPLES`` samples each."""
     leaf = next(iter(trees[0].values())) if isinstance(trees[0], Mapping) else trees[0]
     if leaf.device.type != "cpu" or len(leaf) <= MAX_SAMPLES:
         return [trees]
@@ -395,7 +395,7 @@ class EpisodeStatistics:
     """Returns, lengths, successes and failures of finished episodes, computed once per rollout.
 
     The episodes of the current rollout are in :attr:`finished` until they are taken; :attr:`window` holds the last 100
-    of all ranks, and the episodes that go on are carried from rollout to rollout.
+    of all ranks, and unfinished episodes are carried from rollout to rollout.
     """
 
     WINDOW = 100
@@ -404,12 +404,12 @@ class EpisodeStatistics:
         self.window: deque[tuple[float, ...]] = deque(maxlen=self.WINDOW)
         self.finished = torch.zeros(0, 4, dtype=torch.float64)
         self.steps = torch.zeros(0, dtype=torch.int64)
-        """[E] of the current rollout, at which its episodes ended."""
+        """[E] steps of the current rollout at which episodes ended."""
         self.carry = torch.zeros(2, 0, dtype=torch.float64)
-        """[2, N] return and length so far of the episodes that go on."""
+        """[2, N] return and length so far of the unfinished episodes."""
 
     def restart(self, num_envs: int) -> None:
-        """Begin all episodes anew."""
+        """Reset all episodes."""
         self.carry = torch.zeros(2, num_envs, dtype=torch.float64)
 
     def add(self, reward: Tensor, valid: Tensor, ends: Ends) -> None:
@@ -417,12 +417,12 @@ class EpisodeStatistics:
 
         Args:
             reward: [T, N] as the environments gave it.
-            valid: [T, N] bool, the row is an environment step.
+            valid: [T, N] bool, the transition is an environment step.
             ends: the episodes that ended.
         """
         length = valid.double().cpu()
         sums = torch.stack([reward.double().cpu() * length, length]).cumsum(1) + self.carry[:, None]  # [2, T, N]
-        # Along each environment, an episode's sum is the running sum at its end less that at the end before.
+        # Per environment, an episode's sum is the running sum at its end minus that at the previous end.
         order = (ends.env.cpu() * len(length) + ends.step.cpu()).argsort()
         env, step = ends.env.cpu()[order], ends.step.cpu()[order]
         at_end = sums[:, step, env]  # [2, E], by environment, then step
@@ -438,7 +438,7 @@ class EpisodeStatistics:
         self.carry[:, env[latest]] -= at_end[:, latest]
 
     def shortest(self) -> int:
-        """Steps that each environment has gone on for at least; 0 where any episode has ended."""
+        """Length of the shortest unfinished episode; 0 where any episode has ended."""
         return 0 if self.window or len(self.finished) else int(self.carry[1].min())
 
     def record(self, episodes: Tensor) -> None:

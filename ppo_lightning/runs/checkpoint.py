@@ -1,4 +1,4 @@
-"""What a checkpoint must hold beyond weights, and how a file is refused."""
+"""Contents of a checkpoint beyond weights, and the checks of a file."""
 
 import hashlib
 import importlib
@@ -30,7 +30,7 @@ from ppo_lightning.parameters import Linear, PopArt
 from ppo_lightning.spaces import describe
 
 KEY = "ppo_lightning"
-"""Where a checkpoint keeps what is ours."""
+"""Key of our entries in a checkpoint."""
 
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -40,12 +40,12 @@ ON_EXCEPTION = "on_exception.ckpt"
 """A newer state than the last, from which a run that failed cannot resume bit-exactly."""
 
 CHOICES = {"last": (LAST, PREVIOUS), "best": (BEST,)}
-"""Words that ``ckpt_path`` may have in the place of a path, and the files that they choose from."""
+"""Words that ``ckpt_path`` accepts instead of a path, and the files that they choose from."""
 
 PARTS = ("state_dict", "hyper_parameters", KEY)
 OURS = {"observation_space", "action_space", "seed", "episodes", "not_saved"}
 OLD_HYPERPARAMETERS = {"hparams", "module_arguments"}
-"""Where Lightning looks for hyperparameters, too, and we write none."""
+"""Further keys where Lightning looks for hyperparameters; we write none."""
 
 SEAL = b"ppo_lightning sha256 "
 SEAL_BYTES = len(SEAL) + 64
@@ -64,7 +64,7 @@ TRAINING_ONLY = ("optimizer", "lr_scheduler", "loss", "advantage_estimator")
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files that are whole or not there, and that say in one sentence that they are damaged or not ours.
+    """Writes checkpoint files atomically, and refuses files that are damaged or not ours.
 
     A file is what ``torch.save`` writes, with a SHA-256 digest of itself as the comment of the zip archive: ``torch.load``
     and ``zipfile`` read it as any other.
@@ -77,14 +77,14 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         """Write the file such that a process killed at any time leaves the old one or the new one.
 
         Raises:
-            InputError: ``storage_options`` are given, which files here do not have; or something that is to be saved is no
-                plain data, which nothing could load.
-            OSError: the file cannot be written; what was there before is untouched.
+            InputError: ``storage_options`` are given, which are not supported; or a value is no plain data, which could not
+                be loaded.
+            OSError: the file cannot be written; the old file is unchanged.
         """
         if storage_options is not None:
             raise InputError("save_checkpoint has no storage_options here: write to a path or URL without them")
         data = sealed(checkpoint)
-        if not self._checked:  # the first file shows what callbacks and the like put in
+        if not self._checked:  # the first file shows what callbacks add
             _plain(data, f"what {path} was to hold", "cpu")
             self._checked = True
         filesystem, name = url_to_fs(str(path))
@@ -115,7 +115,7 @@ def verified(given: CheckpointIO) -> CheckpointIO:
         given: of the strategy. A plugin that wraps another one, such as AsyncCheckpointIO, keeps its place around ours.
 
     Raises:
-        InputError: the user gave a plugin that writes files of its own, which nothing here could load.
+        InputError: the user gave a plugin whose files could not be loaded here.
     """
     if isinstance(given, _WrappingCheckpointIO):
         given._checkpoint_io = verified(given.checkpoint_io or TorchCheckpointIO())
@@ -139,10 +139,10 @@ def sealed(contents: Mapping[str, Any]) -> bytes:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file as a whole, through power cuts too; a killed process leaves a hidden file, which the next save takes.
+    """Replace a file atomically, even on power loss; a killed process leaves a hidden file, which the next save replaces.
 
     Raises:
-        OSError: it cannot be written; the old file is untouched.
+        OSError: it cannot be written; the old file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")  # renaming is atomic within a folder only
@@ -164,7 +164,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def read_verified(source: str | Path | IO[bytes]) -> bytes:
-    """The bytes of a checkpoint file, from a path, a URL or an open file, with nothing in them executed.
+    """The bytes of a checkpoint file, from a path, a URL or an open file; executes no code.
 
     Raises:
         InputError: there is no file, or its digest is not that of its bytes.
@@ -173,7 +173,7 @@ def read_verified(source: str | Path | IO[bytes]) -> bytes:
         data = _bytes_of(source)
     except FileNotFoundError as error:
         raise InputError(f"there is no checkpoint at {source}: give the path of a .ckpt file") from error
-    except Exception as error:  # every file system and protocol has errors of its own
+    except Exception as error:  # every file system and protocol has its own errors
         raise InputError(
             f"{source} is no checkpoint that can be read ({type(error).__name__}: {error}): give the path or URL of a .ckpt "
             "file"
@@ -202,7 +202,7 @@ def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -
 
 
 def plain_contents(data: bytes, source: object, map_location: Any = "cpu") -> dict[str, Any]:
-    """The contents of a checkpoint: tensors and plain data, for nothing else is ever loaded.
+    """The contents of a checkpoint: tensors and plain data; nothing else is loaded.
 
     Args:
         data: bytes of the file.
@@ -228,7 +228,7 @@ def plain_contents(data: bytes, source: object, map_location: Any = "cpu") -> di
 def _plain(data: bytes, source: object, map_location: Any) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
-    except Exception as error:  # a digest is no signature: whoever made this file chose what the reader stumbles over
+    except Exception as error:  # a digest is no signature: the file may hold anything
         raise InputError(
             f"{source} is no checkpoint that can be read ({type(error).__name__}): it holds more than tensors and plain "
             "data; use one that PPO wrote, with callbacks whose state_dict holds nothing else"
@@ -254,7 +254,7 @@ def newest_checkpoint(root: str | Path, choice: str = "last") -> Path:
         choice: ``last`` or ``best``. A ``best.ckpt`` is as new as the newest file beside it.
 
     Raises:
-        InputError: there is none that can be read. Each file that cannot costs a warning.
+        InputError: no file can be read. Each unreadable file gives a warning.
     """
     names = CHOICES[choice]
     found = {path: _modified(path) for name in names for path in Path(root).rglob(name)}
@@ -283,9 +283,9 @@ def _modified(path: Path) -> int:
 def refuse_names(hyperparameters: Mapping[str, Any], given: Container[str] = ()) -> None:
     """Refuse hyperparameters that would import or call what a checkpoint may not choose.
 
-    A checkpoint may come from anywhere, and under the command line its hyperparameters hold names that are imported and
-    called. It may name classes of networks, optimisers, schedulers, environments and wrappers, of the packages that every
-    run stands on or of modules that are imported already; and registered environments. It may not name files or folders.
+    A checkpoint is untrusted, and under the command line its hyperparameters hold names that are imported and called. It may
+    name registered environments, and classes of networks, optimisers, schedulers, environments and wrappers from
+    :data:`PACKAGES` or from modules that are imported already. It may not name files or folders.
 
     Args:
         hyperparameters: of a checkpoint.
@@ -303,7 +303,7 @@ def refuse_names(hyperparameters: Mapping[str, Any], given: Container[str] = ())
 
 
 def foreign_names(hyperparameters: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Hyperparameters with what they hold that a checkpoint may not name; the user must give them again."""
+    """Disallowed names by hyperparameter, which the user must give again."""
     found = {
         name: [word for word in _words(value) if not (_is_inert(word) if name == "env_kwargs" else _may_be_named(word))]
         + list(_places(value))
@@ -316,7 +316,7 @@ def foreign_names(hyperparameters: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _places(value: object) -> Iterator[str]:
-    """Strings in a hyperparameter that stand where an argument takes a file or folder."""
+    """Strings in a hyperparameter for arguments that take a file or folder."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if key != "class_path" and PLACE.search(str(key).lower()) and not isinstance(item, Mapping):
@@ -343,7 +343,7 @@ def _is_name(key: object) -> bool:
 
 
 def _is_inert(word: str) -> bool:
-    """Whether a string is harmless where anything may stand: jsonargparse imports what a class_path names."""
+    """Whether a string is harmless anywhere: jsonargparse imports what a class_path names."""
     return "class_path" not in word and (word in gym.registry or re.search(r"[/\\]|^~|^\.+$", word) is None)
 
 
@@ -368,13 +368,13 @@ FUNCTIONS = (gae,)
 
 
 def _is_ours(module: str) -> bool:
-    """Whether importing a module is nothing that a run would not do anyway."""
+    """Whether every run imports a module anyway."""
     parts = module.split(".")
     return parts[0] in PACKAGES and all(re.fullmatch(r"[A-Za-z]\w*", part) for part in parts)
 
 
 def resumes_exactly(checkpoint: Mapping[str, Any], world_size: int) -> bool:
-    """Whether a checkpoint has the environments' state of each of so many ranks."""
+    """Whether a checkpoint has the environments' state of each of ``world_size`` ranks."""
     states = checkpoint[KEY]["processes"]
     return len(states) == world_size and all(state["rollouts"] is not None for state in states)
 
@@ -382,7 +382,7 @@ def resumes_exactly(checkpoint: Mapping[str, Any], world_size: int) -> bool:
 def refuse_other_spaces(
     checkpoint: Mapping[str, Any], observation_space: gym.Space, action_space: gym.Space, name: str
 ) -> dict[str, Any]:
-    """What is ours in a checkpoint, where its policy fits the environment ``name``.
+    """Our entries of a checkpoint, whose policy must fit the environment ``name``.
 
     Raises:
         InputError: the checkpoint is not ours, or its spaces differ from the environment's.
@@ -405,7 +405,7 @@ def check_checkpoint(module: Any, checkpoint: dict[str, Any], *, fits: bool) -> 
 
     Args:
         module: a PPO.
-        checkpoint: that is loaded. Weights of a loss that the module does not have are removed, where it only acts.
+        checkpoint: to load. Weights of a loss that the module lacks are removed, unless a run is resumed.
         fits: a run is resumed.
 
     Raises:
@@ -424,7 +424,7 @@ def check_checkpoint(module: Any, checkpoint: dict[str, Any], *, fits: bool) -> 
 
 
 def checkpoint_contents(module: Any) -> dict[str, Any]:
-    """What a checkpoint of a PPO holds beyond weights: what the policy was trained on, and what a run resumes from."""
+    """Contents of a PPO's checkpoint beyond weights: what the policy was trained on, and the state to resume from."""
     trainer = module.trainer
     return {
         "processes": as_tensors(module.run_state.of_all_ranks(module.ranks)),
@@ -441,7 +441,7 @@ def checkpoint_contents(module: Any) -> dict[str, Any]:
 
 
 def with_run_buffers(module: torch.nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``state_dict`` with the module's own counters and statistics: a callback may have put averages in its place."""
+    """A ``state_dict`` with the module's own counters and statistics: a callback may have replaced them by averages."""
     averaged = dict(
         [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     ).keys()
@@ -449,7 +449,7 @@ def with_run_buffers(module: torch.nn.Module, weights: Mapping[str, Any]) -> dic
 
 
 def refuse_other_policy(checkpoint: Mapping[str, Any], state: Mapping[str, torch.Tensor], distribution: str) -> None:
-    """Refuse weights of another network, or of one whose outputs meant something else.
+    """Refuse weights of another network, or of one with another distribution.
 
     Args:
         checkpoint: that is to be loaded.
@@ -493,7 +493,7 @@ def refuse_fewer_epochs(checkpoint: Mapping[str, Any], max_epochs: int | None) -
     """Refuse to resume a run that has more iterations than ``max_epochs`` of the Trainer allows in all.
 
     Raises:
-        InputError: so it is.
+        InputError: it has.
     """
     trained = checkpoint["global_step"]
     if max_epochs not in (None, -1) and trained > max_epochs:
@@ -551,7 +551,7 @@ def refuse_other_optimizer(
 
 
 def refuse_missing(ours: Mapping[str, Any], given: Container[str]) -> list[str]:
-    """Hyperparameters that the checkpoint could not hold and that were not given again, and that acting needs not.
+    """Hyperparameters that were neither saved nor given again, and that only training needs.
 
     Raises:
         InputError: one that acting needs is missing.
@@ -564,7 +564,7 @@ def refuse_missing(ours: Mapping[str, Any], given: Container[str]) -> list[str]:
 
 
 def missing(name: str) -> InputError:
-    """The error that a hyperparameter which no file can hold was not given again."""
+    """The error for a hyperparameter that was neither saved nor given again."""
     return InputError(
         f"the checkpoint was made with a value of {name} which a file of plain data cannot hold: "
         f"pass {name}=… again, to PPO or to load_from_checkpoint"
@@ -572,13 +572,13 @@ def missing(name: str) -> InputError:
 
 
 def plain_data(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those hyperparameters that ``weights_only`` loading can bring back, as it can."""
+    """Those hyperparameters that ``weights_only`` loading can restore, converted to plain data."""
     plain = {name: asdict(value) if isinstance(value, Linear | PopArt) else value for name, value in given.items()}
     return {name: value for name, value in plain.items() if _is_plain(value)}
 
 
 def _is_plain(value: object) -> bool:
-    """Whether ``weights_only`` loading can bring a value back."""
+    """Whether ``weights_only`` loading can restore a value."""
     if isinstance(value, Mapping):
         return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
     if isinstance(value, list | tuple):
@@ -587,9 +587,9 @@ def _is_plain(value: object) -> bool:
 
 
 class OptimizerHparams:
-    """The numbers of this run's optimiser and scheduler, to be put back after a checkpoint has replaced them.
+    """Settings of this run's optimiser and scheduler, to restore after a checkpoint has replaced them.
 
-    What an optimiser or scheduler has learnt or counted is the checkpoint's; what the user set is this run's.
+    The optimiser's and scheduler's moments and counts come from the checkpoint; what the user set is this run's.
 
     Args:
         optimizer: as it was made, before anything is restored.
@@ -623,7 +623,7 @@ class OptimizerHparams:
         ]
 
     def restore(self) -> None:
-        """Put them back. A learning rate that a scheduler had set keeps its ratio to the initial one."""
+        """Restore them. A learning rate that a scheduler had set keeps its ratio to the initial one."""
         for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
             rate, is_a_callbacks = own["lr"], group.get(SCHEDULED_LR, group["lr"]) != group["lr"]
             if (self.scheduled or is_a_callbacks) and group["initial_lr"] != 0:

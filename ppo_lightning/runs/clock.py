@@ -20,12 +20,12 @@ class Clock:
         self._mark = (0, 0.0)  # environment steps and time at the end of the burn-in
 
     def evaluated(self, seconds: float) -> None:
-        """Note an evaluation."""
+        """Record an evaluation."""
         self._evaluating += seconds
         self._last_evaluation += seconds
 
     def iterated(self, env_steps: int) -> dict[str, float]:
-        """Note the end of an iteration, and give its ``time/…`` in seconds and environment steps per second."""
+        """Record the end of an iteration; returns its ``time/…`` in seconds and environment steps per second."""
         now = time.perf_counter()
         self._iterations += 1
         metrics = {

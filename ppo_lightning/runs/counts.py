@@ -1,4 +1,4 @@
-"""What ranks count in an iteration, and what all of them have counted."""
+"""Counts of an iteration, on one rank and over all ranks."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,12 @@ from ppo_lightning.runs.ranks import Ranks
 
 
 class Counts(NamedTuple):
-    """What was counted in an iteration."""
+    """Counts of an iteration."""
 
     env_steps: int
     """Environment steps."""
     episodes: Tensor
-    """[E, 5] float64 episodes that ended: return, length, success, failure, and the step of the rollout."""
+    """[E, 5] float64 finished episodes: return, length, success, failure, and the step of the rollout."""
     signal: int
     """Number of the signal that asked the run to stop; 0 without."""
     fingerprint: tuple[int, int]
@@ -24,12 +24,12 @@ class Counts(NamedTuple):
 
 
 def exchange_counts(own: Counts, ranks: Ranks, window: int) -> tuple[Counts, Tensor]:
-    """The counts of all ranks together, by one gather, and the fingerprints [ranks, 2] of all.
+    """The counts over all ranks, by one gather, and their fingerprints [ranks, 2].
 
     Args:
         own: of this rank.
         ranks: of the run.
-        window: of the newest episodes at most so many are exchanged (count).
+        window: how many of the newest episodes are exchanged at most (count).
     """
     newest = own.episodes[-window:]
     numbers = [own.env_steps, len(newest), own.signal, *own.fingerprint, own.has_info]

@@ -1,4 +1,4 @@
-"""What a run was like: its metrics over environment steps, in bounded space, and the summary of them."""
+"""History of a run's metrics over environment steps, in bounded memory, and its summary."""
 
 import math
 from array import array
@@ -13,42 +13,41 @@ SUMMARY = "summary.json"
 """File in a run's folder that holds :func:`summarize_records`."""
 
 LIMIT = 2048
-"""Rows of a history: more than a picture has pixels, half a megabyte of numbers at the most."""
+"""Records of a history: more than a plot has pixels, half a megabyte at most."""
 
 
 class History:
     """Columns of metrics over environment steps.
 
-    Rows are added one per iteration, or one per evaluation. Where there are more than ``limit``, every second one goes,
-    and from then on every second one is taken, then every fourth, and so on: what is kept is what was added, never a
-    mean of it. The last row and the best one are kept in any case.
+    A record is added per iteration or evaluation. Beyond ``limit``, every second record is dropped, and from then on only
+    every second one is added, then every fourth, and so on. Records are never averaged. The last and the best one are kept.
 
     Args:
-        best_by: metric whose highest value makes the best row.
-        limit: rows that are kept (count).
+        best_by: metric whose highest value makes the best record.
+        limit: records that are kept (count).
     """
 
     def __init__(self, best_by: str, limit: int = LIMIT) -> None:
         self.best_by = best_by
         self.limit = limit
         self.steps = array("d")
-        """[R] environment steps of the rows that are kept."""
+        """[R] environment steps of the records that are kept."""
         self.columns: dict[str, array[float]] = {}
-        """[R] values of each metric; NaN where a row has none."""
+        """[R] values of each metric; NaN where a record lacks it."""
         self.every = 1
-        """One row of so many is kept."""
+        """One record of so many is kept."""
         self.count = 0
-        """Rows that were added."""
+        """Records that were added."""
         self.last: dict[str, float] | None = None
-        """The newest row, with its environment step as ``step``."""
+        """The newest record, with its environment step as ``step``."""
         self.best: dict[str, float] | None = None
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a row.
+        """Add a record.
 
         Args:
             step: environment steps so far.
-            metrics: values by name; others than in the row before are no error.
+            metrics: values by name, which may differ from those of the previous record.
         """
         self.count += 1
         self.last = {"step": step, **metrics}
@@ -70,7 +69,7 @@ class History:
             self.columns = {name: column[1::2] for name, column in self.columns.items()}
 
     def rows(self) -> list[dict[str, float]]:
-        """The rows that are kept, and the last one, oldest first; without what is not a number."""
+        """The records that are kept, and the last one, oldest first, without NaN."""
         names = ["step", *self.columns]
         rows = [dict(zip(names, row, strict=True)) for row in zip(self.steps, *self.columns.values(), strict=True)]
         if self.last is not None and self.count % self.every:
@@ -99,19 +98,19 @@ class History:
 
 
 PARTS = ("collect", "update", "evaluate")
-"""What a run's time is spent on, beside the rest."""
+"""Parts of a run whose time is recorded."""
 
 
 @dataclass
 class Records:
-    """What a run was like so far, over all its parts if it was stopped and went on."""
+    """Records of a run so far, including those before it was resumed."""
 
     train: History = field(default_factory=partial(History, "rollout/ep_rew_mean"))
-    """One row per iteration."""
+    """One record per iteration."""
     evaluations: History = field(default_factory=partial(History, "eval/mean_reward"))
-    """One row per evaluation."""
+    """One record per evaluation."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("elapsed", *PARTS), 0.0))
-    """Wall-clock time in training, and of it what went into :data:`PARTS`."""
+    """Wall-clock time of training, and of each of :data:`PARTS`."""
     begun_at: int | None = None
     """Environment steps that the model had when the records began."""
 
@@ -140,20 +139,20 @@ def summarize_records(
     latest_checkpoint: str | None,
     best_checkpoint: str | None,
 ) -> dict[str, Any]:
-    """Summary of a run under EmbodiChain's keys and ApexRL's, in numbers that JSON has: None stands for NaN and infinity.
+    """Summary of a run under EmbodiChain's and ApexRL's keys, as valid JSON: NaN and infinity become None.
 
     Args:
         records: of the run.
-        env_steps: trained so far, over all environments and processes.
+        env_steps: trained so far, over all environments and ranks.
         iterations: so far.
         episodes: (return, length, success) of the last ones.
         latest_checkpoint: path.
         best_checkpoint: path.
 
     Returns:
-        ``global_step``, ``elapsed_time_sec``, ``training_fps`` (environment steps per second of all that, evaluations
+        ``global_step``, ``elapsed_time_sec``, ``training_fps`` (environment steps per second, evaluations
         included), ``time_split`` (seconds), ``last_…``, ``best_train_metrics`` and ``…_eval_metrics``, ``train_history``
-        and ``eval_history`` (rows), ``latest_…`` and ``best_checkpoint_path``; ``history`` (columns), ``final_iteration``,
+        and ``eval_history`` (records), ``latest_…`` and ``best_checkpoint_path``; ``history`` (columns), ``final_iteration``,
         ``total_timesteps``; ``episode_returns`` and ``episode_lengths`` of the last 100 episodes.
     """
     rows = [_row(row) for row in records.train.rows()]
@@ -196,7 +195,7 @@ COUNTS = {"step", "time/iterations", "time/total_timesteps", "train/n_updates"}
 
 
 def _row(row: Mapping[str, float] | None) -> dict[str, float | int | None]:
-    """A row with its step under EmbodiChain's name, counts as whole numbers; empty where there is none."""
+    """A record with its step under EmbodiChain's name, counts as integers; empty for None."""
     if row is None:
         return {}
     numbers = {name: int(value) if name in COUNTS else _finite(value) for name, value in row.items()}

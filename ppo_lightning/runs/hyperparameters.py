@@ -1,4 +1,4 @@
-"""The arguments that a model was made with: what checkpoints and loggers keep of them, and what has to be given again."""
+"""The arguments of a model: those that checkpoints and loggers keep, and those that must be given again."""
 
 import inspect
 import io
@@ -43,7 +43,7 @@ class Hyperparameters:
         self._values: Mapping[str, Any] = module.hparams
         self._names: dict[str, str] = {}
         self.unresolved: list[str] = []
-        """Those of a checkpoint that were not saved and not given again, and that only training needs."""
+        """Those of a checkpoint that were neither saved nor given again, and that only training needs."""
         self.unsaved: list[str] = []
         """Those that differ from their defaults and that no checkpoint can hold."""
         self._explicit = set(given)
@@ -65,7 +65,7 @@ class Hyperparameters:
             contents: that are ours.
 
         Raises:
-            InputError: one that acting needs was not saved, and was not given again.
+            InputError: one that acting needs was neither saved nor given again.
         """
         self.unresolved = refuse_missing(contents, _given_to_load.get().union(self._explicit))
 
@@ -79,7 +79,7 @@ class Hyperparameters:
             raise missing(self.unresolved[0])
 
     def for_loggers(self, optimizer: torch.optim.Optimizer, **more: Any) -> dict[str, Any]:
-        """What loggers get: all hyperparameters, the optimizer's too, and ``more``."""
+        """Hyperparameters for loggers, including the optimizer's, and ``more``."""
         return described_run({**self._values, **self._names}, optimizer, **more)
 
 

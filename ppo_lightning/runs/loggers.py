@@ -1,4 +1,4 @@
-"""Loggers beside those of the run's folder: what they are told of a run, which packages they need, and whose folder counts."""
+"""Loggers beside those of the run's folder: what they receive, which packages they need, and whose folder counts."""
 
 import inspect
 import math
@@ -27,14 +27,14 @@ PACKAGES = {
 """Module that a logger of Lightning's imports, and the extra that installs it."""
 
 LIGHTNINGS_OWN = ("_instantiator", "_class_path")
-"""What Lightning keeps beside hyperparameters, for itself."""
+"""Lightning's internal entries among the hyperparameters."""
 
 
 def described_run(hyperparameters: Mapping[str, Any], optimizer: torch.optim.Optimizer, **more: Any) -> dict[str, Any]:
-    """What loggers get of a run: all hyperparameters, the optimizer's too, and ``more``.
+    """Hyperparameters for loggers, including the optimizer's, and ``more``.
 
     Args:
-        hyperparameters: by name; of what is not plain data :func:`name_of` it.
+        hyperparameters: by name; a value that is not plain data is replaced by :func:`name_of` it.
         optimizer: as it was made.
         more: further entries.
     """
@@ -61,7 +61,7 @@ def _plain_yaml(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unusable(parsed: Any) -> None:
-    """Say what a logger of the configuration lacks, before it is made.
+    """Refuse a logger of the configuration that cannot work, before it is made.
 
     Args:
         parsed: ``trainer.logger`` as the command line has parsed it: nothing, a bool, one logger, or a list of them.
@@ -105,7 +105,7 @@ def beside_the_folder(given: list[Logger], own: Callable[[], list[Logger]]) -> l
 def wandb_run_ends() -> Iterator[None]:
     """End the W&B run that begins within, as failed where an exception leaves.
 
-    W&B itself ends it with the process, so that a second command of the same process would go on in it.
+    W&B itself ends it with the process, so that a second command of the same process would continue it.
     """
     before = _wandb_run()
     try:
@@ -117,7 +117,7 @@ def wandb_run_ends() -> Iterator[None]:
 
 
 def _wandb_run() -> Any:
-    wandb = sys.modules.get("wandb")  # whoever logs there has imported it
+    wandb = sys.modules.get("wandb")  # its logger has imported it
     return None if wandb is None else wandb.run
 
 
@@ -134,7 +134,7 @@ class Tolerant:
     """Why it stopped."""
 
     def attempt(self, call: Callable[[], Any]) -> None:
-        """Call what writes, unless writing has failed before."""
+        """Call a function that writes, unless writing has failed before."""
         if self.stopped_by is not None:
             return
         try:
@@ -156,7 +156,7 @@ class Tolerant:
         self.attempt(lambda: super(Tolerant, self).finalize(status))  # pyright: ignore[reportAttributeAccessIssue]
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log the numbers of an iteration."""
+        """Log the metrics of an iteration."""
         self.attempt(lambda: super(Tolerant, self).log_metrics(metrics, step))  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -169,29 +169,29 @@ class TolerantCSVLogger(Tolerant, CSVLogger):
 
 
 def tolerant(logger: Logger) -> Logger:
-    """The same logger, which stops logging where it cannot write, if it is one of Lightning's that write files."""
+    """The same logger; one of Lightning's that write files stops logging where it cannot write."""
     kind = {TensorBoardLogger: TolerantTensorBoardLogger, CSVLogger: TolerantCSVLogger}.get(type(logger))
     if isinstance(logger, TensorBoardLogger) and getattr(threading.excepthook, "func", None) is not _report_of_others:
         threading.excepthook = partial(_report_of_others, threading.excepthook)
     if kind is None:
         return logger
     same = kind.__new__(kind)
-    same.__dict__ = logger.__dict__  # one state, whichever of the two the user looks at
+    same.__dict__ = logger.__dict__  # both share their state
     return same
 
 
 def _report_of_others(report: Callable[[Any], Any], error: threading.ExceptHookArgs) -> None:
-    """Print what ends a thread, unless it is TensorBoard's and cannot write: its logger warns of that."""
+    """Print the error of a thread, unless TensorBoard's cannot write: its logger warns of that."""
     if not (isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")):
         report(error)
 
 
 LOGS_SAVED_S = 10.0
-"""Seconds after which loggers write what they have: a run that is killed loses no more."""
+"""Seconds between flushes of loggers: a killed run loses no more than that."""
 
 
 class MetricWriter:
-    """Passes metrics to loggers, under the names of the system that the user is used to.
+    """Passes metrics to loggers, under the names of another system.
 
     Args:
         names: of that system.
@@ -202,7 +202,7 @@ class MetricWriter:
         self._last_flush = 0.0
 
     def write(self, loggers: Iterable[Any], metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics, but those that are NaN.
+        """Log metrics, except those that are NaN.
 
         Args:
             loggers: of the Trainer.
@@ -213,7 +213,7 @@ class MetricWriter:
         flushes = time.monotonic() - self._last_flush >= LOGS_SAVED_S
         for logger in loggers:
             logger.log_metrics(named, step=step)
-            if flushes:  # Lightning's CSVLogger would keep all rows in memory
+            if flushes:  # Lightning's CSVLogger would keep all metrics in memory
                 logger.save()
         if flushes:
             self._last_flush = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a run is beside its algorithm: counters, seeds, logging, evaluation, checkpoints."""
+"""A run apart from its algorithm: counters, seeds, logging, evaluation, checkpoints."""
 
 import copy
 import time
@@ -66,7 +66,7 @@ class RunModule(LightningModule):
         num_eval_episodes: of each evaluation.
         eval_deterministic: evaluate the most probable action instead of drawing one.
         max_env_restarts: of environments that fail.
-        info_keys: of the environments' info, whose numbers are logged.
+        info_keys: of the environments' info, whose scalars are logged.
         metric_names: of the system whose names loggers receive.
         env_timeout_s: of a step or reset of async environments (seconds).
     """
@@ -112,14 +112,14 @@ class RunModule(LightningModule):
         self.generator = torch.Generator()
         self.ranks, self.records, self.clock = Ranks(), Records(), Clock()
         self.schedule_metrics: dict[str, float] = {}
-        """What callbacks that change schedules or environments log with each iteration."""
+        """Metrics of callbacks that change schedules or environments, logged with each iteration."""
         self.stop_signal: Signals | None = None
         """The signal that asked this process to stop."""
         self.agreed_stop_signal: Signals | None = None
         """The signal by which the run stops, as all ranks have agreed."""
         self.trained_with_masks = False
         self.run_folder: Path | None = None
-        """Where the last fit kept its files, which another fit of this model may replace."""
+        """Folder of the last fit, whose files another fit of this model may replace."""
 
     def make_rollouts(
         self, num_steps: int, num_minibatches: int, *, sequence_length: int | None, compile: bool
@@ -148,7 +148,7 @@ class RunModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Agree on a seed, refuse what would mislead, and replace Lightning's defaults by those that suit PPO."""
+        """Agree on a seed, refuse misleading settings, and replace Lightning's defaults by those that suit PPO."""
         prepare_trainer(self.trainer)
         self.seed = self.trainer.strategy.broadcast(resolve_seed(self.seed))
         if stage != "fit":
@@ -183,7 +183,7 @@ class RunModule(LightningModule):
             self.trainer.should_stop = True
 
     def resume(self) -> None:
-        """Restore what a checkpoint or the last fit left, and share memory between ranks."""
+        """Restore the state of a checkpoint or of the last fit, and share memory between ranks."""
         restart_epoch(self.trainer, self.policy_version)
         self.run_state.resume(self._optimizer, self._schedulers, self.ranks)
         self._optimizer_hparams.restore()
@@ -235,7 +235,7 @@ class RunModule(LightningModule):
         }
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log metrics of this iteration, at once: a ``self.log`` of each costs more than an update.
+        """Log all metrics of this iteration at once: one ``self.log`` per metric costs more than an update.
 
         Args:
             metrics: under our names, the same on all ranks.
@@ -247,17 +247,17 @@ class RunModule(LightningModule):
 
     @override
     def log(self, name: str, value: Any, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
-        """As Lightning's; an iteration and an evaluation are one batch each, so that no size has to be found in a rollout."""
+        """As Lightning's, with batch size 1, so that Lightning does not look for one in a rollout."""
         super().log(name, value, *args, batch_size=batch_size or 1, **kwargs)
 
     @override
     def on_fit_end(self) -> None:
-        """Restore the Trainer's evaluation interval, and keep what another fit continues from."""
+        """Restore the Trainer's evaluation interval, and save the state for another fit."""
         self.trainer.check_val_every_n_epoch = self._check_val_every_n_epoch
         self._save_for_refit()
 
     def rollback_update(self) -> None:
-        """Undo what an update or an evaluation that did not end has changed: the end of an iteration is saved."""
+        """Undo the changes of an unfinished update or evaluation: checkpoints hold the end of an iteration."""
         restore_modes(self.trainer)
         self.run_state.rollback.rollback()
         self._save_for_refit()
@@ -285,15 +285,15 @@ class RunModule(LightningModule):
 
     @override
     def test_step(self, batch: int, batch_idx: int) -> None:
-        """The same as a validation, over other episodes: those of validations have chosen the best checkpoint."""
+        """The same as a validation, over other episodes, since validations have chosen the best checkpoint."""
         self._log_evaluation("test")
 
     @checked(num_episodes=ONE_OR_MORE)
     def evaluate(self, num_episodes: int | None = None, deterministic: bool | None = None) -> dict[str, float]:
         """Run exactly ``num_episodes`` episodes on environments of their own, shared among all ranks.
 
-        Training is not disturbed: neither its environments nor its random numbers move. The episodes depend on the seed
-        and the environment steps trained so far, so the same checkpoint gives the same result.
+        Training is not affected: neither its environments nor its random state change. The episodes depend on the seed and
+        the environment steps trained so far, so the same checkpoint gives the same result.
 
         Args:
             num_episodes: default ``num_eval_episodes``.
@@ -301,8 +301,8 @@ class RunModule(LightningModule):
 
         Returns:
             ``eval/mean_reward``, ``std_reward``, ``min_reward``, ``max_reward``, ``mean_ep_length``, ``success_rate`` where the
-            environment reports whether an episode succeeded, and ``cut_episodes`` where an environment without a time limit
-            did not end some within ``steps_per_eval_episode``: they count as they were then.
+            environment reports success, and ``cut_episodes`` where an environment without a time limit did not end some
+            within ``steps_per_eval_episode``: they are truncated there.
 
         Raises:
             InputError: the environment was given as a VectorEnv that cannot be made again.
@@ -341,7 +341,7 @@ class RunModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a policy needs beyond weights, and what a run resumes from."""
+        """Add what a policy needs beyond weights, and the state from which a run resumes."""
         checkpoint["hyper_parameters"]["total_steps"] = self.total_steps  # it may have been raised since
         checkpoint["state_dict"] = with_run_buffers(self, checkpoint["state_dict"])
         checkpoint[KEY] = checkpoint_contents(self)
@@ -378,11 +378,10 @@ class RunModule(LightningModule):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """Buffers that are weights: all but counters, other whole numbers, and running statistics.
+        """Buffers that are weights: all except counters, other integers, and running statistics.
 
-        What averages or exchanges weights (``WeightAveraging``, ``AveragedModel``) iterates over ``parameters()`` and
-        ``buffers()``. The average of a counter is not a counter, and moments belong to their own count. ``state_dict`` has
-        all.
+        ``WeightAveraging`` and ``AveragedModel`` iterate over ``parameters()`` and ``buffers()``. Counters and running
+        statistics must not be averaged. ``state_dict`` has all.
         """
         statistics = statistics_of(self)
         for name, one in self.all_buffers(prefix, recurse, remove_duplicate):
@@ -441,7 +440,7 @@ class RunModule(LightningModule):
         return self.iterations_between_evaluations * self.steps_per_iteration // self.num_eval_episodes
 
     def environment_seed(self) -> int:
-        """Seed of this rank's first environment; a resumed run gets other episodes than the one before."""
+        """Seed of this rank's first environment, which a resumed run changes."""
         self.seed = resolve_seed(self.seed)
         return self.seed + self.num_env_steps + self.ranks.rank * self.num_envs
 
@@ -454,10 +453,10 @@ class RunModule(LightningModule):
         assert self.seed is not None
         return derive_seed(self.seed, purpose, self.ranks.rank, self.num_env_steps)
 
-    # --- what users and callbacks ask ---------------------------------------------------------------------------------
+    # --- for users and callbacks --------------------------------------------------------------------------------------
 
     def summary(self) -> dict[str, Any]:
-        """The run so far, its parts before resuming included: steps, seconds, metrics and their histories, checkpoints.
+        """The run so far, including before it was resumed: steps, seconds, metrics and their histories, checkpoints.
 
         Returns:
             EmbodiChain's keys and ApexRL's, as :func:`~ppo_lightning.runs.history.summarize_records` has them.
@@ -471,32 +470,32 @@ class RunModule(LightningModule):
         )
 
     def exclude_from_fps(self, seconds: float) -> None:
-        """Leave time that was spent beside training out of ``time/fps``."""
+        """Exclude time that was not spent on training from ``time/fps``."""
         self.clock.evaluated(seconds)
 
     def progress_bar_values(self) -> dict[str, str]:
-        """What the progress bar shows beside the steps."""
+        """Metrics that the progress bar shows beside the steps."""
         shown = {} if self.clock.fps is None else {"fps": f"{self.clock.fps:,.0f}"}
         mean = self.rollouts.episodes.means().get("rollout/ep_rew_mean")
         return shown if mean is None else {**shown, "return": f"{mean:.4g}"}
 
     def save_env_state(self) -> None:
-        """Keep the state of environments that are between two rollouts, before they are closed."""
+        """Save the state of the environments between two rollouts, before they are closed."""
         self.rollouts.saved = self.rollouts.state()
 
     def close_environments(self) -> None:
-        """Stop all simulators and their worker processes; whatever needs them next starts new ones."""
+        """Stop all simulators and their worker processes; the next use starts new ones."""
         self.rollouts.close()
         self.env_provider.close_evaluation()
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """The precision in which updates run, for what is computed outside of training_step, with weights as they are."""
+        """The precision of updates, for computations outside of training_step that do not change weights."""
         if self._trainer is None:
             yield
             return
         with self.trainer.precision_plugin.forward_context():
-            # Lightning casts weights in every call, since in training they change: here they do not.
+            # Lightning casts weights in every call; here they do not change between calls.
             torch.set_autocast_cache_enabled(True)
             yield
 

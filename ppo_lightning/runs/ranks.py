@@ -1,4 +1,4 @@
-"""The ranks of a run, and what they exchange."""
+"""The ranks of a run, and their collective operations."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -28,11 +28,11 @@ class Ranks:
     def __init__(self, trainer: Any = None) -> None:
         self._trainer = trainer
         self.shared: SharedMemoryAllReduce | None = None
-        """Memory that all ranks share, during training, where they can."""
+        """Memory that all ranks share during training, where possible."""
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """Rank of this process."""
         return 0 if self._trainer is None else self._trainer.global_rank
 
     @property
@@ -49,7 +49,7 @@ class Ranks:
         self.shared = make_shared_memory(self._trainer, parameters)
 
     def gather(self, row: Tensor) -> Tensor:
-        """The rows [P] of all ranks, [ranks, P]; of one rank its row."""
+        """The tensors [P] of all ranks, stacked [ranks, P]."""
         if self.world_size == 1:
             return row
         if self.shared is not None and self.shared.fits(row):
@@ -94,7 +94,7 @@ class Ranks:
             iteration: that has ended.
 
         Raises:
-            ProcessFault: a rank's parameters are not those of rank 0.
+            ProcessFault: a rank's parameters differ from rank 0's.
         """
         others = out_of_sync_ranks(fingerprints)
         if others:
@@ -113,7 +113,7 @@ class LightningBackend:
         module: the LightningModule that trains.
         optimizer: takes the steps.
         ranks: of the run.
-        bypass: Lightning's calls around a gradient step do nothing, and are left out.
+        bypass: skip Lightning's calls around a gradient step, which do nothing.
     """
 
     def __init__(self, module: Any, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bypass: bool) -> None:
@@ -121,7 +121,7 @@ class LightningBackend:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add to the gradients; the last time for a minibatch, average them over ranks."""
+        """Accumulate gradients; after the last microbatch of a minibatch, average them over ranks."""
         if self.bypass:
             loss.backward()
             if last:
@@ -164,5 +164,5 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, int]:
 
 
 def out_of_sync_ranks(rows: Tensor) -> list[int]:
-    """Ranks whose row of ``rows`` [ranks, P] is not that of rank 0."""
+    """Ranks whose row of ``rows`` [ranks, P] differs from rank 0's."""
     return (rows != rows[0]).any(1).nonzero().flatten().tolist()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class Rollback:
-    """Copies of tensors, restored where an update does not end."""
+    """Copies of tensors, restored where an update does not finish."""
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
@@ -31,14 +31,14 @@ class Rollback:
 
     @torch.no_grad()
     def rollback(self) -> None:
-        """Put the tensors back, unless :meth:`discard` was called since."""
+        """Restore the tensors, unless :meth:`discard` was called since."""
         if not self._saved:
             return
         if self._optimizer is not None:
             had_state = {parameter for parameter, _ in self._slots}
             for parameter in [one for one in self._optimizer.state if one not in had_state]:
                 del self._optimizer.state[parameter]  # it had taken no step
-        # The state's tensors may be others by now: a compiled update lays them out flat.
+        # The state's tensors may have been replaced: a compiled update lays them out flat.
         own = len(self._tensors) - len(self._slots)
         tensors = [*self._tensors[:own], *_at(self._optimizer, self._slots)]
         torch._foreach_copy_(tensors, self._copies)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,4 +1,4 @@
-"""Seeds of a run, and of what draws random numbers in it."""
+"""Seeds of a run and of its random generators."""
 
 import os
 import random
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def resolve_seed(seed: int | None) -> int:
-    """The seed of a run: the one it had before, else that of ``lightning.seed_everything``, else one that is drawn."""
+    """The seed of a run: its previous one, else that of ``lightning.seed_everything``, else a random one."""
     if seed is not None:
         return seed
     given = os.environ.get("PL_GLOBAL_SEED")
@@ -15,7 +15,7 @@ def resolve_seed(seed: int | None) -> int:
 
 
 def derive_seed(seed: int, purpose: str, rank: int, step: int) -> int:
-    """A seed that no other purpose, rank or environment step of the run shares."""
+    """A seed that is unique to a purpose, rank and environment step of the run."""
     entropy = [seed, sum(purpose.encode()), rank, step]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
 

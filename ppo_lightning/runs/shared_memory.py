@@ -1,4 +1,4 @@
-"""Sums over the ranks of one machine, in memory that they share.
+"""All-reduce over the ranks of one machine, through shared memory.
 
 A small message by gloo wakes a thread in each process and costs 0.3 to 4 ms; an update on two ranks sends one for each
 minibatch. Written to shared memory, the same sum takes some ten microseconds.
@@ -18,9 +18,9 @@ from torch import Tensor, distributed, nn
 
 FOLDER = Path("/dev/shm")
 SPIN_S, YIELD_S, LOOK_S = 2e-3, 0.05, 0.1
-"""Seconds to wait without giving the core away, then without sleeping, and between two looks at whether the others live."""
+"""Seconds to spin, then to yield without sleeping, and between two checks that the other ranks are alive."""
 ROW = 1 << 12
-"""Numbers of single precision that there is room for at least: what is counted and logged is gathered here, too."""
+"""Minimum capacity in single-precision numbers: counts and metrics are gathered here, too."""
 STRIDE = 8
 """Counters lie this many numbers apart, each in a cache line of its own."""
 
@@ -30,7 +30,7 @@ class PeerLost(distributed.DistError):
 
 
 def make_shared_memory(trainer: Any, parameters: list[nn.Parameter]) -> "SharedMemoryAllReduce | None":
-    """Shared memory for the ranks of a run; None where there is one rank, or where they cannot share memory.
+    """Shared memory for the ranks of a run; None with one rank, or where ranks cannot share memory.
 
     Args:
         trainer: of the run. Under DDP, gradients are averaged through this memory from now on.
@@ -73,15 +73,15 @@ def _average(
 
 
 class SharedMemoryAllReduce:
-    """Adds up tensors of all processes; each gets the same bits, since all add in the same order.
+    """Sums tensors over all ranks; each gets the same bits, since all sum in the same order.
 
     Args:
         rank: of this process.
-        world_size: processes.
+        world_size: number of ranks.
         size: numbers of the largest tensor, an even one.
 
     Raises:
-        OSError: there is no room for the memory, in all processes alike.
+        OSError: the memory cannot be allocated, on all ranks alike.
     """
 
     def __init__(self, rank: int, world_size: int, size: int) -> None:
@@ -96,18 +96,18 @@ class SharedMemoryAllReduce:
             distributed.barrier()
         finally:
             if rank == 0:
-                Path(place[0]).unlink()  # the memory stays until all have ended
+                Path(place[0]).unlink()  # the memory stays until all ranks have ended
         self.counters = memory[: 2 * STRIDE * world_size].view(torch.int64).numpy()[::STRIDE]
         self.values = memory[2 * STRIDE * world_size :].view(2, world_size, size)
-        """Of this round and the one before, which others may still read."""
+        """Of this round and the previous one, which other ranks may still read."""
         self.pids: list[int] = [0] * world_size
         distributed.all_gather_object(self.pids, os.getpid())
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Replace a tensor [P] by its sum over all processes, which all call this in the same order.
+        """Replace a tensor [P] by its sum over all ranks, which all call this in the same order.
 
         Raises:
-            PeerLost: a process died, or did not come within the process group's timeout.
+            PeerLost: a rank died, or did not call within the process group's timeout.
         """
         values = self._exchange(tensor)
         tensor.copy_(values[0])
@@ -119,11 +119,11 @@ class SharedMemoryAllReduce:
         return row.nbytes <= self.values[0, 0].nbytes
 
     def gather(self, row: Tensor) -> Tensor:
-        """The rows [P] of all processes, [ranks, P]; otherwise as :meth:`all_reduce`."""
+        """The tensors [P] of all ranks, stacked [ranks, P]; otherwise as :meth:`all_reduce`."""
         return self._exchange(row).clone()
 
     def _exchange(self, tensor: Tensor) -> Tensor:
-        """What all processes have brought, [ranks, P], until the next but one call."""
+        """The tensors of all ranks [ranks, P], valid until the next but one call."""
         self.round += 1
         values = self.values[self.round % 2].view(tensor.dtype)[:, : len(tensor)]
         values[self.rank].copy_(tensor)
@@ -133,7 +133,7 @@ class SharedMemoryAllReduce:
         return values
 
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Replace the gradients by their means over all processes, as DDP would, without its hooks for each."""
+        """Replace the gradients by their means over all ranks, as DDP would, without its hook per parameter."""
         gradients = [one.grad for one in parameters if one.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.all_reduce(flat)

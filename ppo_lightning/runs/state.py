@@ -1,4 +1,4 @@
-"""What a run resumes from, beside the state of the module and its optimizer."""
+"""The state from which a run resumes, beside that of the module and its optimizer."""
 
 import copy
 import re
@@ -16,11 +16,11 @@ from ppo_lightning.runs.rollback import Rollback
 
 
 class RunState:
-    """State of environments, episodes and random streams of each rank; and of the optimizer, between two fits of a model.
+    """State of environments, episodes and random generators of each rank, and of the optimizer between two fits.
 
     Args:
         rollouts: whose environments and episodes it holds.
-        generator: that draws actions and shuffles.
+        generator: samples actions and shuffles.
         environment: decides whether saved environments fit (:func:`env_signature`).
         name: of the environment, in messages.
     """
@@ -33,14 +33,14 @@ class RunState:
         self._refit: dict[str, Any] | None = None
         """State of the optimizer and of this rank after the last fit."""
         self._checkpoint: dict[str, Any] | None = None
-        """That a fit resumes, until it has its optimizer."""
+        """The checkpoint that a fit resumes, until the optimizer exists."""
         self._local_rank_only = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "generator": None}  # the module gives its own back
+        return {**vars(self), "generator": None}  # the module sets its own again
 
     def of_this_rank(self) -> dict[str, Any]:
-        """What this rank's next rollout depends on, as plain data."""
+        """The state that this rank's next rollout depends on, as plain data."""
         return {
             "environment": self.environment,
             "random": get_rng_state(self.generator),
@@ -54,17 +54,17 @@ class RunState:
 
     @contextmanager
     def local_rank_only(self) -> Iterator[None]:
-        """Save the state of this rank alone, where others may not answer."""
+        """Save the state of this rank alone, where other ranks may not answer."""
         self._local_rank_only = True
         try:
             yield
         finally:
             self._checkpoint: dict[str, Any] | None = None
-        """That a fit resumes, until it has its optimizer."""
+        """The checkpoint that a fit resumes, until the optimizer exists."""
         self._local_rank_only = False
 
     def load(self, checkpoint: dict[str, Any], *, fits: bool) -> None:
-        """Take the states of a checkpoint for the next fit; where that one ``fits`` already, all of the checkpoint."""
+        """Keep the states of a checkpoint for the next fit, or all of it where a fit is resuming (``fits``)."""
         self._loaded, self._refit = checkpoint[KEY]["processes"], None
         self._checkpoint = checkpoint if fits else None
 
@@ -74,8 +74,8 @@ class RunState:
         return checkpoint
 
     def save_for_refit(self, optimizer: torch.optim.Optimizer, schedulers: Sequence[Any], ranks: Ranks) -> None:
-        """Keep what another fit of this model continues from."""
-        loaded, self._loaded = self._loaded, None  # training has not started where it is still there
+        """Save the state from which another fit of this model continues."""
+        loaded, self._loaded = self._loaded, None  # it is set where training has not started
         started = loaded is None or len(loaded) != ranks.world_size
         self._refit = {
             "optimizer": copy.deepcopy(optimizer.state_dict()),
@@ -87,7 +87,7 @@ class RunState:
         self.rollouts.saved = self._refit["rollouts"]
 
     def resume(self, optimizer: torch.optim.Optimizer, schedulers: Sequence[Any], ranks: Ranks) -> None:
-        """Restore random streams, environments and episodes of a checkpoint, or of the last fit with its optimizer."""
+        """Restore random state, environments and episodes of a checkpoint, or of the last fit with its optimizer."""
         states, self._loaded = self._loaded, None
         refit, self._refit = self._refit, None
         if refit is not None:
@@ -108,7 +108,7 @@ class RunState:
 
 
 def env_signature(hyperparameters: Mapping[str, Any], num_envs: int) -> str:
-    """What decides whether saved environments fit, as far as a file can hold it."""
+    """Decides whether saved environments fit, as far as a file can hold it."""
     keys = ("env", "env_kwargs", "wrappers", "vectorization")
     plain = {key: hyperparameters[key] for key in keys if key in hyperparameters}
     given = {key: value for key, value in plain.items() if value not in (None, (), [], {})}
@@ -116,7 +116,7 @@ def env_signature(hyperparameters: Mapping[str, Any], num_envs: int) -> str:
 
 
 def state_of_rank(states: Sequence[Mapping[str, Any]], ranks: Ranks, environment: str) -> Any:
-    """The saved state of this rank; None, with a message, where environments have to begin new episodes.
+    """The saved state of this rank; None, with a message, where environments must begin new episodes.
 
     Args:
         states: of each rank of the run before.
@@ -147,12 +147,12 @@ def _continue_optimizer(refit: Mapping[str, Any], optimizer: torch.optim.Optimiz
 
 
 def carry_over(saved: Mapping[str, Any], parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer the state of another one, for those parameters that both have.
+    """Copy the state of another optimizer, for the parameters that both have.
 
     Args:
         saved: ``state_dict`` of the other.
         parameters: of the other, in their order.
-        optimizer: of the same class; parameters that the other one did not have begin without state.
+        optimizer: of the same class; parameters that the other one lacks begin without state.
     """
     places = {id(one): place for place, one in enumerate(parameters)}
     groups = optimizer.state_dict()["param_groups"]

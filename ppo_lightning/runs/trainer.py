@@ -1,4 +1,4 @@
-"""What a run needs of Lightning's Trainer: which settings it can have, and what is replaced in it."""
+"""Checks of Lightning's Trainer, and replacements of its defaults."""
 
 import difflib
 import logging
@@ -62,11 +62,11 @@ GRADIENT_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backwar
 
 
 DDP_TIMEOUT = timedelta(minutes=3)
-"""For one process to wait for another; torch's half an hour is long for one that died."""
+"""For one rank to wait for another; torch's half an hour is long for a rank that died."""
 
 
 def shorten_timeout(trainer: Any) -> None:
-    """Let processes wait for each other for minutes, where the user has not said how long."""
+    """Let ranks wait for each other for minutes, unless the user has set a timeout."""
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy) and strategy._timeout == default_pg_timeout:
         strategy._timeout = DDP_TIMEOUT
@@ -77,7 +77,7 @@ SHARDING = ("fsdp", "deepspeed", "model_parallel")
 
 
 def refuse_impossible(settings: Mapping[str, Any]) -> None:
-    """Refuse names and numbers of a Trainer that this machine or PPO cannot use, before the Trainer is made.
+    """Refuse settings of a Trainer that this machine or PPO cannot use, before the Trainer is made.
 
     Args:
         settings: arguments of the Trainer by name.
@@ -140,7 +140,7 @@ def refuse_intervals(val_check_interval: float | None, check_val_every_n_epoch: 
 
 
 PROCESSES_PER_CORE = 4
-"""Beyond which processes on the CPU are taken for a mistake."""
+"""More ranks on the CPU are taken for a mistake."""
 
 
 def _nearest(name: str, known: Iterable[str], otherwise: str) -> str:
@@ -151,7 +151,7 @@ def _nearest(name: str, known: Iterable[str], otherwise: str) -> str:
 
 
 def sharding(name: str) -> InputError:
-    """What to raise for a strategy that shards parameters."""
+    """The error for a strategy that shards parameters."""
     return InputError(
         f"strategy {name} shards parameters, which PPO's policies are too small for and its several backward passes per "
         "batch do not allow: use ddp"
@@ -159,11 +159,11 @@ def sharding(name: str) -> InputError:
 
 
 def refuse_unwritable(key: str, folder: str | Path) -> None:
-    """Refuse a folder in which nothing can be written; nothing is left there.
+    """Refuse a folder that cannot be written to; leaves no file there.
 
     Args:
         key: that names the folder.
-        folder: which need not exist; those of other file systems (s3://…) are not looked at.
+        folder: which need not exist; those of other file systems (s3://…) are not checked.
 
     Raises:
         InputError: it is a file, or cannot be written to.
@@ -182,7 +182,7 @@ def refuse_unwritable(key: str, folder: str | Path) -> None:
 
 
 def refuse_longer_run(trainer: Any, iterations: int) -> None:
-    """Refuse a least length of training beyond the budget.
+    """Refuse a minimum length of training beyond ``total_steps``.
 
     Args:
         trainer: of the run.
@@ -201,11 +201,11 @@ def refuse_longer_run(trainer: Any, iterations: int) -> None:
 
 
 def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
-    """Refuse settings under which PPO would silently be something else.
+    """Refuse settings that would silently change the algorithm.
 
     Raises:
         InputError: optimiser steps as a budget, a callback that sets the learning rate by Lightning's automatic
-            optimisation, parts of a batch, a precision that rounds counters, or a strategy that shards.
+            optimisation, fractions of a batch, a precision that rounds counters, or a strategy that shards.
     """
     for callback in trainer.callbacks:
         if isinstance(callback, StochasticWeightAveraging):
@@ -249,7 +249,7 @@ def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
 
 
 def refuse_unsupported(trainer: Any, module: LightningModule) -> None:
-    """Refuse features of Lightning that PPO has another way for, before Lightning's own checks of them.
+    """Refuse features of Lightning that PPO replaces, before Lightning checks them.
 
     Raises:
         InputError: it names what to use.
@@ -271,7 +271,7 @@ def refuse_unsupported(trainer: Any, module: LightningModule) -> None:
         return
     for callback in trainer.callbacks:
         if isinstance(callback, LearningRateFinder | BatchSizeFinder):
-            if callback._early_exit:  # a Tuner attached it, and would leave it there
+            if callback._early_exit:  # a Tuner attached it, and would not remove it
                 trainer.callbacks.remove(callback)
             raise InputError(
                 f"{type(callback).__name__} (Tuner.lr_find, Tuner.scale_batch_size) tries values on batches of fixed data, "
@@ -299,14 +299,14 @@ def refuse_unsupported(trainer: Any, module: LightningModule) -> None:
 
 
 def prepare_trainer(trainer: Any) -> None:
-    """Let a Trainer write verified checkpoints, keep on training where loggers cannot write, and log over steps."""
+    """Let a Trainer write verified checkpoints, continue where loggers cannot write, and log over environment steps."""
     trainer.strategy.checkpoint_io = verified(trainer.strategy.checkpoint_io)
     trainer.loggers = [tolerant(logger) for logger in trainer.loggers]
     log_over_environment_steps(trainer)
 
 
 def check_trainer(trainer: Any, iterations: int, evaluation_interval: int, *, running_moments: bool) -> int | None:
-    """Refuse settings that would mislead, and replace Lightning's defaults by those that suit PPO.
+    """Refuse misleading settings, and replace Lightning's defaults by those that suit PPO.
 
     Args:
         trainer: of a fit.
@@ -370,12 +370,12 @@ class _StepLoop(_TrainingEpochLoop):
 
 
 class _StepLogger(_LoggerConnector):
-    """What passes ``self.log`` on to loggers, with environment steps as x, in whichever hook it was called."""
+    """Passes ``self.log`` to loggers with environment steps as x, from any hook."""
 
     @property
     @override
     def should_update_logs(self) -> bool:
-        """Whether ``log_every_n_steps``, which counts iterations, asks for what was logged in this one."""
+        """Whether ``log_every_n_steps``, which counts iterations, includes this iteration."""
         trainer = cast(Any, self.trainer)
         loop, every = trainer._active_loop, trainer.log_every_n_steps
         if isinstance(loop, _FitLoop) and every:
@@ -395,21 +395,21 @@ class _StepLogger(_LoggerConnector):
 
 
 def log_over_environment_steps(trainer: Any) -> None:
-    """Make environment steps the x-axis of all that Lightning and its callbacks log by themselves."""
+    """Make environment steps the x-axis of everything that Lightning and its callbacks log."""
     trainer.fit_loop.epoch_loop.__class__ = _StepLoop
     trainer._logger_connector.__class__ = _StepLogger
 
 
 def _env_steps(trainer: Any) -> int | None:
-    """Environment steps so far; None where the Trainer trains another module by now."""
+    """Environment steps so far; None where the Trainer now trains another module."""
     return cast("int | None", getattr(trainer.lightning_module, "num_env_steps", None))
 
 
 class CheckpointFinder(_CheckpointConnector):
     """Takes ``last`` and ``best`` as the command line does, in a Trainer that has not trained.
 
-    Lightning looks in the Trainer's own, new folder: it finds nothing, and starts from scratch. The path is known as
-    ``trainer.ckpt_path`` before anything is set up.
+    Lightning looks in the Trainer's own, new folder, finds no file, and starts from scratch. This sets ``trainer.ckpt_path``
+    before setup.
     """
 
     @override
@@ -431,13 +431,13 @@ def find_checkpoints(trainer: Any) -> None:
 
 
 def restart_epoch(trainer: Any, iterations: int) -> None:
-    """Let a run that goes on from within an iteration (after a crash, or from ``best.ckpt``) begin another one.
+    """Let a run that resumes from within an iteration (after a crash, or from ``best.ckpt``) begin another one.
 
-    Lightning would go on within it, without the ``on_train_epoch_start`` in which callbacks prepare a rollout.
+    Lightning would continue within it, without the ``on_train_epoch_start`` in which callbacks prepare a rollout.
 
     Args:
         trainer: of the run.
-        iterations: that the model has trained; old checkpoints counted more steps where an update was broken off.
+        iterations: that the model has trained; old checkpoints counted more steps where an update was aborted.
     """
     set_global_step(trainer, min(trainer.global_step, iterations))
     progress = trainer.fit_loop.epoch_progress
@@ -447,13 +447,13 @@ def restart_epoch(trainer: Any, iterations: int) -> None:
 
 
 def restore_modes(trainer: Any) -> None:
-    """Put submodules back into the modes that they had before an evaluation that was interrupted."""
+    """Restore the modes of submodules after an interrupted evaluation."""
     if trainer.evaluating:
         trainer._evaluation_loop._module_mode.restore(trainer.lightning_module)
 
 
 def take_averages_out(trainer: Any) -> None:
-    """Let ``WeightAveraging`` exchange averaged weights for those of training, after an evaluation was interrupted."""
+    """Let ``WeightAveraging`` restore the training weights after an interrupted evaluation."""
     for callback in trainer.callbacks:
         if isinstance(callback, WeightAveraging) and trainer.validating:
             callback.on_validation_epoch_end(trainer, trainer.lightning_module)
@@ -467,7 +467,7 @@ def set_global_step(trainer: Any, count: int) -> None:
 
 
 def gradient_hooks(trainer: Any, module: object, base: type) -> list[str]:
-    """Names of the callbacks, and of a subclass of ``base``, that have hooks of their own around gradients."""
+    """Names of callbacks, and of a subclass of ``base``, that override hooks around gradients."""
     owners = [(callback, Callback) for callback in trainer.callbacks] + [(module, base)]
     return [type(owner).__name__ for owner, kind in owners if _overrides(owner, kind)]
 
