@@ -145,8 +145,8 @@ class Curriculum(EvaluationCallback):
             return
         changes = self.stage != before
         if not self._is_on and before and changes:
-            self._put_on(module, before, anew=False)  # the level of the resumed run
-        self._put_on(module, self.stage, anew=changes)
+            self._put_on(module, before, restart=False)  # what the resumed run had last
+        self._put_on(module, self.stage, restart=changes)
         if changes:
             level = self.levels[self.stage - 1]
             values = ", ".join(f"{name} {value}" for name, value in {**level.attributes, **level.env_kwargs}.items())
@@ -176,9 +176,9 @@ class Curriculum(EvaluationCallback):
             )
         return setting
 
-    def _put_on(self, module: PPOModule, stage: int, *, anew: bool) -> None:
+    def _put_on(self, module: PPOModule, stage: int, *, restart: bool) -> None:
         setting = self._setting(stage)
-        module.rollouts.set_env_overrides(setting, restart=anew)
+        module.rollouts.set_env_overrides(setting, restart=restart)
         if self.evaluation:
             module.env_provider.set_eval_overrides(setting)
         module.schedule_metrics["curriculum/stage"] = float(self.stage)
