@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-HEARTBEAT_S, GRACE_S = 5, 30
+HEARTBEAT_S, GRACE_S = 5, 120
 """How often a process reports that it works on its trials, and after how long without a report another one retries them."""
 WAIT_S = 1.0
 
