@@ -25,7 +25,7 @@ PORTS = itertools.cycle(range(1000))
 
 
 def free_port() -> int:
-    """A port that nobody listens on; each process of pytest-xdist has a range of its own, below those that systems give."""
+    """A free port; each process of pytest-xdist has a range of its own, below those that systems give."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     for number in PORTS:
         port = 12_000 + 1000 * (worker % 16) + number

@@ -121,6 +121,8 @@ class CompiledStep:
         """Names of the coefficients that have changed, or will."""
         self.keys: set[str] = set()
         """Of the samples that the loss reads."""
+        self._before: tuple[Tensor, ...] | None = None
+        """Parameters, moments and step counts before this update; None until it has begun."""
         self.shapes: dict[str, torch.Size] = {}
         self.flat = self.moments = self.masks = torch.zeros(0)
         self.steps: list[Tensor] = []
@@ -222,7 +224,7 @@ class CompiledStep:
         Shapes are fixed: where a NEXT_STEP vector leaves a varying number of valid samples, minibatches are padded with
         samples that do not count.
         """
-        self.plan, self.settings = plan, settings
+        self.plan, self.settings, self._before = plan, settings, None
         # A coefficient that changes is a tensor, so that no change compiles anything again; others are plain numbers.
         before, self.coefficients = self._given, settings.coefficients
         self._given = settings.coefficients
@@ -359,7 +361,9 @@ class CompiledStep:
         return StepRecord(self.names, torch.stack(self.losses), norms)
 
     def restore(self) -> None:
-        """Undo the steps of this update."""
+        """Undo the steps of this update, if it has begun."""
+        if self._before is None:
+            return
         for now, before in zip((self.flat, self.moments, *self.steps), self._before, strict=True):
             now.copy_(before)
 

@@ -24,6 +24,11 @@ MAX_SKIPPED = 10
 """Gradient steps in a row that may be skipped because the gradient was not finite."""
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that an optimizer trains, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 class UpdateSettings(NamedTuple):
     """What an update is made with, beside its samples."""
 
@@ -110,7 +115,7 @@ class EagerStep:
     ) -> None:
         self.objective, self.optimizer, self.backend, self.masks = objective, optimizer, backend, masks
         self.max_grad_norm, self.guard = max_grad_norm, guard
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.parameters = parameters_of(optimizer)
         self.names: tuple[str, ...] | None = None
         """Of the scalars that the loss returns; None before its first call."""
 

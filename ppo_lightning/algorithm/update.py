@@ -19,6 +19,7 @@ from ppo_lightning.algorithm.optimizer_step import (
     NonFiniteGuard,
     StepRecord,
     UpdateSettings,
+    parameters_of,
 )
 from ppo_lightning.errors import InputError
 
@@ -135,7 +136,7 @@ class Updater:
                 "between two fits, or give their parameters to trainer.optimizers[0].add_param_group as well"
             )
         assert self.eager is not None
-        changed = [*map(id, _parameters(optimizer))] != [*map(id, self.parameters)]
+        changed = [*map(id, parameters_of(optimizer))] != [*map(id, self.parameters)]
         if changed or self.eager.objective.loss is not self._run[0].loss:
             if changed and self.world_size > 1:
                 raise InputError(
@@ -145,7 +146,7 @@ class Updater:
             self._make_steps()
 
     def _not_trained(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-        trained = {id(one) for one in _parameters(optimizer)}
+        trained = {id(one) for one in parameters_of(optimizer)}
         return [one for one in module.parameters() if one.requires_grad and id(one) not in trained]
 
     def _names(self, parameters: set[int]) -> str:
@@ -155,7 +156,7 @@ class Updater:
         module, optimizer, backend, hooks, precision = self._run
         policy, objective = module.policy, Objective(module.policy, module.loss)
         policy.check_again()
-        self.parameters = _parameters(optimizer)
+        self.parameters = parameters_of(optimizer)
         trained, own = {id(one) for one in self.parameters}, {id(one) for one in policy.parameters()}
         self._unreached = [
             name for name, one in module.named_parameters() if id(one) in trained - own and one.requires_grad
@@ -298,10 +299,6 @@ def run_epochs(step: GradientStep, samples: Samples, plan: MinibatchPlan, settin
             break
     record: StepRecord = step.end()
     return UpdateResult(settings.coefficients, *record, epoch + 1, minibatch + 1, stopped)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _warn_of_eager(reason: Any) -> None:

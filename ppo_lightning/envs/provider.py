@@ -31,7 +31,7 @@ class EnvProvider:
         self.observation_space, self.action_space, self._probed = factory.probe(num_envs)
         if self._probed is not None and restarts:
             raise InputError(
-                f"max_env_restarts={restarts} makes single environments anew, and {factory.name} is a vector: leave it out, or "
+                f"max_env_restarts={restarts} restarts single environments, and {factory.name} is a vector: leave it out, or "
                 "give single environments (vectorization sync or async)"
             )
         self.num_envs = int(num_envs) if self._probed is None else self._probed.num_envs

@@ -18,6 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from typing_extensions import override
 
+from ppo_lightning.algorithm.optimizer_step import parameters_of
 from ppo_lightning.envs import EnvFactory, EnvProvider
 from ppo_lightning.envs.info import added, means
 from ppo_lightning.evaluation.evaluator import evaluate_over_ranks
@@ -187,7 +188,7 @@ class RunModule(LightningModule):
         restart_epoch(self.trainer, self.policy_version)
         self.run_state.resume(self._optimizer, self._schedulers, self.ranks)
         self._optimizer_hparams.restore()
-        self.ranks.share_memory([one for group in self._optimizer.param_groups for one in group["params"]])
+        self.ranks.share_memory(parameters_of(self._optimizer))
 
     @torch.no_grad()
     def count(self, rollout: TensorDict, *, epochs: int) -> None:
@@ -208,7 +209,7 @@ class RunModule(LightningModule):
             int(valid.sum()),
             torch.cat([episodes.finished, episodes.steps[:, None]], 1),
             self.stop_signal or 0,
-            fingerprint(one for one in self.parameters() if one.requires_grad) if compares else (0, 0),
+            fingerprint(parameters_of(self._optimizer)) if compares else (0, 0),
             bool(self.rollouts.info),
         )
         counts, fingerprints = exchange_counts(own, self.ranks, EpisodeStatistics.WINDOW)

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
+from ppo_lightning.algorithm.optimizer_step import parameters_of
 from ppo_lightning.errors import ProcessFault
 from ppo_lightning.runs.shared_memory import SharedMemoryAllReduce, make_shared_memory
 
@@ -118,7 +119,7 @@ class LightningBackend:
 
     def __init__(self, module: Any, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bypass: bool) -> None:
         self.module, self.optimizer, self.ranks, self.bypass = module, optimizer, ranks, bypass
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.parameters = parameters_of(optimizer)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; after the last microbatch of a minibatch, average them over ranks."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from ppo_lightning.algorithm.optimizer_step import parameters_of
 from ppo_lightning.envs.streams import get_rng_state, set_rng_state
 from ppo_lightning.runs.checkpoint import KEY
 from ppo_lightning.runs.ranks import Ranks
@@ -59,9 +60,7 @@ class RunState:
         try:
             yield
         finally:
-            self._checkpoint: dict[str, Any] | None = None
-        """The checkpoint that a fit resumes, until the optimizer exists."""
-        self._local_rank_only = False
+            self._local_rank_only = False
 
     def load(self, checkpoint: dict[str, Any], *, fits: bool) -> None:
         """Keep the states of a checkpoint for the next fit, or all of it where a fit is resuming (``fits``)."""
@@ -79,7 +78,7 @@ class RunState:
         started = loaded is None or len(loaded) != ranks.world_size
         self._refit = {
             "optimizer": copy.deepcopy(optimizer.state_dict()),
-            "parameters": [one for group in optimizer.param_groups for one in group["params"]],
+            "parameters": parameters_of(optimizer),
             "kind": type(optimizer),
             "schedulers": [scheduler.state_dict() for scheduler in schedulers],
             **(self.of_this_rank() if started or loaded is None else loaded[ranks.rank]),
@@ -156,7 +155,7 @@ def carry_over(saved: Mapping[str, Any], parameters: Sequence[torch.Tensor], opt
     """
     places = {id(one): place for place, one in enumerate(parameters)}
     groups = optimizer.state_dict()["param_groups"]
-    trained = [one for group in optimizer.param_groups for one in group["params"]]
+    trained = parameters_of(optimizer)
     known = {new: places[id(one)] for new, one in enumerate(trained) if id(one) in places}
     if len(groups) == len(saved["param_groups"]):
         groups = [{**old, "params": new["params"]} for old, new in zip(saved["param_groups"], groups, strict=True)]

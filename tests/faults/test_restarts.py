@@ -186,7 +186,7 @@ def test_vectors_of_ones_own_are_refused():
         (native, {"env_kwargs": {"fault": "none"}}),
         ("CartPole-v1", {"vectorization": "vector_entry_point"}),
     ]:
-        with pytest.raises(InputError, match=r"max_env_restarts=1 makes single environments anew, and .* is a vector"):
+        with pytest.raises(InputError, match=r"max_env_restarts=1 restarts single environments, and .* is a vector"):
             PPO(env, max_env_restarts=1, **kwargs)
 
 
