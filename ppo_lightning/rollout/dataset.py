@@ -178,7 +178,8 @@ class RolloutDataset(IterableDataset[TensorDict]):
 
         Args:
             overrides: attributes and arguments that differ from the run's own.
-            restart: reset episodes and averages; False restores the overrides of a resumed run.
+            restart: recreate the environments where their arguments change; False restores the overrides of a resumed run,
+                whose saved environments have them already.
 
         Raises:
             InputError: the environments lack an attribute, or have other spaces with these arguments.
