@@ -181,8 +181,11 @@ def test_every_place_in_the_code_that_the_documents_name_exists():
 
 @pytest.mark.parametrize("text", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_links_lead_somewhere(text):
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+    for link, anchor in re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]+))?\)", text):
         assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
+        if anchor:
+            headings = re.findall("^#+ (.*)$", DOCUMENTS[Path(link).stem], re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], link
 
 
 def test_the_example_network_is_short_and_trains(fit):
@@ -236,7 +239,7 @@ def test_every_metric_is_in_the_documents(fit):
     for env in (ActionMustMatch, "MountainCarContinuous-v0"):
         model = PPO(env, **options, num_eval_episodes=1, eval_interval=4)
         fit(model, callbacks=[Sees()], limit_val_batches=1)
-    table = METRICS.split("## What environments say")[0]
+    table = METRICS.split("## Info metrics of environments")[0]
     named = set(re.findall(r"`((?:rollout|train|time|eval)/\w+)`", table))
     rare = {
         "eval/cut_episodes",

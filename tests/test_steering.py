@@ -37,7 +37,7 @@ from ppo_lightning.parameters import Linear
 SMALL = {"num_envs": 2, "num_steps": 8, "update_epochs": 1, "num_minibatches": 2}
 ITERATION = 16
 LEARNT = {"num_envs": 3, "num_steps": 32, "total_steps": 6 * 96, "update_epochs": 2, "num_minibatches": 3}
-DOCS = Path(__file__).parent.parent / "docs/steering.md"
+DOCS = Path(__file__).parent.parent / "docs/curricula.md"
 
 
 class Record(Callback):

@@ -280,7 +280,7 @@ def refuse_unsupported(trainer: Any, module: LightningModule) -> None:
         if isinstance(callback, BackboneFinetuning) and not hasattr(module, "backbone"):
             raise InputError(
                 f"{type(callback).__name__} freezes module.backbone, which PPO does not have: freeze parameters by "
-                "ppo_lightning.callbacks.Stages (docs/steering.md)"
+                "ppo_lightning.callbacks.Stages (docs/curricula.md)"
             )
         if isinstance(callback, GradientAccumulationScheduler):
             raise InputError(
