@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,8 @@ kernels in C++, since with small networks there are more calls than there is ari
 
 NARROW = 16
 """Columns below which a product with a transposed matrix is slow: MKL takes 15 µs for [64, 256] · [256, 4], and 5 µs for
-the transposed product, which has the same sums."""
-
-ONEDNN = 1 << 22
-"""Multiplications from which oneDNN takes half as long as MKL on processors that are not Intel's, where MKL goes without
-AVX-512: [2048, 64] · [64, 64] in 85 instead of 175 µs, while a smaller product gains nothing."""
+the transposed product, which has the same sums. Without this rewrite benchmarks/w3.yaml trains at 0.90 of the speed
+(median of 43 pairs of iterations, torch 2.13.0, AMD EPYC)."""
 
 MAX_SAMPLES = 2048
 """Samples of one graph on a CPU: what is in between stays in its cache, and 8,192 samples in four parts take two thirds
@@ -109,11 +105,10 @@ class CudaGraphCache:
 
 @cache
 def _matmul_pass() -> dict[str, Any]:
-    """The rewrite of matrix products; made when something is compiled, since importing the compiler takes a second."""
+    """The rewrite of narrow matrix products; importing the compiler takes a second, so this is made at its first use."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     aten = torch.ops.aten
-    by_onednn = _product() if not _is_intel() and torch.backends.mkldnn.is_available() else None
 
     def value(node: Any) -> Tensor:
         return node.meta["val"]
@@ -124,65 +119,24 @@ def _matmul_pass() -> dict[str, Any]:
             node.meta["val"] = function(*(value(arg) if isinstance(arg, torch.fx.Node) else arg for arg in args))
         return node
 
-    class MatmulRewrite(CustomGraphPass):
-        """Other ways to the same matrix products; which, depends on shapes and processor alone, so that runs repeat."""
+    class TransposeNarrowProducts(CustomGraphPass):
+        """Computes ``left @ right`` as ``(right.T @ left.T).T`` where that is faster; this depends on shapes alone."""
 
         @override
         def __call__(self, graph: torch.fx.Graph) -> None:
-            for function in (aten.mm.default, aten.addmm.default):
-                for node in list(graph.find_nodes(op="call_function", target=function)):
-                    *bias, left, right = node.args
-                    with graph.inserting_before(node):
-                        product = self._product(graph, left, right)
-                        if product is None:
-                            continue
-                        if bias:
-                            product = call(graph, aten.add.Tensor, product, bias[0])
-                    node.replace_all_uses_with(product)
-                    graph.erase_node(node)
-
-        def _product(self, graph: torch.fx.Graph, left: Any, right: Any) -> torch.fx.Node | None:
-            (rows, inner), columns = value(left).shape, value(right).shape[1]
-            if value(left).dtype != torch.float32:
-                return None
-            if columns < NARROW <= rows and not value(left).is_contiguous():
-                turned = [call(graph, aten.permute.default, one, [1, 0]) for one in (right, left)]
-                return call(graph, aten.permute.default, call(graph, aten.mm.default, *turned), [1, 0])
-            large = rows * inner * columns >= ONEDNN and min(inner, columns) >= NARROW
-            if by_onednn is not None and large and value(left).is_contiguous():
-                return call(graph, by_onednn, left, right)
-            return None
+            for node in list(graph.find_nodes(op="call_function", target=aten.mm.default)):
+                left, right = node.args
+                rows, columns = value(node).shape
+                if columns >= NARROW or rows < NARROW or value(left).is_contiguous():
+                    continue
+                with graph.inserting_before(node):
+                    transposed = [call(graph, aten.permute.default, one, [1, 0]) for one in (right, left)]
+                    product = call(graph, aten.mm.default, *transposed)
+                    node.replace_all_uses_with(call(graph, aten.permute.default, product, [1, 0]))
+                graph.erase_node(node)
 
         @override
         def uuid(self) -> bytes:
-            return get_hash_for_files((__file__,), str(by_onednn))
+            return get_hash_for_files((__file__,), str(NARROW))
 
-    return {"post_grad_custom_post_pass": MatmulRewrite()}
-
-
-@cache
-def _product() -> Any:
-    """The product of two matrices by oneDNN, which torch itself asks for constant matrices alone."""
-    library = torch.library.Library("ppo_lightning", "DEF")
-    library.define("product(Tensor left, Tensor right) -> Tensor")
-
-    def product(left: Tensor, right: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
-
-    library.impl("product", product, "CPU")
-    torch.library.register_fake(
-        "ppo_lightning::product", lambda left, right: left.new_empty(left.shape[0], right.shape[1]), lib=library
-    )
-    _libraries.append(library)
-    return torch.ops.ppo_lightning.product.default
-
-
-_libraries: list[Any] = []
-"""A library's operators live as long as it does."""
-
-
-def _is_intel() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True  # or unknown: torch's own choice
+    return {"post_grad_custom_post_pass": TransposeNarrowProducts()}
