@@ -45,7 +45,7 @@ def _unsupported(space: Space[Any]) -> InputError:
 # --- nested spaces -----------------------------------------------------------------------------------------------------
 
 
-def children(space: Space[Any]) -> dict[Any, Space[Any]] | None:
+def subspaces(space: Space[Any]) -> dict[Any, Space[Any]] | None:
     """The spaces that a Dict (by key) or Tuple (by position) is made of; None for a basic space."""
     if isinstance(space, Dict):
         return dict(space.spaces)
@@ -54,17 +54,17 @@ def children(space: Space[Any]) -> dict[Any, Space[Any]] | None:
     return None
 
 
-def leaves(space: Space[Any]) -> dict[str, Space[Any]]:
+def flatten_spaces(space: Space[Any]) -> dict[str, Space[Any]]:
     """The basic spaces within a space, by path; a basic one itself is under the name ``""``."""
     paths = _paths(space)
     named = {".".join(map(str, path)): leaf for path, leaf in paths.items()}
-    if len(named) < len(paths) or ("" in named and children(space) is not None):
+    if len(named) < len(paths) or ("" in named and subspaces(space) is not None):
         raise InputError(f"the parts of {space} cannot be told apart by name: rename its keys (no empty ones, no dots)")
     return named
 
 
 def _paths(space: Space[Any]) -> dict[tuple[Any, ...], Space[Any]]:
-    inner = children(space)
+    inner = subspaces(space)
     if inner is None:
         return {(): space}
     if not inner:
@@ -72,9 +72,9 @@ def _paths(space: Space[Any]) -> dict[tuple[Any, ...], Space[Any]]:
     return {(key, *path): leaf for key, child in inner.items() for path, leaf in _paths(child).items()}
 
 
-def flattener(space: Space[Any]) -> Callable[[Any], Tree]:
-    """Function from what Gymnasium gives for a space, alone or batched, to a tree of :func:`leaves`."""
-    if children(space) is None:
+def flatten_fn(space: Space[Any]) -> Callable[[Any], Tree]:
+    """Function from what Gymnasium gives for a space, alone or batched, to a tree of :func:`flatten_spaces`."""
+    if subspaces(space) is None:
         return _same
     return partial(_pick, paths={".".join(map(str, path)): path for path in _paths(space)})
 
@@ -93,12 +93,12 @@ def _pick(sample: Any, paths: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     return picked
 
 
-def nest(space: Space[Any], tree: Tree, path: tuple[Any, ...] = ()) -> Any:
+def unflatten(space: Space[Any], tree: Tree, path: tuple[Any, ...] = ()) -> Any:
     """The way back from a tree: what Gymnasium takes for a space, dictionaries and tuples as deep as they were."""
-    inner = children(space)
+    inner = subspaces(space)
     if inner is None:
         return tree[".".join(map(str, path))] if path else tree
-    parts = {key: nest(child, tree, (*path, key)) for key, child in inner.items()}
+    parts = {key: unflatten(child, tree, (*path, key)) for key, child in inner.items()}
     return parts if isinstance(space, Dict) else tuple(parts.values())
 
 
@@ -113,37 +113,37 @@ def without_mask(space: Space[Any]) -> Space[Any]:
 
 
 @singledispatch
-def describe(space: Space[Any]) -> str:
+def signature(space: Space[Any]) -> str:
     """One line that two spaces share exactly when a policy for one fits the other, such as ``Box(4,) float32``."""
     raise _unsupported(space)
 
 
-@describe.register
+@signature.register
 def _(space: Box) -> str:
     if 0 in space.shape:
         raise InputError(f"the space {space!r} holds nothing: correct its shape")
     return f"Box{space.shape} {space.dtype}"
 
 
-@describe.register
+@signature.register
 def _(space: Discrete) -> str:
     return f"Discrete({space.n})"
 
 
-@describe.register
+@signature.register
 def _(space: MultiDiscrete) -> str:
     return f"MultiDiscrete({space.nvec.tolist()})"
 
 
-@describe.register
+@signature.register
 def _(space: MultiBinary) -> str:
     return f"MultiBinary{space.shape}"
 
 
-@describe.register(Dict)
-@describe.register(Tuple)
+@signature.register(Dict)
+@signature.register(Tuple)
 def _(space: Dict | Tuple) -> str:
-    return "{" + ", ".join(f"{name}: {describe(leaf)}" for name, leaf in leaves(space).items()) + "}"
+    return "{" + ", ".join(f"{name}: {signature(leaf)}" for name, leaf in flatten_spaces(space).items()) + "}"
 
 
 @singledispatch
@@ -192,19 +192,19 @@ def empty(space: Space[Any], *batch: int, device: torch.device | None = None) ->
     return torch.empty(*batch, *shape, dtype=dtype, device=device)
 
 
-def cut(samples: int, pieces: int) -> list[int]:
+def split_sizes(samples: int, pieces: int) -> list[int]:
     """Sizes of ``pieces`` nearly equal parts."""
     return [samples // pieces + (piece < samples % pieces) for piece in range(pieces)]
 
 
-def rows_of(leaf: Tensor, order: Tensor) -> Tensor:
+def index_rows(leaf: Tensor, order: Tensor) -> Tensor:
     """Samples [B, …] at the indices ``order``: several times as fast for images as indexing, in the same layout."""
     if leaf.ndim == 4 and leaf.is_contiguous(memory_format=torch.channels_last):
         return leaf.permute(0, 2, 3, 1).index_select(0, order).permute(0, 3, 1, 2)
     return leaf.index_select(0, order)
 
 
-def as_stored(given: Any, dtype: torch.dtype) -> Tensor:
+def to_tensor(given: Any, dtype: torch.dtype) -> Tensor:
     """An array as a tensor of this dtype, whatever dtype of NumPy's it has; the array's own memory where it fits."""
     array, wanted = np.asarray(given), ARRAY_DTYPES[dtype]
     if array.dtype != wanted:
@@ -219,14 +219,14 @@ ARRAY_DTYPES = {
 }
 
 
-def storing(space: Space[Any], device: torch.device) -> Callable[[Tree], Tree]:
+def to_tensors_fn(space: Space[Any], device: torch.device) -> Callable[[Tree], Tree]:
     """Function from observations of Gymnasium to what a rollout keeps: tensors of the right dtype, on ``device``."""
-    kept = {name: storage(leaf)[1] for name, leaf in leaves(space).items()}
+    kept = {name: storage(leaf)[1] for name, leaf in flatten_spaces(space).items()}
 
     def stored(tree: Tree) -> Tree:
         if "" in kept:
-            return as_stored(tree, kept[""]).to(device)
-        return {name: as_stored(tree[name], dtype).to(device) for name, dtype in kept.items()}
+            return to_tensor(tree, kept[""]).to(device)
+        return {name: to_tensor(tree[name], dtype).to(device) for name, dtype in kept.items()}
 
     return stored
 
@@ -282,7 +282,7 @@ def _(space: Discrete) -> Callable[[Tensor], Tensor]:
 
 @encoder.register
 def _(space: MultiDiscrete) -> Callable[[Tensor], Tensor]:
-    return partial(_several_hot, start=as_int64(space.start).flatten(), nvec=as_int64(space.nvec).flatten())
+    return partial(_multi_hot, start=as_int64(space.start).flatten(), nvec=as_int64(space.nvec).flatten())
 
 
 @encoder.register
@@ -302,7 +302,7 @@ def _one_hot(observation: Tensor, start: int, n: int) -> Tensor:
     return one_hot(observation - start, n).float()
 
 
-def _several_hot(observation: Tensor, start: Array, nvec: Array) -> Tensor:
+def _multi_hot(observation: Tensor, start: Array, nvec: Array) -> Tensor:
     offset = np.cumsum(nvec) - nvec - start
     index = observation.flatten(1) + torch.from_numpy(offset).to(observation.device)
     return torch.zeros(len(index), int(nvec.sum()), device=observation.device).scatter_(1, index, 1.0)
@@ -321,7 +321,7 @@ def wrong_values(space: Space[Any], samples: Array) -> str | None:
     if space.dtype is not None and np.issubdtype(space.dtype, np.floating):
         finite = np.abs(samples) <= FLOAT_MAX if samples.dtype.kind == "f" else np.True_
         return None if finite.all() else f"{samples[~finite].flat[0]}, which is not finite in float32"
-    low, high = whole_bounds(space)
+    low, high = integer_bounds(space)
     whole = samples == np.rint(samples) if samples.dtype.kind == "f" else True
     fits = (samples >= low) & (samples <= high) & whole
     if fits.all():
@@ -337,7 +337,7 @@ def as_int64(numbers: Array) -> Array:
     return numbers.astype(np.int64)
 
 
-def whole_bounds(space: Space[Any]) -> tuple[Any, Any]:
+def integer_bounds(space: Space[Any]) -> tuple[Any, Any]:
     """Least and greatest values of a basic space of whole numbers."""
     if isinstance(space, Discrete):
         return int(space.start), int(space.start) + int(space.n) - 1
@@ -346,7 +346,7 @@ def whole_bounds(space: Space[Any]) -> tuple[Any, Any]:
     return (space.low, space.high) if isinstance(space, Box) else (0, 1)
 
 
-def lowest(space: Space[Any]) -> Array:
+def example(space: Space[Any]) -> Array:
     """A sample of a basic space, to try a network on."""
     start = getattr(space, "start", 0)
     shape, dtype = storage(space)
@@ -375,39 +375,39 @@ def is_image(space: Space[Any]) -> bool:
 
 
 @singledispatch
-def choices(space: Space[Any]) -> tuple[int, ...]:
+def action_dims(space: Space[Any]) -> tuple[int, ...]:
     """Numbers of alternatives of each discrete choice in an action; an action mask [M] is their concatenation.
 
     Discrete is one choice, MultiDiscrete several, a bit of MultiBinary one between 0 and 1; a Box has none, and a Dict or
-    Tuple those of its parts in the order of :func:`leaves`.
+    Tuple those of its parts in the order of :func:`flatten_spaces`.
     """
     raise _unsupported(space)
 
 
-@choices.register
+@action_dims.register
 def _(space: Box) -> tuple[int, ...]:
     return ()
 
 
-@choices.register
+@action_dims.register
 def _(space: Discrete) -> tuple[int, ...]:
     return (int(space.n),)
 
 
-@choices.register
+@action_dims.register
 def _(space: MultiDiscrete) -> tuple[int, ...]:
     return tuple(space.nvec.flatten().tolist())
 
 
-@choices.register
+@action_dims.register
 def _(space: MultiBinary) -> tuple[int, ...]:
     return (2,) * int(np.prod(space.shape))
 
 
-@choices.register(Dict)
-@choices.register(Tuple)
+@action_dims.register(Dict)
+@action_dims.register(Tuple)
 def _(space: Dict | Tuple) -> tuple[int, ...]:
-    return tuple(size for leaf in leaves(space).values() for size in choices(leaf))
+    return tuple(size for leaf in flatten_spaces(space).values() for size in action_dims(leaf))
 
 
 def flatten_mask(mask: Any, action_space: Space[Any]) -> Array:
@@ -418,7 +418,7 @@ def flatten_mask(mask: Any, action_space: Space[Any]) -> Array:
     try:
         if isinstance(mask, Mapping | tuple):
             named = {".".join(map(str, path)): (path, leaf) for path, leaf in _paths(action_space).items()}
-            named = {name: (path, choices(leaf)) for name, (path, leaf) in named.items() if choices(leaf)}
+            named = {name: (path, action_dims(leaf)) for name, (path, leaf) in named.items() if action_dims(leaf)}
             parts = _pick(mask, {name: path for name, (path, _) in named.items()})
             flat = {name: np.asarray(part).reshape(len(part), -1) for name, part in parts.items()}
             if any(part.shape[1] != sum(named[name][1]) for name, part in flat.items()):
@@ -430,18 +430,18 @@ def flatten_mask(mask: Any, action_space: Space[Any]) -> Array:
         return array
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(
-            f"the {MASK} does not have the parts of the action space {describe(action_space)} ({error}): give one array of "
-            f"{sum(choices(action_space))}, or the parts of a Dict or Tuple, an array each"
+            f"the {MASK} does not have the parts of the action space {signature(action_space)} ({error}): give one array of "
+            f"{sum(action_dims(action_space))}, or the parts of a Dict or Tuple, an array each"
         ) from error
 
 
 def _flat_one(mask: Any, action_space: Space[Any]) -> Array:
     """The mask of one environment, from nested or plain lists."""
-    if isinstance(mask, tuple) and children(action_space) is not None:
-        parts = _pick(mask, {str(path): path for path, leaf in _paths(action_space).items() if choices(leaf)})
+    if isinstance(mask, tuple) and subspaces(action_space) is not None:
+        parts = _pick(mask, {str(path): path for path, leaf in _paths(action_space).items() if action_dims(leaf)})
         return _concatenated([np.asarray(part).flatten() for part in parts.values()], 0)
     if mask is None:
-        return np.ones(sum(choices(action_space)), dtype=bool)
+        return np.ones(sum(action_dims(action_space)), dtype=bool)
     return _concatenated([np.asarray(part).flatten() for part in np.atleast_1d(np.asarray(mask, object))], 0)
 
 
@@ -464,7 +464,7 @@ def mask_flags(mask: Array) -> tuple[Array, Array | None]:
     return (mask == 1) if wrong.any() else mask.astype(bool), wrong if wrong.any() else None
 
 
-def no_mask(mask: Array, wrong: Array) -> str:
+def mask_error(mask: Array, wrong: Array) -> str:
     """What to say of a mask [N, M] that holds something else than 0 and 1, at ``wrong`` [N, M]."""
     value = mask[wrong].flat[0]
     return (
@@ -488,23 +488,25 @@ def check_mask(observation_space: Space[Any], action_space: Space[Any]) -> None:
     if without_mask(observation_space) is observation_space:
         return
     assert isinstance(observation_space, Dict)
-    given = {name: int(np.prod(leaf.shape or ())) for name, leaf in leaves(observation_space.spaces[MASK]).items()}
+    given = {
+        name: int(np.prod(leaf.shape or ())) for name, leaf in flatten_spaces(observation_space.spaces[MASK]).items()
+    }
     if len(observation_space.spaces) == 1:
         raise InputError(f"the observation is nothing but {MASK}: add what the policy is to see")
-    refuse_mask_length(sum(given.values()), action_space)
-    wanted = {name: sum(choices(leaf)) for name, leaf in leaves(action_space).items() if choices(leaf)}
+    check_mask_length(sum(given.values()), action_space)
+    wanted = {name: sum(action_dims(leaf)) for name, leaf in flatten_spaces(action_space).items() if action_dims(leaf)}
     if "" not in given and given != wanted:
         raise InputError(
             f"the environment's {MASK} has the parts {given}, the action space needs {wanted}: correct the mask"
         )
 
 
-def refuse_mask_length(length: int, action_space: Space[Any]) -> None:
+def check_mask_length(length: int, action_space: Space[Any]) -> None:
     """Raise where a mask has not one entry for each alternative of each choice."""
-    wanted = sum(choices(action_space))
+    wanted = sum(action_dims(action_space))
     if length != wanted:
-        needs = f"{wanted} (alternatives of its choices: {list(choices(action_space))})" if wanted else "none"
+        needs = f"{wanted} (alternatives of its choices: {list(action_dims(action_space))})" if wanted else "none"
         raise InputError(
-            f"the environment's {MASK} has {length} entries, the action space {describe(action_space)} needs {needs}: "
+            f"the environment's {MASK} has {length} entries, the action space {signature(action_space)} needs {needs}: "
             "correct the mask (MultiDiscrete: concatenated; MultiBinary: two per bit; a Box has no mask)"
         )

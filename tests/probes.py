@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
-from ppo_lightning.spaces import choices
+from ppo_lightning.spaces import action_dims
 
 OBSERVATION = Box(-10.0, 10.0, (1,), np.float32)
 
@@ -310,7 +310,7 @@ class Spaces(gym.Env):
         self.masked = masked
         self.observation_space = OBSERVATIONS[observation]
         self.action_space = ACTIONS[action]
-        self.sizes = choices(self.action_space)
+        self.sizes = action_dims(self.action_space)
 
     def _see(self) -> tuple[Any, dict[str, Any]]:
         if not self.masked:

@@ -38,7 +38,7 @@ from ppo_lightning.callbacks import (
 )
 from ppo_lightning.policy import Policy
 from ppo_lightning.policy.distributions import action_distribution
-from ppo_lightning.spaces import leaves
+from ppo_lightning.spaces import flatten_spaces
 
 SMALL = {"num_envs": 2, "num_steps": 16, "total_steps": 64}
 
@@ -96,7 +96,7 @@ def test_halves_that_say_something_else_than_the_whole_are_refused():
 )
 def test_parts_that_cannot_be_told_apart_are_refused(space):
     with pytest.raises(InputError, match="cannot be told apart"):
-        leaves(space)
+        flatten_spaces(space)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_bounds_whose_distance_overflows_are_none(dtype):
     with pytest.raises(InputError, match="needs finite bounds"):
         action_distribution(Box(info.min, info.max, (2,), dtype), "tanh")
     wide = action_distribution(Box(-1e6, 1e6, (1,)), "beta")
-    assert_close(wide.decode(torch.tensor([[0.5], [1.0]])), torch.tensor([[0.0], [1e6]]))
+    assert_close(wide.to_env_action(torch.tensor([[0.5], [1.0]])), torch.tensor([[0.0], [1e6]]))
 
 
 # --- masks -------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from torch import distributions as td
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError
-from ppo_lightning.policy.distributions import LOWEST, action_distribution
-from ppo_lightning.spaces import choices
+from ppo_lightning.policy.distributions import MASKED_LOGIT, action_distribution
+from ppo_lightning.spaces import action_dims
 
 B = 200
 BOX = Box(np.array([-2.0, 0.0, -1.0], np.float32), np.array([1.0, 0.5, 5.0], np.float32))
@@ -88,7 +88,7 @@ def test_tanh_log_probability_equals_torch_in_double_precision():
     log_prob, _ = distribution.log_prob_and_entropy(parameters, u)
     assert_close(log_prob.double(), expected, rtol=1e-5, atol=1e-5)
     moderate = (u.abs() < 3).all(-1)  # where torch can invert its own output
-    action = distribution.decode(u.double()).double()
+    action = distribution.to_env_action(u.double()).double()
     squashed = td.TransformedDistribution(
         base, [td.TanhTransform(), td.AffineTransform(torch.from_numpy(BOX.low).double() + half, half)]
     )
@@ -246,14 +246,14 @@ def test_dict_and_tuple_are_independent_parts_with_weighted_entropies(family):
 def test_what_a_mask_forbids_has_probability_zero_to_the_last_bit(space):
     """In samples, in probabilities, in the mode, and it has no part in the entropy or the gradient."""
     distribution = action_distribution(space)
-    sizes = choices(space)
+    sizes = action_dims(space)
     parameters = (torch.randn(B, distribution.num_parameters) * 5).requires_grad_()
     mask = torch.rand(B, sum(sizes)) < 0.4
     begin = 0
     for size in sizes:
         mask[torch.arange(B), begin + torch.randint(size, (B,))] = True
         begin += size
-    masked = distribution.masked(parameters, mask)
+    masked = distribution.apply_mask(parameters, mask)
     action = drawn(distribution, masked)
     log_prob, entropy = distribution.log_prob_and_entropy(masked, action)
     (log_prob.sum() + entropy.sum()).backward()
@@ -285,7 +285,7 @@ def chosen_mask(space, action, mask):
     columns = (
         torch.cat([action["y"][:, None], action["z"]], -1) if isinstance(space, Dict) else action.view(len(mask), -1)
     )
-    begins = torch.tensor([0, *np.cumsum(choices(space))[:-1]])
+    begins = torch.tensor([0, *np.cumsum(action_dims(space))[:-1]])
     return mask.gather(1, columns + begins)
 
 
@@ -293,7 +293,7 @@ def test_noise_is_finite_so_that_no_mask_can_be_overruled():
     noise = action_distribution(Discrete(1000)).noise(1000, generator=torch.Generator().manual_seed(0))
     assert noise.isfinite().all()
     least = torch.tensor(torch.finfo(torch.float32).tiny).log().neg()  # of the smallest number that can be drawn
-    assert least + LOWEST < -1e38
+    assert least + MASKED_LOGIT < -1e38
 
 
 @pytest.mark.parametrize("family", ["tanh", "beta"])

@@ -11,7 +11,7 @@ from probes import ACTIONS, OBSERVATIONS, Spaces
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic
-from ppo_lightning.spaces import choices
+from ppo_lightning.spaces import action_dims
 
 FAMILIES = ("normal", "tanh", "beta", "gsde")
 MEMORIES = (None, "lstm", "gru")
@@ -26,7 +26,7 @@ def cells() -> list[tuple]:
     """All combinations that differ: families matter to Box actions, masks to discrete ones."""
     found = []
     for action, masked, memory, view in itertools.product(ACTIONS, (False, True), MEMORIES, VIEWS):
-        if masked and not choices(ACTIONS[action]):
+        if masked and not action_dims(ACTIONS[action]):
             continue
         for family in FAMILIES if has_box(action) else ("normal",):
             found.append((action, masked, memory, family, view))
@@ -62,7 +62,7 @@ class Checked(PPO):
     def update(self, batch):
         samples = self.training_samples(batch)
         with torch.no_grad():
-            log_prob, _, _ = self.policy.evaluate(samples)
+            log_prob, _, _ = self.policy.evaluate_actions(samples)
         ratio = (log_prob - samples["action_log_prob"]).exp()
         valid = samples.get("valid", None)
         self.ratios.append(ratio if valid is None else ratio[valid])
@@ -113,7 +113,7 @@ def check(cell, fit, tmp_path):
     one = space.sample()
     mask = None
     if cell[1]:
-        mask = np.concatenate([np.arange(size) == size - 1 for size in choices(model.action_space)])
+        mask = np.concatenate([np.arange(size) == size - 1 for size in action_dims(model.action_space)])
     answers = [model.predict(one, action_mask=mask) for _ in range(2)]
     again = Checked.load_from_checkpoint(tmp_path / "grid.ckpt", env=model.env_factory.env, policy=policy_of(cell))
     answers.append(again.predict(one, action_mask=mask))

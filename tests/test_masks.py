@@ -379,7 +379,7 @@ def test_the_mask_is_kept_in_the_update(fit):
 
     class Checked(PPO):
         def update(self, batch):
-            log_prob, entropy, _ = self.policy.evaluate(self.training_samples(batch))
+            log_prob, entropy, _ = self.policy.evaluate_actions(self.training_samples(batch))
             assert_close(log_prob, batch["action_log_prob"].flatten(), atol=1e-6, rtol=0)
             entropies.append((entropy, batch["action_mask"].flatten(0, 1).sum(-1)))
             return super().update(batch)

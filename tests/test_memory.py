@@ -86,7 +86,7 @@ def test_sequences_give_the_log_probabilities_of_the_rollout_step_by_step(fit, k
                 shape = samples["advantage"].shape
                 assert shape == (72 // length, length)
                 with torch.no_grad():
-                    log_prob, _, value = self.policy.evaluate(samples)
+                    log_prob, _, value = self.policy.evaluate_actions(samples)
                 valid = samples.get("valid", torch.ones(shape, dtype=torch.bool))
                 assert int(valid.sum()) == int(batch["valid"].sum())
                 differences.append((log_prob - samples["action_log_prob"])[valid])
@@ -124,11 +124,11 @@ def test_rollouts_hold_the_state_before_each_step_and_where_episodes_start(mode)
         for step in range(23):
             features = model.policy.features(batch["observation"][step])
             with torch.no_grad():
-                _, _, after = model.policy.advance(features, batch["recurrent_state"][step], start[step])
+                _, _, after = model.policy.recurrent_step(features, batch["recurrent_state"][step], start[step])
             assert_close(after, batch["recurrent_state"][step + 1], rtol=0, atol=0)
     features = model.policy.features(first["observation"][23])
     with torch.no_grad():
-        _, _, after = model.policy.advance(features, first["recurrent_state"][23], first["episode_start"][23])
+        _, _, after = model.policy.recurrent_step(features, first["recurrent_state"][23], first["episode_start"][23])
     assert_close(after, second["recurrent_state"][0], rtol=0, atol=0)
 
 
@@ -147,7 +147,7 @@ def test_final_observations_are_valued_with_the_memory_of_their_episode(mode):
         state = torch.zeros(1, model.policy.state_size)
         with torch.no_grad():
             for step, row in enumerate(seen):
-                _, value, state = model.policy.advance(row[None], state, torch.tensor([step == 0]))
+                _, value, state = model.policy.recurrent_step(row[None], state, torch.tensor([step == 0]))
         assert batch["truncated"][begin + 4].all()
         assert_close(batch["next_state_value"][begin + 4, 0], value[0], atol=1e-6, rtol=1e-5)
 
@@ -237,14 +237,14 @@ def test_minibatches_keep_time_whole(fit):
 
     class Watched(PPO):
         def update(self, batch):
-            evaluate = self.policy.evaluate
+            evaluate = self.policy.evaluate_actions
             batch["advantage"] = torch.arange(72.0).view(24, 3)  # a name for each row: step · 3 + environment
 
             def watching(piece):
                 seen.append(piece["advantage"].clone())
                 return evaluate(piece)
 
-            self.policy.evaluate = watching
+            self.policy.evaluate_actions = watching
             return super().update(batch)
 
     model = Watched(
@@ -305,7 +305,7 @@ def test_own_memory_in_bf16_starts_at_ratio_one(fit):
     class First(PPO):
         def training_step(self, batch, batch_idx):
             samples = self.training_samples(batch)
-            ratios.append((self.policy.evaluate(samples)[0] - samples["action_log_prob"]).exp().flatten())
+            ratios.append((self.policy.evaluate_actions(samples)[0] - samples["action_log_prob"]).exp().flatten())
             super().training_step(batch, batch_idx)
 
     fit(First(partial(Spaces, "both"), policy=network(), **SMALL), precision="bf16-mixed")

@@ -594,10 +594,10 @@ def test_norms_are_those_of_the_halves_of_the_gradient(fit, compile):
 
 
 def test_a_shared_trunk_belongs_to_both_halves():
-    halves = PPO(**SMALL, policy=partial(ActorCritic, shared=True)).policy.halves
+    halves = PPO(**SMALL, policy=partial(ActorCritic, shared=True)).policy.actor_critic_masks
     assert halves.sum(0).max() == 2
     assert halves.sum(0).min() == 1
-    apart = PPO(**SMALL).policy.halves
+    apart = PPO(**SMALL).policy.actor_critic_masks
     assert (apart.sum(0) == 1).all()
 
 

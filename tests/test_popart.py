@@ -79,7 +79,7 @@ def test_the_output_is_preserved_in_training_and_the_loss_is_of_normalised_targe
             normalizer = self.policy.value_normalizer
             assert_close(samples["value_target"] * normalizer.std.float() + normalizer.mean.float(),
                          batch["value_target"].flatten(), rtol=1e-4, atol=1e-3)  # fmt: skip
-            _, _, value = self.policy.evaluate(samples)
+            _, _, value = self.policy.evaluate_actions(samples)
             assert_close(value, samples["state_value"], rtol=1e-3, atol=1e-3)  # both normalised: clipping compares them
             checked.append(True)
             return super().update(batch)

@@ -163,7 +163,7 @@ def test_ratio_is_one_in_the_first_minibatch(fit, env, kwargs, minibatches):
             size = len(samples["advantage"])
             with torch.no_grad():
                 for piece in split_samples(samples, [size // minibatches] * minibatches):
-                    log_prob, *_ = self.policy.evaluate(piece)
+                    log_prob, *_ = self.policy.evaluate_actions(piece)
                     steps.append((log_prob - piece["action_log_prob"]).exp() - 1)
 
     lightning.seed_everything(0, verbose=False)
@@ -183,7 +183,7 @@ def test_ratio_is_one_under_autocast(fit):
     class First(PPO):
         def training_step(self, batch, batch_idx):
             samples = self.training_samples(batch)
-            log_prob, _, _ = self.policy.evaluate(samples)
+            log_prob, _, _ = self.policy.evaluate_actions(samples)
             ratios.append((log_prob - samples["action_log_prob"]).exp())
             super().training_step(batch, batch_idx)
 

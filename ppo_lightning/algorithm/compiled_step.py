@@ -12,8 +12,8 @@ from ppo_lightning.algorithm.compiler import MAX_SAMPLES, CompilerError, compile
 from ppo_lightning.algorithm.loss import LossCoefficients, Objective, normalize_advantages
 from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, index_samples
 from ppo_lightning.algorithm.optimizer_step import Backend, StepRecord, UpdateSettings
-from ppo_lightning.policy.actor_critic import ExplorationHead, GaussianHead
-from ppo_lightning.spaces import cut
+from ppo_lightning.policy.actor_critic import GaussianHead, GSDEHead
+from ppo_lightning.spaces import split_sizes
 
 STEP_SCALARS = (
     "lr", "step_size", "bias_correction", "first_decay", "second_decay", "clip_range", "ent_coef", "loss_weight"
@@ -129,7 +129,7 @@ class CompiledStep:
         self.bounds = {
             f"{name}.log_std": (module.low, module.high)
             for name, module in objective.named_modules()
-            if isinstance(module, GaussianHead | ExplorationHead)
+            if isinstance(module, GaussianHead | GSDEHead)
         }
         """Of log standard deviations: beyond them only gradients that lead back count."""
         own = [parameter for module in objective.modules() for parameter in module._parameters.values()]
@@ -237,7 +237,7 @@ class CompiledStep:
         self.samples = {name: leaf for name, leaf in samples.items() if name != "valid"}
         self.valid = None if valid is None else valid.nonzero().flatten()
         self.device = samples["advantage"].device
-        self.size = cut(len(samples["advantage"]), len(plan.sizes))[0]
+        self.size = split_sizes(len(samples["advantage"]), len(plan.sizes))[0]
         self.parts = settings.gradient_accumulation_steps
         if self.device.type == "cpu":
             self.parts = max(self.parts, -(-self.size // MAX_SAMPLES))
@@ -379,7 +379,7 @@ class CompiledStep:
             advantage[index] = normalize_advantages(advantage[index], valid)
             samples = {**samples, "advantage": advantage}
         total = len(index) if valid is None else int(valid.sum())
-        sizes = cut(len(index), min(self.parts, len(index)))
+        sizes = split_sizes(len(index), min(self.parts, len(index)))
         counts = [None] * len(sizes) if valid is None else valid.split(sizes)
         sums: list[Tensor] = []
         for part, own in zip(index.split(sizes), counts, strict=True):
@@ -420,7 +420,7 @@ class CompiledStep:
         self.flat = torch.cat([parameter.detach().flatten() for parameter in trained.values()])
         self.moments = self.flat.new_zeros(2, len(self.flat))
         sizes = torch.tensor([shape.numel() for shape in self.shapes.values()])
-        masks = self.objective.policy.halves_of(list(trained.values()))
+        masks = self.objective.policy.masks_of(list(trained.values()))
         self.masks = masks.repeat_interleave(sizes, 1).to(self.flat)
         """[2, P] 1 where a number belongs to the action's parameters, to the value's."""
         fused, self.steps, start = self.optimizer.param_groups[0]["fused"], [], 0

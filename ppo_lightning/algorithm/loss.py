@@ -50,7 +50,7 @@ class Evaluate:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability and entropy (nats) of the batch's actions, and the value as ``value_target`` has it, each [B]."""
-        log_prob, entropy, value = self._policy.evaluate(batch)
+        log_prob, entropy, value = self._policy.evaluate_actions(batch)
         if batch is self._batch or self.log_prob is None:
             self.log_prob = log_prob
         return log_prob, entropy, value

@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from ppo_lightning.policy import Policy
-from ppo_lightning.spaces import cut, rows_of
+from ppo_lightning.spaces import index_rows, split_sizes
 
 Samples = Mapping[str, Any]
 """Tensors [S, …] by name, and nested mappings of them."""
@@ -91,7 +91,7 @@ def plan_minibatches(
         advantage, valid = advantage[valid], None
     count = len(advantage)
     permutations = torch.stack([torch.randperm(count, generator=generator) for _ in range(epochs)])
-    sizes = cut(count, num_minibatches)
+    sizes = split_sizes(count, num_minibatches)
     if world_size == 1:
         return MinibatchPlan(permutations, sizes, [[1.0] * num_minibatches] * epochs, None)
     value = advantage.detach().cpu().double().view(count, -1)
@@ -124,7 +124,7 @@ def microbatches(minibatch: Samples, count: int) -> list[tuple[Samples, float]]:
         return [(minibatch, 1.0)]
     valid = minibatch.get("valid")
     size = len(minibatch["advantage"])
-    parts = list(split_samples(minibatch, cut(size, min(count, size))))
+    parts = list(split_samples(minibatch, split_sizes(size, min(count, size))))
     counts = [len(part["advantage"]) if valid is None else int(part["valid"].sum()) for part in parts]
     return [(part, own / sum(counts)) for part, own in zip(parts, counts, strict=True)]
 
@@ -144,7 +144,7 @@ def map_samples(function: Callable[[Tensor], Any], samples: Samples) -> dict[str
 
 def index_samples(samples: Samples, index: Tensor) -> dict[str, Any]:
     """The samples that ``index`` [B] names, in its order."""
-    return map_samples(lambda leaf: rows_of(leaf, index), samples)
+    return map_samples(lambda leaf: index_rows(leaf, index), samples)
 
 
 def split_samples(samples: Samples, sizes: list[int]) -> Iterator[dict[str, Any]]:

@@ -161,7 +161,7 @@ class Updater:
         self._unreached = [
             name for name, one in module.named_parameters() if id(one) in trained - own and one.requires_grad
         ]
-        masks = policy.halves_of(self.parameters)
+        masks = policy.masks_of(self.parameters)
         self.eager = EagerStep(objective, optimizer, backend, masks, self.max_grad_norm, self.guard)
         self.compiled = None
         if not self.compile:

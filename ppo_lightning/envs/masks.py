@@ -10,12 +10,12 @@ from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.spaces import (
     MASK,
     Array,
+    action_dims,
     check_mask,
-    choices,
+    check_mask_length,
     flatten_mask,
+    mask_error,
     mask_flags,
-    no_mask,
-    refuse_mask_length,
     without_mask,
 )
 
@@ -39,7 +39,7 @@ class ActionMasks:
         self.observed = without_mask(env.single_observation_space) is not env.single_observation_space
         check_mask(env.single_observation_space, env.single_action_space)
         self._methods = _mask_methods(env)
-        sizes = choices(env.single_action_space)
+        sizes = action_dims(env.single_action_space)
         self._begins, self._free = np.cumsum([0, *sizes])[:-1], np.ones(sum(sizes), dtype=bool)
         self.now: Array | None = None
         """[N, M] bool; None where the environments give none."""
@@ -95,13 +95,13 @@ class ActionMasks:
             )
         values = flatten_mask(given, self.action_space).reshape(self.num_envs, -1)
         if values.shape[1] != len(self._free):
-            refuse_mask_length(values.shape[1], self.action_space)
+            check_mask_length(values.shape[1], self.action_space)
         mask, wrong = mask_flags(values)
         if wrong is not None and wrong[needed].any():
             wrong &= needed[:, None]
             index = self._first + int(np.argwhere(wrong)[0][0])
             raise EnvironmentFault(
-                f"environment {index} of {self.name} gave an {MASK} in {where} with {no_mask(values, wrong)}"
+                f"environment {index} of {self.name} gave an {MASK} in {where} with {mask_error(values, wrong)}"
             )
         mask = np.where(needed[:, None], mask, True)
         nothing = ~np.logical_or.reduceat(mask, self._begins, axis=1).all(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppo_lightning.envs.info import add_info
 from ppo_lightning.errors import EnvironmentFault
-from ppo_lightning.spaces import MASK, Array, children, without_mask
+from ppo_lightning.spaces import MASK, Array, subspaces, without_mask
 
 OLD_API = "the API before Gym 0.26"
 """Name of the interface whose ``step`` returned four values and whose ``reset`` returned only an observation."""
@@ -134,10 +134,10 @@ class Promise:
         problem = wrong_parts(given, space, path)
         if problem is not None:
             raise EnvironmentFault(f"{self.name} returned in {where} an observation {problem}")
-        return {key: given[key] for key in children(space) or ()}
+        return {key: given[key] for key in subspaces(space) or ()}
 
     def _nested(self, where: str, given: Any, space: Space[Any], path: str, index: int | None = None) -> Any:
-        inner = children(space)
+        inner = subspaces(space)
         if inner is not None:
             parts = self._parts(where, given, space, path)
             converted = {key: self._nested(where, parts[key], inner[key], _joined(path, key), index) for key in inner}
@@ -156,7 +156,7 @@ class Promise:
         return self._cast(f"observation {path}".strip(), fitting, np.dtype(dtype), index)
 
     def _nested_tensors(self, where: str, given: Any, space: Space[Any], path: str, device: torch.device) -> Any:
-        inner = children(space)
+        inner = subspaces(space)
         if inner is not None:
             parts = self._parts(where, given, space, path)
             converted = {
@@ -274,7 +274,7 @@ def old_api(error: Exception) -> str | None:
 
 def wrong_parts(given: Any, space: Space[Any], path: str) -> str | None:
     """How the keys, or the number of parts, of an observation differ from those of its Dict or Tuple space."""
-    inner = children(space)
+    inner = subspaces(space)
     assert inner is not None
     if isinstance(space, Dict):
         if not isinstance(given, Mapping):

@@ -7,7 +7,7 @@ from ppo_lightning.envs.make import EnvFactory
 from ppo_lightning.envs.overrides import EnvOverrides
 from ppo_lightning.envs.vector import Environments, Halves, Restarts
 from ppo_lightning.errors import InputError
-from ppo_lightning.spaces import cut
+from ppo_lightning.spaces import split_sizes
 
 
 class EnvProvider:
@@ -53,7 +53,7 @@ class EnvProvider:
         make = partial(self._make, factory, attributes=self.overrides.attributes)
         if not self._double_buffered:
             return make(self.num_envs, made=made)
-        sizes = cut(self.num_envs, 2)
+        sizes = split_sizes(self.num_envs, 2)
         first = make(sizes[0])
         try:
             return Halves(first, make(sizes[1], first=sizes[0]))

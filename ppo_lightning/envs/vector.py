@@ -22,7 +22,7 @@ from ppo_lightning.envs.state import pack, restore_vector, same_environments, un
 from ppo_lightning.envs.values import layers, time_limit
 from ppo_lightning.envs.workers import Watch, WorkerLost, Workers, close
 from ppo_lightning.errors import EnvironmentFault, InputError
-from ppo_lightning.spaces import MASK, Array, Tree, flattener, tree_map, without_mask
+from ppo_lightning.spaces import MASK, Array, Tree, flatten_fn, tree_map, without_mask
 
 SUCCESS_KEYS = ("is_success", "success")
 """Keys of ``info`` that report an episode's success (Gymnasium-Robotics and SB3; ManiSkill)."""
@@ -158,7 +158,7 @@ class Environments:
             raise InputError(
                 f"{self.name} has metadata['autoreset_mode'] = {mode!r}: it must be one of {known}"
             ) from error
-        self._flatten = flattener(without_mask(self.env.single_observation_space))
+        self._flatten = flatten_fn(without_mask(self.env.single_observation_space))
         self._promise = Promise(self.name, self.env.single_observation_space, self.num_envs, first)
         self._masks = ActionMasks(self.name, self.env, first)
         self._done = np.zeros(self.num_envs, dtype=bool)

@@ -13,7 +13,7 @@ from ppo_lightning.envs.info import Sums, means
 from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy
-from ppo_lightning.spaces import Tree, storing
+from ppo_lightning.spaces import Tree, to_tensors_fn
 
 MAX_EPISODE_STEPS = 100_000
 """An evaluation episode that has not ended by then is truncated, with a warning."""
@@ -92,7 +92,7 @@ def _episodes(
     results: list[list[tuple[float, ...]]] = [[] for _ in range(num_envs)]
     state = torch.zeros(num_envs, policy.state_size, device=device) if policy.state_size else None
     start = np.ones(num_envs, dtype=bool)
-    stored, step, noise = storing(observation_space, device), 0, None
+    stored, step, noise = to_tensors_fn(observation_space, device), 0, None
     while (done < quota).any():
         if not deterministic and step % NOISE_STEPS == 0:
             noise = policy.distribution.noise(NOISE_STEPS, num_envs, generator=generator).to(device)

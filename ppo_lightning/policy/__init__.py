@@ -13,6 +13,6 @@ from ppo_lightning.policy.moments import statistics_of as statistics_of
 from ppo_lightning.policy.policy import CLIP as CLIP
 from ppo_lightning.policy.policy import Network as Network
 from ppo_lightning.policy.policy import Policy as Policy
-from ppo_lightning.policy.policy import Step as Step
+from ppo_lightning.policy.policy import PolicyOutput as PolicyOutput
 from ppo_lightning.policy.policy import in_eval_mode as in_eval_mode
 from ppo_lightning.policy.recurrent import RecurrentLayer as RecurrentLayer

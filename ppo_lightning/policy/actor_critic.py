@@ -17,15 +17,15 @@ from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import FINITE, ONE_OR_MORE, Limit, checked
 from ppo_lightning.policy.distributions import (
     ActionDistribution,
+    Composite,
     DiagonalGaussian,
     Family,
-    Joint,
     StateDependentExploration,
     action_distribution,
 )
-from ppo_lightning.policy.encoders import Encoder, ImpalaCNN, NatureCNN, linear, perceptron
+from ppo_lightning.policy.encoders import Encoder, ImpalaCNN, NatureCNN, linear, mlp
 from ppo_lightning.policy.recurrent import RecurrentLayer, RNNType
-from ppo_lightning.spaces import Tree, children, feature_shape, is_image, leaves, tree_map
+from ppo_lightning.spaces import Tree, feature_shape, flatten_spaces, is_image, subspaces, tree_map
 
 
 class ActorCritic(nn.Module):
@@ -97,7 +97,7 @@ class ActorCritic(nn.Module):
             raise InputError(f"log_std_range must rise, got {tuple(log_std_range)}")
         if not low <= log_std_init <= high:
             raise InputError(f"log_std_init = {log_std_init} must lie within log_std_range = {tuple(log_std_range)}")
-        boxes = any(isinstance(space, Box) for space in leaves(action_space).values())
+        boxes = any(isinstance(space, Box) for space in flatten_spaces(action_space).values())
         has_std = boxes and distribution != "beta"
         options = {"state_dependent_std": state_dependent_std, "log_std_init": log_std_init}
         idle = [name for name, value in options.items() if value and not has_std]
@@ -106,14 +106,14 @@ class ActorCritic(nn.Module):
             raise InputError(
                 f"{idle[0]} is for the standard deviations of normal, tanh and gsde, which {kind} do not have: leave it out"
             )
-        if entropy_weights and children(action_space) is None:
+        if entropy_weights and subspaces(action_space) is None:
             raise InputError(
                 f"entropy_weights are for the parts of a Dict or Tuple, the action space is {action_space}"
             )
 
         def trunk(keys: Sequence[str] | None, option: str) -> Trunk:
-            spaces = select(leaves(observation_space), keys, option)
-            layers = encoders_of(spaces, image_encoder, encoders or {}, leaves(observation_space))
+            spaces = select_spaces(flatten_spaces(observation_space), keys, option)
+            layers = build_encoders(spaces, image_encoder, encoders or {}, flatten_spaces(observation_space))
             return Trunk(layers, spaces, hidden_sizes, activation, layer_norm, rnn, rnn_size)
 
         self.actor_trunk = trunk(actor_keys, "actor_keys")
@@ -161,8 +161,8 @@ class ActorCritic(nn.Module):
             return self.actor_trunk(observation)
         return self.actor_trunk.unroll(observation, state[:, : self.actor_trunk.state_size], start)[0]
 
-    def quick_actor(self) -> Callable[[Tensor], Tensor] | None:
-        """What :meth:`actor` does, while parameters and hooks stay as they are; None where the network is no plain perceptron.
+    def fast_actor(self) -> Callable[[Tensor], Tensor] | None:
+        """What :meth:`actor` does, while parameters and hooks stay as they are; None where the network is no plain MLP.
 
         Calling modules takes as long as what a small layer computes: here each is looked up once per rollout.
         """
@@ -170,7 +170,7 @@ class ActorCritic(nn.Module):
         plain = type(self).actor is ActorCritic.actor and type(trunk) is Trunk and type(trunk.layers) is nn.Sequential
         if not (plain and trunk.is_flat) or any(map(_is_hooked, (self, trunk, trunk.layers))):
             return None
-        steps = [quick(layer) for layer in [*trunk.layers, self.action_head]]
+        steps = [fast_layer(layer) for layer in [*trunk.layers, self.action_head]]
 
         def act(observation: Tensor) -> Tensor:
             latent = observation.flatten(1)
@@ -185,7 +185,7 @@ class ActorCritic(nn.Module):
         return self.value_head(self.critic_trunk(observation)).squeeze(-1)
 
 
-def quick(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+def fast_layer(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """A layer as a function, with its present parameters, unless something is hooked to it."""
     if _is_hooked(layer):
         return layer
@@ -219,7 +219,7 @@ class Trunk(nn.Module):
         if hidden_sizes is None:
             hidden_sizes = () if all(map(is_image, spaces.values())) else (64, 64)
         sizes = [inputs, *hidden_sizes]
-        self.layers = perceptron(sizes, activation, layer_norm=layer_norm)
+        self.layers = mlp(sizes, activation, layer_norm=layer_norm)
         self.recurrent = None if rnn is None else RecurrentLayer(rnn, sizes[-1], rnn_size)
         self.size = sizes[-1] if rnn is None else rnn_size
         self.state_size = 0 if self.recurrent is None else self.recurrent.state_size
@@ -241,7 +241,7 @@ class Trunk(nn.Module):
         return self.recurrent(latent.view(*start.shape, -1), state, start)
 
 
-def select(spaces: Mapping[str, Space[Any]], keys: Sequence[str] | None, option: str) -> dict[str, Space[Any]]:
+def select_spaces(spaces: Mapping[str, Space[Any]], keys: Sequence[str] | None, option: str) -> dict[str, Space[Any]]:
     """The parts that keys name: each a path, or what a path begins with."""
     if keys is None:
         return dict(spaces)
@@ -256,7 +256,7 @@ def select(spaces: Mapping[str, Space[Any]], keys: Sequence[str] | None, option:
     return {name: space for name, space in spaces.items() if name in chosen}
 
 
-def encoders_of(
+def build_encoders(
     spaces: Mapping[str, Space[Any]],
     image_encoder: Encoder | None,
     encoders: Mapping[str, Encoder],
@@ -336,12 +336,12 @@ def _(distribution: DiagonalGaussian, inputs: int, std: StdOptions) -> nn.Module
 
 @action_head.register
 def _(distribution: StateDependentExploration, inputs: int, std: StdOptions) -> nn.Module:
-    return ExplorationHead(inputs, distribution.num_noise // inputs, *std[:3])
+    return GSDEHead(inputs, distribution.num_noise // inputs, *std[:3])
 
 
 @action_head.register
-def _(distribution: Joint, inputs: int, std: StdOptions) -> nn.Module:
-    return JointHead([action_head(part, inputs, std) for part in distribution.parts.values()])
+def _(distribution: Composite, inputs: int, std: StdOptions) -> nn.Module:
+    return CompositeHead([action_head(part, inputs, std) for part in distribution.parts.values()])
 
 
 class GaussianHead(nn.Module):
@@ -364,10 +364,10 @@ class GaussianHead(nn.Module):
         """Means and log standard deviations [B, 2d]."""
         mean = self.mean(latent)
         log_std = self.log_std if self.log_std_layer is None else self.log_std_layer(latent)
-        return torch.cat([mean, bounded(log_std, self.low, self.high).expand_as(mean)], -1)
+        return torch.cat([mean, clamp_with_pullback(log_std, self.low, self.high).expand_as(mean)], -1)
 
 
-class ExplorationHead(nn.Module):
+class GSDEHead(nn.Module):
     """Means as outputs, and loadings: the latent times the standard deviations of the exploration matrix.
 
     The latent is learnt by the means alone; from the loadings no gradient flows into it.
@@ -382,11 +382,11 @@ class ExplorationHead(nn.Module):
     @override
     def forward(self, latent: Tensor) -> Tensor:
         """Means and loadings [B, d + F d]."""
-        loadings = latent.detach().unsqueeze(-1) * bounded(self.log_std, self.low, self.high).exp()
+        loadings = latent.detach().unsqueeze(-1) * clamp_with_pullback(self.log_std, self.low, self.high).exp()
         return torch.cat([self.mean(latent), loadings.flatten(-2)], -1)
 
 
-class JointHead(nn.Module):
+class CompositeHead(nn.Module):
     """One head for each part of a Dict or Tuple."""
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
@@ -399,16 +399,16 @@ class JointHead(nn.Module):
         return torch.cat([head(latent) for head in self.heads], -1)
 
 
-def bounded(log_std: Any, low: float, high: float) -> Tensor:
+def clamp_with_pullback(log_std: Any, low: float, high: float) -> Tensor:
     """``log_std`` between its bounds; beyond them the gradient can still pull it back, which torch.clamp prevents."""
     if not torch.is_grad_enabled():
         return log_std.clamp(low, high)
     if torch.compiler.is_compiling():  # which takes the clamp's own gradient: CompiledUpdate sees to the bounds
         return log_std + (log_std.clamp(low, high) - log_std).detach()
-    return _Bounded.apply(log_std, low, high)  # pyright: ignore[reportReturnType]
+    return _ClampWithPullback.apply(log_std, low, high)  # pyright: ignore[reportReturnType]
 
 
-class _Bounded(torch.autograd.Function):
+class _ClampWithPullback(torch.autograd.Function):
     @staticmethod
     @override
     def forward(values: Tensor, low: float, high: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -21,10 +21,10 @@ from torch.nn.functional import softplus
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.spaces import Array, Tree, as_int64, choices, leaves, nest, tree_map
+from ppo_lightning.spaces import Array, Tree, action_dims, as_int64, flatten_spaces, tree_map, unflatten
 
 LOG_2PI = math.log(2 * math.pi)
-LOWEST = torch.finfo(torch.float32).min
+MASKED_LOGIT = torch.finfo(torch.float32).min
 """Logit of what must not happen. Its probability is 0 to the last bit, and unlike -∞ it makes no NaN of 0 · log 0."""
 
 Family = Literal["normal", "tanh", "beta", "gsde"]
@@ -35,7 +35,7 @@ generalised state-dependent exploration."""
 class ActionDistribution(ABC):
     """A family of distributions over one action space, described by ``parameters`` [B, P].
 
-    Actions are kept as they were drawn, in the distribution's own coordinates: only :meth:`decode` gives what the
+    Actions are kept as they were drawn, in the distribution's own coordinates: only :meth:`to_env_action` gives what the
     environment takes, so no log-probability suffers from a transformation that would have to be undone.
     """
 
@@ -66,20 +66,20 @@ class ActionDistribution(ABC):
         """Log-probability (or log-density) of the actions, and entropy, each [B], in nats."""
 
     @abstractmethod
-    def decode(self, action: Any) -> Tree:
+    def to_env_action(self, action: Any) -> Tree:
         """What the environment is given for actions [N, …], as tensors; of a Dict or Tuple its parts."""
 
-    def nest(self, tree: Tree) -> Any:
+    def unflatten(self, tree: Tree) -> Any:
         """Parts of a Dict or Tuple as Gymnasium takes them; of other spaces what was given."""
         return tree
 
     def to_numpy(self, action: Tree) -> Any:
         """Actions [N, …] as a Gymnasium vector takes them."""
-        return self.nest(tree_map(_to_numpy, self.decode(action)))
+        return self.unflatten(tree_map(_to_numpy, self.to_env_action(action)))
 
-    def masked(self, parameters: Tensor, mask: Tensor) -> Tensor:
+    def apply_mask(self, parameters: Tensor, mask: Tensor) -> Tensor:
         """Parameters [B, P] under which what ``mask`` [B, M] forbids has probability 0, and no part in the entropy."""
-        return parameters.masked_fill(~mask, LOWEST)
+        return parameters.masked_fill(~mask, MASKED_LOGIT)
 
     has_std = False
     """Whether the family has standard deviations."""
@@ -89,10 +89,10 @@ class ActionDistribution(ABC):
         return None
 
     def clipped(self, action: Any) -> Tensor | None:
-        """Which actions [*B, …] have a component outside the bounds, [*B] bool; None where :meth:`decode` clips nothing."""
+        """Which actions [*B, …] are outside the bounds, [*B] bool; None where :meth:`to_env_action` clips nothing."""
         return None
 
-    def describe(self) -> str:
+    def signature(self) -> str:
         """A name that two distributions share exactly when they read parameters alike."""
         return type(self).__name__
 
@@ -144,7 +144,7 @@ class Categorical(ActionDistribution):
         return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), entropy
 
     @override
-    def decode(self, action: Tensor) -> Tensor:
+    def to_env_action(self, action: Tensor) -> Tensor:
         return (action + self.start if self.start else action).to(torch_dtype(self.dtype))
 
 
@@ -188,24 +188,24 @@ class MultiCategorical(ActionDistribution):
 
     @override
     def mode(self, parameters: Tensor) -> Tensor:
-        return self._apart(parameters).argmax(-1).view(-1, *self.shape)
+        return self._split_parameters(parameters).argmax(-1).view(-1, *self.shape)
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs = self._apart(parameters).log_softmax(-1)  # [B, choices, actions]
+        log_probs = self._split_parameters(parameters).log_softmax(-1)  # [B, choices, actions]
         entropy = -(log_probs.exp() * log_probs).sum((-2, -1))
         return log_probs.gather(-1, action.reshape(*log_probs.shape[:2], 1)).sum((-2, -1)), entropy
 
-    def _apart(self, parameters: Tensor) -> Tensor:
+    def _split_parameters(self, parameters: Tensor) -> Tensor:
         """Logits [B, choices, most actions], those of smaller choices filled up with what must not happen."""
         most = max(self.sizes)
         if min(self.sizes) == most:
             return parameters.unflatten(-1, (-1, most))
         index, filler = _padding(self.sizes, parameters.device)
-        return parameters[..., index].masked_fill(filler, LOWEST)
+        return parameters[..., index].masked_fill(filler, MASKED_LOGIT)
 
     @override
-    def decode(self, action: Tensor) -> Tensor:
+    def to_env_action(self, action: Tensor) -> Tensor:
         return (action + _constant(self, "start", action.device)).to(torch_dtype(self.dtype))
 
 
@@ -280,7 +280,7 @@ class DiagonalGaussian(ActionDistribution):
         return log_prob, total_log_std + 0.5 * mean.shape[-1] * (1 + LOG_2PI)
 
     @override
-    def decode(self, action: Tensor) -> Tensor:
+    def to_env_action(self, action: Tensor) -> Tensor:
         low, high = (_bound(self, name, action.device) for name in ("low", "high"))
         return action.clamp(low, high).to(torch_dtype(self.space.dtype))
 
@@ -306,7 +306,7 @@ class SquashedGaussian(DiagonalGaussian):
     """
 
     def __post_init__(self) -> None:
-        refuse_unbounded(self.space, "tanh")
+        check_bounded(self.space, "tanh")
         object.__setattr__(self, "width", log_half_width(self.space))
 
     @override
@@ -314,20 +314,20 @@ class SquashedGaussian(DiagonalGaussian):
         log_prob, entropy = super().log_prob_and_entropy(parameters, action)
         mean, log_std = parameters.chunk(2, -1)
         nodes, weights = _quadrature(parameters.device)
-        expected = (log_slope_of_tanh(mean[..., None] + log_std.exp()[..., None] * nodes) @ weights).sum(-1)
+        expected = (tanh_log_det_jacobian(mean[..., None] + log_std.exp()[..., None] * nodes) @ weights).sum(-1)
         width: float = self.width  # pyright: ignore[reportAttributeAccessIssue]
-        return log_prob - log_slope_of_tanh(action.reshape(mean.shape)).sum(-1) - width, entropy + expected + width
+        return log_prob - tanh_log_det_jacobian(action.reshape(mean.shape)).sum(-1) - width, entropy + expected + width
 
     @override
-    def decode(self, action: Tensor) -> Tensor:
-        return between_bounds((action.tanh() + 1) / 2, self)
+    def to_env_action(self, action: Tensor) -> Tensor:
+        return scale_to_bounds((action.tanh() + 1) / 2, self)
 
     @override
     def clipped(self, action: Tensor) -> None:
         return None
 
 
-def log_slope_of_tanh(u: Tensor) -> Tensor:
+def tanh_log_det_jacobian(u: Tensor) -> Tensor:
     """Logarithm of 1 - tanh² u, exact where tanh u has rounded to 1."""
     return 2 * (math.log(2) - u - softplus(-2 * u))
 
@@ -358,7 +358,7 @@ class Beta(ActionDistribution):
     """Samples keep this distance from the bounds, where the density is 0 or has no logarithm."""
 
     def __post_init__(self) -> None:
-        refuse_unbounded(self.space, "beta")
+        check_bounded(self.space, "beta")
         object.__setattr__(self, "width", log_half_width(self.space) + self.space.low.size * math.log(2))
 
     @property
@@ -420,8 +420,8 @@ class Beta(ActionDistribution):
         return log_prob.sum(-1) - width, entropy.sum(-1) + width
 
     @override
-    def decode(self, action: Tensor) -> Tensor:
-        return between_bounds(action, self)
+    def to_env_action(self, action: Tensor) -> Tensor:
+        return scale_to_bounds(action, self)
 
     @override
     def std(self, parameters: Tensor) -> Tensor:
@@ -462,33 +462,33 @@ class StateDependentExploration(DiagonalGaussian):
         steps = torch.arange(shape[0]) // self.sample_freq
         return super().noise(int(steps[-1]) + 1, *shape[1:], generator=generator)[steps]
 
-    def _apart(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def _split_parameters(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Means [B, d] and loadings [B, L, d]."""
         mean, loadings = parameters.split([self.num_parameters - self.num_noise, self.num_noise], -1)
         return mean, loadings.unflatten(-1, (self.num_latent, -1))
 
     @override
     def sample(self, parameters: Tensor, noise: Tensor) -> Tensor:
-        mean, loadings = self._apart(parameters)
+        mean, loadings = self._split_parameters(parameters)
         return (mean + (loadings * noise.view_as(loadings)).sum(-2)).view(-1, *self.space.shape)
 
     @override
     def mode(self, parameters: Tensor) -> Tensor:
-        return self._apart(parameters)[0].reshape(-1, *self.space.shape)
+        return self._split_parameters(parameters)[0].reshape(-1, *self.space.shape)
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        mean, loadings = self._apart(parameters)
+        mean, loadings = self._split_parameters(parameters)
         log_std = 0.5 * (loadings.square().sum(-2) + 1e-6).log()
         log_prob, total_log_std = gaussian_log_prob(mean, log_std, action.reshape(mean.shape))
         return log_prob, total_log_std + 0.5 * mean.shape[-1] * (1 + LOG_2PI)
 
     @override
     def std(self, parameters: Tensor) -> Tensor:
-        return (self._apart(parameters)[1].square().sum(-2) + 1e-6).sqrt()
+        return (self._split_parameters(parameters)[1].square().sum(-2) + 1e-6).sqrt()
 
 
-def refuse_unbounded(space: Box, family: str) -> None:
+def check_bounded(space: Box, family: str) -> None:
     """Raise where a Box has no bounds to stay between."""
     with np.errstate(over="ignore"):
         widths = space.high - space.low
@@ -512,7 +512,7 @@ def _bound(distribution: Any, name: str, device: torch.device) -> Tensor:
     return bound.to(device, bound.dtype if bound.dtype == torch.float32 else exact)
 
 
-def between_bounds(share: Tensor, distribution: "SquashedGaussian | Beta") -> Tensor:
+def scale_to_bounds(share: Tensor, distribution: "SquashedGaussian | Beta") -> Tensor:
     """From shares (0 to 1) of the way between the bounds to actions within them."""
     low, high = (_bound(distribution, name, share.device) for name in ("low", "high"))
     wide = low.to(torch.float32 if share.device.type == "mps" else torch.float64)
@@ -523,10 +523,10 @@ def between_bounds(share: Tensor, distribution: "SquashedGaussian | Beta") -> Te
 
 
 @dataclass(frozen=True, eq=False)
-class Joint(ActionDistribution):
+class Composite(ActionDistribution):
     """Independent distributions over the parts of a Dict or Tuple; an action is a dictionary of parts, by path.
 
-    Parameters, noise and masks are the concatenation of those of the parts, in the order of :func:`leaves`.
+    Parameters, noise and masks are the concatenation of those of the parts, in the order of :func:`flatten_spaces`.
     Log-probabilities are summed, and entropies with a weight for each part.
     """
 
@@ -556,11 +556,11 @@ class Joint(ActionDistribution):
     @cached_property
     def _sizes(self) -> dict[str, list[int]]:
         """Of parameters, noise and masks of each part."""
-        parts, spaces = self.parts.values(), leaves(self.space).values()
+        parts, spaces = self.parts.values(), flatten_spaces(self.space).values()
         return {
             "num_parameters": [part.num_parameters for part in parts],
             "num_noise": [part.num_noise for part in parts],
-            "num_masks": [sum(choices(leaf)) for leaf in spaces],
+            "num_masks": [sum(action_dims(leaf)) for leaf in spaces],
         }
 
     def _split(self, tensor: Tensor, size: str) -> dict[str, Tensor]:
@@ -586,24 +586,24 @@ class Joint(ActionDistribution):
         return log_prob, entropy
 
     @override
-    def masked(self, parameters: Tensor, mask: Tensor) -> Tensor:
+    def apply_mask(self, parameters: Tensor, mask: Tensor) -> Tensor:
         described = self._split(parameters, "num_parameters")
         for name, own in self._split(mask, "num_masks").items():
             if own.shape[-1]:
-                described[name] = self.parts[name].masked(described[name], own)
+                described[name] = self.parts[name].apply_mask(described[name], own)
         return torch.cat(list(described.values()), -1)
 
     @override
-    def describe(self) -> str:
-        return ", ".join(f"{name}: {part.describe()}" for name, part in self.parts.items())
+    def signature(self) -> str:
+        return ", ".join(f"{name}: {part.signature()}" for name, part in self.parts.items())
 
     @override
-    def decode(self, action: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: part.decode(action[name]) for name, part in self.parts.items()}
+    def to_env_action(self, action: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: part.to_env_action(action[name]) for name, part in self.parts.items()}
 
     @override
-    def nest(self, tree: Tree) -> Any:
-        return nest(self.space, tree)
+    def unflatten(self, tree: Tree) -> Any:
+        return unflatten(self.space, tree)
 
     @override
     def std(self, parameters: Tensor) -> Tensor | None:
@@ -697,7 +697,7 @@ def _(
     entropy_weights: Mapping[str, float] | None = None,
     **options: Any,
 ) -> ActionDistribution:
-    spaces = leaves(space)
+    spaces = flatten_spaces(space)
     if not any(isinstance(leaf, Box) for leaf in spaces.values()):
         _refuse_continuous(family, space)
     parts = {
@@ -708,7 +708,7 @@ def _(
     unknown = weights.keys() - parts.keys()
     if unknown:
         raise InputError(f"entropy_weights names {sorted(unknown)}, the parts of the action space are {list(parts)}")
-    return Joint(space, parts, weights)
+    return Composite(space, parts, weights)
 
 
 def stack(trees: list[Tree]) -> Tree:

@@ -1,4 +1,4 @@
-"""From one basic observation to a vector: perceptron, Nature CNN, IMPALA CNN."""
+"""From one basic observation to a vector: MLP, Nature CNN, IMPALA CNN."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def orthogonal(layer: Any, gain: float = math.sqrt(2)) -> Any:
     return layer
 
 
-def perceptron(sizes: Sequence[int], activation: type[nn.Module], *, layer_norm: bool = False) -> nn.Sequential:
+def mlp(sizes: Sequence[int], activation: type[nn.Module], *, layer_norm: bool = False) -> nn.Sequential:
     """Linear layers from ``sizes[0]`` inputs to ``sizes[1]``, ``sizes[2]``, … units, an activation after each."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
@@ -60,7 +60,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.scale = 1 / 255 if is_image(space) else None
-        self.layers = perceptron([math.prod(feature_shape(space)), *hidden_sizes], activation, layer_norm=layer_norm)
+        self.layers = mlp([math.prod(feature_shape(space)), *hidden_sizes], activation, layer_norm=layer_norm)
 
     @override
     def forward(self, observation: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class ImageEncoder(nn.Module):
         self.shape = (count * (space.shape[0] if len(space.shape) == 4 else 1), *pixels)
         self.scale = scale or (255.0 if space.dtype == "uint8" else 1.0)
 
-    def picture(self, observation: Tensor) -> Tensor:
+    def to_nchw(self, observation: Tensor) -> Tensor:
         """Floats [B, C, H, W], channels last in memory, in the precision of the update; not scaled yet."""
         if self.last:
             observation = observation.movedim(-1, -3)
@@ -117,7 +117,7 @@ class ImageEncoder(nn.Module):
             return layers(torch.zeros(1, *self.shape)).flatten(1).shape[1]
 
 
-class FirstConv2d(nn.Conv2d):
+class ScaledConv2d(nn.Conv2d):
     """A convolution that divides its input by ``scale``: its weights, that is, which are fewer than pixels.
 
     Bytes are exact in bfloat16, their 255th parts are not.
@@ -156,7 +156,7 @@ class NatureCNN(ImageEncoder):
     def __init__(self, space: Space[Any], features: int = 512, scale: float = 0.0, channels: Channels = "auto") -> None:
         super().__init__(space, scale, channels, smallest=36)
         self.layers = nn.Sequential(
-            orthogonal(FirstConv2d(self.scale, (self.shape[0], 32), 8, 4)),
+            orthogonal(ScaledConv2d(self.scale, (self.shape[0], 32), 8, 4)),
             nn.ReLU(),
             orthogonal(nn.Conv2d(32, 64, 4, 2)),
             nn.ReLU(),
@@ -169,7 +169,7 @@ class NatureCNN(ImageEncoder):
     @override
     def forward(self, observation: Tensor) -> Tensor:
         """[B, features] for images [B, …]."""
-        return self.output(self.layers(self.picture(observation)))
+        return self.output(self.layers(self.to_nchw(observation)))
 
 
 class ImpalaCNN(ImageEncoder):
@@ -195,7 +195,7 @@ class ImpalaCNN(ImageEncoder):
         super().__init__(space, scale, channels, smallest=1)
         blocks: list[nn.Module] = []
         for inputs, outputs in pairwise([self.shape[0], *depths]):
-            first = FirstConv2d(1.0 if blocks else self.scale, (inputs, outputs), 3, padding=1)
+            first = ScaledConv2d(1.0 if blocks else self.scale, (inputs, outputs), 3, padding=1)
             blocks += [orthogonal(first), nn.MaxPool2d(3, 2, padding=1), Residual(outputs), Residual(outputs)]
         self.layers = nn.Sequential(*blocks, nn.ReLU(), nn.Flatten()).to(
             memory_format=torch.channels_last  # pyright: ignore[reportCallIssue]
@@ -205,7 +205,7 @@ class ImpalaCNN(ImageEncoder):
     @override
     def forward(self, observation: Tensor) -> Tensor:
         """[B, features] for images [B, …]."""
-        return self.output(self.layers(self.picture(observation)))
+        return self.output(self.layers(self.to_nchw(observation)))
 
 
 class Residual(nn.Module):

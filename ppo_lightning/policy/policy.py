@@ -16,7 +16,7 @@ from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import PopArt, calling, shown
 from ppo_lightning.policy.distributions import ActionDistribution, action_distribution
 from ppo_lightning.policy.moments import RunningMoments, ValueNormalizer
-from ppo_lightning.spaces import Tree, describe, encoder, feature_shape, is_image, leaves, lowest, tree_map
+from ppo_lightning.spaces import Tree, encoder, example, feature_shape, flatten_spaces, is_image, signature, tree_map
 
 Network = Callable[[Space[Any], Space[Any]], nn.Module]
 """(observation_space, action_space) -> module whose forward maps features [B, …] to (parameters [B, P], values [B])."""
@@ -55,8 +55,8 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         for space in (observation_space, action_space):
-            describe(space)  # refuses unsupported ones before anything is built
-        spaces = leaves(observation_space)
+            signature(space)  # refuses unsupported ones before anything is built
+        spaces = flatten_spaces(observation_space)
         self.encoders = {name: encoder(leaf) for name, leaf in spaces.items()}
         self.normalized: dict[str, slice] = {}
         """Where in the moments those parts of an observation are that are normalised."""
@@ -95,8 +95,12 @@ class Policy(nn.Module):
                 "number of 0 or more"
             )
         # Layers may well be called actor and critic; what counts as half of the network is a method of its class.
-        self._has_halves = all(callable(getattr(type(self.network), half, None)) for half in ("actor", "critic"))
-        self.is_joint = bool(self.state_size or not self._has_halves or getattr(self.network, "shared", False) is True)
+        self._has_separate_heads = all(
+            callable(getattr(type(self.network), half, None)) for half in ("actor", "critic")
+        )
+        self.value_with_action = bool(
+            self.state_size or not self._has_separate_heads or getattr(self.network, "shared", False) is True
+        )
         """Acting computes the values, too: for recurrent policies, and where policy and value share layers."""
         self._spaces = observation_space, action_space
         self._check(observation_space, action_space)
@@ -107,7 +111,7 @@ class Policy(nn.Module):
         Raises:
             InputError: its outputs depend on none of its parameters that learn.
         """
-        if not self.halves.any():
+        if not self.actor_critic_masks.any():
             raise InputError(
                 f"the outputs of the network {type(self.network).__name__} depend on none of its parameters that learn: there "
                 "is nothing to train"
@@ -124,13 +128,13 @@ class Policy(nn.Module):
 
     def _check(self, observation_space: Space[Any], action_space: Space[Any]) -> None:
         self._checked = list(self.parameters())
-        """Parameters that :attr:`halves` is about."""
+        """Parameters that :attr:`actor_critic_masks` is about."""
         device = self._checked[0].device
 
         def two(space: Space[Any]) -> Tensor:
-            return torch.from_numpy(lowest(space)).expand(2, *lowest(space).shape).to(device)
+            return torch.from_numpy(example(space)).expand(2, *example(space).shape).to(device)
 
-        spaces, name = leaves(observation_space), type(self.network).__name__
+        spaces, name = flatten_spaces(observation_space), type(self.network).__name__
         observation = {key: two(leaf) for key, leaf in spaces.items()}
         try:
             # Without dropout, so that outputs can be compared; cuDNN has no gradient of memory in evaluation mode.
@@ -144,39 +148,41 @@ class Policy(nn.Module):
                     fits, parameters, value = state.shape == (2, self.state_size), parameters[0], value[0]
                 else:
                     (parameters, value), fits = self.network(features), True
-                    if self._has_halves:
+                    if self._has_separate_heads:
                         halves = self.network.actor(features), self.network.critic(features)  # pyright: ignore[reportCallIssue]
                         fits = all(map(torch.allclose, halves, (parameters, value)))
                 got = tuple(parameters.shape), tuple(value.shape)
-                reached = [self._reached(output) for output in (parameters, self._value(value))]
+                reached = [self._parameters_in_graph(output) for output in (parameters, self._value(value))]
         except Exception as error:
             raise InputError(
-                f"the network {name} raised {type(error).__name__} on 2 observations of {describe(observation_space)}: "
+                f"the network {name} raised {type(error).__name__} on 2 observations of {signature(observation_space)}: "
                 f"{error}"
             ) from error
         expected = (2, self.distribution.num_parameters)
         if not (got == (expected, (2,)) and fits):
             raise InputError(
                 f"the network {name} returned parameters {got[0]} and values {got[1]} for 2 observations, "
-                f"{describe(action_space)} needs {expected} and (2,): change its output layers"
+                f"{signature(action_space)} needs {expected} and (2,): change its output layers"
                 + ("" if fits or not self.state_size else f"; with memory also a state (2, {self.state_size})")
                 + ("" if fits or self.state_size else "; its methods actor and critic must return what forward does")
             )
-        self.halves = torch.tensor(reached, dtype=torch.float32)
+        self.actor_critic_masks = torch.tensor(reached, dtype=torch.float32)
         """[2, P] 1 for each of the parameters that the action depends on, and for those that the value depends on."""
 
-    def halves_of(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """[2, P] of :attr:`halves` for parameters of any order; 0 for those that are not the policy's."""
-        columns = {id(one): column for one, column in zip(self._checked, self.halves.unbind(1), strict=True)}
+    def masks_of(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """[2, P] of :attr:`actor_critic_masks` for parameters of any order; 0 for those that are not the policy's."""
+        columns = {
+            id(one): column for one, column in zip(self._checked, self.actor_critic_masks.unbind(1), strict=True)
+        }
         return torch.stack([columns.get(id(one), torch.zeros(2)) for one in parameters], 1)
 
     @property
     def critic_parameters(self) -> list[nn.Parameter]:
         """Those that the value depends on and the action does not."""
-        acts, values = self.halves.bool().tolist()
+        acts, values = self.actor_critic_masks.bool().tolist()
         return [one for one, act, value in zip(self.parameters(), acts, values, strict=True) if value and not act]
 
-    def _reached(self, output: Tensor) -> list[bool]:
+    def _parameters_in_graph(self, output: Tensor) -> list[bool]:
         parameters = list(self.parameters())
         learnt = [one for one in parameters if one.requires_grad]
         if not output.requires_grad:
@@ -191,7 +197,7 @@ class Policy(nn.Module):
             return self.encoders[""](observation)
         return {name: encode(observation[name]) for name, encode in self.encoders.items()}
 
-    def numbers(self, observation: Tree) -> Tensor:
+    def normalizable_features(self, observation: Tree) -> Tensor:
         """The normalised features [B, D] of stored observations [B, …]: samples for the moments."""
         encoded = self.encode(observation)
         if "" in self.normalized:
@@ -216,24 +222,24 @@ class Policy(nn.Module):
         parameters, value = self.network(features)
         return parameters.float(), self._value(value)
 
-    def quick_actor(self) -> Callable[[Any], Tensor] | None:
+    def fast_actor(self) -> Callable[[Any], Tensor] | None:
         """What :meth:`actor` does, made once for many steps with the same parameters, where the network can make it."""
-        quick = getattr(self.network, "quick_actor", None)
-        if self.is_joint or quick is None or "actor" in vars(self.network):
+        make = getattr(self.network, "fast_actor", None)
+        if self.value_with_action or make is None or "actor" in vars(self.network):
             return None
-        return quick()
+        return make()
 
     def actor(self, features: Tree) -> Tensor:
         """Distribution parameters [B, P] of a feed-forward policy."""
         network: Any = self.network
-        return (network.actor(features) if self._has_halves else network(features)[0]).float()
+        return (network.actor(features) if self._has_separate_heads else network(features)[0]).float()
 
     def critic(self, features: Tree) -> Tensor:
         """Values [B], in (normalised) reward units, of a feed-forward policy."""
         network: Any = self.network
-        return self._value(network.critic(features) if self._has_halves else network(features)[1])
+        return self._value(network.critic(features) if self._has_separate_heads else network(features)[1])
 
-    def advance(self, features: Tree, state: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def recurrent_step(self, features: Tree, state: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step of a recurrent policy: parameters [B, P], values [B] and the state [B, S] after it.
 
         Args:
@@ -248,7 +254,7 @@ class Policy(nn.Module):
     def _value(self, output: Tensor) -> Tensor:
         return output.float() if self.value_normalizer is None else self.value_normalizer(output.float())
 
-    def evaluate(self, batch: TensorDict | Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_actions(self, batch: TensorDict | Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of stored actions, entropy, and value as the loss compares it, each like the batch.
 
         Args:
@@ -264,7 +270,7 @@ class Policy(nn.Module):
         """The last hidden features of the network's actor, [B, H], or [B, L, H] of sequences.
 
         Args:
-            batch: as of :meth:`evaluate`.
+            batch: as of :meth:`evaluate_actions`.
 
         Raises:
             InputError: the network has no method ``latent``.
@@ -296,15 +302,15 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         parameters, output = parameters.float(), output.float()
         if mask is not None:
-            parameters = self.distribution.masked(parameters, mask)
+            parameters = self.distribution.apply_mask(parameters, mask)
         value = output if self.value_normalizer is None else self.value_normalizer.prediction(output)
         return *self.distribution.log_prob_and_entropy(parameters, action), value
 
-    def score(self, observation: Tree, action: Tree, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def log_prob_and_value(self, observation: Tree, action: Tree, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-probabilities [B] of stored actions, and values [B] in (normalised) reward units, without memory."""
         parameters, value = self(self.features(observation))
         if mask is not None:
-            parameters = self.distribution.masked(parameters, mask)
+            parameters = self.distribution.apply_mask(parameters, mask)
         return self.distribution.log_prob_and_entropy(parameters, action)[0], value
 
     def std(self, row: TensorDict) -> Tensor | None:
@@ -312,7 +318,7 @@ class Policy(nn.Module):
         features = self.features(row["observation"])
         if not self.state_size:
             return self.distribution.std(self.actor(features))
-        return self.distribution.std(self.advance(features, row["recurrent_state"], row["episode_start"])[0])
+        return self.distribution.std(self.recurrent_step(features, row["recurrent_state"], row["episode_start"])[0])
 
     def act(
         self,
@@ -322,7 +328,7 @@ class Policy(nn.Module):
         state: Tensor | None = None,
         start: Tensor | None = None,
         actor: Callable[[Any], Tensor] | None = None,
-    ) -> "Step":
+    ) -> "PolicyOutput":
         """Choose actions for stored observations.
 
         Args:
@@ -331,20 +337,20 @@ class Policy(nn.Module):
             mask: [B, M] bool, what is allowed; None is everything.
             state: [B, S] of a recurrent policy.
             start: [B] bool, the observation is the first of an episode.
-            actor: what :meth:`quick_actor` made.
+            actor: what :meth:`fast_actor` made.
         """
         features, value = self.features(observation), None
         if state is not None and start is not None:
-            parameters, value, state = self.advance(features, state, start)
-        elif self.is_joint:
+            parameters, value, state = self.recurrent_step(features, state, start)
+        elif self.value_with_action:
             parameters, value = self(features)
         else:
             parameters = self.actor(features) if actor is None else actor(features).float()
         if mask is not None:
-            parameters = self.distribution.masked(parameters, mask)
+            parameters = self.distribution.apply_mask(parameters, mask)
         if noise is None:
-            return Step(self.distribution.mode(parameters), parameters, value, state)
-        return Step(self.distribution.sample(parameters, noise), parameters, value, state)
+            return PolicyOutput(self.distribution.mode(parameters), parameters, value, state)
+        return PolicyOutput(self.distribution.sample(parameters, noise), parameters, value, state)
 
 
 @contextmanager
@@ -360,7 +366,7 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
             one.training = True
 
 
-class Step(NamedTuple):
+class PolicyOutput(NamedTuple):
     """What a policy did at one step of B environments."""
 
     action: Tree

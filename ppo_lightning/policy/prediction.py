@@ -12,15 +12,15 @@ from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import (
     MASK,
     Tree,
-    choices,
+    action_dims,
+    check_mask_length,
+    flatten_fn,
     flatten_mask,
-    flattener,
-    leaves,
+    flatten_spaces,
+    mask_error,
     mask_flags,
-    no_mask,
-    refuse_mask_length,
     storage,
-    storing,
+    to_tensors_fn,
     tree_map,
     without_mask,
     wrong_values,
@@ -51,7 +51,7 @@ def predict(
     memory = start = None
     if policy.state_size:
         memory, start = (
-            memories(state, count, policy.state_size, device),
+            recurrent_states(state, count, policy.state_size, device),
             torch.full((count,), state is None, device=device),
         )
     elif state is not None:
@@ -65,7 +65,7 @@ def predict(
         return leaf.cpu().numpy()[0] if single else leaf.cpu().numpy()
 
     distribution = policy.distribution
-    action = distribution.nest(tree_map(out, distribution.decode(step.action)))
+    action = distribution.unflatten(tree_map(out, distribution.to_env_action(step.action)))
     return action if step.state is None else (action, out(step.state))
 
 
@@ -75,9 +75,9 @@ def observations(observation: Any, space: Space[Any], device: torch.device) -> t
     Raises:
         InputError: they are not of the space.
     """
-    spaces = leaves(space)
+    spaces = flatten_spaces(space)
     try:
-        tree = flattener(space)(observation)
+        tree = flatten_fn(space)(observation)
         arrays = {name: np.asarray(tree[name] if name else tree) for name in spaces}
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:  # the last of tensors with gradients
         raise InputError(f"predict needs observations of {space}, got {observation!r}") from error
@@ -100,7 +100,7 @@ def observations(observation: Any, space: Space[Any], device: torch.device) -> t
         raise InputError(f"predict needs as many of each part of an observation, got {observation!r}")
     single = counts == {None}
     arrays = {name: (array[None] if single else array).copy() for name, array in arrays.items()}
-    return storing(space, device)(arrays.get("", arrays)), single
+    return to_tensors_fn(space, device)(arrays.get("", arrays)), single
 
 
 def masks(given: Any, action_space: Space[Any], count: int, single: bool, device: torch.device) -> Tensor:
@@ -113,13 +113,13 @@ def masks(given: Any, action_space: Space[Any], count: int, single: bool, device
     length, rest = divmod(flat.size, count)
     if rest:
         raise InputError(f"predict needs an {MASK} for each of {count} observations, got {flat.shape}")
-    refuse_mask_length(length, action_space)
+    check_mask_length(length, action_space)
     values = flat.reshape(count, -1)
     mask, wrong = mask_flags(values)
     if wrong is not None:
-        raise InputError(f"the {MASK} given to predict has {no_mask(values, wrong)}")
+        raise InputError(f"the {MASK} given to predict has {mask_error(values, wrong)}")
     begin = 0
-    for size in choices(action_space):
+    for size in action_dims(action_space):
         if not mask[:, begin : begin + size].any(1).all():
             raise InputError(f"the {MASK} given to predict allows no action: {given!r}")
         begin += size
@@ -139,7 +139,7 @@ def _batch_of_one(masks: Any) -> Any:
         return one
 
 
-def memories(state: Any, count: int, size: int, device: torch.device) -> Tensor:
+def recurrent_states(state: Any, count: int, size: int, device: torch.device) -> Tensor:
     """States as rows [B, S]; zeros for None.
 
     Raises:

@@ -16,8 +16,8 @@ from typing_extensions import override
 from ppo_lightning.algorithm.compiler import CompilerError, CudaGraphCache, compile_function
 from ppo_lightning.envs import Environments, Halves, TensorEnv
 from ppo_lightning.errors import EnvironmentFault
-from ppo_lightning.policy import Policy, Step, stack
-from ppo_lightning.spaces import Array, Tree, as_stored, empty, leaves, tree_map
+from ppo_lightning.policy import Policy, PolicyOutput, stack
+from ppo_lightning.spaces import Array, Tree, empty, flatten_spaces, to_tensor, tree_map
 
 
 class Ends(NamedTuple):
@@ -75,7 +75,7 @@ class Stepper(ABC):
         # One more observation than steps: the next rollout starts from the last.
         spaces = {
             name: empty(leaf, num_steps + 1, num_envs, device=device)
-            for name, leaf in leaves(observation_space).items()
+            for name, leaf in flatten_spaces(observation_space).items()
         }
         self.observations: Tree = spaces[""] if list(spaces) == [""] else spaces
         """[T + 1, N, …]"""
@@ -162,7 +162,7 @@ class ArrayStepper(Stepper):
 
     @override
     def take(self, policy: Policy, noise: Tensor | None) -> Steps:
-        distribution, actor = policy.distribution, policy.quick_actor()
+        distribution, actor = policy.distribution, policy.fast_actor()
         arrays = tree_map(Tensor.numpy, self.observations)
         finals: list[Final] = []
         for part in self.parts:
@@ -208,7 +208,7 @@ class ArrayStepper(Stepper):
 
     def _ends(self, finals: list["Final"]) -> Ends:
         def joined(rows: Tensor, *last: Array) -> Tensor:
-            given = [as_stored(leaf, rows.dtype).view(-1, *rows.shape[2:]) for leaf in last]
+            given = [to_tensor(leaf, rows.dtype).view(-1, *rows.shape[2:]) for leaf in last]
             return torch.cat([rows[0, :0], *given])
 
         nothing = [
@@ -255,7 +255,7 @@ class Part:
         self._reward, self._terminated, self._truncated, self._valid = (
             self._rows[key] for key in ("reward", "terminated", "truncated", "valid")
         )
-        self.taken: list[Step] = []
+        self.taken: list[PolicyOutput] = []
         self.states: list[Tensor] = []
 
     def observe(self, step: int) -> None:
@@ -277,7 +277,7 @@ class Part:
             seen = tree_map(lambda leaf: leaf.to(device), seen)
         return seen, None if self._noise is None else self._noise[step], mask, self.state, start
 
-    def send(self, taken: Step, action: Any) -> None:
+    def send(self, taken: PolicyOutput, action: Any) -> None:
         """Let the environments step."""
         self.taken.append(taken)
         self.state = taken.state
@@ -399,9 +399,9 @@ class TensorStepper(Stepper):
         reward, terminated, truncated = (self.rows[key] for key in ("reward", "terminated", "truncated"))
         observed, finals = _by_step(self.observations), _by_step(self.finals)
         drawn = [None] * self.num_steps if noise is None else noise.unbind()
-        taken: list[Step] = []
+        taken: list[PolicyOutput] = []
         outcomes: list[Tensor | None] = []
-        act = partial(policy.act, actor=policy.quick_actor())
+        act = partial(policy.act, actor=policy.fast_actor())
         if self.captures and noise is not None:
             self._act = self._act or CudaGraphCache(policy.act, policy)
             act = self._act
@@ -409,7 +409,7 @@ class TensorStepper(Stepper):
         for step in range(self.num_steps):
             _copy(observed[step], self._observation)
             taken.append(act(observed[step], drawn[step]))
-            after = environments.step_tensors(distribution.nest(distribution.decode(taken[-1].action)))
+            after = environments.step_tensors(distribution.unflatten(distribution.to_env_action(taken[-1].action)))
             reward[step].copy_(after.reward)
             terminated[step].copy_(after.terminated)
             truncated[step].copy_(after.truncated)
@@ -475,7 +475,7 @@ def _several(
     for step, own in enumerate(uniform.unbind()):
         observation = env.observe(state)
         taken = policy.act(observation, None if noise is None else noise[step])
-        after = env.advance(state, elapsed, policy.distribution.decode(taken.action), own)
+        after = env.advance(state, elapsed, policy.distribution.to_env_action(taken.action), own)
         state, elapsed = after.state, after.elapsed
         steps.append((observation, after.final_observation, after.reward, after.terminated, after.truncated))
         actions.append(taken.action)
@@ -487,7 +487,7 @@ def _several(
     return state, elapsed, kept, stack(actions), *both
 
 
-def _joined(taken: list[Step]) -> tuple[Tensor | None, Tensor | None]:
+def _joined(taken: list[PolicyOutput]) -> tuple[Tensor | None, Tensor | None]:
     """Parameters [T · N, P] and values [T · N], where acting computed both."""
     values = [step.value for step in taken if step.value is not None]
     return (torch.cat([step.parameters for step in taken]), torch.cat(values)) if values else (None, None)
@@ -544,11 +544,11 @@ def check_finite(observations: Tree, reward: Tensor, ends: Ends, num_observation
 
 def warn_of_bounds(observations: Tree, observation_space: Space[Any]) -> None:
     """Warn of an observation [T, N, …] outside of its space, which is used unchanged."""
-    for name, leaf in leaves(observation_space).items():
+    for name, leaf in flatten_spaces(observation_space).items():
         if not isinstance(leaf, Box) or leaf.dtype == np.uint8:  # for other spaces that is an error
             continue
         rows = observations[name] if name else observations
-        low, high = (as_stored(bound, rows.dtype).to(rows.device) for bound in (leaf.low, leaf.high))
+        low, high = (to_tensor(bound, rows.dtype).to(rows.device) for bound in (leaf.low, leaf.high))
         outside = (rows < low) | (rows > high)
         if outside.any():
             step, index = outside.nonzero()[0, :2].tolist()

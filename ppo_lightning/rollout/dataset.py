@@ -24,7 +24,7 @@ from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import check_memory, check_samples, check_sequences, physical_memory
 from ppo_lightning.policy import Policy
 from ppo_lightning.rollout.collectors import ArrayStepper, Ends, Stepper, Steps, TensorStepper, warn_of_bounds
-from ppo_lightning.spaces import Tree, cut, leaves, storage, tree_map, without_mask
+from ppo_lightning.spaces import Tree, flatten_spaces, split_sizes, storage, tree_map, without_mask
 
 ENDLESS = 10_000
 """Steps of each environment after which a run warns that no episode has ended."""
@@ -311,15 +311,15 @@ class RolloutDataset(IterableDataset[TensorDict]):
         """Log-probabilities and values [T · N] in one pass."""
         pieces = self._pieces(observation)
         if self.compile and len(pieces) == 1:
-            score = self._score = self._score or compile_function(policy.score, policy)
+            score = self._score = self._score or compile_function(policy.log_prob_and_value, policy)
             try:
                 parts = [score(*part) for part in _in_cache((observation, action, mask))]
                 return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
             except CompilerError as error:
                 rank_zero_warn(f"compile: true has no effect on values, since {error}")
-                self._score = policy.score
+                self._score = policy.log_prob_and_value
         if len(pieces) == 1:
-            return policy.score(observation, action, mask)
+            return policy.log_prob_and_value(observation, action, mask)
         parts = [policy(policy.features(piece)) for piece in pieces]
         parameters, values = (torch.cat(part) for part in zip(*parts, strict=True))
         return _log_prob(policy, parameters, action, mask), values
@@ -336,7 +336,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         state = torch.cat([steps.state, steps.ends.state])
         start = torch.zeros(len(state), dtype=torch.bool)
         start[: len(steps.begun)] = steps.begun
-        return policy.advance(policy.features(after), state, start.to(state.device))[1]
+        return policy.recurrent_step(policy.features(after), state, start.to(state.device))[1]
 
     def _pieces(self, rows: Tree) -> list[Tree]:
         """Split a tree of tensors [B, …] along B."""
@@ -350,7 +350,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
 
 def rollout_memory(observation_space: Space[Any], num_steps: int, num_envs: int) -> dict[str, int]:
     """Bytes of a rollout's observations, by the parameters that they come from."""
-    stored = [storage(leaf) for leaf in leaves(observation_space).values()]
+    stored = [storage(leaf) for leaf in flatten_spaces(observation_space).values()]
     sample = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
     return {f"num_steps · num_envs = {num_steps} · {num_envs}": num_steps * num_envs * sample}
 
@@ -378,7 +378,7 @@ def _in_cache(trees: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     leaf = next(iter(trees[0].values())) if isinstance(trees[0], Mapping) else trees[0]
     if leaf.device.type != "cpu" or len(leaf) <= MAX_SAMPLES:
         return [trees]
-    sizes = cut(len(leaf), -(-len(leaf) // MAX_SAMPLES))
+    sizes = split_sizes(len(leaf), -(-len(leaf) // MAX_SAMPLES))
     ends = list(accumulate(sizes))
     places = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     return [
@@ -388,7 +388,7 @@ def _in_cache(trees: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 
 def _log_prob(policy: Policy, parameters: Tensor, action: Tree, mask: Tensor | None) -> Tensor:
     if mask is not None:
-        parameters = policy.distribution.masked(parameters, mask)
+        parameters = policy.distribution.apply_mask(parameters, mask)
     return policy.distribution.log_prob_and_entropy(parameters, action)[0]
 
 

@@ -27,7 +27,7 @@ from ppo_lightning.algorithm.schedules import SCHEDULED_LR
 from ppo_lightning.envs.state import as_tensors
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import Linear, PopArt
-from ppo_lightning.spaces import describe
+from ppo_lightning.spaces import signature
 
 KEY = "ppo_lightning"
 """Key of our entries in a checkpoint."""
@@ -392,9 +392,9 @@ def refuse_other_spaces(
     ours = checkpoint[KEY]
     for kind, space in (("observation", observation_space), ("action", action_space)):
         saved = ours[f"{kind}_space"]
-        if saved != describe(space):
+        if saved != signature(space):
             raise InputError(
-                f"the checkpoint was trained with {kind} space {saved}, {name} has {describe(space)}: "
+                f"the checkpoint was trained with {kind} space {saved}, {name} has {signature(space)}: "
                 "use the environment it was trained on"
             )
     return ours
@@ -417,7 +417,7 @@ def check_checkpoint(module: Any, checkpoint: dict[str, Any], *, fits: bool) -> 
     if not fits and not any(name.startswith("loss.") for name in own):
         weights = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {name: one for name, one in weights if not name.startswith("loss.")}
-    refuse_other_policy(checkpoint, own, module.policy.distribution.describe())
+    refuse_other_policy(checkpoint, own, module.policy.distribution.signature())
     if fits:
         refuse_weights_alone(checkpoint)
         refuse_fewer_epochs(checkpoint, module.trainer.max_epochs)
@@ -428,9 +428,9 @@ def checkpoint_contents(module: Any) -> dict[str, Any]:
     trainer = module.trainer
     return {
         "processes": as_tensors(module.run_state.of_all_ranks(module.ranks)),
-        "observation_space": describe(module.observation_space),
-        "action_space": describe(module.action_space),
-        "distribution": module.policy.distribution.describe(),
+        "observation_space": signature(module.observation_space),
+        "action_space": signature(module.action_space),
+        "distribution": module.policy.distribution.signature(),
         "optimizer": [type(one).__name__ for one in trainer.optimizers],
         "lr_scheduler": [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs],
         "seed": module.seed,

@@ -200,7 +200,7 @@ class RunModule(LightningModule):
         """
         valid, episodes = rollout["valid"], self.rollouts.episodes
         if self.policy.moments is not None:
-            seen = self.policy.numbers(rollout["observation"][valid])
+            seen = self.policy.normalizable_features(rollout["observation"][valid])
             self.policy.moments.merge(self.ranks.gather(RunningMoments.batch_moments(seen)))
         self.iterations += 1
         self.n_updates += epochs

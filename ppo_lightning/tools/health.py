@@ -25,11 +25,11 @@ from ppo_lightning.errors import InputError
 from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import Linear, checked
 from ppo_lightning.policy import ActorCritic, Policy
-from ppo_lightning.policy.distributions import DiagonalGaussian, Joint
+from ppo_lightning.policy.distributions import Composite, DiagonalGaussian
 from ppo_lightning.rollout.dataset import EpisodeStatistics
 from ppo_lightning.runs.checkpoint import write_atomically
 from ppo_lightning.runs.ranks import fingerprint
-from ppo_lightning.spaces import choices, leaves
+from ppo_lightning.spaces import action_dims, flatten_spaces
 from ppo_lightning.tools.diagnosis import (
     METRICS,
     REMEDIES,
@@ -198,8 +198,8 @@ class HealthMonitor(Callback):
         module = cast(PPOModule, pl_module)
         folder = trainer.log_dir if trainer.loggers else None  # a broadcast, in which all ranks take part
         self._folder = None if folder is None or "://" in folder else Path(folder)
-        discrete = not any(isinstance(leaf, Box) for leaf in leaves(module.action_space).values())
-        self._most_entropy = sum(map(math.log, choices(module.action_space))) if discrete else math.nan
+        discrete = not any(isinstance(leaf, Box) for leaf in flatten_spaces(module.action_space).values())
+        self._most_entropy = sum(map(math.log, action_dims(module.action_space))) if discrete else math.nan
         self._given, self._skipped = None, 0.0
         policy = cast(Policy, pl_module.policy)
         self._critic_parameters = policy.critic_parameters  # once, since the search takes as long as an inspection
@@ -319,7 +319,7 @@ class HealthMonitor(Callback):
     def _is_frozen(self, pl_module: LightningModule) -> float:
         """Whether the critic has not changed since the last inspection; NaN if unknown."""
         if not self._critic_parameters:  # all are shared with the actor, or frozen
-            return math.nan if cast(Policy, pl_module.policy).halves[1].any() else 1.0
+            return math.nan if cast(Policy, pl_module.policy).actor_critic_masks[1].any() else 1.0
         before, self._critic = self._critic, fingerprint(self._critic_parameters)
         return math.nan if before is None else float(before == self._critic)
 
@@ -447,7 +447,7 @@ def _configurable(network: Module) -> frozenset[str]:
         return frozenset()
     known = set(inspect.signature(ActorCritic).parameters)
     distribution = network.distribution
-    parts = distribution.parts.values() if isinstance(distribution, Joint) else [distribution]
+    parts = distribution.parts.values() if isinstance(distribution, Composite) else [distribution]
     if not any(isinstance(part, DiagonalGaussian) for part in parts):
         known.remove("log_std_init")
     own = inspect.signature(type(network)).parameters

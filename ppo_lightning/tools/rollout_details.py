@@ -15,7 +15,7 @@ from ppo_lightning.callbacks.events import PPOCallback
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import INDEX, checked
 from ppo_lightning.policy import Policy, RunningMoments
-from ppo_lightning.spaces import feature_shape, is_image, leaves
+from ppo_lightning.spaces import feature_shape, flatten_spaces, is_image
 
 
 class RolloutDetails(PPOCallback):
@@ -48,7 +48,7 @@ class RolloutDetails(PPOCallback):
             InputError: the number of names is wrong, or a name occurs twice.
         """
         policy: Policy = cast(Any, pl_module).policy
-        spaces = leaves(cast(Any, pl_module).rollouts.observation_space)
+        spaces = flatten_spaces(cast(Any, pl_module).rollouts.observation_space)
         sizes = {part: math.prod(feature_shape(space)) for part, space in spaces.items() if not is_image(space)}
         known = [(part, f"{part or 'obs'}_{index}") for part, size in sizes.items() for index in range(size)]
         names = [name for _, name in known] if self.observation_names is None else list(self.observation_names)

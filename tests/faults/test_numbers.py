@@ -175,7 +175,7 @@ def test_the_run_ends_before_a_step_by_what_is_no_number_and_leaves_a_file(what,
     model.policy.load_state_dict(left["policy"])
     network = model.policy.network
     network.active = True
-    losses = PPOLoss()(left["samples"], model.policy.evaluate, LossCoefficients(**left["coefficients"]))
+    losses = PPOLoss()(left["samples"], model.policy.evaluate_actions, LossCoefficients(**left["coefficients"]))
     (losses["loss"] * (torch.nan if what == "loss" else 1.0)).backward()
     assert nn.utils.get_total_norm([one.grad for one in model.policy.parameters()]).isnan()
 
