@@ -1,7 +1,9 @@
 """All-reduce over the ranks of one machine, through shared memory.
 
 A small message by gloo wakes a thread in each process and costs 0.3 to 4 ms; an update on two ranks sends one for each
-minibatch. Written to shared memory, the same sum takes some ten microseconds.
+minibatch. Written to shared memory, the same sum takes some ten microseconds: by gloo, two ranks of benchmarks/ddp.py train
+at 0.62 (eager) and 0.52 (compiled) of this speed on two idle cores (torch 2.13.0, AMD EPYC). Where other processes use the
+same cores, waiting ranks take their time, and gloo is faster.
 """
 
 import os
