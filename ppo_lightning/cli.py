@@ -123,6 +123,13 @@ class RunConfig(SaveConfigCallback):
 class PPOCLI(LightningCLI):
     """``fit``, ``validate`` and ``test`` for :class:`PPO`, from YAML and flags."""
 
+    @override
+    def __init__(self, *classes: Any, args: ArgsType = None, **options: Any) -> None:
+        self._given = sys.argv[1:] if args is None else args
+        first = next(iter(self._given), None) if isinstance(self._given, list) else self._given.get("subcommand")
+        self._command = first if first in self.subcommands() else None
+        super().__init__(*classes, args=args, **options)
+
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
@@ -138,6 +145,18 @@ class PPOCLI(LightningCLI):
         return parser
 
     @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """A subcommand's parser: without arguments, which take half a second, where another subcommand is given first."""
+        if self._command in (None, subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
+
+    def _used_parsers(self) -> list[LightningArgumentParser]:
+        """The parsers of the subcommands that the arguments may name."""
+        known = self._subcommand_parsers
+        return list(known.values()) if self._command is None else [known[self._command]]
+
+    @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Trainer and model; PPO makes its own data."""
         parser.add_lightning_class_args(Trainer, "trainer")
@@ -147,19 +166,24 @@ class PPOCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse with the checkpoint's hyperparameters as defaults, so that files and flags win over them."""
-        given = sys.argv[1:] if args is None else args
-        checkpoint_seed = path = None
-        if isinstance(given, dict | Namespace) or not {"-h", "--help"} & set(given):
-            try:
-                path, named = self._checkpoint_and_keys(given)
-            except UsageError:
-                _parse(parser, given)  # its message knows the model's own types
+        given, refused = self._given, None
+        path = checkpoint_seed = None
+        try:
+            self.config = _parse(parser, given, prints=False)
+        except UsageError as error:
+            if isinstance(given, list) and {"-h", "--help"} & set(given):
                 raise
+            refused = error  # the checkpoint may have what is missing, or an optimizer that takes the key
+        if refused is not None or self.config[self.config.subcommand].ckpt_path is not None:
+            path, named = self._checkpoint_and_keys(refused)
+            if path is None and refused is not None and not _prints_config(given):
+                raise refused
             if path is not None:
                 checkpoint = read_checkpoint(path)
                 checkpoint_seed = checkpoint[KEY]["seed"]
                 self._set_hyperparameters(path, checkpoint.get("hyper_parameters", {}), named)
-        self.config = _parse(parser, given)
+        if path is not None or _prints_config(given):
+            self.config = _parse(parser, given)
         config = self.config[self.config.subcommand]
         _refuse_values_in_the_place_of_keys(config)
         if path is not None:
@@ -170,19 +194,26 @@ class PPOCLI(LightningCLI):
             drawn = random.SystemRandom().randrange(2**31) if checkpoint_seed is None else checkpoint_seed
             config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED", drawn))
 
-    def _checkpoint_and_keys(self, given: list[str] | dict[str, Any] | Namespace) -> tuple[str | None, set[str]]:
+    def _checkpoint_and_keys(self, refused: UsageError | None) -> tuple[str | None, set[str]]:
         """Path of the checkpoint that the arguments name, and the keys of the model that they set.
 
         A parser of the same options reads them, to which the model's values may be anything: which ones are valid depends on
         the checkpoint (``--model.optimizer.momentum`` where its optimiser is SGD).
+
+        Args:
+            refused: what the command line's own parser raised, whose message knows the model's types.
         """
         outline = copy.copy(self)
         names = self._model_keys()
         outline._model_class = _outline_of(names)
         outline.setup_parser(True, *outline._setup_parser_kwargs(outline.parser_kwargs))
-        with_defaults, without = (
-            _parse(outline.parser, given, defaults=defaults, _skip_validation=True) for defaults in (True, False)
-        )
+        try:
+            with_defaults, without = (
+                _parse(outline.parser, self._given, prints=False, defaults=defaults, _skip_validation=True)
+                for defaults in (True, False)
+            )
+        except UsageError as error:
+            raise refused or error from None
         config, explicit = with_defaults[with_defaults.subcommand], without[without.subcommand].get("model", {})
         _refuse_values_in_the_place_of_keys(config)
         named = {name for name in names if name in explicit or config.model[name] is not None}
@@ -195,8 +226,7 @@ class PPOCLI(LightningCLI):
 
     def _model_keys(self) -> set[str]:
         """The parameters of the model's class."""
-        parser = next(iter(self._subcommand_parsers.values()))
-        return set(vars(parser.get_defaults(skip_validation=True).model))
+        return set(vars(self._used_parsers()[0].get_defaults(skip_validation=True).model))
 
     def _set_hyperparameters(self, path: str, hyperparameters: dict[str, Any], named: set[str]) -> None:
         """Make a checkpoint's hyperparameters the parsers' defaults.
@@ -215,7 +245,7 @@ class PPOCLI(LightningCLI):
             raise InputError(f"{path} sets {unknown[0]}, which this version of PPO has not: use the one that wrote it")
         refuse_names(found, named)
         foreign = foreign_names(found)
-        for parser in self._subcommand_parsers.values():
+        for parser in self._used_parsers():
             parser.set_defaults({f"model.{name}": value for name, value in found.items() if name not in foreign})
 
     @override
@@ -366,18 +396,30 @@ def _refuse_values_in_the_place_of_keys(config: Namespace) -> None:
             raise InputError(f"{name} must hold keys with values (such as model.env), got {config[name]!r}")
 
 
-def _parse(parser: LightningArgumentParser, given: list[str] | dict[str, Any] | Namespace, **how: Any) -> Namespace:
-    """Parse words of a command line, or the values that Python gave instead.
+Given = list[str] | dict[str, Any] | Namespace
+"""Words of a command line, or the keys and values that Python gives instead."""
+
+
+def _is_print_config(word: str) -> bool:
+    return word.partition("=")[0] == "--print_config"
+
+
+def _prints_config(given: Given) -> bool:
+    return isinstance(given, list) and any(map(_is_print_config, given))
+
+
+def _parse(parser: LightningArgumentParser, given: Given, *, prints: bool = True, **how: Any) -> Namespace:
+    """Parse the arguments.
 
     Args:
         parser: of the command line.
         given: words, or keys and values.
-        how: further arguments of jsonargparse's parse methods; with them nothing is printed.
+        prints: obey ``--print_config``, which prints the values and exits.
+        how: further arguments of jsonargparse's parse methods.
     """
-    if isinstance(given, dict | Namespace):
+    if not isinstance(given, list):
         return parser.parse_object(copy.deepcopy(given), **how)
-    words = [word for word in given if not (how and word.partition("=")[0] == "--print_config")]
-    return parser.parse_args(words, **how)
+    return parser.parse_args([word for word in given if prints or not _is_print_config(word)], **how)
 
 
 def _outline_of(names: Iterable[str]) -> type[LightningModule]:

@@ -529,7 +529,7 @@ def test_what_cannot_be_sent_is_refused_before_training(fit):
 
 @pytest.mark.usefixtures("_here")
 def test_the_command_line_has_it(tmp_path):
-    from commands import main
+    from ppo_lightning.cli import main
 
     words = "fit --model.env CartPole-v1 --model.total_steps 256 --model.num_envs 2 --model.num_steps 64"
     beside = "--trainer.callbacks+=ppo_lightning.callbacks.AsyncEvaluation --trainer.callbacks.every=1"

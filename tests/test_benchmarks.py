@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import main
 from processes import forked
+
+from ppo_lightning.cli import main
 
 ROOT = Path(__file__).parent.parent / "benchmarks"
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import main
 
-from ppo_lightning.cli import main as whole_main
+from ppo_lightning.cli import main
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -40,7 +39,7 @@ def table() -> np.ndarray:
 
 @pytest.mark.paints
 def test_a_run_leaves_its_config_logs_checkpoints_and_picture(capsys):
-    whole_main(["fit", *SMALL, "--model.total_steps", "512", "--seed_everything", "4"])
+    main(["fit", *SMALL, "--model.total_steps", "512", "--seed_everything", "4"])
     names = {path.name for path in RUN.iterdir()}
     assert {"config.yaml", "metrics.csv", "checkpoints", "learning_curve.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
@@ -324,7 +323,7 @@ def test_a_wrong_type_is_refused(capsys):
 
 def test_help_gives_type_default_unit_and_meaning(capsys):
     with pytest.raises(SystemExit):
-        whole_main(["fit", "--help"])
+        main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "discount factor (per environment step, 0 to 1). (type: float, default: 0.99)" in text
     assert "a step or reset of async environments that takes longer is an error (seconds)" in text
@@ -332,6 +331,12 @@ def test_help_gives_type_default_unit_and_meaning(capsys):
 
     for name in inspect.signature(PPO).parameters:
         assert f"--model.{name}" in text
+
+
+def test_print_config_prints_what_is_not_complete(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--model.gamma", "0.9", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["gamma"] == 0.9
 
 
 def test_print_config_can_be_fed_back(capsys):

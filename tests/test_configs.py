@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import main
 
 from ppo_lightning import PPO
+from ppo_lightning.cli import main
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
-from commands import main
 from lightning.pytorch.utilities import rank_zero_info
 from rich.cells import cell_len
 from rich.console import Console
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import Dashboard, HardwareMonitor, StepProgressBar
+from ppo_lightning.cli import main
 from ppo_lightning.tools import dashboard
 from ppo_lightning.tools.dashboard import (
     HEALTHY,

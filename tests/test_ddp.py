@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import main
 from processes import fit as train
 from processes import forked, free_port
 from torch.testing import assert_close
 
 from ppo_lightning import PPO
+from ppo_lightning.cli import main
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import main
 
 from ppo_lightning import PPO
 from ppo_lightning.__main__ import main as console_script
+from ppo_lightning.cli import main
 from ppo_lightning.rollout.collectors import TensorStepper
 from ppo_lightning.tools import video
 from ppo_lightning.tools.sweep.space import read_space

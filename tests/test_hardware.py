@@ -7,12 +7,12 @@ import time
 import psutil
 import pytest
 import torch
-from commands import main
 from lightning.pytorch.callbacks import DeviceStatsMonitor
 from test_ppo import Memory
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import HardwareMonitor
+from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
 from ppo_lightning.tools.hardware import Hardware
 

@@ -13,7 +13,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from commands import main
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from probes import ActionMatters, ConstantReward, Faulty
@@ -23,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ppo_lightning import PPO, ActorCritic, action_distribution
 from ppo_lightning.callbacks import AdaptiveLearningRate, HealthMonitor, Stage, Stages, Thresholds
+from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import Linear
 from ppo_lightning.tools import health as module

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import main
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from probes import ConstantReward
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,6 +21,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import PPOCallback
+from ppo_lightning.cli import main
 
 SMALL = [
     "--model.env", "CartPole-v1", "--model.num_envs", "4", "--model.num_steps", "32", "--model.num_eval_episodes", "2",

@@ -9,7 +9,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from commands import main
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -25,6 +24,7 @@ from ppo_lightning.algorithm.minibatches import map_samples
 from ppo_lightning.algorithm.update import UpdateResult
 from ppo_lightning.callbacks import PPOCallback, RolloutDetails
 from ppo_lightning.callbacks.events import EVENTS
+from ppo_lightning.cli import main
 from ppo_lightning.envs.workers import WorkerLost
 from ppo_lightning.errors import InputError
 from ppo_lightning.metric_names import TABLES, renamed, restored

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import main
 from hills import Fragile, Hill, Hills, Line, Simulation, nearness, vector
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping
@@ -30,6 +29,7 @@ from ppo_lightning.callbacks import (
     Stage,
     Stages,
 )
+from ppo_lightning.cli import main
 from ppo_lightning.envs.shaping import PotentialShaping
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.parameters import Linear

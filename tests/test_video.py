@@ -15,7 +15,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from commands import main
 from gymnasium.vector import SyncVectorEnv
 from lightning import Callback
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -28,6 +27,7 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
 from ppo_lightning.callbacks import AsyncEvaluation, EvaluationVideo, async_evaluation, processes, record
+from ppo_lightning.cli import main
 from ppo_lightning.envs import EnvOverrides
 from ppo_lightning.tools import video
 from ppo_lightning.tools.video import opened

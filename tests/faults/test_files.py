@@ -19,12 +19,12 @@ import lightning
 import processes
 import pytest
 import torch
-from commands import main
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, PPOCallback, checkpoints
+from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError, said_in_one_sentence
 from ppo_lightning.runs.checkpoint import VerifiedCheckpointIO, newest_checkpoint, read_checkpoint
 

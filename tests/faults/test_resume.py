@@ -7,11 +7,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from commands import main
 from lightning import Callback
 from outcomes import outcome, same
 
 from ppo_lightning import PPO, ActorCritic
+from ppo_lightning.cli import main
 from ppo_lightning.envs.classic_control import CartPole
 from ppo_lightning.errors import InputError
 from ppo_lightning.rollout.collectors import TensorStepper

@@ -10,7 +10,6 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-from commands import main
 from filelock import FileLock
 from lightning import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -18,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import AdaptiveLearningRate, Stage, Stages
+from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
 
 SMALL = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "num_eval_episodes": 1}

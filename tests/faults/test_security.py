@@ -13,9 +13,9 @@ import lightning
 import pytest
 import torch
 import yaml
-from commands import main
 
 from ppo_lightning import PPO
+from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
 from ppo_lightning.runs.checkpoint import read_checkpoint, sealed
 

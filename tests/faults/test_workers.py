@@ -14,12 +14,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from commands import main
 from crashes import FIRST_SEED, Crash, native
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from lightning import Callback
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
+from ppo_lightning.cli import main
 from ppo_lightning.envs import EnvFactory, Environments, Halves, workers
 
 SMALL = {"num_envs": 2, "num_steps": 8, "total_steps": 128, "num_minibatches": 2}
