@@ -25,9 +25,9 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from ppo_lightning.algorithm.compiler import MAX_SAMPLES
 from ppo_lightning.arguments import ConfigFile, Parser
 from ppo_lightning.callbacks import has_tools, load_tools
+from ppo_lightning.compiler import MAX_SAMPLES
 from ppo_lightning.errors import InputError, UsageError, refused_settings, said_in_one_sentence
 from ppo_lightning.ppo import PPO
 from ppo_lightning.runs.checkpoint import CHOICES, KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names

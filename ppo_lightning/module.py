@@ -9,12 +9,12 @@ import torch
 from gymnasium import Space
 
 if TYPE_CHECKING:
-    from ppo_lightning.algorithm.schedules import Schedules
     from ppo_lightning.envs import EnvFactory, EnvProvider
     from ppo_lightning.policy import Policy
     from ppo_lightning.rollout.dataset import RolloutDataset
     from ppo_lightning.runs.history import Records
     from ppo_lightning.runs.ranks import Ranks
+    from ppo_lightning.runs.schedules import Schedules
     from ppo_lightning.runs.state import RunState
 
 

@@ -20,9 +20,8 @@ from typing_extensions import override
 from ppo_lightning.algorithm.advantage import check_estimates, gae
 from ppo_lightning.algorithm.loss import Loss, LossCoefficients, PPOLoss
 from ppo_lightning.algorithm.minibatches import training_samples
-from ppo_lightning.algorithm.optimizer_step import NonFiniteGradient, NonFiniteGuard, TorchBackend, write_dump
+from ppo_lightning.algorithm.optimizer_step import Backend, NonFiniteGradient, NonFiniteGuard, write_dump
 from ppo_lightning.algorithm.reward_normalization import RewardNormalizer
-from ppo_lightning.algorithm.schedules import Schedules
 from ppo_lightning.algorithm.update import Updater, UpdateResult
 from ppo_lightning.callbacks import begin_writing, defer_writing
 from ppo_lightning.callbacks.defaults import attach_callbacks
@@ -50,6 +49,7 @@ from ppo_lightning.rollout.dataset import RolloutDataset, check_rollout, rollout
 from ppo_lightning.runs.hyperparameters import defaults_of
 from ppo_lightning.runs.module import RunModule
 from ppo_lightning.runs.ranks import LightningBackend, can_bypass_strategy
+from ppo_lightning.runs.schedules import Schedules
 from ppo_lightning.runs.seeding import resolve_seed
 from ppo_lightning.runs.trainer import (
     end_iteration,
@@ -479,7 +479,7 @@ class PPO(RunModule):
         if self.updater.optimizer is optimizer:
             self.updater.follow(optimizer)
         else:
-            self.updater.prepare(self, optimizer, TorchBackend(optimizer))
+            self.updater.prepare(self, optimizer, Backend(optimizer))
         update = self.update(rollout)
         self.count(rollout, epochs=update.epochs)
         return self.metrics(rollout, update, seconds=time.perf_counter() - started, learning_rate=learning_rate)

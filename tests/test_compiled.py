@@ -13,8 +13,8 @@ from probes import ConstantReward, Uneven
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError, PopArt, PPOLoss
-from ppo_lightning.algorithm.compiler import CompilerError
 from ppo_lightning.algorithm.update import Updater
+from ppo_lightning.compiler import CompilerError
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
 from ppo_lightning.rollout.collectors import TensorStepper
 
@@ -362,7 +362,7 @@ def test_products_of_graphs_are_those_of_torch(monkeypatch, tmp_path):
     """Whichever way they are computed: a product of few columns is transposed."""
     from torch._inductor.utils import run_and_get_code
 
-    from ppo_lightning.algorithm import compiler
+    from ppo_lightning import compiler
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = PPO("CartPole-v1", **SIZE)

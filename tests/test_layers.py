@@ -25,7 +25,7 @@ LAYERS = [
     {"algorithm"},
     {"envs", "policy"},
     {"spaces"},
-    {"parameters", "arguments", "module"},
+    {"parameters", "arguments", "module", "compiler"},
     {"metric_names"},
     {"errors"},
 ]

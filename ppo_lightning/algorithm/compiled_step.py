@@ -1,5 +1,6 @@
 """The gradient step as one compiled graph: what a small minibatch costs is dispatch, not arithmetic."""
 
+from collections import UserDict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -7,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
+from typing_extensions import override
 
-from ppo_lightning.algorithm.compiler import MAX_SAMPLES, CompilerError, compile_function
 from ppo_lightning.algorithm.loss import LossCoefficients, Objective, normalize_advantages
 from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, index_samples
 from ppo_lightning.algorithm.optimizer_step import Backend, StepRecord, UpdateSettings
+from ppo_lightning.compiler import MAX_SAMPLES, CompilerError, compile_function
 from ppo_lightning.policy.actor_critic import GaussianHead, GSDEHead
 from ppo_lightning.spaces import split_sizes
 
@@ -68,22 +70,17 @@ class CompiledMinibatch(NamedTuple):
     """In the loss."""
 
 
-class RecordedKeys(Mapping[str, Any]):
+class RecordedKeys(UserDict[str, Any]):
     """Samples that record which of their keys are read: each tensor that a graph does not take saves two microseconds."""
 
     def __init__(self, samples: Mapping[str, Any]) -> None:
-        self._samples = samples
+        super().__init__(samples)
         self.keys_read: set[str] = set()
 
+    @override
     def __getitem__(self, name: str) -> Any:
         self.keys_read.add(name)
-        return self._samples[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._samples)
-
-    def __len__(self) -> int:
-        return len(self._samples)
+        return super().__getitem__(name)
 
 
 class CompiledStep:
@@ -358,7 +355,7 @@ class CompiledStep:
         if not norms[:, 0].isfinite().all():
             raise NonFiniteError
         torch._foreach_add_(self.steps, len(norms))  # pyright: ignore[reportPrivateImportUsage]
-        return StepRecord(self.names, torch.stack(self.losses), norms)
+        return self.names, torch.stack(self.losses), norms
 
     def restore(self) -> None:
         """Undo the steps of this update, if it has begun."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,57 +43,38 @@ class UpdateSettings(NamedTuple):
     """Names of the coefficients that change over the run."""
 
 
-class StepRecord(NamedTuple):
-    """What the gradient steps of an update did."""
-
-    names: tuple[str, ...]
-    """K names of scalars that the loss returned."""
-    losses: Tensor
-    """[M, K] of every minibatch, in order."""
-    grad_norms: Tensor
-    """[G, 3] norms of the gradient of each step, before clipping: of all parameters, of those that the action depends on,
-    and of those that the value depends on."""
+StepRecord = tuple[tuple[str, ...], Tensor, Tensor]
+"""What the gradient steps of an update did: the first fields of :class:`~ppo_lightning.algorithm.update.UpdateResult`."""
 
 
-class GradientStep(Protocol):
-    """Gradient steps of one update: eager on one or several ranks, or compiled."""
+class Backend:
+    """How gradients are computed and steps are taken: by torch alone, in one process; subclasses go through Lightning.
 
-    def begin(self, samples: Samples, plan: MinibatchPlan, settings: UpdateSettings) -> None:
-        """Prepare an update."""
+    Args:
+        optimizer: takes the steps.
+    """
 
-    def minibatches(self, epoch: int) -> Iterator[Any]:
-        """The minibatches of an epoch, as :meth:`gradient` takes them."""
-        ...
-
-    def gradient(self, minibatch: Any) -> Tensor | None:
-        """Compute the gradient of a minibatch; its divergence, the same on all ranks, where ``target_kl`` is given."""
-
-    def apply(self) -> None:
-        """Take the step."""
-
-    def non_finite(self, value: float) -> None:
-        """Handle a first divergence that is not finite."""
-
-    def end(self) -> StepRecord:
-        """Finish the update."""
-        ...
-
-
-class Backend(Protocol):
-    """How gradients are computed and steps are taken: by torch alone, or through Lightning's strategy."""
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add to the gradients; ``last`` of a minibatch, they are averaged over ranks."""
+        """Accumulate gradients; after the last microbatch of a minibatch, average them over ranks."""
+        loss.backward()
 
     def step(self, clip: Callable[[], None]) -> None:
         """Clip, then take a step of the optimizer."""
+        clip()
+        self.optimizer.step()
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace a tensor by its mean over all ranks."""
 
 
 class EagerStep:
-    """Gradient steps, one operation at a time.
+    """Gradient steps of an update, one operation at a time.
+
+    ``run_epochs`` calls :meth:`begin`, then for each minibatch of :meth:`minibatches` :meth:`gradient` and, unless the
+    divergence is too large, :meth:`apply`, and :meth:`end`. :class:`CompiledStep` has the same methods.
 
     Args:
         objective: that is minimised.
@@ -188,7 +169,7 @@ class EagerStep:
             masks = self.masks.to(self.norms[0])
             of_heads = (torch.stack(self.norms_of_parameters).square() @ masks.T).sqrt()
             norms = torch.cat([torch.stack(self.norms)[:, None], of_heads], 1)
-        return StepRecord(self.names, torch.stack(self.losses), norms)
+        return self.names, torch.stack(self.losses), norms
 
     @property
     def approx_kl(self) -> int:
@@ -231,29 +212,6 @@ class EagerStep:
             "policy": self.objective.policy.state_dict(),
             "coefficients": asdict(self.settings.coefficients),
         }
-
-
-class TorchBackend:
-    """Backward passes and steps by torch alone, in one process.
-
-    Args:
-        optimizer: takes the steps.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add to the gradients."""
-        loss.backward()
-
-    def step(self, clip: Callable[[], None]) -> None:
-        """Clip, then take a step."""
-        clip()
-        self.optimizer.step()
-
-    def all_reduce(self, tensor: Tensor) -> None:
-        """The mean over one rank."""
 
 
 def clip_by_norm(parameters: Sequence[nn.Parameter], max_norm: float | None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The update: epochs of shuffled minibatches, each a gradient step of the loss."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,25 +10,22 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from ppo_lightning.algorithm.compiled_step import CompiledStep, NonFiniteError, unsupported_reason
-from ppo_lightning.algorithm.compiler import CompilerError
 from ppo_lightning.algorithm.loss import LossCoefficients, Objective
 from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, plan_minibatches
 from ppo_lightning.algorithm.optimizer_step import (
     Backend,
     EagerStep,
-    GradientStep,
     NonFiniteGuard,
-    StepRecord,
     UpdateSettings,
     parameters_of,
 )
+from ppo_lightning.compiler import CompilerError
 from ppo_lightning.errors import InputError
 
 
 class UpdateResult(NamedTuple):
     """What an update did."""
 
-    coefficients: LossCoefficients
     names: tuple[str, ...]
     """K names of scalars that the loss returned."""
     losses: Tensor
@@ -35,6 +33,7 @@ class UpdateResult(NamedTuple):
     grad_norms: Tensor
     """[G, 3] norms of the gradient of each step, before clipping: of all parameters, of those that the action depends on,
     and of those that the value depends on."""
+    coefficients: LossCoefficients
     epochs: int
     """Epochs that were begun."""
     minibatches: int
@@ -47,47 +46,31 @@ class UpdateResult(NamedTuple):
         return self.losses[:, self.names.index(name)]
 
 
+@dataclass(eq=False)
 class Updater:
-    """Updates the policy of a module on rollouts, by the module's loss.
+    """Updates the policy of a module on rollouts, by the module's loss; parameters as of :class:`PPO`."""
 
-    Args:
-        update_epochs: epochs over each rollout (count).
-        num_minibatches: of each epoch (count).
-        gradient_accumulation_steps: parts in which the gradient of a minibatch is accumulated (count).
-        normalize_advantage: as in :class:`PPO`.
-        target_kl: as in :class:`PPO` (nats).
-        max_grad_norm: as in :class:`PPO`.
-        guard: checks gradients.
-        compile: make each gradient step one compiled graph, where that is possible.
-    """
-
-    def __init__(
-        self,
-        *,
-        update_epochs: int,
-        num_minibatches: int,
-        gradient_accumulation_steps: int,
-        normalize_advantage: bool | Literal["all_ranks"],
-        target_kl: float | None,
-        max_grad_norm: float | None,
-        guard: NonFiniteGuard,
-        compile: bool,
-    ) -> None:
-        self.update_epochs, self.num_minibatches = update_epochs, num_minibatches
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.normalize_advantage, self.target_kl = normalize_advantage, target_kl
-        self.max_grad_norm, self.guard, self.compile = max_grad_norm, guard, compile
-        self.parameters: list[nn.Parameter] = []
-        """Of the optimizer: an update clips and checks them."""
-        self.world_size = 1
-        self.eager: EagerStep | None = None
-        self.compiled: CompiledStep | None = None
-        """The step as one graph, where ``compile`` is on and nothing prevents it."""
-        self._run: Any = None
-        self._untrained: set[int] = set()
-        """Of the parameters that require gradients and that the optimizer does not train."""
-        self._unreached: list[str] = []
-        """Names of trained parameters beside the policy's that no gradient has reached yet."""
+    update_epochs: int
+    num_minibatches: int
+    gradient_accumulation_steps: int
+    normalize_advantage: bool | Literal["all_ranks"]
+    target_kl: float | None
+    max_grad_norm: float | None
+    guard: NonFiniteGuard
+    """Checks gradients."""
+    compile: bool
+    """Make each gradient step one compiled graph, where that is possible."""
+    world_size: int = field(default=1, init=False)
+    parameters: list[nn.Parameter] = field(default_factory=list, init=False)
+    """Of the optimizer: an update clips and checks them."""
+    eager: EagerStep | None = field(default=None, init=False)
+    compiled: CompiledStep | None = field(default=None, init=False)
+    """The step as one graph, where ``compile`` is on and nothing prevents it."""
+    _run: Any = field(default=None, init=False)
+    _untrained: set[int] = field(default_factory=set, init=False)
+    """Of the parameters that require gradients and that the optimizer does not train."""
+    _unreached: list[str] = field(default_factory=list, init=False)
+    """Names of trained parameters beside the policy's that no gradient has reached yet."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -275,7 +258,9 @@ class Updater:
             )
 
 
-def run_epochs(step: GradientStep, samples: Samples, plan: MinibatchPlan, settings: UpdateSettings) -> UpdateResult:
+def run_epochs(
+    step: EagerStep | CompiledStep, samples: Samples, plan: MinibatchPlan, settings: UpdateSettings
+) -> UpdateResult:
     """The epochs of an update, by one kind of gradient step.
 
     Stable-Baselines3's rule ends it: before the first step after which the divergence exceeds 1.5 ``target_kl``.
@@ -285,7 +270,8 @@ def run_epochs(step: GradientStep, samples: Samples, plan: MinibatchPlan, settin
     epoch = minibatch = 0
     stopped = False
     for epoch in range(len(plan.permutations)):
-        for minibatch, of_step in enumerate(step.minibatches(epoch)):
+        samples_of_steps: Iterator[Any] = step.minibatches(epoch)
+        for minibatch, of_step in enumerate(samples_of_steps):
             kl = step.gradient(of_step)
             if kl is not None:
                 value = kl.item()
@@ -297,8 +283,7 @@ def run_epochs(step: GradientStep, samples: Samples, plan: MinibatchPlan, settin
             step.apply()
         if stopped:
             break
-    record: StepRecord = step.end()
-    return UpdateResult(settings.coefficients, *record, epoch + 1, minibatch + 1, stopped)
+    return UpdateResult(*step.end(), settings.coefficients, epoch + 1, minibatch + 1, stopped)
 
 
 def _warn_of_eager(reason: Any) -> None:

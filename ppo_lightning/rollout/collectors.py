@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from ppo_lightning.algorithm.compiler import CompilerError, CudaGraphCache, compile_function
+from ppo_lightning.compiler import CompilerError, CudaGraphCache, compile_function
 from ppo_lightning.envs import Environments, Halves, TensorEnv
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy, PolicyOutput, stack

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ppo_lightning.algorithm.compiler import MAX_SAMPLES, CompilerError, compile_function
+from ppo_lightning.compiler import MAX_SAMPLES, CompilerError, compile_function
 from ppo_lightning.envs import Environments, EnvOverrides, EnvProvider, Halves
 from ppo_lightning.envs.info import Sums, added
 from ppo_lightning.envs.streams import get_rng_state, set_rng_state

@@ -23,10 +23,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.algorithm.advantage import gae
-from ppo_lightning.algorithm.schedules import SCHEDULED_LR
 from ppo_lightning.envs.state import as_tensors
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import Linear, PopArt
+from ppo_lightning.runs.schedules import SCHEDULED_LR
 from ppo_lightning.spaces import signature
 
 KEY = "ppo_lightning"

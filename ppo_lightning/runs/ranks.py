@@ -8,8 +8,9 @@ from typing import Any, TypeVar, cast
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ppo_lightning.algorithm.optimizer_step import parameters_of
+from ppo_lightning.algorithm.optimizer_step import Backend, parameters_of
 from ppo_lightning.errors import ProcessFault
 from ppo_lightning.runs.shared_memory import SharedMemoryAllReduce, make_shared_memory
 
@@ -107,7 +108,7 @@ class Ranks:
             )
 
 
-class LightningBackend:
+class LightningBackend(Backend):
     """Backward passes and steps of a Trainer's run.
 
     Args:
@@ -118,13 +119,14 @@ class LightningBackend:
     """
 
     def __init__(self, module: Any, optimizer: torch.optim.Optimizer, ranks: Ranks, *, bypass: bool) -> None:
-        self.module, self.optimizer, self.ranks, self.bypass = module, optimizer, ranks, bypass
+        super().__init__(optimizer)
+        self.module, self.ranks, self.bypass = module, ranks, bypass
         self.parameters = parameters_of(optimizer)
 
+    @override
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; after the last microbatch of a minibatch, average them over ranks."""
         if self.bypass:
-            loss.backward()
+            super().backward(loss, last=last)
             if last:
                 self.ranks.average_gradients(self.parameters)
             return
@@ -132,16 +134,15 @@ class LightningBackend:
         with cast(Any, self.module.trainer.strategy).block_backward_sync() if waits else nullcontext():
             self.module.manual_backward(loss)
 
+    @override
     def step(self, clip: Callable[[], None]) -> None:
-        """Clip and step; through the strategy, clipping is the module's ``on_before_optimizer_step``."""
         if self.bypass:
-            clip()
-            self.optimizer.step()
-        else:
+            super().step(clip)
+        else:  # whose clipping is the module's on_before_optimizer_step
             self.module.trainer.strategy.optimizer_step(self.optimizer, lambda: None)
 
+    @override
     def all_reduce(self, tensor: Tensor) -> None:
-        """Replace a tensor by its mean over all ranks."""
         self.ranks.average(tensor)
 
 
