@@ -30,17 +30,22 @@ from ppo_lightning.callbacks import has_tools, load_tools
 from ppo_lightning.compiler import MAX_SAMPLES
 from ppo_lightning.errors import InputError, UsageError, refused_settings, said_in_one_sentence
 from ppo_lightning.ppo import PPO
-from ppo_lightning.runs.checkpoint import CHOICES, KEY, foreign_names, newest_checkpoint, read_checkpoint, refuse_names
-from ppo_lightning.runs.loggers import (
-    LIGHTNINGS_OWN,
-    Tolerant,
-    TolerantCSVLogger,
-    TolerantTensorBoardLogger,
-    beside_the_folder,
-    refuse_unusable,
-    wandb_run_ends,
+from ppo_lightning.runs.checkpoint import (
+    CHECKPOINT_KEY,
+    CHOICES,
+    newest_checkpoint,
+    read_checkpoint,
 )
-from ppo_lightning.runs.trainer import refuse_impossible, refuse_unwritable
+from ppo_lightning.runs.hyperparameters import LIGHTNING_KEYS, check_names, disallowed_names
+from ppo_lightning.runs.loggers import (
+    TolerantCSVLogger,
+    TolerantLogger,
+    TolerantTensorBoardLogger,
+    check_logger_config,
+    finishing_wandb_run,
+    with_folder_logger,
+)
+from ppo_lightning.runs.trainer import check_trainer_settings, check_writable
 
 
 class RunWriter(ExperimentWriter):
@@ -180,7 +185,7 @@ class PPOCLI(LightningCLI):
                 raise refused
             if path is not None:
                 checkpoint = read_checkpoint(path)
-                checkpoint_seed = checkpoint[KEY]["seed"]
+                checkpoint_seed = checkpoint[CHECKPOINT_KEY]["seed"]
                 self._set_hyperparameters(path, checkpoint.get("hyper_parameters", {}), named)
         if path is not None or _prints_config(given):
             self.config = _parse(parser, given)
@@ -188,7 +193,7 @@ class PPOCLI(LightningCLI):
         _refuse_values_in_the_place_of_keys(config)
         if path is not None:
             config.ckpt_path = path
-        refuse_unusable(config.trainer.logger)
+        check_logger_config(config.trainer.logger)
         if config.seed_everything is True or config.seed_everything is None:
             # Lightning would take 0. Processes started by this one find its seed in their environment.
             drawn = random.SystemRandom().randrange(2**31) if checkpoint_seed is None else checkpoint_seed
@@ -239,12 +244,12 @@ class PPOCLI(LightningCLI):
         Raises:
             InputError: this version does not have one of them, or no checkpoint may choose it and it is not named.
         """
-        found = {name: value for name, value in hyperparameters.items() if name not in LIGHTNINGS_OWN}
+        found = {name: value for name, value in hyperparameters.items() if name not in LIGHTNING_KEYS}
         unknown = sorted(found.keys() - self._model_keys())
         if unknown:
             raise InputError(f"{path} sets {unknown[0]}, which this version of PPO has not: use the one that wrote it")
-        refuse_names(found, named)
-        foreign = foreign_names(found)
+        check_names(found, named)
+        foreign = disallowed_names(found)
         for parser in self._used_parsers():
             parser.set_defaults({f"model.{name}": value for name, value in found.items() if name not in foreign})
 
@@ -273,15 +278,15 @@ class PPOCLI(LightningCLI):
         """A Trainer with loggers in one folder per run; those that the user gave log beside them."""
         config = self._get(self.config_init, "trainer")
         given, root = config["logger"], config["default_root_dir"] or "."
-        refuse_impossible(config)
+        check_trainer_settings(config)
         if self.subcommand == "fit":
             for key, folder in _folders(config, root):
-                refuse_unwritable(key, folder)
+                check_writable(key, folder)
         if given in (None, True):
             kwargs["logger"] = self._loggers(root)
         elif given is not False and self.subcommand == "fit":
             loggers = [_that_keeps_rows(logger) for logger in (given if isinstance(given, list) else [given])]
-            kwargs["logger"] = beside_the_folder(loggers, lambda: cast(list[Logger], self._loggers(root)))
+            kwargs["logger"] = with_folder_logger(loggers, lambda: cast(list[Logger], self._loggers(root)))
         if self.subcommand != "fit":
             self.save_config_callback = None
         elif self.save_config_callback is SaveConfigCallback:
@@ -331,7 +336,7 @@ class PPOCLI(LightningCLI):
             if place is not None and place.exists():
                 print(f"  {name:<12} {place}")
         for logger in trainer.loggers:
-            if isinstance(logger, Tolerant) and logger.stopped_by is not None:
+            if isinstance(logger, TolerantLogger) and logger.stopped_by is not None:
                 print(f"  incomplete   {type(logger).__name__} stopped logging: {logger.stopped_by}")
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             print(f"  watch        tensorboard --logdir {run.parent}")
@@ -386,7 +391,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
     # Defaults of Lightning's callbacks are members of enumerations, for which YAML has no word.
     yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
-    with said_in_one_sentence(), wandb_run_ends():
+    with said_in_one_sentence(), finishing_wandb_run():
         PPOCLI(PPO, **OPTIONS, args=args)
 
 

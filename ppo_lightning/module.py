@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ppo_lightning.envs import EnvFactory, EnvProvider
     from ppo_lightning.policy import Policy
     from ppo_lightning.rollout.dataset import RolloutDataset
+    from ppo_lightning.runs.clock import Clock
     from ppo_lightning.runs.history import Records
     from ppo_lightning.runs.ranks import Ranks
     from ppo_lightning.runs.schedules import Schedules
@@ -30,6 +31,7 @@ class PPOModule(Protocol):
     schedules: "Schedules"
     schedule_metrics: dict[str, float]
     records: "Records"
+    clock: "Clock"
     generator: torch.Generator
     observation_space: Space[Any]
     action_space: Space[Any]
@@ -102,19 +104,12 @@ class PPOModule(Protocol):
     def exclude_from_fps(self, seconds: float) -> None:
         """Leave time out of ``time/fps``."""
 
-    def progress_bar_values(self) -> dict[str, str]:
-        """What the progress bar shows beside the steps."""
-        ...
-
     def summary(self) -> dict[str, Any]:
         """The run so far."""
         ...
 
     def close_environments(self) -> None:
         """Stop all simulators."""
-
-    def save_env_state(self) -> None:
-        """Keep the state of environments before they are closed."""
 
     def rollback_update(self) -> None:
         """Undo an update that did not end."""

@@ -23,9 +23,9 @@ from ppo_lightning.algorithm.minibatches import training_samples
 from ppo_lightning.algorithm.optimizer_step import Backend, NonFiniteGradient, NonFiniteGuard, write_dump
 from ppo_lightning.algorithm.reward_normalization import RewardNormalizer
 from ppo_lightning.algorithm.update import Updater, UpdateResult
-from ppo_lightning.callbacks import begin_writing, defer_writing
 from ppo_lightning.callbacks.defaults import attach_callbacks
 from ppo_lightning.callbacks.events import call_event
+from ppo_lightning.callbacks.run_folder import begin_writing, defer_writing
 from ppo_lightning.envs import EnvFactory, resolve
 from ppo_lightning.metric_names import MetricNames
 from ppo_lightning.metrics import iteration_metrics
@@ -50,11 +50,11 @@ from ppo_lightning.runs.hyperparameters import defaults_of
 from ppo_lightning.runs.module import RunModule
 from ppo_lightning.runs.ranks import LightningBackend, can_bypass_strategy
 from ppo_lightning.runs.schedules import Schedules
-from ppo_lightning.runs.seeding import resolve_seed
+from ppo_lightning.runs.state import resolve_seed
 from ppo_lightning.runs.trainer import (
+    check_supported_features,
     end_iteration,
     gradient_hooks,
-    refuse_unsupported,
     set_global_step,
     shorten_timeout,
 )
@@ -237,7 +237,7 @@ class PPO(RunModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """Attach our callbacks instead of Lightning's default progress bar and checkpoint; keep the user's."""
-        refuse_unsupported(self.trainer, self)
+        check_supported_features(self.trainer, self)
         evaluates = self.env_factory.again() is not None
         attach_callbacks(self.trainer, self.iterations_between_evaluations, evaluates=evaluates)
         shorten_timeout(self.trainer)  # before ranks meet

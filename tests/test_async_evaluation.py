@@ -28,7 +28,7 @@ from torch.testing import assert_close
 from ppo_lightning import PPO, InputError
 from ppo_lightning.callbacks import AsyncEvaluation, BestCheckpoint, Curriculum, Level, async_evaluation
 from ppo_lightning.envs import EnvOverrides, Restarts
-from ppo_lightning.evaluation.process import Evaluation, Evaluator, EvaluatorLost, _evaluate
+from ppo_lightning.evaluation.process import EvalProcess, Evaluation, EvaluationFailed, evaluate_snapshot
 from ppo_lightning.runs.checkpoint import read_checkpoint
 from ppo_lightning.tools.sweep import progress
 
@@ -53,14 +53,14 @@ class Here:
         _, _, self.evaluation = cloudpickle.loads(evaluation)
         assert not self.evaluation.policy.training
 
-    def ask(self, weights, seed, setting):
-        self.job, self.setting = (weights, seed), setting
+    def submit(self, weights, seed, overrides):
+        self.job, self.overrides = (weights, seed), overrides
 
-    def answer(self, wait_s):
+    def poll(self, wait_s):
         if not wait_s:
             return None
-        environments = self.evaluation.environments(self.setting, Restarts())
-        return _evaluate(self.evaluation, environments, *self.job)
+        environments = self.evaluation.make_environments(self.overrides, Restarts())
+        return evaluate_snapshot(self.evaluation, environments, *self.job)
 
     def close(self):
         pass
@@ -68,7 +68,7 @@ class Here:
 
 @pytest.fixture
 def _here(monkeypatch):
-    monkeypatch.setattr(async_evaluation, "Evaluator", Here)
+    monkeypatch.setattr(async_evaluation, "EvalProcess", Here)
 
 
 class Compare(Callback):
@@ -87,7 +87,7 @@ class Wait(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         (beside,) = (callback for callback in trainer.callbacks if isinstance(callback, AsyncEvaluation))
-        while beside._turn(trainer, time.monotonic() + 60):
+        while beside.poll(trainer, time.monotonic() + 60):
             pass
 
 
@@ -214,7 +214,7 @@ def test_training_does_not_wait_and_the_newest_snapshot_is_the_next(fit):
 def packed(deed):
     model = PPO(Sleeper, {"parent": os.getpid(), "deed": deed})
     maker, space = model.env_factory, model.observation_space
-    return Evaluation(model.policy, maker, space, 1, 1, True, 60.0, 0, (), False).packed(), model.policy.state_dict()
+    return Evaluation(model.policy, maker, space, 1, 1, True, 60.0, 0, (), False).pickled(), model.policy.state_dict()
 
 
 def weights_of(state):
@@ -225,20 +225,20 @@ def weights_of(state):
 
 def test_an_evaluation_that_raises_or_hangs_or_dies_says_so():
     evaluation, state = packed("raise")
-    evaluator = Evaluator(evaluation, timeout_s=60.0)
+    evaluator = EvalProcess(evaluation, timeout_s=60.0)
     try:
-        evaluator.ask(weights_of(state), 0, EnvOverrides())
-        with pytest.raises(EvaluatorLost, match="ZeroDivisionError in step: the pole is at infinity"):
-            evaluator.answer(60.0)
+        evaluator.submit(weights_of(state), 0, EnvOverrides())
+        with pytest.raises(EvaluationFailed, match="ZeroDivisionError in step: the pole is at infinity"):
+            evaluator.poll(60.0)
         os.kill(evaluator.process.pid, signal.SIGSTOP)
-        evaluator._timeout_s = 0.1
-        evaluator.ask(weights_of(state), 0, EnvOverrides())
-        assert evaluator.answer(0.0) is None
-        with pytest.raises(EvaluatorLost, match=r"took longer than timeout_s = 0.1 s"):
-            evaluator.answer(0.2)
+        evaluator.timeout_s = 0.1
+        evaluator.submit(weights_of(state), 0, EnvOverrides())
+        assert evaluator.poll(0.0) is None
+        with pytest.raises(EvaluationFailed, match=r"took longer than timeout_s = 0.1 s"):
+            evaluator.poll(0.2)
         os.kill(evaluator.process.pid, signal.SIGKILL)
-        with pytest.raises(EvaluatorLost, match="its process ended by SIGKILL"):
-            evaluator.answer(60.0)
+        with pytest.raises(EvaluationFailed, match="its process ended by SIGKILL"):
+            evaluator.poll(60.0)
     finally:
         evaluator.close()
     assert processes() == []
@@ -253,18 +253,18 @@ def test_an_evaluation_without_result_costs_one_warning_and_the_next_has_a_new_p
             super().__init__(*args)
             begun.append(self)
 
-        def answer(self, wait_s):
+        def poll(self, wait_s):
             if len(begun) == 1:
-                raise EvaluatorLost("its process ended by SIGKILL")
-            return super().answer(wait_s)
+                raise EvaluationFailed("its process ended by SIGKILL")
+            return super().poll(wait_s)
 
-    monkeypatch.setattr(async_evaluation, "Evaluator", FailsFirst)
+    monkeypatch.setattr(async_evaluation, "EvalProcess", FailsFirst)
     logger, model = Kept(), cartpole()
     with pytest.warns(UserWarning, match="has no result") as caught:
         fit(model, logger=logger, callbacks=[AsyncEvaluation(every=2)])
     messages = [str(warning.message) for warning in caught if "evaluation" in str(warning.message)]
     assert messages == [
-        "the evaluation at step 128 has no result (its process ended by SIGKILL): training goes on, and the next "
+        "the evaluation at step 128 has no result (its process ended by SIGKILL): training continues, and the next "
         "evaluation has a new process"
     ]
     assert list(logger.evaluations) == [256]
@@ -283,10 +283,10 @@ def test_where_no_process_can_be_had_training_goes_on(fit, monkeypatch):
             if len(begun) > 1:
                 raise BlockingIOError("Resource temporarily unavailable")
 
-        def answer(self, wait_s):
-            raise EvaluatorLost("its process ended by SIGKILL")
+        def poll(self, wait_s):
+            raise EvaluationFailed("its process ended by SIGKILL")
 
-    monkeypatch.setattr(async_evaluation, "Evaluator", Full)
+    monkeypatch.setattr(async_evaluation, "EvalProcess", Full)
     model = cartpole()
     with pytest.warns(UserWarning, match="has no result") as caught:
         fit(model, callbacks=[AsyncEvaluation(every=2)])
@@ -387,7 +387,7 @@ def test_no_process_outlives_a_run_that_is_ended(tmp_path, kind):
         "model = PPO(Sleeper, {'parent': os.getpid(), 'deed': 'sleep'}, num_envs=2, num_steps=8, total_steps=10**9)\n"
         "class Says(lightning.Callback):\n"
         "    def on_train_epoch_end(self, trainer, pl_module):\n"
-        "        if pl_module.num_env_steps == 160: print(trainer.callbacks[0]._evaluator.process.pid, flush=True)\n"
+        "        if pl_module.num_env_steps == 160: print(trainer.callbacks[0].evaluator.process.pid, flush=True)\n"
         "lightning.Trainer(callbacks=[AsyncEvaluation(every=5), Says()], accelerator='cpu', logger=False,\n"
         "    enable_progress_bar=False, enable_checkpointing=False).fit(model)\n"
     )
@@ -480,7 +480,7 @@ def test_results_that_come_late_are_told_at_the_step_of_their_snapshot(fit, tmp_
 
 def test_the_process_makes_environments_anew_on_another_level():
     evaluation, state = packed("none")
-    evaluator = Evaluator(evaluation, timeout_s=60.0)
+    evaluator = EvalProcess(evaluation, timeout_s=60.0)
     try:
         for setting in (
             EnvOverrides(),
@@ -488,8 +488,8 @@ def test_the_process_makes_environments_anew_on_another_level():
             EnvOverrides({"pay": 2.0}, {"length": 3}),
             EnvOverrides(),
         ):
-            evaluator.ask(weights_of(state), 0, setting)
-            assert (evaluator.answer(60.0) or {})["eval/mean_reward"] == setting.attributes.get(
+            evaluator.submit(weights_of(state), 0, setting)
+            assert (evaluator.poll(60.0) or {})["eval/mean_reward"] == setting.attributes.get(
                 "pay", 1.0
             ) * setting.env_kwargs.get("length", 1)
     finally:

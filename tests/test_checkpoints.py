@@ -94,7 +94,7 @@ def test_a_plugin_whose_files_could_not_be_loaded_is_refused(fit):
     class Own(TorchCheckpointIO):
         pass
 
-    with pytest.raises(InputError, match="Own writes checkpoints without the digest"):
+    with pytest.raises(InputError, match="Own writes checkpoints that may be incomplete"):
         fit(make(), plugins=[Own()])
 
 

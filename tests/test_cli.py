@@ -229,7 +229,7 @@ FILES = {
         ("fit --trainer.strategy fsdp", "strategy fsdp shards parameters"),
         ("fit --trainer.accelerator tpu", "trainer.accelerator tpu: this machine has none: take cpu or auto"),
         ("fit --trainer.devices 0", "`Trainer(devices='0')` value is not a valid input"),
-        ("fit --trainer.devices 1000", "trainer.devices 1000 are more processes than"),
+        ("fit --trainer.devices 1000", "trainer.devices 1000 are more ranks than"),
         ("fit --trainer.num_nodes 2", "trainer.num_nodes 2 waits for other machines"),
         ("fit --trainer.precision half", "trainer.precision must be one of 64, 32"),
         ("fit --trainer.val_check_interval 3", "val_check_interval=3 would count the batches"),
@@ -448,7 +448,7 @@ def test_a_logger_that_cannot_write_gives_up_and_training_goes_on(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(TensorBoardLogger, "log_metrics", full)
-    with pytest.warns(UserWarning, match="RunBoard stops logging, since it cannot write.*training goes on") as said:
+    with pytest.warns(UserWarning, match="RunBoard stops logging, since it cannot write.*training continues") as said:
         fit()
     assert sum("RunBoard" in str(one.message) for one in said) == 1
     assert table()["step"].max() == 512

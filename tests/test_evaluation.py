@@ -12,7 +12,6 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
 from ppo_lightning.evaluation import episodes as evaluation
-from ppo_lightning.evaluation import evaluator
 from ppo_lightning.evaluation.episodes import summarize
 
 
@@ -20,11 +19,11 @@ def episodes_of(model, n, **kwargs):
     """The episodes themselves, before they are summarised."""
     kept = []
     original = evaluation.summarize
-    evaluator.summarize = lambda episodes: kept.append(episodes) or original(episodes)
+    evaluation.summarize = lambda episodes: kept.append(episodes) or original(episodes)
     try:
         model.evaluate(n, **kwargs)
     finally:
-        evaluator.summarize = original
+        evaluation.summarize = original
     return kept[0]
 
 
@@ -153,7 +152,7 @@ def test_the_result_does_not_depend_on_evaluations_before():
 def test_test_episodes_are_not_those_that_chose_the_best_checkpoint():
     model = PPO("CartPole-v1")
     model.seed = 3
-    assert model._evaluate(10, True, "test") != model._evaluate(10, True, "evaluation")
+    assert model.evaluate(10, purpose="test") != model.evaluate(10)
 
 
 @pytest.mark.parametrize(("fault", "key"), [("nan reward", "reward"), ("nan observation", "observation")])

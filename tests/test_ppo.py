@@ -31,7 +31,7 @@ from ppo_lightning import PPO, ActorCritic, InputError, Linear, PopArt, PPOLoss
 from ppo_lightning.algorithm.minibatches import split_samples
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, PPOCallback, StepProgressBar
 from ppo_lightning.runs.clock import Clock
-from ppo_lightning.runs.seeding import derive_seed
+from ppo_lightning.runs.state import derive_seed
 
 SMALL = {"num_envs": 4, "num_steps": 32, "total_steps": 512}
 
@@ -577,10 +577,10 @@ def test_a_fast_dev_run_is_one_iteration(fit):
 def test_speed_leaves_evaluations_out():
     clock = Clock()
     for step in (1, 2):
-        clock.iterated(1000 * step)
+        clock.lap(1000 * step)
     time.sleep(0.2)
-    clock.evaluated(0.2)
-    metrics = clock.iterated(3000)
+    clock.add_evaluation(0.2)
+    metrics = clock.lap(3000)
     assert metrics["time/evaluate"] == pytest.approx(0.2)
     assert metrics["time/fps"] > 1000 / 0.1
 
@@ -912,7 +912,7 @@ def test_batches_of_a_loader_of_ones_own_are_refused():
 def test_refuses_fsdp(monkeypatch):
     from lightning.pytorch.strategies import FSDPStrategy
 
-    from ppo_lightning.runs.trainer import refuse_what_misleads
+    from ppo_lightning.runs.trainer import validate_trainer
 
     model = PPO("CartPole-v1", **SMALL)
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
@@ -920,7 +920,7 @@ def test_refuses_fsdp(monkeypatch):
     monkeypatch.setattr(type(trainer), "precision", "32-true")
     model._trainer = trainer
     with pytest.raises(InputError, match=r"FSDPStrategy.*use ddp"):
-        refuse_what_misleads(model.trainer, running_moments=False)
+        validate_trainer(model.trainer, running_moments=False)
 
 
 def test_refuses_a_scheduler_that_waits_for_a_metric(fit):

@@ -125,7 +125,7 @@ def test_every_second_evaluation_and_the_last_are_recorded(fit, tmp_path):
 
 
 def test_beside_async_evaluations_the_interval_counts(fit, tmp_path, monkeypatch):
-    monkeypatch.setattr(async_evaluation, "Evaluator", Here)
+    monkeypatch.setattr(async_evaluation, "EvalProcess", Here)
     fit(drawn(eval_interval=3), callbacks=[AsyncEvaluation(), EvaluationVideo()])
     assert sorted(os.listdir(tmp_path / "videos")) == ["step_128.mp4", "step_96.mp4"]
 
@@ -303,7 +303,7 @@ class Slow(Drawn):
 
 @pytest.mark.long
 def test_the_other_processes_wait_for_a_video_beyond_their_timeout(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "BREATH_S", 1.0)
+    monkeypatch.setattr(processes, "KEEPALIVE_S", 1.0)
 
     def run(rank):
         strategy = DDPStrategy(timeout=timedelta(seconds=4))
@@ -336,7 +336,7 @@ def test_a_video_is_of_the_level_that_is_evaluated(tmp_path):
 
 @pytest.mark.long
 def test_of_two_processes_the_first_evaluates_and_records_and_both_know_the_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(async_evaluation, "Evaluator", Here)
+    monkeypatch.setattr(async_evaluation, "EvalProcess", Here)
 
     def run(rank, callbacks=None):
         torch.manual_seed(0)

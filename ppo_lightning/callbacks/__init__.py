@@ -6,25 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from lightning import Callback
 
-from ppo_lightning.callbacks.adaptive_lr import AdaptiveLearningRate as AdaptiveLearningRate
 from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation as AsyncEvaluation
-from ppo_lightning.callbacks.callback_schedule import CallbackSchedule as CallbackSchedule
-from ppo_lightning.callbacks.callback_schedule import refuse_evaluation_monitors as refuse_evaluation_monitors
 from ppo_lightning.callbacks.checkpoints import BestCheckpoint as BestCheckpoint
 from ppo_lightning.callbacks.checkpoints import LastCheckpoint as LastCheckpoint
-from ppo_lightning.callbacks.cleanup import CloseEnvironments as CloseEnvironments
 from ppo_lightning.callbacks.curriculum import Curriculum as Curriculum
 from ppo_lightning.callbacks.curriculum import Level as Level
 from ppo_lightning.callbacks.events import EvaluationCallback as EvaluationCallback
 from ppo_lightning.callbacks.events import PPOCallback as PPOCallback
-from ppo_lightning.callbacks.final_evaluation import FinalEvaluation as FinalEvaluation
-from ppo_lightning.callbacks.interrupts import Interrupts as Interrupts
-from ppo_lightning.callbacks.processes import WatchProcesses as WatchProcesses
+from ppo_lightning.callbacks.processes import RankFailureReporter as RankFailureReporter
 from ppo_lightning.callbacks.progress import StepProgressBar as StepProgressBar
-from ppo_lightning.callbacks.run_folder import DeferredLoggers as DeferredLoggers
-from ppo_lightning.callbacks.run_folder import RunFolder as RunFolder
-from ppo_lightning.callbacks.run_folder import begin_writing as begin_writing
-from ppo_lightning.callbacks.run_folder import defer_writing as defer_writing
+from ppo_lightning.callbacks.shutdown import CloseEnvironments as CloseEnvironments
+from ppo_lightning.callbacks.shutdown import FinalEvaluation as FinalEvaluation
+from ppo_lightning.callbacks.shutdown import GracefulShutdown as GracefulShutdown
+from ppo_lightning.callbacks.stages import AdaptiveLearningRate as AdaptiveLearningRate
 from ppo_lightning.callbacks.stages import Stage as Stage
 from ppo_lightning.callbacks.stages import Stages as Stages
 from ppo_lightning.callbacks.summary import RunSummary as RunSummary

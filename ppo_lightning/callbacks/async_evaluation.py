@@ -12,25 +12,25 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.callbacks.checkpoints import BestCheckpoint
-from ppo_lightning.callbacks.events import notify_evaluation
-from ppo_lightning.callbacks.interrupts import Interrupts
-from ppo_lightning.callbacks.processes import BREATH_S
+from ppo_lightning.callbacks.events import callbacks_of, notify_evaluation
+from ppo_lightning.callbacks.processes import KEEPALIVE_S
+from ppo_lightning.callbacks.shutdown import GracefulShutdown
 from ppo_lightning.callbacks.summary import RunSummary
 from ppo_lightning.envs import EnvOverrides
 from ppo_lightning.errors import InputError
-from ppo_lightning.evaluation.process import Evaluation, Evaluator, EvaluatorLost
+from ppo_lightning.evaluation.process import EvalProcess, Evaluation, EvaluationFailed
 from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import SECONDS, Limit, checked
 
 
-class Taken(NamedTuple):
+class Snapshot(NamedTuple):
     """Snapshot of a run for an evaluation."""
 
     step: int
     """Environment steps."""
     seed: int
     """Of the episodes."""
-    setting: EnvOverrides
+    overrides: EnvOverrides
     """Of the environments."""
     weights: bytes
     """The policy with its normalisers, as ``torch.save`` writes them."""
@@ -74,11 +74,12 @@ class AsyncEvaluation(Callback):
         timeout_s: float = 600.0,
     ) -> None:
         self.every, self.episodes, self.deterministic, self.timeout_s = every, episodes, deterministic, timeout_s
+        self.evaluator: EvalProcess | None = None
+        """The process, during training, on rank 0."""
         self._packed = b""
-        self._evaluator: Evaluator | None = None
-        self._running: Taken | None = None
-        self._waiting: Taken | None = None
-        self._taken = -1
+        self._running: Snapshot | None = None
+        self._waiting: Snapshot | None = None
+        self._last_step = -1
         self._limit_val_batches: int | float | None = None
 
     @override
@@ -92,14 +93,13 @@ class AsyncEvaluation(Callback):
                 f"AsyncEvaluation needs environments of its own, and {module.env_factory.name} was given as a VectorEnv: give "
                 "a callable that makes it instead"
             )
-        for callback in cast(Any, trainer).callbacks:
-            if isinstance(callback, WeightAveraging):
-                raise InputError(
-                    "AsyncEvaluation evaluates the weights of training, WeightAveraging saves averaged ones: leave "
-                    "AsyncEvaluation out, so that evaluations and best.ckpt are about the same weights"
-                )
-            its_own = isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestCheckpoint)
-            if its_own and (callback.monitor or "").startswith("eval/"):
+        if callbacks_of(trainer, WeightAveraging):
+            raise InputError(
+                "AsyncEvaluation evaluates the weights of training, WeightAveraging saves averaged ones: leave "
+                "AsyncEvaluation out, so that evaluations and best.ckpt are about the same weights"
+            )
+        for callback in callbacks_of(trainer, ModelCheckpoint):
+            if not isinstance(callback, BestCheckpoint) and (callback.monitor or "").startswith("eval/"):
                 raise InputError(
                     f"ModelCheckpoint(monitor={callback.monitor!r}) would save what training has become when a result of "
                     "AsyncEvaluation arrives, not the policy that was evaluated: leave it out, best.ckpt is that policy"
@@ -109,18 +109,18 @@ class AsyncEvaluation(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._running = self._waiting = None
-        self._taken = -1
+        self._last_step = -1
         if trainer.is_global_zero:
-            self._packed = self._evaluation(trainer, cast(PPOModule, pl_module)).packed()
-            self._evaluator = Evaluator(self._packed, self.timeout_s)  # its imports take seconds
+            self._packed = self._evaluation(trainer, cast(PPOModule, pl_module)).pickled()
+            self.evaluator = EvalProcess(self._packed, self.timeout_s)  # its imports take seconds
 
     def _evaluation(self, trainer: Trainer, module: PPOModule) -> Evaluation:
-        maker = module.env_factory.again()
-        assert maker is not None
+        factory = module.env_factory.again()
+        assert factory is not None
         episodes = module.num_eval_episodes if self.episodes is None else self.episodes
         return Evaluation(
             copy.deepcopy(module.policy).cpu().eval(),  # as in a validation
-            maker,
+            factory,
             module.observation_space,
             num_envs=min(module.num_envs, episodes),
             num_episodes=episodes,
@@ -128,7 +128,7 @@ class AsyncEvaluation(Callback):
             timeout_s=module.env_timeout_s,
             restarts=module.env_provider.restarts.limit,
             info_keys=module.info_keys,
-            mixed=str(trainer.precision) != "32-true",
+            bfloat16=str(trainer.precision) != "32-true",
             max_steps=module.steps_per_eval_episode,
             seed=module.seed or 0,
         )
@@ -140,44 +140,41 @@ class AsyncEvaluation(Callback):
         every = module.iterations_between_evaluations if self.every is None else self.every
         due = last or module.policy_version % every == 0
         if due:
-            self._take(trainer, module)
+            self._take_snapshot(trainer, module)
         if last:
-            self._finish(trainer, module)
+            self._drain(trainer, module)
         elif due or trainer.world_size == 1:  # ranks must agree on what has arrived
-            self._turn(trainer)
+            self.poll(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(PPOModule, pl_module)
-        if self._taken != module.num_env_steps:  # another callback has ended the run since
-            self._take(trainer, module)
-        self._finish(trainer, module)
+        if self._last_step != module.num_env_steps:  # another callback has ended the run since
+            self._take_snapshot(trainer, module)
+        self._drain(trainer, module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
             if trainer.world_size == 1:  # else other ranks may not answer
                 self._waiting = None
-                self._turn(trainer, time.monotonic() + self.PATIENCE_S)
+                self.poll(trainer, time.monotonic() + self.PATIENCE_S)
         except Exception as error:  # the error that ended the run must stay visible, such as a logger's
             rank_zero_warn(f"the last evaluation was not logged ({type(error).__name__}: {error})")
         finally:
-            self._close("the run has ended by an error or by force")
-            self._restore(trainer)
+            self._shutdown("the run has ended by an error or by force")
+            self.teardown(trainer, pl_module, "fit")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restore(trainer)
-
-    def _restore(self, trainer: Trainer) -> None:
         if self._limit_val_batches is not None:
             trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
-    def _take(self, trainer: Trainer, module: PPOModule) -> None:
+    def _take_snapshot(self, trainer: Trainer, module: PPOModule) -> None:
         """Take a snapshot of the run: collective, since each rank holds a part of a checkpoint."""
-        if module.agreed_stop_signal in Interrupts.SIGNALS:  # there is no time
+        if module.agreed_stop_signal in GracefulShutdown.SIGNALS:  # there is no time
             return
-        self._taken = module.num_env_steps
+        self._last_step = module.num_env_steps
         best = _best(trainer)
         checkpoint = None if best is None else trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         if trainer.is_global_zero:
@@ -185,102 +182,93 @@ class AsyncEvaluation(Callback):
             torch.save({name: tensor.cpu() for name, tensor in module.policy.state_dict().items()}, weights)
             # The checkpoint holds the tensors that training updates in place.
             copied = copy.deepcopy(checkpoint)
-            self._waiting = Taken(
-                self._taken, module.evaluation_seed(), module.env_provider.eval_overrides, weights.getvalue(), copied
+            self._waiting = Snapshot(
+                self._last_step,
+                module.evaluation_seed(),
+                module.env_provider.eval_overrides,
+                weights.getvalue(),
+                copied,
             )
 
-    def _finish(self, trainer: Trainer, module: PPOModule) -> None:
-        interrupted = module.agreed_stop_signal in Interrupts.SIGNALS
+    def _drain(self, trainer: Trainer, module: PPOModule) -> None:
+        interrupted = module.agreed_stop_signal in GracefulShutdown.SIGNALS
         try:
             until = time.monotonic() + (self.PATIENCE_S if interrupted else 2 * self.timeout_s)
             if interrupted:
                 self._waiting = None
-            while self._turn(trainer, until):
+            while self.poll(trainer, until):
                 pass
         finally:
-            self._close("the run was interrupted")
+            self._shutdown("the run was interrupted")
 
-    def _turn(self, trainer: Trainer, until: float = 0.0) -> bool:
-        """Receive a result that has arrived, and begin the waiting evaluation; collective.
+    def poll(self, trainer: Trainer, until: float = 0.0) -> bool:
+        """Log a result that has arrived, and submit the waiting snapshot; collective.
 
-        Args:
-            trainer: of the run.
-            until: wait for a result, until that time of ``time.monotonic``.
-
-        Returns:
-            Whether another result is pending.
+        Waits until that time of ``time.monotonic``. Returns whether another result is pending.
         """
-        taken = self._running
-        news = self._hear(min(BREATH_S, until - time.monotonic())) if taken is not None else None
-        if self._running is None and self._waiting is not None:
-            self._begin(self._waiting)
-            self._waiting = None
-        more = self._running is not None and time.monotonic() < until
-        news, more = trainer.strategy.broadcast((news, more))
-        if news is not None:
-            step, statistics = news
+        snapshot = self._running
+        statistics = self._receive_and_submit(min(KEEPALIVE_S, until - time.monotonic()))
+        step = None if snapshot is None else snapshot.step
+        pending = self._running is not None and time.monotonic() < until
+        step, statistics, pending = trainer.strategy.broadcast((step, statistics, pending))
+        if step is not None and statistics is not None:
             module = cast(PPOModule, trainer.lightning_module)
             module.log_metrics(statistics, step)
             module.records.evaluations.add(step, statistics)
             best = _best(trainer)
             if best is not None:
-                scores = {name: trainer.callback_metrics[name] for name in statistics}
-                best.keep(trainer, None if taken is None else _completed(taken.checkpoint, trainer), scores)
+                checkpoint = None if snapshot is None else _with_evaluation_record(snapshot.checkpoint, trainer)
+                best.save_if_best(trainer, checkpoint, {name: trainer.callback_metrics[name] for name in statistics})
             notify_evaluation(trainer, trainer.lightning_module, step, statistics)
-        return more
+        return pending
 
-    def _hear(self, wait_s: float) -> tuple[int, dict[str, float]] | None:
-        assert self._evaluator is not None
-        assert self._running is not None
-        step = self._running.step
-        try:
-            statistics = self._evaluator.answer(max(0.0, wait_s))
-        except EvaluatorLost as error:
-            self._evaluator.close()
-            self._evaluator = self._running = None
-            _warn(step, error)
-            return None
-        if statistics is None:
-            return None
-        self._running = None
-        return step, statistics
-
-    def _begin(self, taken: Taken) -> None:
-        if self._evaluator is None:
+    def _receive_and_submit(self, wait_s: float) -> dict[str, float] | None:
+        statistics = None
+        if self._running is not None and self.evaluator is not None:
             try:
-                self._evaluator = Evaluator(self._packed, self.timeout_s)
+                statistics = self.evaluator.poll(max(0.0, wait_s))
+            except EvaluationFailed as error:
+                _warn(self._running.step, error)
+                self.evaluator.close()
+                self.evaluator = self._running = None
+        if statistics is not None:
+            self._running = None
+        if self._running is None and self._waiting is not None:
+            snapshot, self._waiting = self._waiting, None
+            try:
+                self.evaluator = self.evaluator or EvalProcess(self._packed, self.timeout_s)
             except OSError as error:  # no process or memory left: training has its own
-                _warn(taken.step, error)
-                return
-        self._evaluator.ask(taken.weights, taken.seed, taken.setting)
-        self._running = taken
+                _warn(snapshot.step, error)
+            else:
+                self.evaluator.submit(snapshot.weights, snapshot.seed, snapshot.overrides)
+                self._running = snapshot
+        return statistics
 
-    def _close(self, reason: str) -> None:
+    def _shutdown(self, reason: str) -> None:
         if self._running is not None:
             rank_zero_warn(f"the evaluation at step {self._running.step:,} was given up: {reason}")
-        evaluator, self._evaluator, self._running, self._waiting = self._evaluator, None, None, None
+        evaluator, self.evaluator, self._running, self._waiting = self.evaluator, None, None, None
         if evaluator is not None:
             evaluator.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_evaluator": None, "_running": None, "_waiting": None}  # of this process
+        return {**vars(self), "evaluator": None, "_running": None, "_waiting": None}  # of this process
 
 
 def _warn(step: int, error: Exception) -> None:
     rank_zero_warn(
-        f"the evaluation at step {step:,} has no result ({error}): training goes on, and the next evaluation has a new "
+        f"the evaluation at step {step:,} has no result ({error}): training continues, and the next evaluation has a new "
         "process"
     )
 
 
-def _completed(checkpoint: dict[str, Any] | None, trainer: Trainer) -> dict[str, Any] | None:
+def _with_evaluation_record(checkpoint: dict[str, Any] | None, trainer: Trainer) -> dict[str, Any] | None:
     """A snapshot's checkpoint with its own evaluation added to the records."""
-    for callback in cast(Any, trainer).callbacks:
-        if isinstance(callback, RunSummary) and checkpoint is not None:
-            checkpoint["callbacks"][callback.state_key]["evaluations"] = callback.state_dict()["evaluations"]
+    if checkpoint is not None:
+        for summary in callbacks_of(trainer, RunSummary):
+            checkpoint["callbacks"][summary.state_key]["evaluations"] = summary.state_dict()["evaluations"]
     return checkpoint
 
 
 def _best(trainer: Trainer) -> BestCheckpoint | None:
-    callbacks = cast(Any, trainer).callbacks
-    return next((callback for callback in callbacks if isinstance(callback, BestCheckpoint)), None)
+    return next(iter(callbacks_of(trainer, BestCheckpoint)), None)

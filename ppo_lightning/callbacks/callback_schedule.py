@@ -12,13 +12,10 @@ from typing_extensions import override
 
 from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation
 from ppo_lightning.callbacks.checkpoints import RunCheckpoint
-from ppo_lightning.callbacks.events import EvaluationCallback
+from ppo_lightning.callbacks.events import EvaluationCallback, callbacks_of
 from ppo_lightning.errors import InputError
 from ppo_lightning.metric_names import LATER, may_come_later
 from ppo_lightning.module import PPOModule
-
-EVALUATION = "eval/"
-"""Prefix of metrics of evaluations."""
 
 PACKAGES = ("ppo_lightning", "lightning", "torch", "builtins")
 """Packages whose classes log no unknown metrics."""
@@ -38,6 +35,8 @@ class CallbackSchedule(EvaluationCallback):
         InputError: a callback monitors a metric that the run does not log.
     """
 
+    POSITION = 2
+
     def __init__(self) -> None:
         self._changed: list[tuple[Callback, str, Any]] = []
         """The user's callbacks, with the attributes that this one has set and their previous values."""
@@ -49,9 +48,9 @@ class CallbackSchedule(EvaluationCallback):
         if stage != "fit":
             return
         for callback in _monitors(trainer):
-            name = _when(callback)
+            name = _timing_attribute(callback)
             if getattr(callback, name) is None:
-                self._set(callback, name, not _is_evaluated(callback))
+                self._set(callback, name, not _monitors_evaluation(callback))
             if isinstance(callback, EarlyStopping) and callback.strict:
                 self._set(callback, "strict", False)
 
@@ -61,16 +60,13 @@ class CallbackSchedule(EvaluationCallback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restore()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
         while self._changed:
             callback, name, value = self._changed.pop()
             setattr(callback, name, value)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
     @override
     def on_train_batch_end(
@@ -83,34 +79,33 @@ class CallbackSchedule(EvaluationCallback):
         else:  # file names then have Lightning's own count of iterations
             trainer.callback_metrics.pop("step", None)
         for callback in _monitors(trainer):
-            if isinstance(callback, ModelCheckpoint) and _is_due(callback, trainer):
-                self._save(callback, trainer)
-
-    def _save(self, checkpoint: ModelCheckpoint, trainer: Trainer) -> None:
-        metrics = checkpoint._monitor_candidates(trainer)
-        if _is_evaluated(checkpoint):  # the last score may be another policy's
-            checkpoint._defer_save_until_validation = True
-            _hold(checkpoint, trainer)
-        elif checkpoint.monitor is None or checkpoint.monitor in metrics:
-            checkpoint._last_time_checked = time.monotonic()
-            checkpoint._save_topk_checkpoint(trainer, metrics)
-            checkpoint._save_last_checkpoint(trainer, metrics)
+            if not (isinstance(callback, ModelCheckpoint) and _is_due(callback, trainer)):
+                continue
+            metrics = callback._monitor_candidates(trainer)
+            if _monitors_evaluation(callback):  # the last score may be another policy's
+                callback._defer_save_until_validation = True
+                _skip_save(callback, trainer)
+            elif callback.monitor is None or callback.monitor in metrics:
+                callback._last_time_checked = time.monotonic()
+                callback._save_topk_checkpoint(trainer, metrics)
+                callback._save_last_checkpoint(trainer, metrics)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare callbacks that monitor a metric, before they act."""
-        callbacks = _all(trainer)
         first = cast(Any, trainer.fit_loop.epoch_progress.current).processed <= 1
         logs_next = first and _has_hooks(pl_module, "on_train_epoch_end")
         evaluates = trainer.enable_validation and not self._has_evaluated
-        beside = not self._has_evaluated and any(isinstance(one, AsyncEvaluation) for one in callbacks)
-        logs_then = evaluates and any(_has_hooks(one, "validation") for one in (pl_module, *callbacks))
+        evaluates_async = not self._has_evaluated and bool(callbacks_of(trainer, AsyncEvaluation))
+        logs_then = evaluates and any(
+            _has_hooks(one, "validation") for one in (pl_module, *callbacks_of(trainer, Callback))
+        )
         for callback, name in self._without_metric(trainer):
-            of_evaluation = name.startswith(EVALUATION) and (evaluates or beside)
+            of_evaluation = name.startswith("eval/") and (evaluates or evaluates_async)
             if may_come_later(name) or of_evaluation or logs_next or logs_then:
-                _hold(callback, trainer)
+                _skip_save(callback, trainer)
             else:
-                raise _unknown(callback, name, trainer)
+                raise _unknown_metric_error(callback, name, trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,21 +121,20 @@ class CallbackSchedule(EvaluationCallback):
         self, trainer: Trainer, pl_module: LightningModule, step: int, statistics: dict[str, float]
     ) -> None:
         self._has_evaluated = True
-        if trainer.validating:
-            self._follow_evaluations(trainer)
-        for callback, name in self._without_metric(trainer):
-            if not name.startswith(EVALUATION) or may_come_later(name):
-                _hold(callback, trainer)
-            else:
-                raise _unknown(callback, name, trainer)
-
-    def _follow_evaluations(self, trainer: Trainer) -> None:
-        """Let callbacks act after evaluations if these log their metric under the user's own name."""
-        results = trainer._results
+        results = trainer._results if trainer.validating else None
         logged = () if results is None else results.metrics(False)["callback"]
-        for callback, name, value in self._changed:
-            if name == _when(callback) and value is None and cast(Any, callback).monitor in logged:
+        for (
+            callback,
+            name,
+            value,
+        ) in self._changed:  # act after evaluations that log their metric under the user's own name
+            if name == _timing_attribute(callback) and value is None and cast(Any, callback).monitor in logged:
                 setattr(callback, name, False)
+        for callback, name in self._without_metric(trainer):
+            if not name.startswith("eval/") or may_come_later(name):
+                _skip_save(callback, trainer)
+            else:
+                raise _unknown_metric_error(callback, name, trainer)
 
     def _without_metric(self, trainer: Trainer) -> list[tuple[Callback, str]]:
         """Callbacks whose required metric is not logged, with its name."""
@@ -155,15 +149,11 @@ class CallbackSchedule(EvaluationCallback):
         ]
 
 
-def refuse_evaluation_monitors(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks that monitor evaluations in a run without any.
-
-    Raises:
-        InputError: there is such a callback.
-    """
+def check_evaluation_monitors(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks that monitor evaluations in a run without any."""
     for callback in callbacks:
         strict = isinstance(callback, ModelCheckpoint) or (isinstance(callback, EarlyStopping) and callback.strict)
-        if strict and _is_evaluated(callback):
+        if strict and _monitors_evaluation(callback):
             raise InputError(
                 f"{type(callback).__name__} monitors {cast(Any, callback).monitor}, and this run has no evaluations "
                 "(limit_val_batches is 0, or the environment is a VectorEnv that cannot be made again): monitor a metric "
@@ -171,17 +161,15 @@ def refuse_evaluation_monitors(callbacks: Iterable[Callback]) -> None:
             )
 
 
-def _all(trainer: Trainer) -> list[Callback]:
-    return cast(Any, trainer).callbacks
-
-
 def _monitors(trainer: Trainer) -> list[Any]:
     """The user's callbacks that stop or save."""
     kinds = (EarlyStopping, ModelCheckpoint)
-    return [one for one in _all(trainer) if isinstance(one, kinds) and not isinstance(one, RunCheckpoint)]
+    return [
+        one for one in callbacks_of(trainer, Callback) if isinstance(one, kinds) and not isinstance(one, RunCheckpoint)
+    ]
 
 
-def _when(callback: Callback) -> str:
+def _timing_attribute(callback: Callback) -> str:
     """Attribute that sets whether the callback acts after an iteration, or else after an evaluation."""
     return "_check_on_train_epoch_end" if isinstance(callback, EarlyStopping) else "_save_on_train_epoch_end"
 
@@ -192,8 +180,8 @@ def _has_hooks(owner: Any, hook: str) -> bool:
     return any(hook in name for kind in kinds for name in vars(kind))
 
 
-def _is_evaluated(callback: Any) -> bool:
-    return (callback.monitor or "").startswith(EVALUATION)
+def _monitors_evaluation(callback: Any) -> bool:
+    return (callback.monitor or "").startswith("eval/")
 
 
 def _is_due(checkpoint: ModelCheckpoint, trainer: Trainer) -> bool:
@@ -202,7 +190,9 @@ def _is_due(checkpoint: ModelCheckpoint, trainer: Trainer) -> bool:
         return False
     if checkpoint._every_n_train_steps:
         return trainer.global_step % checkpoint._every_n_train_steps == 0
-    if checkpoint._every_n_epochs > 1 and _is_evaluated(checkpoint):  # which Lightning saves after evaluations alone
+    if checkpoint._every_n_epochs > 1 and _monitors_evaluation(
+        checkpoint
+    ):  # which Lightning saves after evaluations alone
         return (trainer.current_epoch + 1) % checkpoint._every_n_epochs == 0
     interval, since = checkpoint._train_time_interval, checkpoint._last_time_checked
     if interval is None or since is None:
@@ -211,13 +201,13 @@ def _is_due(checkpoint: ModelCheckpoint, trainer: Trainer) -> bool:
     return trainer.strategy.broadcast(late)  # clocks differ, and saving is collective
 
 
-def _hold(callback: Callback, trainer: Trainer) -> None:
+def _skip_save(callback: Callback, trainer: Trainer) -> None:
     """Save nothing after this iteration."""
     if isinstance(callback, ModelCheckpoint):
         callback._last_global_step_saved = trainer.global_step
 
 
-def _unknown(callback: Callback, name: str, trainer: Trainer) -> InputError:
+def _unknown_metric_error(callback: Callback, name: str, trainer: Trainer) -> InputError:
     metrics = sorted(trainer.callback_metrics.keys() - {"step"})
     near = difflib.get_close_matches(name, {*metrics, *LATER, "eval/mean_reward"}, 1)
     hint = f"did you mean {near[0]}?" if near else "take one of docs/metrics.md, such as rollout/ep_rew_mean"

@@ -94,32 +94,28 @@ class BestCheckpoint(RunCheckpoint):
             save_on_train_epoch_end=False,  # after each evaluation instead
             enable_version_counter=False,
         )
-        self._kept: dict[str, Any] | None = None
-        self._keeps = False
+        self._snapshot: dict[str, Any] | None = None
+        self._saves_snapshot = False
 
-    def keep(self, trainer: Trainer, checkpoint: dict[str, Any] | None, scores: dict[str, Tensor]) -> None:
-        """Save an earlier state of the run if it is the best so far; collective.
-
-        Args:
-            trainer: of the run.
-            checkpoint: of that state, on the writing rank; None on others.
-            scores: of that state, ``eval/mean_reward`` among them.
-        """
+    def save_if_best(self, trainer: Trainer, checkpoint: dict[str, Any] | None, scores: dict[str, Tensor]) -> None:
+        """Save an earlier state of the run (None on ranks that do not write) if its scores are the best so far; collective."""
         counters = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
-        self._kept, self._keeps = checkpoint, True
+        self._snapshot, self._saves_snapshot = checkpoint, True
         try:
             self._save_topk_checkpoint(trainer, {**scores, **counters})
         finally:
-            self._kept, self._keeps = None, False
+            self._snapshot, self._saves_snapshot = None, False
 
     @override
     def _write(self, trainer: Trainer, filepath: str) -> None:
-        if not self._keeps:
+        if not self._saves_snapshot:
             super()._write(trainer, filepath)
             return
-        if self._kept is not None:
-            self._kept["callbacks"][self.state_key] = self.state_dict()  # its own score was not known when it was taken
-            trainer.strategy.save_checkpoint(self._kept, filepath)
+        if self._snapshot is not None:
+            self._snapshot["callbacks"][self.state_key] = (
+                self.state_dict()
+            )  # its own score was not known when it was taken
+            trainer.strategy.save_checkpoint(self._snapshot, filepath)
         trainer.strategy.barrier("Trainer.save_checkpoint")
         if trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -138,6 +134,8 @@ class LastCheckpoint(RunCheckpoint):
     Raises:
         InputError: ``minutes`` is not more than 0.
     """
+
+    POSITION = 6  # it saves the state of all callbacks
 
     @checked(
         "LastCheckpoint: {}",
@@ -170,7 +168,9 @@ class LastCheckpoint(RunCheckpoint):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if not self._should_skip_saving_checkpoint(trainer) and self._is_late(trainer):
+        # A save is due by rank 0's clock: saving is collective, and clocks differ.
+        is_late = time.monotonic() - self._saved_at >= 60 * self.minutes
+        if not self._should_skip_saving_checkpoint(trainer) and trainer.strategy.broadcast(is_late):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @override
@@ -198,26 +198,21 @@ class LastCheckpoint(RunCheckpoint):
             is_worse = failed and not resumes_exactly(contents, trainer.world_size)
             path = last.with_name(ON_EXCEPTION) if is_worse and _is_exact(last, trainer.world_size) else last
             try:
-                with _keeping_previous(path) if path is last else nullcontext():
+                with rotate_previous(path) if path is last else nullcontext():
                     trainer.strategy.save_checkpoint(contents, path)
             except OSError as error:  # the error that ended the run must stay visible
                 _warn(str(path), trainer, error)
 
-    def _is_late(self, trainer: Trainer) -> bool:
-        """Whether a save is due by rank 0's clock: saving is collective, and clocks differ."""
-        late = time.monotonic() - self._saved_at >= 60 * self.minutes
-        return trainer.strategy.broadcast(late)
-
     @override
     def _write(self, trainer: Trainer, filepath: str) -> None:
         self._saved_at = time.monotonic()
-        with _keeping_previous(Path(filepath)) if trainer.is_global_zero else nullcontext():
+        with rotate_previous(Path(filepath)) if trainer.is_global_zero else nullcontext():
             super()._write(trainer, filepath)
 
 
 def _warn(path: str, trainer: Trainer, error: OSError) -> None:
     rank_zero_warn(
-        f"{path} could not be written after iteration {trainer.current_epoch + 1} ({error}): the run goes on, and the file "
+        f"{path} could not be written after iteration {trainer.current_epoch + 1} ({error}): training continues, and the file "
         "before is kept"
     )
 
@@ -230,19 +225,14 @@ def _is_exact(path: Path, world_size: int) -> bool:
         return False
 
 
-def _is_good(path: Path) -> bool:
-    """Whether a file is undamaged: else the previous one is kept."""
-    try:
-        read_verified(path)
-    except InputError:
-        return False
-    return True
-
-
 @contextmanager
-def _keeping_previous(last: Path) -> Iterator[None]:
+def rotate_previous(last: Path) -> Iterator[None]:
     """Keep the file that is replaced within as ``previous.ckpt``."""
-    if not last.is_file() or not _is_good(last):  # the first save, or a remote folder, which keeps the last file only
+    try:  # at the first save, or in a remote folder, which keeps the last file only, there is none
+        is_intact = last.is_file() and bool(read_verified(last))
+    except InputError:  # a damaged file does not replace the previous one
+        is_intact = False
+    if not is_intact:
         yield
         return
     kept = last.with_name(f".{PREVIOUS}.unfinished")

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation
-from ppo_lightning.callbacks.events import EvaluationCallback
+from ppo_lightning.callbacks.events import EvaluationCallback, callbacks_of
 from ppo_lightning.envs import EnvOverrides
 from ppo_lightning.errors import InputError
 from ppo_lightning.module import PPOModule
@@ -100,8 +100,8 @@ class Curriculum(EvaluationCallback):
         """Number of the current level, from 1; 0 before the first."""
         self.reached = 0
         """How often in a row the next level's metric was within its bounds."""
-        self._is_on = False
-        self._heard: Any = None
+        self._applied = False
+        self._last_value: Any = None
         """Last checked value of the next level's metric."""
 
     @override
@@ -119,7 +119,7 @@ class Curriculum(EvaluationCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._is_on = False
+        self._applied = False
         if stage == "fit" and cast(PPOModule, pl_module).num_env_steps == 0:  # it has seen another run
             self.stage = self.reached = 0
 
@@ -127,9 +127,7 @@ class Curriculum(EvaluationCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to wait for evaluations in a run without any."""
         metric = next((level.metric for level in self.levels if (level.metric or "").startswith("eval/")), None)
-        others: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        beside = any(isinstance(other, AsyncEvaluation) for other in others)
-        if metric is not None and trainer.limit_val_batches == 0 and not beside:
+        if metric is not None and trainer.limit_val_batches == 0 and not callbacks_of(trainer, AsyncEvaluation):
             raise InputError(
                 f"a Level of the Curriculum waits for {metric}, and there are no evaluations (limit_val_batches 0, or a "
                 "VectorEnv that cannot be made again): take a metric rollout/…"
@@ -141,12 +139,12 @@ class Curriculum(EvaluationCallback):
         module, before = cast(PPOModule, pl_module), self.stage
         while self.stage < len(self.levels) and self._is_due(self.levels[self.stage], module.num_env_steps):
             self.stage, self.reached = self.stage + 1, 0
-        if self.stage == before and self._is_on:
+        if self.stage == before and self._applied:
             return
         changes = self.stage != before
-        if not self._is_on and before and changes:
-            self._put_on(module, before, restart=False)  # what the resumed run had last
-        self._put_on(module, self.stage, restart=changes)
+        if not self._applied and before and changes:
+            self._apply(module, before, restart=False)  # what the resumed run had last
+        self._apply(module, self.stage, restart=changes)
         if changes:
             level = self.levels[self.stage - 1]
             values = ", ".join(f"{name} {value}" for name, value in {**level.attributes, **level.env_kwargs}.items())
@@ -156,10 +154,10 @@ class Curriculum(EvaluationCallback):
             )
         if changes and before:
             module.rollouts.episodes.window.clear()
-            self._heard = trainer.callback_metrics.get(self._awaited or "")  # of the level before
+            self._last_value = trainer.callback_metrics.get(self._monitored or "")  # of the level before
 
     @property
-    def _awaited(self) -> str | None:
+    def _monitored(self) -> str | None:
         """Metric that the next level waits for."""
         return self.levels[self.stage].metric if self.stage < len(self.levels) else None
 
@@ -167,32 +165,29 @@ class Curriculum(EvaluationCallback):
         begun = level.from_steps is None or num_env_steps >= level.from_steps
         return begun and (level.metric is None or self.reached >= level.times)
 
-    def _setting(self, stage: int) -> EnvOverrides:
+    def _overrides(self, stage: int) -> EnvOverrides:
         """Overrides of a level, merged with those of the levels before."""
-        setting = EnvOverrides()
-        for level in self.levels[:stage]:
-            setting = EnvOverrides(
-                {**setting.attributes, **level.attributes}, {**setting.env_kwargs, **level.env_kwargs}
-            )
-        return setting
+        levels = self.levels[:stage]
+        attributes = {name: value for level in levels for name, value in level.attributes.items()}
+        return EnvOverrides(attributes, {name: value for level in levels for name, value in level.env_kwargs.items()})
 
-    def _put_on(self, module: PPOModule, stage: int, *, restart: bool) -> None:
-        setting = self._setting(stage)
-        module.rollouts.set_env_overrides(setting, restart=restart)
+    def _apply(self, module: PPOModule, stage: int, *, restart: bool) -> None:
+        overrides = self._overrides(stage)
+        module.rollouts.set_env_overrides(overrides, restart=restart)
         if self.evaluation:
-            module.env_provider.set_eval_overrides(setting)
+            module.env_provider.set_eval_overrides(overrides)
         module.schedule_metrics["curriculum/stage"] = float(self.stage)
-        self._is_on = True
+        self._applied = True
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._look(trainer, evaluated=False)
+        self._check_metric(trainer, evaluated=False)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metric = self._awaited
+        metric = self._monitored
         if metric is not None and metric not in trainer.callback_metrics:
             rank_zero_warn(
                 f"level {self.stage + 1} of the Curriculum waits for {metric}, which there never was: take one of "
@@ -202,30 +197,27 @@ class Curriculum(EvaluationCallback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the level of a checkpoint that is only validated."""
-        self._evaluate_on_level(pl_module)
+        if self.evaluation and self.stage:
+            cast(PPOModule, pl_module).env_provider.set_eval_overrides(self._overrides(self.stage))
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate_on_level(pl_module)
-
-    def _evaluate_on_level(self, pl_module: LightningModule) -> None:
-        if self.evaluation and self.stage:
-            cast(PPOModule, pl_module).env_provider.set_eval_overrides(self._setting(self.stage))
+        self.on_validation_start(trainer, pl_module)
 
     @override
     def on_evaluation(
         self, trainer: Trainer, pl_module: LightningModule, step: int, statistics: dict[str, float]
     ) -> None:
-        self._look(trainer, evaluated=True)
+        self._check_metric(trainer, evaluated=True)
 
-    def _look(self, trainer: Trainer, *, evaluated: bool) -> None:
+    def _check_metric(self, trainer: Trainer, *, evaluated: bool) -> None:
         """Count how often the next level's metric was within its bounds on rank 0."""
-        metric, metrics = self._awaited, trainer.callback_metrics
+        metric, metrics = self._monitored, trainer.callback_metrics
         if metric is None or metric.startswith("eval/") != evaluated:
             return
-        before, self._heard = self._heard, metrics.get(metric)
-        value = None if self._heard is None else float(self._heard)
-        value, is_new = trainer.strategy.broadcast((value, self._heard is not before))
+        before, self._last_value = self._last_value, metrics.get(metric)
+        value = None if self._last_value is None else float(self._last_value)
+        value, is_new = trainer.strategy.broadcast((value, self._last_value is not before))
         if value is not None:
             if is_new:
                 self.reached = self.reached + 1 if self.levels[self.stage].accepts(value) else 0

@@ -1,27 +1,21 @@
 """The callbacks that every run has."""
 
 import inspect
-from typing import Any, cast
+from typing import Any
 
 from lightning import Callback
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 
-from ppo_lightning.callbacks import (
-    AsyncEvaluation,
-    BestCheckpoint,
-    CallbackSchedule,
-    CloseEnvironments,
-    DeferredLoggers,
-    FinalEvaluation,
-    Interrupts,
-    LastCheckpoint,
-    RunFolder,
-    RunSummary,
-    StepProgressBar,
-    WatchProcesses,
-    default_tools,
-    refuse_evaluation_monitors,
-)
+from ppo_lightning.callbacks import default_tools
+from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation
+from ppo_lightning.callbacks.callback_schedule import CallbackSchedule, check_evaluation_monitors
+from ppo_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from ppo_lightning.callbacks.events import callbacks_of
+from ppo_lightning.callbacks.processes import RankFailureReporter
+from ppo_lightning.callbacks.progress import StepProgressBar
+from ppo_lightning.callbacks.run_folder import DeferredLoggers, RunFolder
+from ppo_lightning.callbacks.shutdown import CloseEnvironments, FinalEvaluation, GracefulShutdown
+from ppo_lightning.callbacks.summary import RunSummary
 
 
 def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> None:
@@ -31,22 +25,18 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
         trainer: of the run.
         save_interval: iterations between two saves of the last checkpoint.
         evaluates: the environments can be evaluated, which a best checkpoint needs.
-
-    Raises:
-        InputError: a callback monitors evaluations in a run without any.
     """
     defaults = [callback for callback in trainer.callbacks if is_default(callback)]
-    needed: list[Callback] = [WatchProcesses()] if trainer.world_size > 1 else []
-    needed += [CloseEnvironments(), Interrupts()]  # last, since it may take seconds
+    needed: list[Callback] = [RankFailureReporter()] if trainer.world_size > 1 else []
+    needed += [CloseEnvironments(), GracefulShutdown()]  # last, since it may take seconds
     needed += default_tools()  # before the progress bar, and before the callbacks that save their state
     if any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults):
         needed.append(StepProgressBar())
-    beside = any(isinstance(callback, AsyncEvaluation) for callback in trainer.callbacks)
-    evaluates = evaluates and (beside or trainer.limit_val_batches != 0)
+    evaluates = evaluates and bool(callbacks_of(trainer, AsyncEvaluation) or trainer.limit_val_batches != 0)
     if not evaluates and not trainer.fast_dev_run:
-        refuse_evaluation_monitors(trainer.callbacks)
+        check_evaluation_monitors(trainer.callbacks)
     needed += [FinalEvaluation(), CallbackSchedule()]
-    if any(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks):
+    if callbacks_of(trainer, ModelCheckpoint):
         if evaluates:
             needed.append(BestCheckpoint())
         needed.append(LastCheckpoint(save_interval))
@@ -56,25 +46,13 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
     trainer.callbacks = sorted(callbacks, key=_position)
 
 
-def _position(callback: Callback) -> int:
-    """Sort key of a callback; callbacks of the same position keep their order."""
-    if hasattr(callback, "POSITION"):
-        return cast(Any, callback).POSITION
-    if isinstance(callback, DeferredLoggers):
-        return -1  # before any other setup looks for the loggers
-    if isinstance(callback, RunFolder):
-        return 8  # it is unlocked once all callbacks have written
-    if isinstance(callback, FinalEvaluation):
-        return 0  # other callbacks can use the evaluation at the end of training
-    if isinstance(callback, RunSummary):
-        return 7  # it reports the results of other callbacks
-    if isinstance(callback, LastCheckpoint):
-        return 6  # it saves the state of all callbacks
+def _position(callback: Callback) -> float:
+    """Sort key of a callback: its ``POSITION``, else by its kind. Callbacks of the same position keep their order."""
     if isinstance(callback, Checkpoint):
-        return 4 if getattr(callback, "monitor", None) is not None else 5  # ckpt_path="best" takes the first one
-    if isinstance(callback, EarlyStopping):
-        return 3
-    return 2 if isinstance(callback, CallbackSchedule) else 1
+        position = 4 if getattr(callback, "monitor", None) is not None else 5  # ckpt_path="best" takes the first one
+    else:
+        position = 3 if isinstance(callback, EarlyStopping) else 1
+    return getattr(callback, "POSITION", position)
 
 
 def is_default(callback: Callback) -> bool:

@@ -1,7 +1,7 @@
 """Events within an iteration, for callbacks."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
@@ -10,6 +10,8 @@ from tensordict import TensorDict
 from typing_extensions import override
 
 from ppo_lightning.algorithm.update import UpdateResult
+
+T = TypeVar("T")
 
 
 class PPOCallback(Callback):
@@ -63,9 +65,13 @@ EVENTS = tuple(name for name in vars(PPOCallback) if name.startswith("on_"))
 
 def call_event(module: Any, event: str, *given: Any) -> None:
     """Call an event of all callbacks of the module's Trainer that have it, in their order."""
-    for callback in [] if module._trainer is None else cast(list[Any], module.trainer.callbacks):
-        if isinstance(callback, PPOCallback):
-            getattr(callback, event)(module.trainer, module, *given)
+    for callback in [] if module._trainer is None else callbacks_of(module.trainer, PPOCallback):
+        getattr(callback, event)(module.trainer, module, *given)
+
+
+def callbacks_of(trainer: Any, kind: type[T]) -> list[T]:
+    """A Trainer's callbacks of some type, in their order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]
 
 
 class EvaluationCallback(Callback):
@@ -93,7 +99,7 @@ class EvaluationCallback(Callback):
 
 def notify_evaluation(trainer: Trainer, module: LightningModule, step: int, statistics: dict[str, float]) -> None:
     """Notify callbacks of an asynchronous evaluation, :class:`EarlyStopping` included."""
-    for callback in cast(list[Any], trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in callbacks_of(trainer, Callback):
         if isinstance(callback, EvaluationCallback):
             callback.on_evaluation(trainer, module, step, statistics)
         elif isinstance(callback, EarlyStopping) and callback.monitor in statistics:

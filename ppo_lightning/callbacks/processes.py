@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
@@ -19,38 +18,38 @@ from torch import distributed
 from typing_extensions import override
 
 from ppo_lightning.module import PPOModule
-from ppo_lightning.runs.shared_memory import PeerLost
+from ppo_lightning.runs.shared_memory import PeerLost, is_alive
 
-BREATH_S = 30.0
+KEEPALIVE_S = 30.0
 """Seconds between messages of a busy rank 0 to the other ranks, which would time out without them."""
 
 
 @contextmanager
-def others_wait(trainer: Trainer) -> Iterator[None]:
+def long_rank_zero_task(trainer: Trainer) -> Iterator[None]:
     """Let other ranks wait at the end for a long task of rank 0, as long as it is alive."""
     if trainer.world_size == 1:
         yield
         return
     broadcast, done = trainer.strategy.broadcast, threading.Event()
 
-    def breathe() -> None:
-        while not done.wait(BREATH_S):
+    def keep_alive() -> None:
+        while not done.wait(KEEPALIVE_S):
             broadcast(True)
 
-    breathing = threading.Thread(target=breathe, daemon=True)
+    sender = threading.Thread(target=keep_alive, daemon=True)
     if trainer.is_global_zero:
-        breathing.start()
+        sender.start()
     try:
         yield
     finally:
         done.set()
     if trainer.is_global_zero:
-        breathing.join()
+        sender.join()
     while broadcast(False):  # rank 0 decides
         pass
 
 
-class WatchProcesses(Callback):
+class RankFailureReporter(Callback):
     """Names the rank that failed, and ends all ranks.
 
     Where a rank raised, died or hangs, the other ranks get a closed connection or a timeout, and collectives fail. So each
@@ -74,14 +73,14 @@ class WatchProcesses(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._store = distributed.distributed_c10d._get_default_store()
-        self._beat(trainer, pl_module)
+        self._write_heartbeat(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if time.time() - self._written >= self.INTERVAL_S:
-            self._beat(trainer, pl_module)
+            self._write_heartbeat(trainer, pl_module)
 
-    def _beat(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _write_heartbeat(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written = time.time()
         iteration = cast(PPOModule, pl_module).policy_version + 1
         here = f"{socket.gethostname()} {os.getpid()}"
@@ -93,57 +92,61 @@ class WatchProcesses(Callback):
         if not (self._written and isinstance(exception, Exception)):  # interrupts end all ranks
             return
         rank = trainer.global_rank
-        if _is_of_others(exception):
-            message = self._blame(rank, trainer.world_size, exception)
+        # NCCL, the store and gloo raise where another rank fails; gloo's errors have no type.
+        if isinstance(exception, distributed.DistError) or "/gloo/" in str(exception):
+            message = self._find_failed_ranks(rank, trainer.world_size, exception)
             exception.args = (f"{message} ({exception})",)
         else:
-            message = f"process {rank}: {type(exception).__name__}: {exception}"
+            message = f"rank {rank}: {type(exception).__name__}: {exception}"
             self._store.set(f"end {rank}", message)
         print(message, file=sys.stderr, flush=True)
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
             launcher.kill(signal.SIGKILL)  # one that hangs would never end
 
-    def _blame(self, rank: int, world_size: int, exception: Exception) -> str:
+    def _find_failed_ranks(self, rank: int, world_size: int, exception: Exception) -> str:
         """One sentence per rank at fault, as far as the store knows; else the exception."""
         answer: list[str] = []
-        asking = threading.Thread(target=lambda: answer.append(self._ask(rank, world_size, exception)), daemon=True)
-        asking.start()
-        asking.join(3 * self.PATIENCE_S)  # a store has timeouts, but waits for its server without one
-        if asking.is_alive():
-            return "process 0, which the others meet at, does not answer: it hangs"
+        reader = threading.Thread(
+            target=lambda: answer.append(self._read_store(rank, world_size, exception)), daemon=True
+        )
+        reader.start()
+        reader.join(3 * self.PATIENCE_S)  # a store has timeouts, but waits for its server without one
+        if reader.is_alive():
+            return "rank 0, which holds the ranks' store, does not answer: it hangs"
         return answer[0] if answer else str(exception)
 
-    def _ask(self, rank: int, world_size: int, exception: Exception) -> str:
+    def _read_store(self, rank: int, world_size: int, exception: Exception) -> str:
         store, others = self._store, [other for other in range(world_size) if other != rank]
         store.set_timeout(timedelta(seconds=self.PATIENCE_S))
         try:
             store.set(f"end {rank}", "")
             seen = {other: store.get(f"alive {other}").decode().split() for other in others}
-            dead = [other for other in others if _died(*seen[other][2:])]
+            hosts, pids = ({other: entry[place] for other, entry in seen.items()} for place in (2, 3))
+            dead = [other for other in others if hosts[other] == socket.gethostname() and not is_alive(pids[other])]
             until = time.time() + self.PATIENCE_S
             while True:
                 silent = [other for other in others if not store.check([f"end {other}"])]
                 if dead or len(silent) <= 1 or time.time() > until:
                     break
                 time.sleep(0.05)  # other ranks notice it, too
-            said = [store.get(f"end {other}").decode() for other in others if other not in silent]
-            self._leave(rank, [other for other in others if other not in (dead or silent)])
+            reasons = [store.get(f"end {other}").decode() for other in others if other not in silent]
+            self._acknowledge(rank, [other for other in others if other not in (dead or silent)])
         except distributed.DistError:
             if isinstance(exception, PeerLost):
                 return str(exception)
-            return "process 0, which the others meet at, does not answer: it is gone"
-        if any(said):
-            return "; ".join(filter(None, said))
+            return "rank 0, which holds the ranks' store, does not answer: it is gone"
+        if any(reasons):
+            return "; ".join(filter(None, reasons))
         if not silent:
-            return "the connection between the processes was lost"
+            return "the connection between the ranks was lost"
         return "; ".join(
-            f"process {other} has not been heard of since iteration {seen[other][0]} "
+            f"rank {other} has sent no heartbeat since iteration {seen[other][0]} "
             f"({time.time() - float(seen[other][1]):.0f} s ago): it {'died' if other in dead else 'died or hangs'}"
             for other in (set(dead) & set(silent) or silent)
         )
 
-    def _leave(self, rank: int, living: list[int]) -> None:
+    def _acknowledge(self, rank: int, living: list[int]) -> None:
         """Mark this rank as done with the store; rank 0, with which the store ends, waits for the other ranks."""
         self._store.set(f"left {rank}", "")
         until = time.time() + self.PATIENCE_S
@@ -155,20 +158,3 @@ def _end_process_group() -> None:
     """End gloo's threads before the interpreter: a thread that frees a tensor afterwards aborts the process."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _died(host: str, pid: str) -> bool:
-    """Whether a process of this machine has ended; False for another machine."""
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"  # a zombie
-
-
-def _is_of_others(exception: Exception) -> bool:
-    """Whether an exception is due to another rank's fault: from NCCL, the store, or gloo, whose errors have no type."""
-    return isinstance(exception, distributed.DistError) or "/gloo/" in str(exception)

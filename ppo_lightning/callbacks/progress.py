@@ -131,5 +131,7 @@ class StepProgressBar(TQDMProgressBar):
         module, bar = cast(PPOModule, pl_module), self.train_progress_bar
         bar.total = max(module.total_steps, module.num_env_steps)
         bar.n = module.num_env_steps
-        bar.set_postfix(module.progress_bar_values(), refresh=False)
+        fps, mean_return = module.clock.fps, module.rollouts.episodes.means().get("rollout/ep_rew_mean")
+        shown = {} if fps is None else {"fps": f"{fps:,.0f}"}
+        bar.set_postfix(shown if mean_return is None else {**shown, "return": f"{mean_return:.4g}"}, refresh=False)
         bar.refresh()

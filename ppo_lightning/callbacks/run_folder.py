@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.callbacks.checkpoints import RunCheckpoint
+from ppo_lightning.callbacks.events import callbacks_of
 from ppo_lightning.errors import InputError
 from ppo_lightning.module import PPOModule
 from ppo_lightning.runs.checkpoint import BEST, LAST, PREVIOUS
@@ -19,9 +20,6 @@ from ppo_lightning.runs.history import SUMMARY
 
 LOCK = ".lock"
 """Locked while a run writes to its folder; the operating system unlocks it when the process ends, however it ends."""
-
-CHECKPOINTS = (LAST, BEST, PREVIOUS)
-"""Files that only the run that wrote them may replace, beside its summary."""
 
 
 class DeferredLoggers(Callback):
@@ -31,29 +29,30 @@ class DeferredLoggers(Callback):
     or CSVLogger in front: other loggers must be open before their folder is known.
     """
 
+    POSITION = -1  # before any other setup looks for the loggers
+
     def __init__(self) -> None:
         self._loggers: list[Logger] = []
-        self._places_profile = False
+        self._redirects_profiler = False
 
-    def take(self, trainer: Trainer) -> None:
-        """Take the loggers, before the Trainer sets itself up."""
+    def detach(self, trainer: Trainer) -> None:
+        """Detach the loggers, before the Trainer sets itself up."""
         if _has_folder(trainer):
             self._loggers, trainer.loggers = trainer.loggers, []
-            self._places_profile = (
-                getattr(cast(Any, trainer).profiler, "dirpath", "") is None
-            )  # it would follow the loggers
+            # A profiler without a folder follows the loggers.
+            self._redirects_profiler = getattr(cast(Any, trainer).profiler, "dirpath", "") is None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._give_back(trainer)
-        if self._places_profile:
+        self._attach(trainer)
+        if self._redirects_profiler:
             cast(Any, trainer).profiler.dirpath = trainer.log_dir
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._give_back(trainer)
+        self._attach(trainer)
 
-    def _give_back(self, trainer: Trainer) -> None:
+    def _attach(self, trainer: Trainer) -> None:
         if self._loggers:
             trainer.loggers, self._loggers = self._loggers, []
 
@@ -65,6 +64,8 @@ class RunFolder(Callback):
     resumes a checkpoint of the folder, replaces its own files. Without a logger, a run whose ``default_root_dir`` holds
     another run gets ``version_N`` in it.
     """
+
+    POSITION = 8  # it is unlocked once all callbacks have written
 
     def __init__(self) -> None:
         self._root: str | None = None
@@ -84,14 +85,14 @@ class RunFolder(Callback):
         Raises:
             InputError: another process trains in the folder, or it holds another run.
         """
-        place = self._place(trainer)
+        place = self._run_folder(trainer)
         if place is not None:
             folder = Path(place).resolve()
             if not folder.exists():  # a CSVLogger warns of a folder that holds a lock
                 _open_loggers(trainer)
             # Loggers without a folder (W&B, MLflow) leave checkpoints where the user's Trainer has always put them.
             own = module.run_folder if _has_folder(trainer) or not trainer.loggers else folder
-            refusal = self._hold(folder, _resumed(trainer), own) if trainer.is_global_zero else None
+            refusal = self._lock_folder(folder, _resumed(trainer), own) if trainer.is_global_zero else None
             refusal = trainer.strategy.broadcast(refusal)
             if refusal is not None:
                 raise InputError(refusal)
@@ -100,13 +101,16 @@ class RunFolder(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            Path(lock.lock_file).unlink(missing_ok=True)  # while locked: a waiting process notices
+            lock.release()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._release()
+        self.teardown(trainer, pl_module, "fit")
 
-    def _place(self, trainer: Trainer) -> str | None:
+    def _run_folder(self, trainer: Trainer) -> str | None:
         """The run's folder; None without files, or on another file system."""
         writers = _writers(trainer)
         if _has_folder(trainer) or (writers and not trainer.loggers):
@@ -116,7 +120,7 @@ class RunFolder(Callback):
             place = None if place is None else place.removesuffix("/checkpoints")
         return None if place is None or "://" in place else place
 
-    def _hold(self, folder: Path, resumed: Path | None, own: Path | None) -> str | None:
+    def _lock_folder(self, folder: Path, resumed: Path | None, own: Path | None) -> str | None:
         """Lock a folder; returns the reason why it cannot be used, or None."""
         if folder not in (resumed, own) and _holds_a_run(folder):
             return (
@@ -135,31 +139,19 @@ class RunFolder(Callback):
             self._lock = lock
         return None
 
-    def _release(self) -> None:
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            Path(lock.lock_file).unlink(missing_ok=True)  # while locked: a waiting process notices
-            lock.release()
-
 
 def defer_writing(trainer: Trainer, module: PPOModule) -> None:
     """Write nothing to the run's folder until :func:`begin_writing`."""
-    for callback in cast(Any, trainer).callbacks:
-        if isinstance(callback, RunFolder) and trainer.training:
-            callback.choose(trainer, module)
-        elif isinstance(callback, DeferredLoggers):
-            callback.take(trainer)
+    for folder in callbacks_of(trainer, RunFolder) if trainer.training else []:
+        folder.choose(trainer, module)
+    for loggers in callbacks_of(trainer, DeferredLoggers):
+        loggers.detach(trainer)
 
 
 def begin_writing(trainer: Trainer, module: PPOModule) -> None:
-    """Open the run's folder: every check has passed.
-
-    Raises:
-        InputError: as :meth:`RunFolder.open`.
-    """
-    for callback in cast(Any, trainer).callbacks:
-        if isinstance(callback, RunFolder):
-            callback.open(trainer, module)
+    """Open the run's folder: every check has passed (:meth:`RunFolder.open`)."""
+    for folder in callbacks_of(trainer, RunFolder):
+        folder.open(trainer, module)
 
 
 def _open_loggers(trainer: Trainer) -> None:
@@ -173,7 +165,7 @@ def _has_folder(trainer: Trainer) -> bool:
 
 def _writers(trainer: Trainer) -> list[Callback]:
     """Callbacks that write to the run's folder."""
-    return [one for one in cast(Any, trainer).callbacks if isinstance(one, RunCheckpoint | SaveConfigCallback)]
+    return [*callbacks_of(trainer, RunCheckpoint), *callbacks_of(trainer, SaveConfigCallback)]
 
 
 def _resumed(trainer: Trainer) -> Path | None:
@@ -183,9 +175,9 @@ def _resumed(trainer: Trainer) -> Path | None:
 
 
 def _holds_a_run(folder: Path) -> bool:
-    """Whether a folder holds the results of a run."""
+    """Whether a folder holds checkpoints or a summary, which only the run that wrote them may replace."""
     summary = folder / SUMMARY
-    if any((folder / "checkpoints" / name).is_file() for name in CHECKPOINTS):
+    if any((folder / "checkpoints" / name).is_file() for name in (LAST, BEST, PREVIOUS)):
         return True
     try:
         return summary.is_file() and json.loads(summary.read_text())["global_step"] > 0

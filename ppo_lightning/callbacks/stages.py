@@ -1,4 +1,4 @@
-"""Training in stages: hyperparameters that change during a run."""
+"""Hyperparameters that change during a run: by stages, and the learning rate by the KL divergence."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
+from ppo_lightning.callbacks.events import callbacks_of
 from ppo_lightning.errors import InputError
 from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import (
+    FINITE,
     FINITE_NOT_NEGATIVE,
     INDEX,
     ONE_OR_MORE,
@@ -150,15 +152,14 @@ class Stages(Callback):
         """Begin the stage that is due, before the rollout is collected."""
         module = cast(PPOModule, pl_module)
         due = sum(one.begins(module.total_steps) <= module.num_env_steps for one in self.stages)
+        module.schedule_metrics["train/stage"] = float(max(due, self.stage))
         if due <= self.stage:
-            module.schedule_metrics["train/stage"] = float(self.stage)
             return
         before = {name for name, one in module.policy.named_parameters() if not one.requires_grad}
         self.stage = due
         self._apply(module, self.stages[due - 1])
         if any(one.requires_grad for name, one in module.policy.named_parameters() if name in before):
             trainer.optimizers[0].state.clear()  # a compiled update counts the steps of all parameters together
-        module.schedule_metrics["train/stage"] = float(due)
         rank_zero_info(f"stage {due} of {len(self.stages)} from {module.num_env_steps:,} environment steps on")
 
     def _apply(self, module: PPOModule, stage: Stage) -> None:
@@ -175,20 +176,18 @@ class Stages(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._take_off(cast(PPOModule, pl_module))
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._take_off(cast(PPOModule, pl_module))
-
-    def _take_off(self, module: PPOModule) -> None:
         """Restore the model's own values."""
         if self._own is None:
             return
+        module = cast(PPOModule, pl_module)
         module.schedules.release(self)
         self._apply(module, Stage())
         module.schedule_metrics.pop("train/stage", None)
         self._own = None
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
 
 def _frozen(policy: nn.Module, patterns: Iterable[str]) -> set[str]:
@@ -206,3 +205,84 @@ def _frozen(policy: nn.Module, patterns: Iterable[str]) -> set[str]:
     if names and len(found) == len(names):
         raise InputError(f"a Stage freezes all of the policy ({', '.join(patterns)}): leave something to learn")
     return found
+
+
+class AdaptiveLearningRate(Callback):
+    """Lowers the learning rate where an update's KL divergence is too large, and raises it where it is too small.
+
+    The rule of rsl_rl (Schwarke et al. 2025), once per iteration, by ``train/approx_kl`` (the divergence of the update's
+    last epoch, over all ranks): more than twice ``desired_kl`` divides the learning rate by ``factor``, less than half of
+    it, but more than 0, multiplies it. It starts at the optimiser's learning rate; a resumed run keeps its last one.
+
+    rsl_rl applies it before each gradient step, to the exact divergence between two Gaussians. Here it applies to any
+    distribution, by the estimate E[r − 1 − ln r] (Schulman 2020), and compiled updates know their learning rate beforehand.
+
+    Args:
+        desired_kl: divergence per update to aim at (nats).
+        factor: by which the learning rate changes (dimensionless, more than 1).
+        min_lr: lowest learning rate.
+        max_lr: highest learning rate.
+
+    Raises:
+        InputError: a number cannot be used, or something else sets the learning rate, too.
+    """
+
+    @checked("AdaptiveLearningRate: {}", desired_kl=FINITE, factor=FINITE, min_lr=FINITE, max_lr=FINITE)
+    def __init__(
+        self, desired_kl: float = 0.01, factor: float = 1.5, min_lr: float = 1e-5, max_lr: float = 1e-2
+    ) -> None:
+        if not (desired_kl > 0 and factor > 1 and 0 < min_lr <= max_lr):
+            raise InputError(
+                "AdaptiveLearningRate takes desired_kl above 0, factor above 1 and min_lr between 0 and max_lr, got "
+                f"desired_kl={desired_kl}, factor={factor}, min_lr={min_lr}, max_lr={max_lr}"
+            )
+        self.desired_kl, self.factor, self.min_lr, self.max_lr = desired_kl, factor, min_lr, max_lr
+        self.rate: float | None = None
+        """Learning rate of the next iteration; None before the first."""
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"rate": self.rate}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rate = state_dict["rate"]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        module = cast(PPOModule, pl_module)
+        if module.num_env_steps == 0:  # it has seen another run
+            self.rate = None
+        module.schedules.check_owner("lr", self)
+        if any(stages.sets_learning_rate for stages in callbacks_of(trainer, Stages)):
+            raise InputError(
+                "AdaptiveLearningRate and Stages both set the learning rate: leave AdaptiveLearningRate out, or "
+                "learning_rate in all stages"
+            )
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.rate is None:
+            self.rate = float(trainer.optimizers[0].param_groups[0]["initial_lr"])
+        cast(PPOModule, pl_module).schedules.override("lr", self.rate, owner=self)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.rate is not None
+        kl = float(trainer.callback_metrics["train/approx_kl"])
+        if kl > 2 * self.desired_kl:
+            self.rate = max(self.min_lr, self.rate / self.factor)
+        elif 0 < kl < self.desired_kl / 2:
+            self.rate = min(self.max_lr, self.rate * self.factor)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        cast(PPOModule, pl_module).schedules.release(self)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")

@@ -22,6 +22,8 @@ class RunSummary(Callback):
     so that those of a resumed run are complete.
     """
 
+    POSITION = 7  # it reports the results of other callbacks
+
     def __init__(self) -> None:
         self._records = Records()
         self._folder: Path | None = None
@@ -60,7 +62,7 @@ class RunSummary(Callback):
         """Record the evaluation, before any ``on_validation_end`` saves it."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             found = trainer.callback_metrics
-            metrics = {name: found[name].item() for name in found if name[:5] == "eval/"}
+            metrics = {name: found[name].item() for name in found if name.startswith("eval/")}
             self._records.evaluations.add(cast(PPOModule, pl_module).num_env_steps, metrics)
             self._records.seconds["evaluate"] += time.perf_counter() - self._evaluating_since
             self._count_time()

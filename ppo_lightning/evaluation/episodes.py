@@ -1,19 +1,24 @@
-"""Evaluation: exactly N episodes, on environments of its own."""
+"""Evaluation: exactly N episodes, on environments of its own, shared among ranks."""
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from gymnasium import Space
 from torch import Tensor
 
-from ppo_lightning.envs import Environments, Transition
-from ppo_lightning.envs.info import Sums, means
+from ppo_lightning.envs import Environments, EnvProvider, Transition
+from ppo_lightning.envs.info import Sums, added, means
 from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.errors import EnvironmentFault
-from ppo_lightning.policy import Policy
-from ppo_lightning.spaces import Tree, to_tensors_fn
+from ppo_lightning.policy import Policy, in_eval_mode
+from ppo_lightning.spaces import Tree, to_tensors_fn, without_mask
+
+if TYPE_CHECKING:
+    from ppo_lightning.runs.ranks import Ranks
 
 MAX_EPISODE_STEPS = 100_000
 """An evaluation episode that has not ended by then is truncated, with a warning."""
@@ -23,6 +28,53 @@ MIN_EPISODE_STEPS = 100
 
 NOISE_STEPS = 64
 """Steps for which the noise of actions is drawn at once."""
+
+
+def evaluate_over_ranks(
+    policy: Policy,
+    provider: EnvProvider,
+    ranks: "Ranks",
+    autocast: AbstractContextManager[None],
+    *,
+    num_episodes: int,
+    deterministic: bool,
+    run_seed: int,
+    seed: int,
+    max_steps: int,
+) -> dict[str, float]:
+    """Statistics ``eval/…`` of exactly ``num_episodes`` episodes, each rank running its share.
+
+    Arguments are as of :func:`evaluate_episodes`; ``seed`` is this rank's, ``run_seed`` the run's, for environments that are
+    random when they are made, and ``autocast`` the precision of updates.
+    """
+    world_size = ranks.world_size
+    shares = [(num_episodes + world_size - 1 - rank) // world_size for rank in range(world_size)]
+    share, info = shares[ranks.rank], Sums()
+    episodes = torch.zeros(shares[0], 5, dtype=torch.float64)
+    if share:
+        with streams_of_their_own(run_seed):
+            environments = provider.for_evaluation(min(provider.num_envs, share))
+        try:
+            with in_eval_mode(policy), autocast:
+                episodes[:share] = evaluate_episodes(
+                    policy,
+                    environments,
+                    without_mask(provider.observation_space),
+                    num_episodes=share,
+                    seed=seed,
+                    deterministic=deterministic,
+                    max_steps=max_steps,
+                )
+        except BaseException:
+            provider.close_evaluation()  # the next evaluation makes new ones
+            raise
+        info = environments.logged.take_evaluation()
+    row = torch.cat([episodes.flatten(), episodes.new_tensor([bool(info)])])
+    rows = ranks.gather(row).view(world_size, -1)
+    if rows[:, -1].any():
+        info = added(ranks.gather_objects(info))
+    each = [row[:-1].view(-1, 5)[:own] for row, own in zip(rows, shares, strict=True)]
+    return {**summarize(torch.cat(each)), **info_metrics(info)}
 
 
 @torch.no_grad()
@@ -144,7 +196,7 @@ def _check_finite(after: Transition, step: int) -> None:
             )
 
 
-def said(sums: Sums) -> dict[str, float]:
+def info_metrics(sums: Sums) -> dict[str, float]:
     """Metrics from the environments' ``info`` under ``eval/``: means over the steps of the evaluation.
 
     Those of ``info["metrics"]`` are means over the evaluated episodes, of the value at their end.

@@ -23,15 +23,15 @@ from ppo_lightning.envs import EnvFactory, Environments, EnvOverrides, Restarts
 from ppo_lightning.envs.make import find_spec
 from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.errors import InputError
-from ppo_lightning.evaluation.episodes import MAX_EPISODE_STEPS, evaluate_episodes, said, summarize
+from ppo_lightning.evaluation.episodes import MAX_EPISODE_STEPS, evaluate_episodes, info_metrics, summarize
 from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import without_mask
 
-GONE = (EOFError, ConnectionError)
+PIPE_CLOSED = (EOFError, ConnectionError)
 """What a pipe raises when its other end is closed."""
 
 
-class EvaluatorLost(RuntimeError):  # noqa: N818 - what it is
+class EvaluationFailed(RuntimeError):  # noqa: N818 - what it is
     """An evaluation failed: its process died or hangs, or its environments failed."""
 
 
@@ -41,7 +41,7 @@ class Evaluation:
 
     policy: Policy
     """On the CPU; its weights are replaced before each evaluation."""
-    maker: EnvFactory
+    env_factory: EnvFactory
     observation_space: gym.Space[Any]
     """Of one environment."""
     num_envs: int
@@ -54,40 +54,40 @@ class Evaluation:
     """How often crashed environments may be restarted."""
     info_keys: tuple[str, ...]
     """Further keys of ``info`` whose values are averaged."""
-    mixed: bool
+    bfloat16: bool
     """Training rounds to bfloat16."""
     max_steps: int = MAX_EPISODE_STEPS
     """Of an episode of an environment without a time limit (steps)."""
     seed: int = 0
     """Of the run, for environments that are random when they are made."""
 
-    def environments(self, setting: EnvOverrides, restarts: Restarts) -> Environments:
+    def make_environments(self, overrides: EnvOverrides, restarts: Restarts) -> Environments:
         """The environments, with these overrides."""
         with streams_of_their_own(self.seed):
             return Environments(
-                setting.apply_to(self.maker),
+                overrides.apply_to(self.env_factory),
                 self.num_envs,
                 self.timeout_s,
                 restarts=restarts,
                 info_keys=self.info_keys,
-                attributes=setting.attributes,
+                attributes=overrides.attributes,
             )
 
-    def packed(self) -> bytes:
-        """This evaluation and its registration in Gymnasium, pickled for another process.
+    def pickled(self) -> bytes:
+        """This evaluation and its registration in Gymnasium, for another process.
 
         Raises:
             InputError: a part of it cannot be pickled.
         """
-        name = self.maker.env  # a module before the colon registers by itself
+        name = self.env_factory.env  # a module before the colon registers by itself
         ids = [name] if isinstance(name, str) and ":" not in name else []
         settings = [find_spec(env) for env in ids], torch.get_float32_matmul_precision(), self
-        return _packed(settings, f"the policy and {self.maker.name}")
+        return _pickle(settings, f"the policy and {self.env_factory.name}")
 
 
-def _packed(what: Any, name: str) -> bytes:
+def _pickle(value: Any, name: str) -> bytes:
     try:
-        return cloudpickle.dumps(what)
+        return cloudpickle.dumps(value)
     except Exception as error:  # objects raise anything where they cannot be pickled
         raise InputError(
             f"AsyncEvaluation cannot send {name} to another process ({error}): give functions and classes that can be "
@@ -95,19 +95,19 @@ def _packed(what: Any, name: str) -> bytes:
         ) from error
 
 
-class Evaluator:
+class EvalProcess:
     """A process that evaluates, one evaluation at a time.
 
     It is no multiprocessing.Process, which would import the user's script again. It has its own process session, so that
     Ctrl-C in the terminal does not reach it, and its children end with it. It ends when its parent does.
 
     Args:
-        evaluation: the result of :meth:`Evaluation.packed`.
+        evaluation: the result of :meth:`Evaluation.pickled`.
         timeout_s: seconds after which an evaluation is aborted.
     """
 
     def __init__(self, evaluation: bytes, timeout_s: float) -> None:
-        self._timeout_s, self._asked = timeout_s, 0.0
+        self.timeout_s, self._submitted_at = timeout_s, 0.0
         self._connection, theirs = multiprocessing.Pipe()
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         call = f"from ppo_lightning.evaluation.process import serve; serve({theirs.fileno()}, {os.getpid()})"
@@ -122,42 +122,46 @@ class Evaluator:
                 start_new_session=True,
             )
 
-    def ask(self, weights: bytes, seed: int, setting: EnvOverrides) -> None:
+    def submit(self, weights: bytes, seed: int, overrides: EnvOverrides) -> None:
         """Begin an evaluation, without waiting for the process to be ready.
 
         Args:
             weights: a ``state_dict`` of the policy, as ``torch.save`` writes it.
             seed: of the episodes.
-            setting: overrides of the environments.
-
-        Raises:
-            InputError: the setting cannot be pickled.
+            overrides: of the environments.
         """
-        self._asked = time.monotonic()
-        packed = _packed(setting, f"{dict(setting.attributes)} and {dict(setting.env_kwargs)} of a level")
-        threading.Thread(target=self._send, args=((weights, seed, packed),), daemon=True).start()
+        self._submitted_at = time.monotonic()
+        pickled = _pickle(overrides, f"{dict(overrides.attributes)} and {dict(overrides.env_kwargs)} of a level")
 
-    def _send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # answer() reports a process that has died
-            self._connection.send(message)
+        def send() -> None:
+            with contextlib.suppress(OSError):  # poll() reports a process that has died
+                self._connection.send((weights, seed, pickled))
 
-    def answer(self, wait_s: float) -> dict[str, float] | None:
-        """The statistics of the requested evaluation; None where they do not arrive within ``wait_s`` seconds.
+        threading.Thread(target=send, daemon=True).start()
+
+    def poll(self, wait_s: float) -> dict[str, float] | None:
+        """The statistics of the submitted evaluation; None where they do not arrive within ``wait_s`` seconds.
 
         Raises:
-            EvaluatorLost: the evaluation failed.
+            EvaluationFailed: the evaluation failed.
         """
         if not self._connection.poll(wait_s):
-            if time.monotonic() - self._asked > self._timeout_s:
-                raise EvaluatorLost(f"it took longer than timeout_s = {self._timeout_s:g} s")
+            if time.monotonic() - self._submitted_at > self.timeout_s:
+                raise EvaluationFailed(f"it took longer than timeout_s = {self.timeout_s:g} s")
             return None
         try:
-            answer = self._connection.recv()
-        except GONE as error:
-            raise EvaluatorLost(f"its process ended {_how(self.process.wait())}") from error
-        if isinstance(answer, str):
-            raise EvaluatorLost(answer)
-        return answer
+            statistics = self._connection.recv()
+        except PIPE_CLOSED as error:
+            status = self.process.wait()
+            end = (
+                f"by {signal.Signals(-status).name}"
+                if status < 0
+                else f"with status {status}, after what it has printed"
+            )
+            raise EvaluationFailed(f"its process ended {end}") from error
+        if isinstance(statistics, str):
+            raise EvaluationFailed(statistics)
+        return statistics
 
     def close(self) -> None:
         """Kill the process and its children."""
@@ -167,10 +171,6 @@ class Evaluator:
         self._connection.close()
 
 
-def _how(status: int) -> str:
-    return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}, after what it has printed"
-
-
 def serve(descriptor: int, parent: int) -> None:
     """Serve evaluation requests until the connection closes.
 
@@ -178,7 +178,7 @@ def serve(descriptor: int, parent: int) -> None:
         descriptor: of the connection to the requesting process.
         parent: id of that process.
     """
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     specs: list[EnvSpec]
     evaluation: Evaluation
@@ -188,21 +188,22 @@ def serve(descriptor: int, parent: int) -> None:
     for spec in specs:
         gym.registry.setdefault(spec.id, spec)
     connection = Connection(descriptor)
-    restarts, before = Restarts(evaluation.restarts), b""
+    restarts, applied = Restarts(evaluation.restarts), b""
     environments: Environments | None = None
     while True:
         try:
-            weights, seed, setting = connection.recv()
-        except GONE:
+            weights, seed, overrides = connection.recv()
+        except PIPE_CLOSED:
             break
         answer: dict[str, float] | str
         try:
-            if environments is not None and setting != before:
+            if environments is not None and overrides != applied:
                 environments.close()
                 environments = None
             if environments is None:
-                environments, before = evaluation.environments(cloudpickle.loads(setting), restarts), setting
-            answer = _evaluate(evaluation, environments, weights, seed)
+                environments = evaluation.make_environments(cloudpickle.loads(overrides), restarts)
+                applied = overrides
+            answer = evaluate_snapshot(evaluation, environments, weights, seed)
         except Exception as error:  # the other side raises it
             answer = f"{type(error).__name__}: {error}"
         connection.send(answer)
@@ -210,9 +211,12 @@ def serve(descriptor: int, parent: int) -> None:
         environments.close()
 
 
-def _evaluate(evaluation: Evaluation, environments: Environments, weights: bytes, seed: int) -> dict[str, float]:
+def evaluate_snapshot(
+    evaluation: Evaluation, environments: Environments, weights: bytes, seed: int
+) -> dict[str, float]:
+    """Statistics of the episodes of a policy's weights, as ``torch.save`` writes them."""
     evaluation.policy.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
-    with torch.autocast("cpu", torch.bfloat16, enabled=evaluation.mixed):
+    with torch.autocast("cpu", torch.bfloat16, enabled=evaluation.bfloat16):
         episodes = evaluate_episodes(
             evaluation.policy,
             environments,
@@ -222,10 +226,10 @@ def _evaluate(evaluation: Evaluation, environments: Environments, weights: bytes
             deterministic=evaluation.deterministic,
             max_steps=evaluation.max_steps,
         )
-    return {**summarize(episodes), **said(environments.logged.take_evaluation())}
+    return {**summarize(episodes), **info_metrics(environments.logged.take_evaluation())}
 
 
-def _end_with(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
     os.killpg(0, signal.SIGKILL)

@@ -16,24 +16,24 @@ class Clock:
         self._evaluating = 0.0  # seconds since the burn-in
         self._last_evaluation = 0.0  # seconds since the last iteration was logged
         self._iterations = 0
-        self._iterated = self._started
+        self._last_lap = self._started
         self._mark = (0, 0.0)  # environment steps and time at the end of the burn-in
 
-    def evaluated(self, seconds: float) -> None:
+    def add_evaluation(self, seconds: float) -> None:
         """Record an evaluation."""
         self._evaluating += seconds
         self._last_evaluation += seconds
 
-    def iterated(self, env_steps: int) -> dict[str, float]:
+    def lap(self, env_steps: int) -> dict[str, float]:
         """Record the end of an iteration; returns its ``time/…`` in seconds and environment steps per second."""
         now = time.perf_counter()
         self._iterations += 1
         metrics = {
             "time/time_elapsed": now - self._started,
-            "time/iteration": now - self._iterated,
+            "time/iteration": now - self._last_lap,
             "time/evaluate": self._last_evaluation,
         }
-        self._iterated = now
+        self._last_lap = now
         self._last_evaluation = 0.0
         if self._iterations == BURN_IN:
             self._mark, self._evaluating = (env_steps, now), 0.0

@@ -1,7 +1,6 @@
 """History of a run's metrics over environment steps, in bounded memory, and its summary."""
 
 import math
-from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,11 +12,11 @@ SUMMARY = "summary.json"
 """File in a run's folder that holds :func:`summarize_records`."""
 
 LIMIT = 2048
-"""Records of a history: more than a plot has pixels, half a megabyte at most."""
+"""Records of a history: more than a plot has pixels."""
 
 
 class History:
-    """Columns of metrics over environment steps.
+    """Records of metrics over environment steps.
 
     A record is added per iteration or evaluation. Beyond ``limit``, every second record is dropped, and from then on only
     every second one is added, then every fourth, and so on. Records are never averaged. The last and the best one are kept.
@@ -28,12 +27,7 @@ class History:
     """
 
     def __init__(self, best_by: str, limit: int = LIMIT) -> None:
-        self.best_by = best_by
-        self.limit = limit
-        self.steps = array("d")
-        """[R] environment steps of the records that are kept."""
-        self.columns: dict[str, array[float]] = {}
-        """[R] values of each metric; NaN where a record lacks it."""
+        self.best_by, self.limit = best_by, limit
         self.every = 1
         """One record of so many is kept."""
         self.count = 0
@@ -41,47 +35,33 @@ class History:
         self.last: dict[str, float] | None = None
         """The newest record, with its environment step as ``step``."""
         self.best: dict[str, float] | None = None
+        self._kept: list[dict[str, float]] = []
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a record.
-
-        Args:
-            step: environment steps so far.
-            metrics: values by name, which may differ from those of the previous record.
-        """
+        """Add a record of metrics, which may differ from those of the previous one, at ``step`` environment steps."""
         self.count += 1
         self.last = {"step": step, **metrics}
         highest = -math.inf if self.best is None else self.best[self.best_by]
         if highest < metrics.get(self.best_by, math.nan) < math.inf:  # NaN is not
             self.best = self.last
-        if self.count % self.every:
-            return
-        for name in metrics:  # in this order, which a set would not have: files do not depend on the hash seed
-            if name in self.columns:
-                continue
-            self.columns[name] = array("d", [math.nan] * len(self.steps))
-        self.steps.append(step)
-        for name, column in self.columns.items():
-            column.append(metrics.get(name, math.nan))
-        if len(self.steps) > self.limit:
+        if self.count % self.every == 0:
+            self._kept.append(self.last)
+        if len(self._kept) > self.limit:
             self.every *= 2
-            self.steps = self.steps[1::2]
-            self.columns = {name: column[1::2] for name, column in self.columns.items()}
+            self._kept = self._kept[1::2]
 
     def rows(self) -> list[dict[str, float]]:
         """The records that are kept, and the last one, oldest first, without NaN."""
-        names = ["step", *self.columns]
-        rows = [dict(zip(names, row, strict=True)) for row in zip(self.steps, *self.columns.values(), strict=True)]
-        if self.last is not None and self.count % self.every:
-            rows.append(self.last)
+        rows = self._kept if self.last is None or self.count % self.every == 0 else [*self._kept, self.last]
         return [{name: value for name, value in row.items() if value == value} for row in rows]
 
     def state(self) -> dict[str, Any]:
-        """All of it as plain data and one tensor [1 + metrics, R] of float64."""
-        table = [self.steps, *self.columns.values()]
+        """All of it as plain data and one tensor [1 + metrics, R] of float64, which is faster to save than the records."""
+        names = ["step", *dict.fromkeys(name for row in self._kept for name in row if name != "step")]
+        table = [[row.get(name, math.nan) for row in self._kept] for name in names]
         return {
-            "names": list(self.columns),
-            "table": torch.tensor([column.tolist() for column in table], dtype=torch.float64),
+            "names": names[1:],
+            "table": torch.tensor(table, dtype=torch.float64),
             "every": self.every,
             "count": self.count,
             "last": self.last,
@@ -90,9 +70,9 @@ class History:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Become what :meth:`state` was taken of."""
-        steps, *columns = state["table"].tolist()
-        self.steps = array("d", steps)
-        self.columns = {name: array("d", column) for name, column in zip(state["names"], columns, strict=True)}
+        names = ["step", *state["names"]]
+        rows = [zip(names, row, strict=True) for row in state["table"].T.tolist()]
+        self._kept = [{name: value for name, value in row if value == value} for row in rows]
         self.every, self.count = state["every"], state["count"]
         self.last, self.best = state["last"], state["best"]
 

@@ -1,29 +1,41 @@
 """The arguments of a model: those that checkpoints and loggers keep, and those that must be given again."""
 
+import importlib
 import inspect
 import io
+import re
+import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import asdict
 from typing import Any
 
+import gymnasium as gym
 import torch
+from gymnasium.vector import VectorEnv
 from lightning import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
+from ppo_lightning.algorithm.advantage import gae
 from ppo_lightning.errors import InputError
-from ppo_lightning.runs.checkpoint import (
-    KEY,
-    foreign_names,
-    missing,
-    plain_contents,
-    plain_data,
-    read_verified,
-    refuse_missing,
-    refuse_names,
-)
-from ppo_lightning.runs.loggers import described_run, name_of
+from ppo_lightning.parameters import Linear, PopArt
+from ppo_lightning.runs.checkpoint import CHECKPOINT_KEY, read_verified, validated_contents
+
+LIGHTNING_KEYS = ("_instantiator", "_class_path")
+"""Lightning's internal entries among the hyperparameters."""
+
+ALLOWED_CLASSES = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, gym.Env, VectorEnv)
+ALLOWED_FUNCTIONS = (gae,)
+TRUSTED_PACKAGES = ("ppo_lightning", "torch", "gymnasium", "ale_py", "minigrid")
+"""Kinds of classes and the functions that a checkpoint may name, and the packages that it may import."""
+
+PATH_ARGUMENT = re.compile(r"(path|dir|directory|directorie|folder|filename)s?(_|$)|(^|_)(file|url|uri)s?(_|$)")
+"""In names of arguments that take files or folders."""
+
+TRAINING_ONLY = ("optimizer", "lr_scheduler", "loss", "advantage_estimator")
+"""Hyperparameters that a policy can act without."""
 
 _given_to_load: ContextVar[frozenset[str]] = ContextVar("given_to_load", default=frozenset())
 """Hyperparameters that load_from_checkpoint was given, whether they equal the defaults or not."""
@@ -40,7 +52,6 @@ class Hyperparameters:
     """
 
     def __init__(self, module: LightningModule, given: Mapping[str, Any]) -> None:
-        self._values: Mapping[str, Any] = module.hparams
         self._names: dict[str, str] = {}
         self.unresolved: list[str] = []
         """Those of a checkpoint that were neither saved nor given again, and that only training needs."""
@@ -50,37 +61,49 @@ class Hyperparameters:
         if _given_hyperparameters.get() is not None:
             module.save_hyperparameters()
         else:
-            plain = plain_data(given)
+            plain = serializable_hparams(given)
             module.save_hyperparameters(plain)
-            self._names = {name: name_of(value) for name, value in given.items() if name not in plain}
+            self._names = {name: qualified_name(value) for name, value in given.items() if name not in plain}
             defaults = defaults_of(type(module))
             self._explicit = {name for name, value in given.items() if value is not defaults.get(name)}
             self.unsaved = sorted(self._explicit - plain.keys())
-        self._values = module.hparams
+        self._values: Mapping[str, Any] = module.hparams
 
     def load(self, contents: Mapping[str, Any]) -> None:
-        """Compare with a checkpoint's.
-
-        Args:
-            contents: that are ours.
+        """Compare with a checkpoint's contents that are ours.
 
         Raises:
             InputError: one that acting needs was neither saved nor given again.
         """
-        self.unresolved = refuse_missing(contents, _given_to_load.get().union(self._explicit))
+        self.unresolved = check_unsaved(contents, _given_to_load.get().union(self._explicit))
 
     def check_trainable(self) -> None:
-        """Refuse to train without what was not given again.
-
-        Raises:
-            InputError: something is missing.
-        """
+        """Refuse to train without what was not given again."""
         if self.unresolved:
-            raise missing(self.unresolved[0])
+            raise missing_hparam_error(self.unresolved[0])
 
     def for_loggers(self, optimizer: torch.optim.Optimizer, **more: Any) -> dict[str, Any]:
-        """Hyperparameters for loggers, including the optimizer's, and ``more``."""
-        return described_run({**self._values, **self._names}, optimizer, **more)
+        """Hyperparameters for loggers, including the optimizer's, and ``more``; objects by their names, tuples as lists."""
+        values = {name: one for name, one in self._values.items() if name not in LIGHTNING_KEYS}
+        return {
+            **tuples_to_lists({**values, **self._names}),
+            "optimizer": {
+                "class_path": qualified_name(type(optimizer)),
+                "init_args": tuples_to_lists(optimizer.defaults),
+            },
+            **more,
+        }
+
+
+def qualified_name(value: Any) -> str:
+    """Of a class or function its own name; of an object its class's."""
+    named = value if inspect.isclass(value) or inspect.isfunction(value) else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def tuples_to_lists(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that plain YAML can hold."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def defaults_of(kind: type) -> dict[str, Any]:
@@ -113,11 +136,11 @@ def loading(
         InputError: the file is damaged, not ours, needs something that it cannot hold, or names something that no file may.
     """
     data = read_verified(path)
-    contents = plain_contents(data, path)
-    refuse_missing(contents[KEY], given)
+    contents = validated_contents(data, path)
+    check_unsaved(contents[CHECKPOINT_KEY], given)
     saved = contents["hyper_parameters"]
-    unresolved = (foreign_names(saved).keys() & {"loss", "advantage_estimator"}) - given.keys()
-    refuse_names(saved, {*given, *unresolved})
+    unresolved = (disallowed_names(saved).keys() & {"loss", "advantage_estimator"}) - given.keys()
+    check_names(saved, {*given, *unresolved})
     token = _given_to_load.set(frozenset(given))
     try:
         replaced = {name: defaults[name] for name in unresolved}
@@ -128,3 +151,111 @@ def loading(
         ) from error
     finally:
         _given_to_load.reset(token)
+
+
+def check_names(hparams: Mapping[str, Any], given: Container[str] = ()) -> None:
+    """Refuse hyperparameters that would import or call what a checkpoint may not choose.
+
+    A checkpoint is untrusted, and under the command line its hyperparameters hold names that are imported and called. It may
+    name registered environments, and classes of networks, optimisers, schedulers, environments and wrappers from
+    :data:`TRUSTED_PACKAGES` or from modules that are imported already. It may not name files or folders.
+
+    Args:
+        hparams: of a checkpoint.
+        given: names of those that the user has given again, which replace the checkpoint's.
+    """
+    for name, strings in disallowed_names(hparams).items():
+        if name not in given:
+            raise InputError(
+                f"the checkpoint's {name} is {strings[0]!r}, which no checkpoint may choose: if you trust it, give {name} "
+                f"again, by --model.{name}, in a config, or to load_from_checkpoint"
+            )
+
+
+def disallowed_names(hparams: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Strings that a checkpoint may not choose, by hyperparameter, which the user must give again."""
+    found = {
+        name: [
+            text for text, is_path in _strings(value) if is_path or not _is_allowed(text, inert=name == "env_kwargs")
+        ]
+        for name, value in hparams.items()
+        if name != "_instantiator"
+    }
+    if not isinstance(hparams.get("env_kwargs"), dict | None):  # jsonargparse would read a file of this name
+        found["env_kwargs"] = [str(hparams["env_kwargs"])]
+    return {name: strings for name, strings in found.items() if strings}
+
+
+def _strings(value: object, *, is_path: bool = False) -> Iterator[tuple[str, bool]]:
+    """All strings in a hyperparameter, keys included, and whether an argument takes it as a file or folder."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key, is_path=is_path)
+            takes_path = key != "class_path" and PATH_ARGUMENT.search(str(key).lower()) is not None
+            yield from _strings(item, is_path=is_path or (takes_path and not isinstance(item, Mapping)))
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _strings(item, is_path=is_path)
+    elif isinstance(value, str | bytes):
+        yield str(value), is_path
+
+
+def _is_allowed(text: str, *, inert: bool) -> bool:
+    """Whether a checkpoint may choose a string; an inert one is an argument of an environment."""
+    if inert:  # jsonargparse imports what a class_path names
+        return "class_path" not in text and (text in gym.registry or re.search(r"[/\\]|^~|^\.+$", text) is None)
+    if text in gym.registry or re.fullmatch(r"[\w +-]*", text):
+        return True
+    module, colon, _ = text.rpartition(":")
+    if colon:
+        return re.fullmatch(r"[\w.]+:[\w./-]+", text) is not None and (_is_trusted(module) or module in sys.modules)
+    module, _, name = text.rpartition(".")
+    if _is_trusted(module):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            return False
+    named = getattr(sys.modules.get(module), name, None)
+    return named in ALLOWED_FUNCTIONS or (isinstance(named, type) and issubclass(named, ALLOWED_CLASSES))
+
+
+def _is_trusted(module: str) -> bool:
+    """Whether a checkpoint may import a module."""
+    parts = module.split(".")
+    return parts[0] in TRUSTED_PACKAGES and all(re.fullmatch(r"[A-Za-z]\w*", part) for part in parts)
+
+
+def check_unsaved(ours: Mapping[str, Any], given: Container[str]) -> list[str]:
+    """Hyperparameters that were neither saved nor given again, and that only training needs.
+
+    Raises:
+        InputError: one that acting needs is missing.
+    """
+    absent = [name for name in ours["not_saved"] if name not in given]
+    for name in absent:
+        if name not in TRAINING_ONLY:
+            raise missing_hparam_error(name)
+    return absent
+
+
+def missing_hparam_error(name: str) -> InputError:
+    """The error for a hyperparameter that was neither saved nor given again."""
+    return InputError(
+        f"the checkpoint was made with a value of {name} which a file of plain data cannot hold: "
+        f"pass {name}=… again, to PPO or to load_from_checkpoint"
+    )
+
+
+def serializable_hparams(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those hyperparameters that ``weights_only`` loading can restore, converted to plain data."""
+    plain = {name: asdict(value) if isinstance(value, Linear | PopArt) else value for name, value in given.items()}
+    return {name: value for name, value in plain.items() if is_plain(value)}
+
+
+def is_plain(value: object) -> bool:
+    """Whether ``weights_only`` loading can restore a value."""
+    if isinstance(value, Mapping):
+        return all(is_plain(key) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

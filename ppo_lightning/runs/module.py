@@ -21,34 +21,32 @@ from typing_extensions import override
 from ppo_lightning.algorithm.optimizer_step import parameters_of
 from ppo_lightning.envs import EnvFactory, EnvProvider
 from ppo_lightning.envs.info import added, means
-from ppo_lightning.evaluation.evaluator import evaluate_over_ranks
+from ppo_lightning.evaluation.episodes import evaluate_over_ranks
 from ppo_lightning.metric_names import MetricNames
 from ppo_lightning.parameters import ONE_OR_MORE, checked
 from ppo_lightning.policy import Policy, RunningMoments, statistics_of
 from ppo_lightning.rollout.dataset import EpisodeStatistics, RolloutDataset
 from ppo_lightning.runs.checkpoint import (
-    KEY,
-    OptimizerHparams,
+    CHECKPOINT_KEY,
     check_checkpoint,
     checkpoint_contents,
     checkpoint_paths,
     with_run_buffers,
 )
 from ppo_lightning.runs.clock import Clock
-from ppo_lightning.runs.counts import Counts, exchange_counts
 from ppo_lightning.runs.history import Records, summarize_records
 from ppo_lightning.runs.hyperparameters import Hyperparameters, defaults_of, loading
 from ppo_lightning.runs.loggers import MetricWriter
-from ppo_lightning.runs.ranks import CHECK_INTERVAL, Ranks, fingerprint
-from ppo_lightning.runs.seeding import derive_seed, resolve_seed, seed_of_checkpoint
-from ppo_lightning.runs.state import RunState, env_signature
+from ppo_lightning.runs.optimizer import OptimizerHparams
+from ppo_lightning.runs.ranks import CHECK_INTERVAL, Counts, Ranks, fingerprint, gather_counts
+from ppo_lightning.runs.state import RunState, derive_seed, env_signature, resolve_seed, seed_of_checkpoint
 from ppo_lightning.runs.trainer import (
     check_trainer,
     find_checkpoints,
     prepare_trainer,
     restart_epoch,
     restore_modes,
-    take_averages_out,
+    restore_training_weights,
 )
 from ppo_lightning.spaces import check_mask
 
@@ -115,7 +113,7 @@ class RunModule(LightningModule):
         self.schedule_metrics: dict[str, float] = {}
         """Metrics of callbacks that change schedules or environments, logged with each iteration."""
         self.stop_signal: Signals | None = None
-        """The signal that asked this process to stop."""
+        """The signal that asked this rank to stop."""
         self.agreed_stop_signal: Signals | None = None
         """The signal by which the run stops, as all ranks have agreed."""
         self.trained_with_masks = False
@@ -169,7 +167,7 @@ class RunModule(LightningModule):
     def begin_fit(self) -> None:
         """Check a checkpoint's optimizer, seed this rank's generator, and stop at once where nothing is left to train."""
         scheduler = next(iter(self._schedulers), None)
-        self._optimizer_hparams = OptimizerHparams(self._optimizer, scheduler, self.run_state.take_checkpoint())
+        self._optimizer_hparams = OptimizerHparams(self._optimizer, scheduler, self.run_state.pop_checkpoint())
         rank_zero_info(f"seed {self.seed}")
         more = {"total_steps": self.total_steps, "seed": self.seed, "processes": self.ranks.world_size}
         self._hparams_initial = self.hyperparameters.for_loggers(self._optimizer, **more)  # Lightning logs these next
@@ -212,7 +210,7 @@ class RunModule(LightningModule):
             fingerprint(parameters_of(self._optimizer)) if compares else (0, 0),
             bool(self.rollouts.info),
         )
-        counts, fingerprints = exchange_counts(own, self.ranks, EpisodeStatistics.WINDOW)
+        counts, fingerprints = gather_counts(own, self.ranks, EpisodeStatistics.WINDOW)
         self.env_steps += counts.env_steps
         episodes.record(counts.episodes[:, :4])
         if counts.signal:
@@ -228,7 +226,7 @@ class RunModule(LightningModule):
         """Counters and times of an iteration, and the averages of what environments reported in ``info``."""
         return {
             **means(self.rollouts.info),
-            **self.clock.iterated(self.num_env_steps),
+            **self.clock.lap(self.num_env_steps),
             "time/iterations": self.policy_version,
             "time/total_timesteps": self.num_env_steps,
             "time/collect": self.rollouts.collect_seconds,
@@ -274,10 +272,7 @@ class RunModule(LightningModule):
         """One batch: one evaluation."""
         return range(1)
 
-    @override
-    def test_dataloader(self) -> Sequence[int]:
-        """One batch: one evaluation."""
-        return range(1)
+    test_dataloader = val_dataloader
 
     @override
     def validation_step(self, batch: int, batch_idx: int) -> None:
@@ -290,7 +285,9 @@ class RunModule(LightningModule):
         self._log_evaluation("test")
 
     @checked(num_episodes=ONE_OR_MORE)
-    def evaluate(self, num_episodes: int | None = None, deterministic: bool | None = None) -> dict[str, float]:
+    def evaluate(
+        self, num_episodes: int | None = None, deterministic: bool | None = None, *, purpose: str = "evaluation"
+    ) -> dict[str, float]:
         """Run exactly ``num_episodes`` episodes on environments of their own, shared among all ranks.
 
         Training is not affected: neither its environments nor its random state change. The episodes depend on the seed and
@@ -299,6 +296,7 @@ class RunModule(LightningModule):
         Args:
             num_episodes: default ``num_eval_episodes``.
             deterministic: default ``eval_deterministic``.
+            purpose: ``evaluation`` has the episodes of validations, ``test`` others, since validations choose checkpoints.
 
         Returns:
             ``eval/mean_reward``, ``std_reward``, ``min_reward``, ``max_reward``, ``mean_ep_length``, ``success_rate`` where the
@@ -308,9 +306,6 @@ class RunModule(LightningModule):
         Raises:
             InputError: the environment was given as a VectorEnv that cannot be made again.
         """
-        return self._evaluate(num_episodes, deterministic, "evaluation")
-
-    def _evaluate(self, num_episodes: int | None, deterministic: bool | None, purpose: str) -> dict[str, float]:
         seed = self.evaluation_seed(purpose)
         return evaluate_over_ranks(
             self.policy,
@@ -327,9 +322,9 @@ class RunModule(LightningModule):
     def _log_evaluation(self, purpose: str) -> None:
         started = time.perf_counter()
         try:
-            statistics = self._evaluate(None, None, purpose)
+            statistics = self.evaluate(purpose=purpose)
         except BaseException:
-            take_averages_out(self.trainer)
+            restore_training_weights(self.trainer)
             raise
         # All ranks have gathered the same statistics; sync_dist tells Lightning so.
         renames = bool(self.loggers) and self.metric_writer.names != "sb3"
@@ -345,21 +340,17 @@ class RunModule(LightningModule):
         """Add what a policy needs beyond weights, and the state from which a run resumes."""
         checkpoint["hyper_parameters"]["total_steps"] = self.total_steps  # it may have been raised since
         checkpoint["state_dict"] = with_run_buffers(self, checkpoint["state_dict"])
-        checkpoint[KEY] = checkpoint_contents(self)
+        checkpoint[CHECKPOINT_KEY] = checkpoint_contents(self)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint for other spaces before its weights are touched.
-
-        Raises:
-            InputError: the checkpoint is not ours, or its spaces differ from the environment's.
-        """
+        """Refuse a checkpoint for other spaces before its weights are touched."""
         fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         check_checkpoint(self, checkpoint, fits=fits)
         self.run_state.load(checkpoint, fits=fits)
-        self.trained_with_masks = checkpoint[KEY].get("masked", False)
-        self.seed = seed_of_checkpoint(checkpoint[KEY]["seed"], self.seed)
-        self.rollouts.load(checkpoint[KEY])
+        self.trained_with_masks = checkpoint[CHECKPOINT_KEY].get("masked", False)
+        self.seed = seed_of_checkpoint(checkpoint[CHECKPOINT_KEY]["seed"], self.seed)
+        self.rollouts.load(checkpoint[CHECKPOINT_KEY])
 
     @override
     @classmethod
@@ -472,17 +463,7 @@ class RunModule(LightningModule):
 
     def exclude_from_fps(self, seconds: float) -> None:
         """Exclude time that was not spent on training from ``time/fps``."""
-        self.clock.evaluated(seconds)
-
-    def progress_bar_values(self) -> dict[str, str]:
-        """Metrics that the progress bar shows beside the steps."""
-        shown = {} if self.clock.fps is None else {"fps": f"{self.clock.fps:,.0f}"}
-        mean = self.rollouts.episodes.means().get("rollout/ep_rew_mean")
-        return shown if mean is None else {**shown, "return": f"{mean:.4g}"}
-
-    def save_env_state(self) -> None:
-        """Save the state of the environments between two rollouts, before they are closed."""
-        self.rollouts.saved = self.rollouts.state()
+        self.clock.add_evaluation(seconds)
 
     def close_environments(self) -> None:
         """Stop all simulators and their worker processes; the next use starts new ones."""

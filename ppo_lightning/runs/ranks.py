@@ -1,9 +1,9 @@
-"""The ranks of a run, and their collective operations."""
+"""The ranks of a run, their collective operations, and what they exchange in each iteration."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from hashlib import blake2b
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -43,11 +43,7 @@ class Ranks:
         return 1 if self._trainer is None else self._trainer.world_size
 
     def share_memory(self, parameters: list[nn.Parameter]) -> None:
-        """Exchange through shared memory from now on, where that is possible.
-
-        Args:
-            parameters: whose gradients are averaged.
-        """
+        """Exchange through shared memory from now on, where that is possible; gradients are those of ``parameters``."""
         self.shared = make_shared_memory(self._trainer, parameters)
 
     def gather(self, row: Tensor) -> Tensor:
@@ -89,23 +85,47 @@ class Ranks:
             torch.distributed.barrier()
 
     def check_in_sync(self, fingerprints: Tensor, iteration: int) -> None:
-        """Refuse to continue with parameters that differ between ranks.
-
-        Args:
-            fingerprints: [ranks, 2] of :func:`fingerprint`.
-            iteration: that has ended.
-
-        Raises:
-            ProcessFault: a rank's parameters differ from rank 0's.
-        """
+        """Refuse to continue with parameters whose fingerprints [ranks, 2] differ between ranks (:class:`ProcessFault`)."""
         others = out_of_sync_ranks(fingerprints)
         if others:
-            names = f"process {others[0]}" if len(others) == 1 else f"processes {', '.join(map(str, others))}"
+            names = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
             raise ProcessFault(
-                f"after iteration {iteration} the parameters of {names} are not those of process 0: something changes them on "
-                "one process alone (a callback, a hook, a backward() of its own), or their processors differ and round "
+                f"after iteration {iteration} the parameters of {names} are not those of rank 0: something changes them on "
+                "one rank alone (a callback, a hook, a backward() of its own), or their processors differ and round "
                 "differently; remove it, or use machines of one kind, and resume from the last checkpoint"
             )
+
+
+class Counts(NamedTuple):
+    """Counts of an iteration."""
+
+    env_steps: int
+    """Environment steps."""
+    episodes: Tensor
+    """[E, 5] float64 finished episodes: return, length, success, failure, and the step of the rollout."""
+    signal: int
+    """Number of the signal that asked the run to stop; 0 without."""
+    fingerprint: tuple[int, int]
+    """Of the parameters (:func:`fingerprint`), or zeros."""
+    has_info: bool
+    """The environments reported metrics in ``info``."""
+
+
+def gather_counts(own: Counts, ranks: Ranks, window: int) -> tuple[Counts, Tensor]:
+    """The counts over all ranks, by one gather of at most ``window`` of the newest episodes, and fingerprints [ranks, 2]."""
+    newest = own.episodes[-window:]
+    numbers = [own.env_steps, len(newest), own.signal, *own.fingerprint, own.has_info]
+    packed = torch.zeros(len(numbers) + 5 * window, dtype=torch.float64)  # on the CPU: not every device has float64
+    packed[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
+    packed[len(numbers) : len(numbers) + newest.numel()] = newest.flatten()
+    rows = ranks.gather(packed).view(-1, len(packed))
+    episodes = torch.cat([row[len(numbers) :].view(window, 5)[: int(row[1])] for row in rows])
+    if ranks.world_size > 1:  # as of one rank: by step, then environment
+        episodes = episodes[episodes[:, 4].argsort(stable=True)]
+    signals = rows[:, 2][rows[:, 2] != 0]
+    stop = int(signals[-1]) if len(signals) else 0
+    counts = Counts(int(rows[:, 0].sum()), episodes, stop, own.fingerprint, bool(rows[:, 5].any()))
+    return counts, rows[:, 3:5]
 
 
 class LightningBackend(Backend):

@@ -34,12 +34,10 @@ class PeerLost(distributed.DistError):
 def make_shared_memory(trainer: Any, parameters: list[nn.Parameter]) -> "SharedMemoryAllReduce | None":
     """Shared memory for the ranks of a run; None with one rank, or where ranks cannot share memory.
 
-    Args:
-        trainer: of the run. Under DDP, gradients are averaged through this memory from now on.
-        parameters: whose gradients are averaged.
+    Under DDP, the gradients of ``parameters`` are averaged through this memory from now on.
     """
     strategy, single = trainer.strategy, all(one.dtype == torch.float32 for one in parameters)
-    if trainer.world_size == 1 or not (single and _can_share(trainer.num_nodes, strategy.root_device)):
+    if trainer.world_size == 1 or not (single and can_share(trainer.num_nodes, strategy.root_device)):
         return None
     size = sum(one.numel() for one in parameters) + 1  # the divergence is reduced with the gradients
     size = max(size + size % 2, ROW)
@@ -57,7 +55,7 @@ def make_shared_memory(trainer: Any, parameters: list[nn.Parameter]) -> "SharedM
     return shared
 
 
-def _can_share(num_nodes: int, device: torch.device) -> bool:
+def can_share(num_nodes: int, device: torch.device) -> bool:
     """Whether processes can share memory: on one machine with Linux, whose processor keeps the order of stores."""
     alike = num_nodes == 1 and device.type == "cpu"
     return alike and FOLDER.is_dir() and platform.machine() in ("x86_64", "AMD64")
@@ -89,7 +87,7 @@ class SharedMemoryAllReduce:
     def __init__(self, rank: int, world_size: int, size: int) -> None:
         self.rank, self.round, self.reduces_gradients = rank, 0, False
         numbers = 2 * world_size * (STRIDE + size)
-        place = [_allocate(4 * numbers)] if rank == 0 else [None]
+        place = [allocate(4 * numbers)] if rank == 0 else [None]
         distributed.broadcast_object_list(place)
         if place[0] is None:
             raise OSError(f"no room for {4 * numbers:,} bytes in {FOLDER}")
@@ -158,15 +156,15 @@ class SharedMemoryAllReduce:
 
     def _check_peers(self, waited: float) -> None:
         late = [rank for rank, count in enumerate(self.counters.tolist()) if count < self.round]
-        dead = [rank for rank in late if not _is_alive(self.pids[rank])]
+        dead = [rank for rank in late if not is_alive(self.pids[rank])]
         timeout = distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout  # pyright: ignore
         if dead or waited > timeout.total_seconds():
             what = "ended" if dead else f"did not come within {waited:.0f} s"
-            names = " and ".join(f"process {rank}" for rank in dead or late)
-            raise PeerLost(f"{names} {what} where the processes meet")
+            names = " and ".join(f"rank {rank}" for rank in dead or late)
+            raise PeerLost(f"{names} {what} during an exchange")
 
 
-def _allocate(size: int) -> str | None:
+def allocate(size: int) -> str | None:
     """A file of so many bytes in memory; None where there is no room."""
     handle, place = tempfile.mkstemp(prefix="ppo_lightning_", dir=FOLDER)
     try:
@@ -179,8 +177,12 @@ def _allocate(size: int) -> str | None:
     return place
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int | str) -> bool:
+    """Whether a process of this machine runs, and is no zombie."""
     try:
+        os.kill(int(pid), 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
+    except ProcessLookupError:
         return False
+    except FileNotFoundError:  # it has just ended, or the system has no /proc
+        return not Path("/proc/self").exists()

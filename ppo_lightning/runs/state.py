@@ -1,19 +1,92 @@
-"""The state from which a run resumes, beside that of the module and its optimizer."""
+"""State of a run beside its module: seeds, the state to resume from, and the state before an update."""
 
 import copy
+import os
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from ppo_lightning.algorithm.optimizer_step import parameters_of
 from ppo_lightning.envs.streams import get_rng_state, set_rng_state
-from ppo_lightning.runs.checkpoint import KEY
+from ppo_lightning.runs.checkpoint import CHECKPOINT_KEY
+from ppo_lightning.runs.optimizer import continue_optimizer
 from ppo_lightning.runs.ranks import Ranks
-from ppo_lightning.runs.rollback import Rollback
+
+
+def resolve_seed(seed: int | None) -> int:
+    """The seed of a run: its previous one, else that of ``lightning.seed_everything``, else a random one."""
+    if seed is not None:
+        return seed
+    given = os.environ.get("PL_GLOBAL_SEED")
+    return random.SystemRandom().randrange(2**31) if given is None else int(given)
+
+
+def derive_seed(seed: int, purpose: str, rank: int, step: int) -> int:
+    """A seed that is unique to a purpose, rank and environment step of the run."""
+    entropy = [seed, sum(purpose.encode()), rank, step]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+
+
+def seed_of_checkpoint(saved: int | None, present: int | None) -> int | None:
+    """The seed after a checkpoint was loaded: the checkpoint's, unless ``lightning.seed_everything`` gave another."""
+    return present if "PL_GLOBAL_SEED" in os.environ else saved
+
+
+class Rollback:
+    """Copies of tensors, restored where an update does not finish."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._slots: list[tuple[Tensor, str]] = []
+        """Parameter and name of each tensor of the optimiser's state, whose copies are the last."""
+        self._saved = False
+
+    @torch.no_grad()
+    def save(self, tensors: list[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+        """Copy tensors, and those of the optimiser's state."""
+        self._slots = _slots(optimizer)
+        found = [*tensors, *_at(optimizer, self._slots)]
+        if [id(one) for one in found] != [id(one) for one in self._tensors]:
+            self._copies = [torch.empty_like(one) for one in found]
+        torch._foreach_copy_(self._copies, found)  # pyright: ignore[reportPrivateImportUsage]
+        self._tensors, self._optimizer, self._saved = found, optimizer, True
+
+    def discard(self) -> None:
+        """Drop the copies: the update has ended."""
+        self._saved = False
+
+    @torch.no_grad()
+    def rollback(self) -> None:
+        """Restore the tensors, unless :meth:`discard` was called since."""
+        if not self._saved:
+            return
+        if self._optimizer is not None:
+            had_state = {parameter for parameter, _ in self._slots}
+            for parameter in [one for one in self._optimizer.state if one not in had_state]:
+                del self._optimizer.state[parameter]  # it had taken no step
+        # The state's tensors may have been replaced: a compiled update lays them out flat.
+        own = len(self._tensors) - len(self._slots)
+        tensors = [*self._tensors[:own], *_at(self._optimizer, self._slots)]
+        torch._foreach_copy_(tensors, self._copies)  # pyright: ignore[reportPrivateImportUsage]
+        self._saved = False
+
+
+def _slots(optimizer: torch.optim.Optimizer | None) -> list[tuple[Tensor, str]]:
+    states = [] if optimizer is None else optimizer.state.items()
+    return [(parameter, name) for parameter, state in states for name, one in state.items() if isinstance(one, Tensor)]
+
+
+def _at(optimizer: torch.optim.Optimizer | None, slots: list[tuple[Tensor, str]]) -> list[Tensor]:
+    return [] if optimizer is None else [optimizer.state[parameter][name] for parameter, name in slots]
 
 
 class RunState:
@@ -64,10 +137,10 @@ class RunState:
 
     def load(self, checkpoint: dict[str, Any], *, fits: bool) -> None:
         """Keep the states of a checkpoint for the next fit, or all of it where a fit is resuming (``fits``)."""
-        self._loaded, self._refit = checkpoint[KEY]["processes"], None
+        self._loaded, self._refit = checkpoint[CHECKPOINT_KEY]["processes"], None
         self._checkpoint = checkpoint if fits else None
 
-    def take_checkpoint(self) -> dict[str, Any] | None:
+    def pop_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint that this fit resumes, once."""
         checkpoint, self._checkpoint = self._checkpoint, None
         return checkpoint
@@ -91,7 +164,7 @@ class RunState:
         refit, self._refit = self._refit, None
         if refit is not None:
             states = [refit] * ranks.world_size  # each rank has its own
-            _continue_optimizer(refit, optimizer, schedulers)
+            continue_optimizer(refit, optimizer, schedulers)
         if states is None:
             return
         self.rollouts.saved = None
@@ -115,16 +188,10 @@ def env_signature(hyperparameters: Mapping[str, Any], num_envs: int) -> str:
 
 
 def state_of_rank(states: Sequence[Mapping[str, Any]], ranks: Ranks, environment: str) -> Any:
-    """The saved state of this rank; None, with a message, where environments must begin new episodes.
-
-    Args:
-        states: of each rank of the run before.
-        ranks: of this run.
-        environment: as of :func:`env_signature`.
-    """
+    """The saved state of this rank; None, with a message, where environments must begin new episodes."""
     if len(states) != ranks.world_size:
         rank_zero_info(
-            f"environments begin new episodes: {len(states)} processes were saved, and there are {ranks.world_size}"
+            f"environments begin new episodes: {len(states)} ranks were saved, and there are {ranks.world_size}"
         )
         return None
     own = states[ranks.rank]
@@ -132,32 +199,3 @@ def state_of_rank(states: Sequence[Mapping[str, Any]], ranks: Ranks, environment
         rank_zero_info(f"environments begin new episodes: they were {own['environment']}, and are {environment}")
         return None
     return own
-
-
-def _continue_optimizer(refit: Mapping[str, Any], optimizer: torch.optim.Optimizer, schedulers: Sequence[Any]) -> None:
-    if type(optimizer) is refit["kind"]:
-        carry_over(refit["optimizer"], refit["parameters"], optimizer)
-    else:
-        kind = type(optimizer).__name__
-        rank_zero_info(f"the last fit used {refit['kind'].__name__}, this one uses {kind}: it starts without state")
-    for scheduler, state in zip(schedulers, refit["schedulers"], strict=False):
-        if state.keys() == scheduler.state_dict().keys():
-            scheduler.load_state_dict(state)
-
-
-def carry_over(saved: Mapping[str, Any], parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Copy the state of another optimizer, for the parameters that both have.
-
-    Args:
-        saved: ``state_dict`` of the other.
-        parameters: of the other, in their order.
-        optimizer: of the same class; parameters that the other one lacks begin without state.
-    """
-    places = {id(one): place for place, one in enumerate(parameters)}
-    groups = optimizer.state_dict()["param_groups"]
-    trained = parameters_of(optimizer)
-    known = {new: places[id(one)] for new, one in enumerate(trained) if id(one) in places}
-    if len(groups) == len(saved["param_groups"]):
-        groups = [{**old, "params": new["params"]} for old, new in zip(saved["param_groups"], groups, strict=True)]
-    state = {new: saved["state"][old] for new, old in known.items() if old in saved["state"]}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})

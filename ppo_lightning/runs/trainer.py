@@ -42,27 +42,27 @@ from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.runs.checkpoint import CHOICES, newest_checkpoint, verified
-from ppo_lightning.runs.loggers import tolerant
+from ppo_lightning.runs.checkpoint import CHOICES, newest_checkpoint, verified_io
+from ppo_lightning.runs.loggers import as_tolerant
 
-
-def is_no_advertisement(record: logging.LogRecord) -> bool:
-    """Whether a message of Lightning is about the run, and not about Lightning's cloud."""
-    return not record.getMessage().startswith("💡 Tip:")
-
-
+# A Trainer advertises Lightning's cloud when it is made.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-    is_no_advertisement
-)  # a Trainer advertises when made
+    lambda record: "💡 Tip:" not in record.getMessage()
+)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Signals upon which a run stops after its iteration."""
 
 GRADIENT_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
-
 DDP_TIMEOUT = timedelta(minutes=3)
 """For one rank to wait for another; torch's half an hour is long for a rank that died."""
+
+SHARDING = ("fsdp", "deepspeed", "model_parallel")
+"""Beginnings of the names of strategies that shard parameters."""
+
+RANKS_PER_CORE = 4
+"""More ranks on the CPU are taken for a mistake."""
 
 
 def shorten_timeout(trainer: Any) -> None:
@@ -72,24 +72,16 @@ def shorten_timeout(trainer: Any) -> None:
         strategy._timeout = DDP_TIMEOUT
 
 
-SHARDING = ("fsdp", "deepspeed", "model_parallel")
-"""Beginnings of the names of strategies that shard parameters."""
-
-
-def refuse_impossible(settings: Mapping[str, Any]) -> None:
+def check_trainer_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings of a Trainer that this machine or PPO cannot use, before the Trainer is made.
 
     Args:
         settings: arguments of the Trainer by name.
-
-    Raises:
-        InputError: a strategy or accelerator that does not exist here, more processes than the machine can run, or several
-            machines without an address.
     """
     strategy, accelerator, devices = (settings[name] for name in ("strategy", "accelerator", "devices"))
     strategies = StrategyRegistry.available_strategies()
     if isinstance(strategy, str) and strategy.startswith(SHARDING):
-        raise sharding(strategy)
+        raise _sharding_error(strategy)
     if isinstance(strategy, str) and strategy != "auto" and strategy not in strategies:
         raise InputError(
             f"trainer.strategy {strategy} does not exist: {_nearest(strategy, ['auto', *strategies], 'take ddp or auto')}"
@@ -102,10 +94,10 @@ def refuse_impossible(settings: Mapping[str, Any]) -> None:
     if isinstance(accelerator, str) and accelerator != "auto":
         if not any(AcceleratorRegistry[name]["accelerator"].is_available() for name in names):
             raise InputError(f"trainer.accelerator {accelerator}: this machine has none: take cpu or auto")
-        limit = max(8, PROCESSES_PER_CORE * (os.cpu_count() or 1))
+        limit = max(8, RANKS_PER_CORE * (os.cpu_count() or 1))
         if accelerator == "cpu" and str(devices).isdecimal() and int(devices) > limit:
             raise InputError(
-                f"trainer.devices {devices} are more processes than {os.cpu_count()} cores can run: take {limit} or fewer"
+                f"trainer.devices {devices} are more ranks than {os.cpu_count()} cores can run: take {limit} or fewer"
             )
     clusters = (SLURMEnvironment, LSFEnvironment, TorchElasticEnvironment)
     alone = "MASTER_ADDR" not in os.environ and not any(cluster.detect() for cluster in clusters)
@@ -114,7 +106,7 @@ def refuse_impossible(settings: Mapping[str, Any]) -> None:
             f"trainer.num_nodes {settings['num_nodes']} waits for other machines, which need the address of the first: set "
             "MASTER_ADDR, MASTER_PORT and NODE_RANK on each of them; on one machine leave num_nodes out"
         )
-    refuse_intervals(settings["val_check_interval"], settings["check_val_every_n_epoch"])
+    _check_eval_intervals(settings["val_check_interval"], settings["check_val_every_n_epoch"])
     if settings["barebones"]:
         raise InputError(
             "trainer.barebones switches off the log and the checkpoints, which each run of the command line writes: leave it "
@@ -122,12 +114,8 @@ def refuse_impossible(settings: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_intervals(val_check_interval: float | None, check_val_every_n_epoch: int | None) -> None:
-    """Refuse intervals of evaluation that an epoch of one batch cannot have.
-
-    Raises:
-        InputError: batches within an epoch, or fewer than one epoch.
-    """
+def _check_eval_intervals(val_check_interval: float | None, check_val_every_n_epoch: int | None) -> None:
+    """Refuse intervals of evaluation that an epoch of one batch cannot have."""
     if val_check_interval not in (None, 1.0):
         raise InputError(
             f"val_check_interval={val_check_interval} would count the batches of an epoch, which has one: set the model's "
@@ -139,10 +127,6 @@ def refuse_intervals(val_check_interval: float | None, check_val_every_n_epoch: 
         )
 
 
-PROCESSES_PER_CORE = 4
-"""More ranks on the CPU are taken for a mistake."""
-
-
 def _nearest(name: str, known: Iterable[str], otherwise: str) -> str:
     known = sorted(known, key=len)
     near = difflib.get_close_matches(name, known, 1, cutoff=0.8) or [one for one in known if name.startswith(one)]
@@ -150,23 +134,19 @@ def _nearest(name: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {near[0]}?" if near else otherwise
 
 
-def sharding(name: str) -> InputError:
-    """The error for a strategy that shards parameters."""
+def _sharding_error(name: str) -> InputError:
     return InputError(
         f"strategy {name} shards parameters, which PPO's policies are too small for and its several backward passes per "
         "batch do not allow: use ddp"
     )
 
 
-def refuse_unwritable(key: str, folder: str | Path) -> None:
+def check_writable(key: str, folder: str | Path) -> None:
     """Refuse a folder that cannot be written to; leaves no file there.
 
     Args:
         key: that names the folder.
         folder: which need not exist; those of other file systems (s3://…) are not checked.
-
-    Raises:
-        InputError: it is a file, or cannot be written to.
     """
     path = Path(folder).absolute()
     if "://" in str(folder):
@@ -181,32 +161,8 @@ def refuse_unwritable(key: str, folder: str | Path) -> None:
         raise InputError(f"{key} {folder} cannot be written to ({error.strerror}): give another folder") from error
 
 
-def refuse_longer_run(trainer: Any, iterations: int) -> None:
-    """Refuse a minimum length of training beyond ``total_steps``.
-
-    Args:
-        trainer: of the run.
-        iterations: that ``total_steps`` leaves to train.
-
-    Raises:
-        InputError: ``min_epochs`` or ``min_steps`` is more than that.
-    """
-    budget = trainer.current_epoch + max(0, iterations)
-    for name, least in (("min_epochs", trainer.min_epochs), ("min_steps", trainer.min_steps)):
-        if least is not None and least > budget and not trainer.fast_dev_run:
-            raise InputError(
-                f"{name}={least} would train beyond total_steps, which is reached after {budget} iterations: raise "
-                f"total_steps, or leave {name} out"
-            )
-
-
-def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
-    """Refuse settings that would silently change the algorithm.
-
-    Raises:
-        InputError: optimiser steps as a budget, a callback that sets the learning rate by Lightning's automatic
-            optimisation, fractions of a batch, a precision that rounds counters, or a strategy that shards.
-    """
+def validate_trainer(trainer: Any, *, running_moments: bool) -> None:
+    """Refuse settings that would silently change the algorithm."""
     for callback in trainer.callbacks:
         if isinstance(callback, StochasticWeightAveraging):
             raise InputError(
@@ -242,18 +198,14 @@ def refuse_what_misleads(trainer: Any, *, running_moments: bool) -> None:
             "16-mixed"
         )
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
-        raise sharding(type(trainer.strategy).__name__)
-    refuse_intervals(trainer.val_check_interval, trainer.check_val_every_n_epoch)
+        raise _sharding_error(type(trainer.strategy).__name__)
+    _check_eval_intervals(trainer.val_check_interval, trainer.check_val_every_n_epoch)
     if trainer.strategy.root_device.type == "mps" and running_moments:
         raise InputError("running statistics are float64, which this device has not: use --trainer.accelerator cpu")
 
 
-def refuse_unsupported(trainer: Any, module: LightningModule) -> None:
-    """Refuse features of Lightning that PPO replaces, before Lightning checks them.
-
-    Raises:
-        InputError: it names what to use.
-    """
+def check_supported_features(trainer: Any, module: LightningModule) -> None:
+    """Refuse features of Lightning that PPO replaces, before Lightning checks them."""
     if trainer.state.fn == TrainerFn.PREDICTING:
         raise InputError(
             "Trainer.predict needs a loader of batches, and PPO takes its observations from environments: use "
@@ -300,9 +252,10 @@ def refuse_unsupported(trainer: Any, module: LightningModule) -> None:
 
 def prepare_trainer(trainer: Any) -> None:
     """Let a Trainer write verified checkpoints, continue where loggers cannot write, and log over environment steps."""
-    trainer.strategy.checkpoint_io = verified(trainer.strategy.checkpoint_io)
-    trainer.loggers = [tolerant(logger) for logger in trainer.loggers]
-    log_over_environment_steps(trainer)
+    trainer.strategy.checkpoint_io = verified_io(trainer.strategy.checkpoint_io)
+    trainer.loggers = [as_tolerant(logger) for logger in trainer.loggers]
+    trainer.fit_loop.epoch_loop.__class__ = _StepLoop
+    trainer._logger_connector.__class__ = _StepLogger
 
 
 def check_trainer(trainer: Any, iterations: int, evaluation_interval: int, *, running_moments: bool) -> int | None:
@@ -316,34 +269,16 @@ def check_trainer(trainer: Any, iterations: int, evaluation_interval: int, *, ru
 
     Returns:
         ``check_val_every_n_epoch`` as it was.
-
-    Raises:
-        InputError: a setting cannot be used.
     """
-    refuse_what_misleads(trainer, running_moments=running_moments)
-    refuse_longer_run(trainer, iterations)
+    validate_trainer(trainer, running_moments=running_moments)
+    budget = trainer.current_epoch + max(0, iterations)
+    for name, least in (("min_epochs", trainer.min_epochs), ("min_steps", trainer.min_steps)):
+        if least is not None and least > budget and not trainer.fast_dev_run:
+            raise InputError(
+                f"{name}={least} would train beyond total_steps, which is reached after {budget} iterations: raise "
+                f"total_steps, or leave {name} out"
+            )
     before = trainer.check_val_every_n_epoch
-    replace_defaults(trainer, evaluation_interval)
-    return before
-
-
-def end_iteration(trainer: Any, *, done: bool, stop_signal: signal.Signals | None) -> None:
-    """Decide whether the run stops after this iteration, and whether an evaluation follows.
-
-    Args:
-        trainer: of the run.
-        done: ``total_steps`` are trained.
-        stop_signal: that asks the run to stop.
-    """
-    trainer.should_stop = trainer.should_stop or done or stop_signal in STOP_SIGNALS
-    if stop_signal in STOP_SIGNALS:
-        trainer.check_val_every_n_epoch = sys.maxsize  # there is no time for an evaluation
-    elif trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
-        trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
-
-
-def replace_defaults(trainer: Any, evaluation_interval: int) -> None:
-    """Replace Lightning's defaults by no epoch limit, an evaluation every so many iterations, and a log of each."""
     if trainer.max_epochs in (None, 1000):
         trainer.fit_loop.max_epochs = -1
     if trainer.check_val_every_n_epoch == 1:
@@ -351,6 +286,16 @@ def replace_defaults(trainer: Any, evaluation_interval: int) -> None:
     trainer.num_sanity_val_steps = 0
     if trainer.log_every_n_steps == 50:
         trainer.log_every_n_steps = 1
+    return before
+
+
+def end_iteration(trainer: Any, *, done: bool, stop_signal: signal.Signals | None) -> None:
+    """Decide whether the run stops after this iteration (``done``: ``total_steps`` are trained), and whether it evaluates."""
+    trainer.should_stop = trainer.should_stop or done or stop_signal in STOP_SIGNALS
+    if stop_signal in STOP_SIGNALS:
+        trainer.check_val_every_n_epoch = sys.maxsize  # there is no time for an evaluation
+    elif trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
+        trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
 
 
 class _StepLoop(_TrainingEpochLoop):
@@ -394,18 +339,12 @@ class _StepLogger(_LoggerConnector):
         super().update_eval_step_metrics(step if steps is None else steps)
 
 
-def log_over_environment_steps(trainer: Any) -> None:
-    """Make environment steps the x-axis of everything that Lightning and its callbacks log."""
-    trainer.fit_loop.epoch_loop.__class__ = _StepLoop
-    trainer._logger_connector.__class__ = _StepLogger
-
-
 def _env_steps(trainer: Any) -> int | None:
     """Environment steps so far; None where the Trainer now trains another module."""
     return cast("int | None", getattr(trainer.lightning_module, "num_env_steps", None))
 
 
-class CheckpointFinder(_CheckpointConnector):
+class _CheckpointFinder(_CheckpointConnector):
     """Takes ``last`` and ``best`` as the command line does, in a Trainer that has not trained.
 
     Lightning looks in the Trainer's own, new folder, finds no file, and starts from scratch. This sets ``trainer.ckpt_path``
@@ -423,21 +362,16 @@ class CheckpointFinder(_CheckpointConnector):
 
 
 def find_checkpoints(trainer: Any) -> None:
-    """Let a Trainer find checkpoints by :class:`CheckpointFinder`."""
+    """Let a Trainer find checkpoints by :class:`_CheckpointFinder`."""
     if type(trainer._checkpoint_connector) is _CheckpointConnector:
-        finder = CheckpointFinder(trainer)
-        vars(finder).update(vars(trainer._checkpoint_connector))
-        trainer._checkpoint_connector = finder
+        trainer._checkpoint_connector.__class__ = _CheckpointFinder
 
 
 def restart_epoch(trainer: Any, iterations: int) -> None:
     """Let a run that resumes from within an iteration (after a crash, or from ``best.ckpt``) begin another one.
 
-    Lightning would continue within it, without the ``on_train_epoch_start`` in which callbacks prepare a rollout.
-
-    Args:
-        trainer: of the run.
-        iterations: that the model has trained; old checkpoints counted more steps where an update was aborted.
+    Lightning would continue within it, without the ``on_train_epoch_start`` in which callbacks prepare a rollout. Old
+    checkpoints counted more than their ``iterations`` where an update was aborted.
     """
     set_global_step(trainer, min(trainer.global_step, iterations))
     progress = trainer.fit_loop.epoch_progress
@@ -452,7 +386,7 @@ def restore_modes(trainer: Any) -> None:
         trainer._evaluation_loop._module_mode.restore(trainer.lightning_module)
 
 
-def take_averages_out(trainer: Any) -> None:
+def restore_training_weights(trainer: Any) -> None:
     """Let ``WeightAveraging`` restore the training weights after an interrupted evaluation."""
     for callback in trainer.callbacks:
         if isinstance(callback, WeightAveraging) and trainer.validating:
@@ -468,9 +402,9 @@ def set_global_step(trainer: Any, count: int) -> None:
 
 def gradient_hooks(trainer: Any, module: object, base: type) -> list[str]:
     """Names of callbacks, and of a subclass of ``base``, that override hooks around gradients."""
-    owners = [(callback, Callback) for callback in trainer.callbacks] + [(module, base)]
-    return [type(owner).__name__ for owner, kind in owners if _overrides(owner, kind)]
-
-
-def _overrides(hooks: object, base: type) -> bool:
-    return any(getattr(type(hooks), name) is not getattr(base, name) for name in GRADIENT_HOOKS)
+    owners = [(type(callback), Callback) for callback in trainer.callbacks] + [(type(module), base)]
+    return [
+        kind.__name__
+        for kind, parent in owners
+        if any(getattr(kind, hook) is not getattr(parent, hook) for hook in GRADIENT_HOOKS)
+    ]

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from typing_extensions import override
 
-from ppo_lightning.callbacks.adaptive_lr import AdaptiveLearningRate
-from ppo_lightning.callbacks.stages import Stages
+from ppo_lightning.callbacks.stages import AdaptiveLearningRate, Stages
 from ppo_lightning.errors import InputError
 from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import Linear, checked

@@ -23,8 +23,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from ppo_lightning.callbacks.interrupts import Interrupts
-from ppo_lightning.callbacks.processes import others_wait
+from ppo_lightning.callbacks.processes import long_rank_zero_task
+from ppo_lightning.callbacks.shutdown import GracefulShutdown
 from ppo_lightning.envs import EnvFactory, Environments
 from ppo_lightning.envs.streams import streams_of_their_own
 from ppo_lightning.errors import EnvironmentFault, InputError
@@ -192,7 +192,7 @@ class EvaluationVideo(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(PPOModule, pl_module)
         due = _is_last_iteration(trainer) or module.policy_version % module.iterations_between_evaluations == 0
-        if due and trainer.limit_val_batches == 0 and module.agreed_stop_signal not in Interrupts.SIGNALS:
+        if due and trainer.limit_val_batches == 0 and module.agreed_stop_signal not in GracefulShutdown.SIGNALS:
             self._evaluated(trainer, module)
 
     def _evaluated(self, trainer: Trainer, module: PPOModule) -> None:
@@ -200,7 +200,7 @@ class EvaluationVideo(Callback):
         if trainer.state.fn == TrainerFn.FITTING and self._evaluations % self.every and not _is_last_iteration(trainer):
             return
         folder = _run_folder(trainer) / "videos" if self.folder is None else self.folder
-        with others_wait(trainer):
+        with long_rank_zero_task(trainer):
             if trainer.is_global_zero and not self._gave_up:
                 self._record(trainer, module, folder)
 

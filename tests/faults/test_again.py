@@ -15,7 +15,7 @@ from outcomes import outcome, same
 from test_resume import SMALL, SaveAt, Walk
 
 from ppo_lightning import PPO
-from ppo_lightning.callbacks import Interrupts
+from ppo_lightning.callbacks import GracefulShutdown
 from ppo_lightning.errors import InputError
 
 
@@ -94,7 +94,7 @@ def test_shared_streams_go_on_even_where_resets_draw_from_them(fit):
 
 
 def test_a_signal_at_the_very_end_is_not_heard_after_it(fit, monkeypatch):
-    monkeypatch.setattr(Interrupts, "GRACE_S", 0.3)
+    monkeypatch.setattr(GracefulShutdown, "GRACE_S", 0.3)
 
     class Late(Callback):
         def on_train_end(self, *_):

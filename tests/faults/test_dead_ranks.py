@@ -16,11 +16,11 @@ from processes import forked
 ROOT = Path(__file__).parent.parent.parent
 CASES = list(itertools.product((0, 1), ("raise", "kill", "hang", "freeze")))
 SAYS = {
-    "raise": "process {}: ZeroDivisionError: the pole is at infinity",
-    "kill": r"process {}( has not been heard of since iteration [12] \(\d s ago\): it died|, .* does not answer: it is gone"
-    r"| ended where)",  # where the store is gone with the first process
-    "hang": r"process {} has not been heard of since iteration [123] \(\d s ago\): it died or hangs",
-    "freeze": r"process {}( has not been heard of since iteration [123] \(\d s ago\): it died or hangs"
+    "raise": "rank {}: ZeroDivisionError: the pole is at infinity",
+    "kill": r"rank {}( has sent no heartbeat since iteration [12] \(\d s ago\): it died|, .* does not answer: it is gone"
+    r"| ended during)",  # where the store is gone with the first process
+    "hang": r"rank {} has sent no heartbeat since iteration [123] \(\d s ago\): it died or hangs",
+    "freeze": r"rank {}( has sent no heartbeat since iteration [123] \(\d s ago\): it died or hangs"
     r"|, .* does not answer: it hangs)",  # where the store is within the process that is stopped
 }
 
@@ -35,7 +35,7 @@ def test_the_process_that_is_left_names_the_other(rank, fault):
     assert (failed is None) == (fault != "raise")
     last = survivor.strip().splitlines()[-1]
     if fault == "raise" and rank == 0:  # its words may have gone with it
-        assert re.search("process 0(: ZeroDivisionError|, .* does not answer| ended where)", last)
+        assert re.search("rank 0(: ZeroDivisionError|, .* does not answer| ended during)", last)
         assert "ZeroDivisionError" in failed
     else:
         assert re.search(SAYS[fault].format(rank), last), survivor
@@ -48,8 +48,8 @@ def test_of_three_processes_the_two_that_are_left_name_the_third_alone(fault):
     for survivor in (results[0], results[2]):
         last = survivor.strip().splitlines()[-1]
         assert re.search(SAYS[fault].format(1), last), survivor
-        assert "process 0" not in last
-        assert "process 2" not in last
+        assert "rank 0" not in last
+        assert "rank 2" not in last
 
 
 @pytest.mark.parametrize(

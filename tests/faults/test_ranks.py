@@ -173,7 +173,7 @@ def test_a_rank_whose_parameters_differ_in_one_bit_is_found_within_the_interval(
         return str(caught.value)
 
     for sentence in forked(run):
-        assert f"after iteration {CHECK_INTERVAL} the parameters of process 1 are not those of process 0" in sentence
+        assert f"after iteration {CHECK_INTERVAL} the parameters of rank 1 are not those of rank 0" in sentence
 
 
 @pytest.mark.parametrize("iterations", [30, pytest.param(1000, marks=pytest.mark.long)])

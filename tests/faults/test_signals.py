@@ -17,7 +17,7 @@ from processes import command
 
 from ppo_lightning import PPO, cli
 from ppo_lightning.algorithm.optimizer_step import EagerStep
-from ppo_lightning.callbacks import Interrupts
+from ppo_lightning.callbacks import GracefulShutdown
 
 LAST = Path("lightning_logs/version_0/checkpoints/last.ckpt")
 RUN = """
@@ -51,7 +51,7 @@ elif where == "update":
     metrics, updates = PPO.metrics, []
     PPO.metrics = lambda self, *given, **named: (metrics(self, *given, **named), updates.append(1))[0]
 elif where == "evaluation":
-    PPO._evaluate = waits(PPO._evaluate, later)
+    PPO.evaluate = waits(PPO.evaluate, later)
 else:
     checkpoints.LastCheckpoint._save_checkpoint = waits(
         checkpoints.LastCheckpoint._save_checkpoint, lambda self: True
@@ -160,7 +160,7 @@ def test_a_script_does_not_go_on_after_sigterm(fit):
 
 def test_a_second_signal_ends_an_update_at_once_and_takes_it_back(fit, monkeypatch):
     model, taken = PPO(**SMALL), []
-    monkeypatch.setattr(Interrupts, "ECHO_S", 0.0)
+    monkeypatch.setattr(GracefulShutdown, "ECHO_S", 0.0)
     apply = EagerStep.apply
 
     def stopped(self):

@@ -359,7 +359,7 @@ def test_a_worker_that_hangs_does_not_outlive_a_run_that_is_killed(tmp_path):
         "    return Hangs(gym.make('CartPole-v1'))\n"
         "if __name__ == '__main__':\n"
         "    model = PPO(make, vectorization='async', num_envs=1, num_minibatches=1)\n"
-        "    model._stepper = model.rollouts.start()\n"
+        "    stepper = model.rollouts.start()\n"
         "    print(model.rollouts.environments.env.processes[0].pid, flush=True)\n"
         "    model.rollouts.collect()\n"
     )

@@ -1,4 +1,4 @@
-"""Signals that end a run: gracefully first, and at once if that takes too long."""
+"""How a run ends: on signals, with a last evaluation, and without leaving simulators."""
 
 import signal
 import sys
@@ -9,14 +9,16 @@ from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.module import PPOModule
 from ppo_lightning.runs.trainer import STOP_SIGNALS
 
 
-class Interrupts(Callback):
+class GracefulShutdown(Callback):
     """Ends a run on SIGINT (Ctrl-C, a notebook's stop button) and SIGTERM (a scheduler).
 
     The first signal lets the iteration end, so that the run can resume bit-exactly from its last checkpoint, and ``fit``
@@ -56,7 +58,7 @@ class Interrupts(Callback):
             nonlocal first
             if module.stop_signal in self.SIGNALS:
                 if time.monotonic() - first > self.ECHO_S:
-                    self._forget_timer()
+                    self._cancel_timer()
                     module.agreed_stop_signal = module.stop_signal
                     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
                 return
@@ -82,40 +84,93 @@ class Interrupts(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave_on_sigterm(trainer)
-
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave_on_sigterm(trainer)
-
-    def _leave_on_sigterm(self, trainer: Trainer) -> None:
-        """Exit: outside of training there is nothing to save, and Lightning only records the signal."""
+        """Exit on SIGTERM: outside of training there is nothing to save, and Lightning only records the signal."""
         if self._handler is None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
     @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._forget_timer()
+        self._cancel_timer()
         self._handler = None
         module = cast(PPOModule, pl_module)
-        module.agreed_stop_signal = (
-            module.agreed_stop_signal or module.stop_signal
-        )  # which came after the last iteration
+        # A signal may have come after the last iteration.
+        module.agreed_stop_signal = module.agreed_stop_signal or module.stop_signal
         if module.agreed_stop_signal is signal.SIGTERM:
             sys.exit(128 + signal.SIGTERM)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._forget_timer()
+        self._cancel_timer()
         cast(PPOModule, pl_module).rollback_update()
         for number in self.SIGNALS:
             if self._handler is not None and signal.getsignal(number) is self._handler:
                 signal.signal(number, signal.SIG_IGN)  # the run is ending; Lightning restores the handlers
 
-    def _forget_timer(self) -> None:
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handler": None, "_requeue": None, "_timer": None}  # of this process
+
+
+class FinalEvaluation(Callback):
+    """Evaluates the last policy at the end of training, unless Lightning has done so.
+
+    Lightning evaluates after a batch. Early stopping on a training metric, a callback's ``on_train_epoch_end`` and
+    ``max_time`` end a run after that. A signal leaves no time for an evaluation.
+    """
+
+    POSITION = 0  # other callbacks can use the evaluation at the end of training
+
+    def __init__(self) -> None:
+        self._evaluated_version = -1
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluated_version = -1
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._evaluated_version = cast(PPOModule, pl_module).policy_version
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast(PPOModule, pl_module)
+        done = module.agreed_stop_signal is not None or self._evaluated_version == module.policy_version
+        if done or not trainer.enable_validation:
+            return
+        loop: Any = trainer.fit_loop
+        progress = loop.epoch_progress
+        for count in (progress.total, progress.current):
+            count.completed -= 1  # the evaluation, and what is saved after it, belongs to the last iteration
+        trainer.validating = True
+        loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        for count in (progress.total, progress.current):
+            count.completed += 1
+
+
+class CloseEnvironments(Callback):
+    """Closes the module's environments and their worker processes, however the run ends.
+
+    Lightning calls a callback's ``on_exception`` where it would skip the module's ``teardown``: after an error or an
+    interrupt.
+    """
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        cast(PPOModule, pl_module).close_environments()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        module = cast(PPOModule, pl_module)
+        if not isinstance(exception, EnvironmentFault):  # failed environments have no state to save
+            module.rollouts.saved = module.rollouts.state()
+        module.close_environments()
