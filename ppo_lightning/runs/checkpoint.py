@@ -23,7 +23,6 @@ from ppo_lightning.spaces import signature
 CHECKPOINT_KEY = "ppo_lightning"
 """Key of our entries in a checkpoint."""
 
-
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 """The newest state of a run, the one before, and the best by evaluation."""
 
@@ -34,11 +33,16 @@ CHOICES = {"last": (LAST, PREVIOUS), "best": (BEST,)}
 """Words that ``ckpt_path`` accepts instead of a path, and the files that they choose from."""
 
 REQUIRED_PARTS = ("state_dict", "hyper_parameters", CHECKPOINT_KEY)
+"""Keys that a checkpoint of ours has."""
+
 REQUIRED_ENTRIES = {"observation_space", "action_space", "seed", "episodes", "not_saved"}
+"""Keys of our entries that a checkpoint of this version has."""
+
 OLD_HYPERPARAMETERS = {"hparams", "module_arguments"}
 """Further keys where Lightning looks for hyperparameters; we write none."""
 
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+"""What LightningCLI notes in a checkpoint for making the model again."""
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
