@@ -1,12 +1,14 @@
 """What a Gymnasium space is as tensors: storage, network input, and the way in and out of nested spaces.
 
 A sample of a basic space is one tensor; a sample of a Dict or Tuple, however nested, is a flat dictionary of tensors, one
-per basic space within, by path (``"camera"``, ``"arm.0"``). :func:`tree_map` works on both. Every function dispatches on
-the type of the space, so that a new space is a new registration here, and a distribution where it is acted in.
+per basic space within, by path (``"camera"``, ``"arm.0"``). :func:`tree_map` works on both. :func:`tensor_spec` dispatches on
+the type of a basic space: a new kind of space is a new registration there, and a distribution where it is acted in.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, singledispatch
+from dataclasses import dataclass
+from functools import cache, partial, reduce, singledispatch
+from operator import getitem
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,8 +19,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ppo_lightning.errors import InputError
-
-SUPPORTED = "Box, Discrete, MultiDiscrete and MultiBinary spaces, and Dict or Tuple of these"
 
 MASK = "action_mask"
 """Key of the action mask, in a Dict observation or in info."""
@@ -33,13 +33,6 @@ def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Any:
     if type(tree) is not Tensor and isinstance(tree, Mapping):
         return {name: function(leaf, *(other[name] for other in others)) for name, leaf in tree.items()}
     return function(tree, *others)
-
-
-def _unsupported(space: Space[Any]) -> InputError:
-    return InputError(
-        f"the space {space!r} is not supported: PPO takes {SUPPORTED}; convert it with a Gymnasium wrapper "
-        "(FlattenObservation, FilterObservation, TransformAction, …)"
-    )
 
 
 # --- nested spaces -----------------------------------------------------------------------------------------------------
@@ -57,7 +50,7 @@ def subspaces(space: Space[Any]) -> dict[Any, Space[Any]] | None:
 def flatten_spaces(space: Space[Any]) -> dict[str, Space[Any]]:
     """The basic spaces within a space, by path; a basic one itself is under the name ``""``."""
     paths = _paths(space)
-    named = {".".join(map(str, path)): leaf for path, leaf in paths.items()}
+    named = {_name(path): leaf for path, leaf in paths.items()}
     if len(named) < len(paths) or ("" in named and subspaces(space) is not None):
         raise InputError(f"the parts of {space} cannot be told apart by name: rename its keys (no empty ones, no dots)")
     return named
@@ -72,11 +65,15 @@ def _paths(space: Space[Any]) -> dict[tuple[Any, ...], Space[Any]]:
     return {(key, *path): leaf for key, child in inner.items() for path, leaf in _paths(child).items()}
 
 
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
 def flatten_fn(space: Space[Any]) -> Callable[[Any], Tree]:
     """Function from what Gymnasium gives for a space, alone or batched, to a tree of :func:`flatten_spaces`."""
     if subspaces(space) is None:
         return _same
-    return partial(_pick, paths={".".join(map(str, path)): path for path in _paths(space)})
+    return partial(_pick, paths={_name(path): path for path in _paths(space)})
 
 
 def _same(sample: Any) -> Any:
@@ -84,20 +81,14 @@ def _same(sample: Any) -> Any:
 
 
 def _pick(sample: Any, paths: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    picked = {}
-    for name, path in paths.items():
-        leaf = sample
-        for key in path:
-            leaf = leaf[key]
-        picked[name] = leaf
-    return picked
+    return {name: reduce(getitem, path, sample) for name, path in paths.items()}
 
 
 def unflatten(space: Space[Any], tree: Tree, path: tuple[Any, ...] = ()) -> Any:
     """The way back from a tree: what Gymnasium takes for a space, dictionaries and tuples as deep as they were."""
     inner = subspaces(space)
     if inner is None:
-        return tree[".".join(map(str, path))] if path else tree
+        return tree[_name(path)] if path else tree
     parts = {key: unflatten(child, tree, (*path, key)) for key, child in inner.items()}
     return parts if isinstance(space, Dict) else tuple(parts.values())
 
@@ -112,182 +103,84 @@ def without_mask(space: Space[Any]) -> Space[Any]:
 # --- basic spaces ------------------------------------------------------------------------------------------------------
 
 
-@singledispatch
-def signature(space: Space[Any]) -> str:
+@dataclass(frozen=True)
+class TensorSpec:
+    """A basic space as tensors."""
+
+    signature: str
     """One line that two spaces share exactly when a policy for one fits the other, such as ``Box(4,) float32``."""
-    raise _unsupported(space)
+    shape: tuple[int, ...]
+    """Of one sample as a rollout stores it."""
+    dtype: torch.dtype
+    """Of a stored sample."""
+    feature_shape: tuple[int, ...]
+    """Of one observation as a network sees it."""
+    encode: Callable[[Tensor], Tensor]
+    """From stored observations [B, …] to features [B, …]: numbers become float32, Discrete and MultiDiscrete one-hot.
 
-
-@signature.register
-def _(space: Box) -> str:
-    if 0 in space.shape:
-        raise InputError(f"the space {space!r} holds nothing: correct its shape")
-    return f"Box{space.shape} {space.dtype}"
-
-
-@signature.register
-def _(space: Discrete) -> str:
-    return f"Discrete({space.n})"
-
-
-@signature.register
-def _(space: MultiDiscrete) -> str:
-    return f"MultiDiscrete({space.nvec.tolist()})"
-
-
-@signature.register
-def _(space: MultiBinary) -> str:
-    return f"MultiBinary{space.shape}"
-
-
-@signature.register(Dict)
-@signature.register(Tuple)
-def _(space: Dict | Tuple) -> str:
-    return "{" + ", ".join(f"{name}: {signature(leaf)}" for name, leaf in flatten_spaces(space).items()) + "}"
+    Images stay as they are, one byte a pixel: the network's first layer scales them, on its own device."""
+    low: Any
+    """Lowest values."""
+    high: Any
+    """Highest values."""
+    action_dims: tuple[int, ...] = ()
+    """Numbers of alternatives of each discrete choice in an action; a bit of MultiBinary is one between 0 and 1."""
 
 
 @singledispatch
-def storage(space: Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of one sample as a rollout keeps it.
+def tensor_spec(space: Space[Any]) -> TensorSpec:
+    """How samples of a basic space are stored and encoded.
 
-    Floats are kept as float32, integers as they are. Torch has no arithmetic for unsigned integers of more than a byte:
-    they are kept as the next signed ones, and those of 64 bits, of which there are no next ones, as float32.
+    Raises:
+        InputError: the space is not supported.
     """
-    raise _unsupported(space)
+    raise InputError(
+        f"the space {space!r} is not supported: PPO takes Box, Discrete, MultiDiscrete and MultiBinary spaces, and Dict or "
+        "Tuple of these; convert it with a Gymnasium wrapper (FlattenObservation, FilterObservation, TransformAction, …)"
+    )
 
 
 UNSIGNED = {2: torch.int32, 4: torch.int64, 8: torch.float32}
-"""What unsigned integers of so many bytes are kept as."""
+"""What unsigned integers of so many bytes are stored as: torch has no arithmetic for them, and none wider than 64 bits."""
 
 
-@storage.register
-def _(space: Box) -> tuple[tuple[int, ...], torch.dtype]:
+@tensor_spec.register
+def _(space: Box) -> TensorSpec:
+    if 0 in space.shape:
+        raise InputError(f"the space {space!r} holds nothing: correct its shape")
     if np.issubdtype(space.dtype, np.floating):
-        return space.shape, torch.float32
-    if space.dtype.kind == "u" and space.dtype.itemsize in UNSIGNED:
-        return space.shape, UNSIGNED[space.dtype.itemsize]
-    return space.shape, torch.from_numpy(np.empty(0, space.dtype)).dtype
+        dtype = torch.float32
+    elif space.dtype.kind == "u" and space.dtype.itemsize in UNSIGNED:
+        dtype = UNSIGNED[space.dtype.itemsize]
+    else:
+        dtype = torch_dtype(space.dtype)
+    encode = Tensor.float if space.shape else _column  # the tensor itself where it is float32 already
+    if is_image(space):
+        # Convolutions need channels-last memory: converted once per rollout, not in every minibatch.
+        encode = _pixels_first if len(space.shape) == 3 and not channels_are_last(space.shape) else _same
+    name = f"Box{space.shape} {space.dtype}"
+    return TensorSpec(name, space.shape, dtype, space.shape or (1,), encode, space.low, space.high)
 
 
-@storage.register
-def _(space: Discrete) -> tuple[tuple[int, ...], torch.dtype]:
-    return (), torch.int64
+@tensor_spec.register
+def _(space: Discrete) -> TensorSpec:
+    n, start = int(space.n), int(space.start)
+    encode = partial(_one_hot, start=start, n=n)
+    return TensorSpec(f"Discrete({n})", (), torch.int64, (n,), encode, start, start + n - 1, (n,))
 
 
-@storage.register
-def _(space: MultiDiscrete) -> tuple[tuple[int, ...], torch.dtype]:
-    return space.shape, torch.int64
+@tensor_spec.register
+def _(space: MultiDiscrete) -> TensorSpec:
+    nvec, start = as_int64(space.nvec), as_int64(space.start)
+    encode = partial(_multi_hot, start=start.flatten(), nvec=nvec.flatten())
+    dims, name = tuple(nvec.flatten().tolist()), f"MultiDiscrete({nvec.tolist()})"
+    return TensorSpec(name, space.shape, torch.int64, (sum(dims),), encode, start, start + nvec - 1, dims)
 
 
-@storage.register
-def _(space: MultiBinary) -> tuple[tuple[int, ...], torch.dtype]:
-    return space.shape, torch.int8
-
-
-def empty(space: Space[Any], *batch: int, device: torch.device | None = None) -> Tensor:
-    """Storage for samples [*batch, …] of a basic space; images are channels-last in memory, as convolutions need."""
-    shape, dtype = storage(space)
-    if is_image(space) and len(shape) == 3 and not channels_are_last(shape):
-        return torch.empty(*batch, *shape[1:], shape[0], dtype=dtype, device=device).movedim(-1, -3)
-    return torch.empty(*batch, *shape, dtype=dtype, device=device)
-
-
-def split_sizes(samples: int, pieces: int) -> list[int]:
-    """Sizes of ``pieces`` nearly equal parts."""
-    return [samples // pieces + (piece < samples % pieces) for piece in range(pieces)]
-
-
-def index_rows(leaf: Tensor, order: Tensor) -> Tensor:
-    """Samples [B, …] at the indices ``order``: several times as fast for images as indexing, in the same layout."""
-    if leaf.ndim == 4 and leaf.is_contiguous(memory_format=torch.channels_last):
-        return leaf.permute(0, 2, 3, 1).index_select(0, order).permute(0, 3, 1, 2)
-    return leaf.index_select(0, order)
-
-
-def to_tensor(given: Any, dtype: torch.dtype) -> Tensor:
-    """An array as a tensor of this dtype, whatever dtype of NumPy's it has; the array's own memory where it fits."""
-    array, wanted = np.asarray(given), ARRAY_DTYPES[dtype]
-    if array.dtype != wanted:
-        with np.errstate(over="ignore"):  # what becomes infinite is refused where observations are checked
-            array = array.astype(wanted)
-    return torch.from_numpy(array)
-
-
-ARRAY_DTYPES = {
-    dtype: torch.empty(0, dtype=dtype).numpy().dtype
-    for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32)
-}
-
-
-def to_tensors_fn(space: Space[Any], device: torch.device) -> Callable[[Tree], Tree]:
-    """Function from observations of Gymnasium to what a rollout keeps: tensors of the right dtype, on ``device``."""
-    kept = {name: storage(leaf)[1] for name, leaf in flatten_spaces(space).items()}
-
-    def stored(tree: Tree) -> Tree:
-        if "" in kept:
-            return to_tensor(tree, kept[""]).to(device)
-        return {name: to_tensor(tree[name], dtype).to(device) for name, dtype in kept.items()}
-
-    return stored
-
-
-@singledispatch
-def feature_shape(space: Space[Any]) -> tuple[int, ...]:
-    """Shape of one observation as a network sees it, after :func:`encoder`."""
-    raise _unsupported(space)
-
-
-@feature_shape.register
-def _(space: Box) -> tuple[int, ...]:
-    return space.shape or (1,)
-
-
-@feature_shape.register
-def _(space: Discrete) -> tuple[int, ...]:
-    return (int(space.n),)
-
-
-@feature_shape.register
-def _(space: MultiDiscrete) -> tuple[int, ...]:
-    return (int(space.nvec.sum()),)
-
-
-@feature_shape.register
-def _(space: MultiBinary) -> tuple[int, ...]:
-    return space.shape
-
-
-@singledispatch
-def encoder(space: Space[Any]) -> Callable[[Tensor], Tensor]:
-    """Function from stored observations [B, …] to features [B, …] of ``feature_shape``.
-
-    Numbers become float32, Discrete and MultiDiscrete one-hot. Images stay as they are, one byte a pixel: the network's
-    first layer scales them, on its own device.
-    """
-    raise _unsupported(space)
-
-
-@encoder.register
-def _(space: Box) -> Callable[[Tensor], Tensor]:
-    if not is_image(space):
-        return Tensor.float if space.shape else _column  # the tensor itself where it is float32 already
-    # Convolutions need channels-last memory: converted once per rollout, not in every minibatch.
-    return _pixels_first if len(space.shape) == 3 and not channels_are_last(space.shape) else _same
-
-
-@encoder.register
-def _(space: Discrete) -> Callable[[Tensor], Tensor]:
-    return partial(_one_hot, start=int(space.start), n=int(space.n))
-
-
-@encoder.register
-def _(space: MultiDiscrete) -> Callable[[Tensor], Tensor]:
-    return partial(_multi_hot, start=as_int64(space.start).flatten(), nvec=as_int64(space.nvec).flatten())
-
-
-@encoder.register
-def _(space: MultiBinary) -> Callable[[Tensor], Tensor]:
-    return Tensor.float
+@tensor_spec.register
+def _(space: MultiBinary) -> TensorSpec:
+    dims = (2,) * int(np.prod(space.shape))
+    return TensorSpec(f"MultiBinary{space.shape}", space.shape, torch.int8, space.shape, Tensor.float, 0, 1, dims)
 
 
 def _column(observation: Tensor) -> Tensor:
@@ -308,28 +201,20 @@ def _multi_hot(observation: Tensor, start: Array, nvec: Array) -> Tensor:
     return torch.zeros(len(index), int(nvec.sum()), device=observation.device).scatter_(1, index, 1.0)
 
 
-FLOAT_MAX = np.finfo(np.float32).max
+def signature(space: Space[Any]) -> str:
+    """One line that two spaces, basic or nested, share exactly when a policy for one fits the other."""
+    if subspaces(space) is None:
+        return tensor_spec(space).signature
+    parts = (f"{name}: {tensor_spec(leaf).signature}" for name, leaf in flatten_spaces(space).items())
+    return f"{{{', '.join(parts)}}}"
 
 
-def wrong_values(space: Space[Any], samples: Array) -> str | None:
-    """What is wrong with samples of a basic space that cannot be of it; None where nothing is.
+def action_dims(space: Space[Any]) -> tuple[int, ...]:
+    """Numbers of alternatives of each discrete choice in an action; an action mask [M] is their concatenation.
 
-    Floats may lie outside of the bounds of their space: rollouts take such observations, too, with a warning.
+    A Box has none, and a Dict or Tuple those of its parts in the order of :func:`flatten_spaces`.
     """
-    if samples.dtype.kind not in "biuf":
-        return f"what is no number ({samples.dtype})"
-    if space.dtype is not None and np.issubdtype(space.dtype, np.floating):
-        finite = np.abs(samples) <= FLOAT_MAX if samples.dtype.kind == "f" else np.True_
-        return None if finite.all() else f"{samples[~finite].flat[0]}, which is not finite in float32"
-    low, high = integer_bounds(space)
-    whole = samples == np.rint(samples) if samples.dtype.kind == "f" else True
-    fits = (samples >= low) & (samples <= high) & whole
-    if fits.all():
-        return None
-    if not np.all(whole):
-        return f"{samples[~np.asarray(whole)].flat[0]}, which is no whole number"
-    value, least, greatest = (part[~fits].flat[0] for part in np.broadcast_arrays(samples, low, high))
-    return f"{value}, which lies outside of {least} to {greatest}"
+    return tuple(size for leaf in flatten_spaces(space).values() for size in tensor_spec(leaf).action_dims)
 
 
 def as_int64(numbers: Array) -> Array:
@@ -337,25 +222,9 @@ def as_int64(numbers: Array) -> Array:
     return numbers.astype(np.int64)
 
 
-def integer_bounds(space: Space[Any]) -> tuple[Any, Any]:
-    """Least and greatest values of a basic space of whole numbers."""
-    if isinstance(space, Discrete):
-        return int(space.start), int(space.start) + int(space.n) - 1
-    if isinstance(space, MultiDiscrete):
-        return as_int64(space.start), as_int64(space.start) + as_int64(space.nvec) - 1
-    return (space.low, space.high) if isinstance(space, Box) else (0, 1)
-
-
-def example(space: Space[Any]) -> Array:
-    """A sample of a basic space, to try a network on."""
-    start = getattr(space, "start", 0)
-    shape, dtype = storage(space)
-    return np.broadcast_to(start, shape).astype(torch.empty(0, dtype=dtype).numpy().dtype)
-
-
-def channels_are_last(picture: Sequence[int]) -> bool:
+def channels_are_last(image: Sequence[int]) -> bool:
     """Whether [a, b, c] is height, width, channels: pixels are as many each way, or else channels are fewest."""
-    first, middle, last = picture
+    first, middle, last = image
     if (first == middle) != (middle == last):
         return first == middle
     return last <= first
@@ -371,43 +240,91 @@ def is_image(space: Space[Any]) -> bool:
     return len(space.shape) in (3, 4) or (len(space.shape) == 2 and min(space.shape) >= 8)
 
 
-# --- discrete choices, and masks over them -----------------------------------------------------------------------------
+def example(space: Space[Any]) -> Array:
+    """A sample of a basic space, to try a network on."""
+    spec = tensor_spec(space)
+    return np.broadcast_to(0 if isinstance(space, Box) else spec.low, spec.shape).astype(numpy_dtype(spec.dtype))
 
 
-@singledispatch
-def action_dims(space: Space[Any]) -> tuple[int, ...]:
-    """Numbers of alternatives of each discrete choice in an action; an action mask [M] is their concatenation.
+# --- samples -----------------------------------------------------------------------------------------------------------
 
-    Discrete is one choice, MultiDiscrete several, a bit of MultiBinary one between 0 and 1; a Box has none, and a Dict or
-    Tuple those of its parts in the order of :func:`flatten_spaces`.
+
+@cache
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """What torch calls a dtype of NumPy."""
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+@cache
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """What NumPy calls a dtype of torch."""
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def empty(space: Space[Any], *batch: int, device: torch.device | None = None) -> Tensor:
+    """Storage for samples [*batch, …] of a basic space; images are channels-last in memory, as convolutions need."""
+    spec = tensor_spec(space)
+    if is_image(space) and len(spec.shape) == 3 and not channels_are_last(spec.shape):
+        channels, *pixels = spec.shape
+        return torch.empty(*batch, *pixels, channels, dtype=spec.dtype, device=device).movedim(-1, -3)
+    return torch.empty(*batch, *spec.shape, dtype=spec.dtype, device=device)
+
+
+def split_sizes(samples: int, pieces: int) -> list[int]:
+    """Sizes of ``pieces`` nearly equal parts."""
+    return [samples // pieces + (piece < samples % pieces) for piece in range(pieces)]
+
+
+def index_rows(leaf: Tensor, order: Tensor) -> Tensor:
+    """Samples [B, …] at the indices ``order``: several times as fast for images as indexing, in the same layout."""
+    if leaf.ndim == 4 and leaf.is_contiguous(memory_format=torch.channels_last):
+        return leaf.permute(0, 2, 3, 1).index_select(0, order).permute(0, 3, 1, 2)
+    return leaf.index_select(0, order)
+
+
+def to_tensor(given: Any, dtype: torch.dtype) -> Tensor:
+    """An array as a tensor of this dtype, whatever dtype of NumPy's it has; the array's own memory where it fits."""
+    array, wanted = np.asarray(given), numpy_dtype(dtype)
+    if array.dtype != wanted:
+        with np.errstate(over="ignore"):  # what becomes infinite is refused where observations are checked
+            array = array.astype(wanted)
+    return torch.from_numpy(array)
+
+
+def to_tensors_fn(space: Space[Any], device: torch.device) -> Callable[[Tree], Tree]:
+    """Function from observations of Gymnasium to what a rollout stores: tensors of the right dtype, on ``device``."""
+    dtypes = {name: tensor_spec(leaf).dtype for name, leaf in flatten_spaces(space).items()}
+
+    def to_tensors(tree: Tree) -> Tree:
+        if "" in dtypes:
+            return to_tensor(tree, dtypes[""]).to(device)
+        return {name: to_tensor(tree[name], dtype).to(device) for name, dtype in dtypes.items()}
+
+    return to_tensors
+
+
+def wrong_values(space: Space[Any], samples: Array) -> str | None:
+    """What is wrong with samples of a basic space that cannot be of it; None where nothing is.
+
+    Floats may lie outside of the bounds of their space: rollouts take such observations, too, with a warning.
     """
-    raise _unsupported(space)
+    if samples.dtype.kind not in "biuf":
+        return f"what is no number ({samples.dtype})"
+    if space.dtype is not None and np.issubdtype(space.dtype, np.floating):
+        finite = np.abs(samples) <= np.finfo(np.float32).max if samples.dtype.kind == "f" else np.True_
+        return None if finite.all() else f"{samples[~finite].flat[0]}, which is not finite in float32"
+    spec = tensor_spec(space)
+    whole = samples == np.rint(samples) if samples.dtype.kind == "f" else np.True_
+    if not whole.all():
+        return f"{samples[~whole].flat[0]}, which is no whole number"
+    outside = (samples < spec.low) | (samples > spec.high)
+    if not outside.any():
+        return None
+    value, low, high = (part[outside].flat[0] for part in np.broadcast_arrays(samples, spec.low, spec.high))
+    return f"{value}, which lies outside of {low} to {high}"
 
 
-@action_dims.register
-def _(space: Box) -> tuple[int, ...]:
-    return ()
-
-
-@action_dims.register
-def _(space: Discrete) -> tuple[int, ...]:
-    return (int(space.n),)
-
-
-@action_dims.register
-def _(space: MultiDiscrete) -> tuple[int, ...]:
-    return tuple(space.nvec.flatten().tolist())
-
-
-@action_dims.register
-def _(space: MultiBinary) -> tuple[int, ...]:
-    return (2,) * int(np.prod(space.shape))
-
-
-@action_dims.register(Dict)
-@action_dims.register(Tuple)
-def _(space: Dict | Tuple) -> tuple[int, ...]:
-    return tuple(size for leaf in flatten_spaces(space).values() for size in action_dims(leaf))
+# --- masks over discrete actions ---------------------------------------------------------------------------------------
 
 
 def flatten_mask(mask: Any, action_space: Space[Any]) -> Array:
@@ -417,11 +334,10 @@ def flatten_mask(mask: Any, action_space: Space[Any]) -> Array:
     """
     try:
         if isinstance(mask, Mapping | tuple):
-            named = {".".join(map(str, path)): (path, leaf) for path, leaf in _paths(action_space).items()}
-            named = {name: (path, action_dims(leaf)) for name, (path, leaf) in named.items() if action_dims(leaf)}
-            parts = _pick(mask, {name: path for name, (path, _) in named.items()})
+            sizes = _mask_sizes(action_space)
+            parts = _pick(mask, {name: path for name, (path, _) in sizes.items()})
             flat = {name: np.asarray(part).reshape(len(part), -1) for name, part in parts.items()}
-            if any(part.shape[1] != sum(named[name][1]) for name, part in flat.items()):
+            if any(part.shape[1] != sizes[name][1] for name, part in flat.items()):
                 raise ValueError({name: part.shape[1] for name, part in flat.items()})
             return _concatenated(list(flat.values()), 1)
         array = np.asarray(mask)
@@ -435,14 +351,22 @@ def flatten_mask(mask: Any, action_space: Space[Any]) -> Array:
         ) from error
 
 
+def _mask_sizes(action_space: Space[Any]) -> dict[str, tuple[tuple[Any, ...], int]]:
+    """The parts of an action space that have masks, by name: path, and entries of the mask."""
+    sizes = {path: sum(tensor_spec(leaf).action_dims) for path, leaf in _paths(action_space).items()}
+    return {_name(path): (path, size) for path, size in sizes.items() if size}
+
+
 def _flat_one(mask: Any, action_space: Space[Any]) -> Array:
     """The mask of one environment, from nested or plain lists."""
-    if isinstance(mask, tuple) and subspaces(action_space) is not None:
-        parts = _pick(mask, {str(path): path for path, leaf in _paths(action_space).items() if action_dims(leaf)})
-        return _concatenated([np.asarray(part).flatten() for part in parts.values()], 0)
     if mask is None:
         return np.ones(sum(action_dims(action_space)), dtype=bool)
-    return _concatenated([np.asarray(part).flatten() for part in np.atleast_1d(np.asarray(mask, object))], 0)
+    if isinstance(mask, tuple) and subspaces(action_space) is not None:
+        paths = {name: path for name, (path, _) in _mask_sizes(action_space).items()}
+        parts = list(_pick(mask, paths).values())
+    else:
+        parts = list(np.atleast_1d(np.asarray(mask, object)))
+    return _concatenated([np.asarray(part).flatten() for part in parts], 0)
 
 
 def _concatenated(parts: list[Array], axis: int) -> Array:
@@ -461,7 +385,7 @@ def mask_flags(mask: Array) -> tuple[Array, Array | None]:
     else:
         each = [not isinstance(one, int | float | np.number | np.bool_) or one not in (0, 1) for one in mask.flat]
         wrong = np.array(each, dtype=bool).reshape(mask.shape)
-    return (mask == 1) if wrong.any() else mask.astype(bool), wrong if wrong.any() else None
+    return mask == 1, wrong if wrong.any() else None
 
 
 def mask_error(mask: Array, wrong: Array) -> str:
@@ -485,16 +409,13 @@ def check_mask(observation_space: Space[Any], action_space: Space[Any]) -> None:
             f"the observation has an {MASK} within {deeper[0][0]!r}, where it would be taken for something to see: put it "
             "at the top of the Dict, or into info"
         )
-    if without_mask(observation_space) is observation_space:
+    if not isinstance(observation_space, Dict) or MASK not in observation_space.spaces:
         return
-    assert isinstance(observation_space, Dict)
-    given = {
-        name: int(np.prod(leaf.shape or ())) for name, leaf in flatten_spaces(observation_space.spaces[MASK]).items()
-    }
+    given = {name: int(np.prod(leaf.shape or ())) for name, leaf in flatten_spaces(observation_space[MASK]).items()}
     if len(observation_space.spaces) == 1:
         raise InputError(f"the observation is nothing but {MASK}: add what the policy is to see")
     check_mask_length(sum(given.values()), action_space)
-    wanted = {name: sum(action_dims(leaf)) for name, leaf in flatten_spaces(action_space).items() if action_dims(leaf)}
+    wanted = {name: size for name, (_, size) in _mask_sizes(action_space).items()}
     if "" not in given and given != wanted:
         raise InputError(
             f"the environment's {MASK} has the parts {given}, the action space needs {wanted}: correct the mask"

@@ -25,7 +25,7 @@ from ppo_lightning.policy.distributions import (
 )
 from ppo_lightning.policy.encoders import Encoder, ImpalaCNN, NatureCNN, linear, mlp
 from ppo_lightning.policy.recurrent import RecurrentLayer, RNNType
-from ppo_lightning.spaces import Tree, feature_shape, flatten_spaces, is_image, subspaces, tree_map
+from ppo_lightning.spaces import Tree, flatten_spaces, is_image, subspaces, tensor_spec, tree_map
 
 
 class ActorCritic(nn.Module):
@@ -299,12 +299,12 @@ def output_size(encoder: nn.Module, space: Space[Any]) -> int:
         InputError: it is not one vector per sample.
     """
     if isinstance(encoder, nn.Flatten):
-        return math.prod(feature_shape(space))
+        return math.prod(tensor_spec(space).feature_shape)
     dtype = torch.uint8 if is_image(space) else torch.float32
     name = type(encoder).__name__
     try:
         with torch.no_grad():
-            output = encoder(torch.zeros(2, *feature_shape(space), dtype=dtype))
+            output = encoder(torch.zeros(2, *tensor_spec(space).feature_shape, dtype=dtype))
         shape = tuple(output.shape)
     except Exception as error:
         raise InputError(

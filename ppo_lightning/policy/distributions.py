@@ -21,7 +21,7 @@ from torch.nn.functional import softplus
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.spaces import Array, Tree, action_dims, as_int64, flatten_spaces, tree_map, unflatten
+from ppo_lightning.spaces import Array, Tree, action_dims, as_int64, flatten_spaces, torch_dtype, tree_map, unflatten
 
 LOG_2PI = math.log(2 * math.pi)
 MASKED_LOGIT = torch.finfo(torch.float32).min
@@ -207,12 +207,6 @@ class MultiCategorical(ActionDistribution):
     @override
     def to_env_action(self, action: Tensor) -> Tensor:
         return (action + _constant(self, "start", action.device)).to(torch_dtype(self.dtype))
-
-
-@cache
-def torch_dtype(dtype: Any) -> torch.dtype:
-    """What torch calls a dtype of numpy."""
-    return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
 @cache

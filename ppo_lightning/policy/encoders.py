@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import COUNT, FINITE_NOT_NEGATIVE, checked
-from ppo_lightning.spaces import channels_are_last, feature_shape, is_image
+from ppo_lightning.spaces import channels_are_last, is_image, tensor_spec
 
 Encoder = Callable[[Space[Any]], nn.Module]
 """(space) -> module that maps its features [B, …] to [B, F]."""
@@ -60,7 +60,9 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.scale = 1 / 255 if is_image(space) else None
-        self.layers = mlp([math.prod(feature_shape(space)), *hidden_sizes], activation, layer_norm=layer_norm)
+        self.layers = mlp(
+            [math.prod(tensor_spec(space).feature_shape), *hidden_sizes], activation, layer_norm=layer_norm
+        )
 
     @override
     def forward(self, observation: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import PopArt, calling, shown
 from ppo_lightning.policy.distributions import ActionDistribution, action_distribution
 from ppo_lightning.policy.moments import RunningMoments, ValueNormalizer
-from ppo_lightning.spaces import Tree, encoder, example, feature_shape, flatten_spaces, is_image, signature, tree_map
+from ppo_lightning.spaces import Tree, example, flatten_spaces, is_image, signature, tensor_spec, tree_map
 
 Network = Callable[[Space[Any], Space[Any]], nn.Module]
 """(observation_space, action_space) -> module whose forward maps features [B, …] to (parameters [B, P], values [B])."""
@@ -57,13 +57,13 @@ class Policy(nn.Module):
         for space in (observation_space, action_space):
             signature(space)  # refuses unsupported ones before anything is built
         spaces = flatten_spaces(observation_space)
-        self.encoders = {name: encoder(leaf) for name, leaf in spaces.items()}
+        self.encoders = {name: tensor_spec(leaf).encode for name, leaf in spaces.items()}
         self.normalized: dict[str, slice] = {}
         """Where in the moments those parts of an observation are that are normalised."""
         size = 0
         for name, leaf in spaces.items() if normalize_observation else ():
             if isinstance(leaf, Box) and not is_image(leaf):
-                own = math.prod(feature_shape(leaf))
+                own = math.prod(tensor_spec(leaf).feature_shape)
                 self.normalized[name], size = slice(size, size + own), size + own
         if normalize_observation and not size:
             raise InputError(

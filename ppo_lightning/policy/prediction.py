@@ -19,7 +19,7 @@ from ppo_lightning.spaces import (
     flatten_spaces,
     mask_error,
     mask_flags,
-    storage,
+    tensor_spec,
     to_tensors_fn,
     tree_map,
     without_mask,
@@ -83,7 +83,7 @@ def observations(observation: Any, space: Space[Any], device: torch.device) -> t
         raise InputError(f"predict needs observations of {space}, got {observation!r}") from error
     counts: set[int | None] = set()
     for name, leaf in spaces.items():
-        shape, array = storage(leaf)[0], arrays[name]
+        shape, array = tensor_spec(leaf).shape, arrays[name]
         if array.shape != shape and array.shape[1:] != shape:
             raise InputError(
                 f"predict needs an observation of shape {shape} or a batch of them, got {array.shape}"

@@ -24,7 +24,7 @@ from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import check_memory, check_samples, check_sequences, physical_memory
 from ppo_lightning.policy import Policy
 from ppo_lightning.rollout.collectors import ArrayStepper, Ends, Stepper, Steps, TensorStepper, warn_of_bounds
-from ppo_lightning.spaces import Tree, flatten_spaces, split_sizes, storage, tree_map, without_mask
+from ppo_lightning.spaces import Tree, flatten_spaces, split_sizes, tensor_spec, tree_map, without_mask
 
 ENDLESS = 10_000
 """Steps of each environment after which a run warns that no episode has ended."""
@@ -350,8 +350,8 @@ class RolloutDataset(IterableDataset[TensorDict]):
 
 def rollout_memory(observation_space: Space[Any], num_steps: int, num_envs: int) -> dict[str, int]:
     """Bytes of a rollout's observations, by the parameters that they come from."""
-    stored = [storage(leaf) for leaf in flatten_spaces(observation_space).values()]
-    sample = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
+    specs = [tensor_spec(leaf) for leaf in flatten_spaces(observation_space).values()]
+    sample = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
     return {f"num_steps · num_envs = {num_steps} · {num_envs}": num_steps * num_envs * sample}
 
 

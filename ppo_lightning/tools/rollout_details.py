@@ -15,7 +15,7 @@ from ppo_lightning.callbacks.events import PPOCallback
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import INDEX, checked
 from ppo_lightning.policy import Policy, RunningMoments
-from ppo_lightning.spaces import feature_shape, flatten_spaces, is_image
+from ppo_lightning.spaces import flatten_spaces, is_image, tensor_spec
 
 
 class RolloutDetails(PPOCallback):
@@ -49,7 +49,9 @@ class RolloutDetails(PPOCallback):
         """
         policy: Policy = cast(Any, pl_module).policy
         spaces = flatten_spaces(cast(Any, pl_module).rollouts.observation_space)
-        sizes = {part: math.prod(feature_shape(space)) for part, space in spaces.items() if not is_image(space)}
+        sizes = {
+            part: math.prod(tensor_spec(space).feature_shape) for part, space in spaces.items() if not is_image(space)
+        }
         known = [(part, f"{part or 'obs'}_{index}") for part, size in sizes.items() for index in range(size)]
         names = [name for _, name in known] if self.observation_names is None else list(self.observation_names)
         if len(names) != len(known) or len(set(names)) != len(names):
