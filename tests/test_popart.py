@@ -29,7 +29,9 @@ def test_the_critics_output_is_unchanged_when_its_statistics_move():
         normalizer.merge(RunningMoments.batch_moments(torch.randn(64) * scale + shift))
         assert_close(normalizer(output), before, rtol=0, atol=1e-6 * float(normalizer.mean.abs() + normalizer.std))
         assert (normalizer.mean, normalizer.std) != statistics
-        assert_close(normalizer.normalize(normalizer(output)), normalizer.prediction(output), rtol=1e-3, atol=1e-3)
+        assert_close(
+            normalizer.normalize(normalizer(output)), normalizer.normalized_value(output), rtol=1e-3, atol=1e-3
+        )
 
 
 def test_moments_are_exponentially_weighted_by_the_size_of_batches():

@@ -14,7 +14,7 @@ from ppo_lightning.algorithm.loss import LossCoefficients, Objective, normalize_
 from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, index_samples
 from ppo_lightning.algorithm.optimizer_step import Backend, StepRecord, UpdateSettings
 from ppo_lightning.compiler import MAX_SAMPLES, CompilerError, compile_function
-from ppo_lightning.policy.actor_critic import GaussianHead, GSDEHead
+from ppo_lightning.policy.actor_critic import GaussianHead, GSDEHead, without_outward
 from ppo_lightning.spaces import split_sizes
 
 STEP_SCALARS = (
@@ -169,9 +169,7 @@ class CompiledStep:
         parameters = self._parameters(flat)
         gradients, (_, losses) = grad_and_value(score, has_aux=True)(parameters)
         for name in self.bounds.keys() & gradients.keys():
-            value, gradient, (low, high) = parameters[name], gradients[name], self.bounds[name]
-            outward = ((value > high) & (gradient < 0)) | ((value < low) & (gradient > 0))
-            gradients[name] = gradient.masked_fill(outward, 0.0)
+            gradients[name] = without_outward(gradients[name], parameters[name], *self.bounds[name])
         return torch.cat([gradients[name].flatten() for name in self.shapes]), losses
 
     def _parameters(self, flat: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, singledispatch
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gymnasium import Space
@@ -92,24 +92,12 @@ class ActorCritic(nn.Module):
         super().__init__()
         if shared and (actor_keys is not None or critic_keys is not None):
             raise InputError("shared: true gives policy and value the same input: leave out actor_keys and critic_keys")
-        low, high = log_std_range
-        if not low < high:
-            raise InputError(f"log_std_range must rise, got {tuple(log_std_range)}")
-        if not low <= log_std_init <= high:
-            raise InputError(f"log_std_init = {log_std_init} must lie within log_std_range = {tuple(log_std_range)}")
-        boxes = any(isinstance(space, Box) for space in flatten_spaces(action_space).values())
-        has_std = boxes and distribution != "beta"
-        options = {"state_dependent_std": state_dependent_std, "log_std_init": log_std_init}
-        idle = [name for name, value in options.items() if value and not has_std]
-        if idle:
-            kind = "beta" if boxes else "discrete actions"
-            raise InputError(
-                f"{idle[0]} is for the standard deviations of normal, tanh and gsde, which {kind} do not have: leave it out"
-            )
         if entropy_weights and subspaces(action_space) is None:
             raise InputError(
                 f"entropy_weights are for the parts of a Dict or Tuple, the action space is {action_space}"
             )
+        std = StdOptions(float(log_std_init), *log_std_range, state_dependent_std)
+        std.check(action_space, distribution)
 
         def trunk(keys: Sequence[str] | None, option: str) -> Trunk:
             spaces = select_spaces(flatten_spaces(observation_space), keys, option)
@@ -124,9 +112,7 @@ class ActorCritic(nn.Module):
             sample_freq=sde_sample_freq,
             entropy_weights=entropy_weights,
         )
-        self.action_head = action_head(
-            self.distribution, self.actor_trunk.size, (float(log_std_init), low, high, state_dependent_std)
-        )
+        self.action_head = action_head(self.distribution, self.actor_trunk.size, std)
         self.critic_trunk = self.actor_trunk if shared else trunk(critic_keys, "critic_keys")
         self.value_head = linear(self.critic_trunk.size, 1, gain=1.0)
         self.shared = shared
@@ -319,8 +305,32 @@ def output_size(encoder: nn.Module, space: Space[Any]) -> int:
 
 # --- from the latent to the parameters of a distribution ---------------------------------------------------------------
 
-StdOptions = tuple[float, float, float, bool]
-"""Initial, lowest and highest log standard deviation, and whether it depends on the state."""
+
+class StdOptions(NamedTuple):
+    """Standard deviations of normal, tanh and gsde, as of :class:`ActorCritic`."""
+
+    init: float
+    low: float
+    high: float
+    state_dependent: bool
+
+    def check(self, action_space: Space[Any], distribution: Family) -> None:
+        """Refuse bounds that exclude each other or the initial value, and options that have no effect.
+
+        Raises:
+            InputError: it names the option.
+        """
+        if not self.low < self.high:
+            raise InputError(f"log_std_range must rise, got {(self.low, self.high)}")
+        if not self.low <= self.init <= self.high:
+            raise InputError(f"log_std_init = {self.init} must lie within log_std_range = {(self.low, self.high)}")
+        boxes = any(isinstance(space, Box) for space in flatten_spaces(action_space).values())
+        option = "state_dependent_std" if self.state_dependent else "log_std_init" if self.init else None
+        if option is not None and (distribution == "beta" or not boxes):
+            kind = "beta" if boxes else "discrete actions"
+            raise InputError(
+                f"{option} is for the standard deviations of normal, tanh and gsde, which {kind} do not have: leave it out"
+            )
 
 
 @singledispatch
@@ -331,12 +341,12 @@ def action_head(distribution: ActionDistribution, inputs: int, std: StdOptions) 
 
 @action_head.register
 def _(distribution: DiagonalGaussian, inputs: int, std: StdOptions) -> nn.Module:
-    return GaussianHead(inputs, distribution.num_noise, *std)
+    return GaussianHead(inputs, distribution.num_noise, std)
 
 
 @action_head.register
 def _(distribution: StateDependentExploration, inputs: int, std: StdOptions) -> nn.Module:
-    return GSDEHead(inputs, distribution.num_noise // inputs, *std[:3])
+    return GSDEHead(inputs, distribution.num_noise // inputs, std)
 
 
 @action_head.register
@@ -347,17 +357,17 @@ def _(distribution: Composite, inputs: int, std: StdOptions) -> nn.Module:
 class GaussianHead(nn.Module):
     """Means as outputs, log standard deviations as a parameter that is the same in every state, or as outputs too."""
 
-    def __init__(self, inputs: int, dims: int, init: float, low: float, high: float, state_dependent: bool) -> None:
+    def __init__(self, inputs: int, dims: int, std: StdOptions) -> None:
         super().__init__()
-        self.low, self.high = low, high
+        self.low, self.high = std.low, std.high
         self.mean = linear(inputs, dims, gain=0.01)
         self.log_std: nn.Parameter | None = None
         self.log_std_layer: nn.Linear | None = None
-        if state_dependent:
+        if std.state_dependent:
             self.log_std_layer = linear(inputs, dims, gain=0.01)
-            nn.init.constant_(self.log_std_layer.bias, init)
+            nn.init.constant_(self.log_std_layer.bias, std.init)
         else:
-            self.log_std = nn.Parameter(torch.full((dims,), init))
+            self.log_std = nn.Parameter(torch.full((dims,), std.init))
 
     @override
     def forward(self, latent: Tensor) -> Tensor:
@@ -373,11 +383,11 @@ class GSDEHead(nn.Module):
     The latent is learnt by the means alone; from the loadings no gradient flows into it.
     """
 
-    def __init__(self, inputs: int, dims: int, init: float, low: float, high: float) -> None:
+    def __init__(self, inputs: int, dims: int, std: StdOptions) -> None:
         super().__init__()
-        self.low, self.high = low, high
+        self.low, self.high = std.low, std.high
         self.mean = linear(inputs, dims, gain=0.01)
-        self.log_std = nn.Parameter(torch.full((inputs, dims), init))
+        self.log_std = nn.Parameter(torch.full((inputs, dims), std.init))
 
     @override
     def forward(self, latent: Tensor) -> Tensor:
@@ -401,28 +411,17 @@ class CompositeHead(nn.Module):
 
 def clamp_with_pullback(log_std: Any, low: float, high: float) -> Tensor:
     """``log_std`` between its bounds; beyond them the gradient can still pull it back, which torch.clamp prevents."""
+    clamped = log_std.clamp(low, high)
     if not torch.is_grad_enabled():
-        return log_std.clamp(low, high)
-    if torch.compiler.is_compiling():  # which takes the clamp's own gradient: CompiledUpdate sees to the bounds
-        return log_std + (log_std.clamp(low, high) - log_std).detach()
-    return _ClampWithPullback.apply(log_std, low, high)  # pyright: ignore[reportReturnType]
+        return clamped
+    clamped = log_std + (clamped - log_std).detach()
+    if clamped.requires_grad and not torch.compiler.is_compiling():  # a compiled step drops these gradients itself
+        values = log_std.detach()
+        clamped.register_hook(lambda gradient: without_outward(gradient, values, low, high))
+    return clamped
 
 
-class _ClampWithPullback(torch.autograd.Function):
-    @staticmethod
-    @override
-    def forward(values: Tensor, low: float, high: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return values.clamp(low, high)
-
-    @staticmethod
-    @override
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        values, ctx.low, ctx.high = inputs
-        ctx.save_for_backward(values)
-
-    @staticmethod
-    @override
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (values,) = ctx.saved_tensors
-        outward = ((values > ctx.high) & (grad < 0)) | ((values < ctx.low) & (grad > 0))
-        return grad.masked_fill(outward, 0.0), None, None
+def without_outward(gradient: Tensor, values: Tensor, low: float, high: float) -> Tensor:
+    """The gradient, 0 where a step against it leads values further beyond their bounds."""
+    outward = ((values > high) & (gradient < 0)) | ((values < low) & (gradient > 0))
+    return gradient.masked_fill(outward, 0.0)

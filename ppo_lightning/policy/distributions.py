@@ -7,25 +7,24 @@ drawn for a whole rollout at once, so that choosing an action costs a few kernel
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache, cached_property, singledispatch
+from functools import cache, singledispatch
 from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from gymnasium import Space
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from torch import Tensor
 from torch.nn.functional import softplus
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.spaces import Array, Tree, action_dims, as_int64, flatten_spaces, torch_dtype, tree_map, unflatten
+from ppo_lightning.spaces import Array, Tree, action_dims, flatten_spaces, tensor_spec, torch_dtype, tree_map, unflatten
 
 LOG_2PI = math.log(2 * math.pi)
 MASKED_LOGIT = torch.finfo(torch.float32).min
-"""Logit of what must not happen. Its probability is 0 to the last bit, and unlike -∞ it makes no NaN of 0 · log 0."""
+"""Logit of a forbidden action. Its probability is exactly 0, and unlike -∞ it makes no NaN of 0 · log 0."""
 
 Family = Literal["normal", "tanh", "beta", "gsde"]
 """Distributions over a Box: normal, normal squashed into its bounds by tanh, Beta on its bounds, and normal with
@@ -35,19 +34,16 @@ generalised state-dependent exploration."""
 class ActionDistribution(ABC):
     """A family of distributions over one action space, described by ``parameters`` [B, P].
 
-    Actions are kept as they were drawn, in the distribution's own coordinates: only :meth:`to_env_action` gives what the
+    Actions are stored as they were drawn, in the distribution's own coordinates: only :meth:`to_env_action` gives what the
     environment takes, so no log-probability suffers from a transformation that would have to be undone.
     """
 
-    @property
-    @abstractmethod
-    def num_parameters(self) -> int:
-        """P: what the network must return per sample."""
-
-    @property
-    @abstractmethod
-    def num_noise(self) -> int:
-        """Z: numbers that drawing one action needs."""
+    num_parameters: int
+    """P: what the network must return per sample."""
+    num_noise: int
+    """Z: random numbers that drawing one action needs."""
+    has_std = False
+    """Whether the family has standard deviations."""
 
     @abstractmethod
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
@@ -81,9 +77,6 @@ class ActionDistribution(ABC):
         """Parameters [B, P] under which what ``mask`` [B, M] forbids has probability 0, and no part in the entropy."""
         return parameters.masked_fill(~mask, MASKED_LOGIT)
 
-    has_std = False
-    """Whether the family has standard deviations."""
-
     def std(self, parameters: Tensor) -> Tensor | None:
         """Standard deviations [B, d] where the family has them, else None."""
         return None
@@ -104,83 +97,31 @@ def _to_numpy(tensor: Tensor) -> Array:
 # --- discrete ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Categorical(ActionDistribution):
-    """Probabilities softmax(logits) of n actions; ``parameters`` are the logits [B, n]."""
-
-    n: int
-    start: int = 0
-    """The environment's name of the first action."""
-    dtype: Any = np.int64
-    """Of the environment's actions (numpy)."""
-
-    @property
-    @override
-    def num_parameters(self) -> int:
-        return self.n
-
-    @property
-    @override
-    def num_noise(self) -> int:
-        return self.n
-
-    @override
-    def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
-        """Standard Gumbel noise: the argmax of logits + noise is distributed as softmax(logits) (Gumbel 1954)."""
-        return gumbel(*shape, self.n, generator=generator)
-
-    @override
-    def sample(self, parameters: Tensor, noise: Tensor) -> Tensor:
-        return (parameters + noise).argmax(-1)
-
-    @override
-    def mode(self, parameters: Tensor) -> Tensor:
-        return parameters.argmax(-1)
-
-    @override
-    def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs = parameters.log_softmax(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), entropy
-
-    @override
-    def to_env_action(self, action: Tensor) -> Tensor:
-        return (action + self.start if self.start else action).to(torch_dtype(self.dtype))
-
-
-def gumbel(*shape: int, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise, always finite: an infinite one would win over the logit of what must not happen."""
-    exponential = torch.empty(*shape).exponential_(generator=generator)
-    return exponential.clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_()
-
-
-@dataclass(frozen=True, eq=False)
 class MultiCategorical(ActionDistribution):
     """Independent categorical choices between ``sizes`` actions; ``parameters`` are all their logits [B, Σ sizes].
 
     A bit of MultiBinary is a choice between two: its logits are those of 0 and of 1.
+
+    Args:
+        shape: of an action.
+        sizes: alternatives of each choice.
+        start: [*shape] the environment's numbers of the first alternatives (NumPy).
+        dtype: of the environment's actions (NumPy).
     """
 
-    shape: tuple[int, ...]
-    sizes: tuple[int, ...]
-    start: Any
-    """[*shape] the environment's names of the first actions (numpy)."""
-    dtype: Any
-    """Of the environment's actions (numpy)."""
-
-    @property
-    @override
-    def num_parameters(self) -> int:
-        return sum(self.sizes)
-
-    @property
-    @override
-    def num_noise(self) -> int:
-        return sum(self.sizes)
+    def __init__(self, shape: tuple[int, ...], sizes: tuple[int, ...], start: Any, dtype: Any) -> None:
+        self.shape, self.sizes, self.dtype = shape, sizes, dtype
+        self.start = start if np.any(start) else None
+        self.num_parameters = self.num_noise = sum(sizes)
 
     @override
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
-        return gumbel(*shape, self.num_noise, generator=generator)
+        """Standard Gumbel noise: the argmax of logits + noise is distributed as softmax(logits) (Gumbel 1954).
+
+        It is always finite: an infinite one would win over the logit of a forbidden action.
+        """
+        exponential = torch.empty(*shape, self.num_noise).exponential_(generator=generator)
+        return exponential.clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_()
 
     @override
     def sample(self, parameters: Tensor, noise: Tensor) -> Tensor:
@@ -197,22 +138,45 @@ class MultiCategorical(ActionDistribution):
         return log_probs.gather(-1, action.reshape(*log_probs.shape[:2], 1)).sum((-2, -1)), entropy
 
     def _split_parameters(self, parameters: Tensor) -> Tensor:
-        """Logits [B, choices, most actions], those of smaller choices filled up with what must not happen."""
+        """Logits [B, choices, most actions], those of smaller choices padded with :data:`MASKED_LOGIT`."""
         most = max(self.sizes)
         if min(self.sizes) == most:
             return parameters.unflatten(-1, (-1, most))
-        index, filler = _padding(self.sizes, parameters.device)
-        return parameters[..., index].masked_fill(filler, MASKED_LOGIT)
+        index, padding = _padding(self.sizes, parameters.device)
+        return parameters[..., index].masked_fill(padding, MASKED_LOGIT)
 
     @override
     def to_env_action(self, action: Tensor) -> Tensor:
-        return (action + _constant(self, "start", action.device)).to(torch_dtype(self.dtype))
+        shifted = action if self.start is None else action + _start(self, action.device)
+        return shifted.to(torch_dtype(self.dtype))
+
+
+class Categorical(MultiCategorical):
+    """Probabilities softmax(logits) of n actions; ``parameters`` are the logits [B, n].
+
+    Args:
+        n: actions.
+        start: the environment's number of the first action.
+        dtype: of the environment's actions (NumPy).
+    """
+
+    def __init__(self, n: int, start: int = 0, dtype: Any = np.int64) -> None:
+        super().__init__((), (n,), start, dtype)
+
+    @override
+    def mode(self, parameters: Tensor) -> Tensor:
+        return parameters.argmax(-1)
+
+    @override
+    def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs = parameters.log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), entropy
 
 
 @cache
-def _constant(owner: Any, name: str, device: torch.device) -> Tensor:
-    """An array of a space or distribution, as a tensor that is made once."""
-    return torch.as_tensor(np.asarray(getattr(owner, name))).to(device)
+def _start(distribution: MultiCategorical, device: torch.device) -> Tensor:
+    return torch.as_tensor(np.asarray(distribution.start)).to(device)
 
 
 @cache
@@ -220,39 +184,27 @@ def _padding(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
     """Index [choices, most] of each choice's logits, and where there is none."""
     begins = torch.tensor([0, *accumulate(sizes)][:-1], device=device)
     place = torch.arange(max(sizes), device=device)
-    filler = place >= torch.tensor(sizes, device=device)[:, None]
-    return (begins[:, None] + place).masked_fill(filler, 0), filler
+    padding = place >= torch.tensor(sizes, device=device)[:, None]
+    return (begins[:, None] + place).masked_fill(padding, 0), padding
 
 
 # --- Box ---------------------------------------------------------------------------------------------------------------
 
 
-def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-density of actions [B, d] under independent normals, and log standard deviations summed, each [B]."""
-    standardized = (action - mean) * (-log_std).exp()
-    total_log_std = log_std.sum(-1)
-    return -0.5 * (standardized.square().sum(-1) + mean.shape[-1] * LOG_2PI) - total_log_std, total_log_std
-
-
-@dataclass(frozen=True, eq=False)
 class DiagonalGaussian(ActionDistribution):
     """Independent normals over a Box; ``parameters`` are means and log standard deviations [B, 2d].
 
     The action is not clipped here: what is stored is what was drawn, and only the environment is given its clipping.
+
+    Args:
+        space: of the actions.
     """
 
-    space: Box
     has_std = True
 
-    @property
-    @override
-    def num_noise(self) -> int:
-        return math.prod(self.space.shape)
-
-    @property
-    @override
-    def num_parameters(self) -> int:
-        return 2 * self.num_noise
+    def __init__(self, space: Box) -> None:
+        self.space, self.num_noise = space, math.prod(space.shape)
+        self.num_parameters = 2 * self.num_noise
 
     @override
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
@@ -270,13 +222,11 @@ class DiagonalGaussian(ActionDistribution):
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = parameters.chunk(2, -1)
-        log_prob, total_log_std = gaussian_log_prob(mean, log_std, action.reshape(mean.shape))
-        return log_prob, total_log_std + 0.5 * mean.shape[-1] * (1 + LOG_2PI)
+        return gaussian_log_prob_and_entropy(mean, log_std, action)
 
     @override
     def to_env_action(self, action: Tensor) -> Tensor:
-        low, high = (_bound(self, name, action.device) for name in ("low", "high"))
-        return action.clamp(low, high).to(torch_dtype(self.space.dtype))
+        return action.clamp(*_bounds(self, action.device)).to(torch_dtype(self.space.dtype))
 
     @override
     def std(self, parameters: Tensor) -> Tensor:
@@ -286,12 +236,19 @@ class DiagonalGaussian(ActionDistribution):
     def clipped(self, action: Tensor) -> Tensor | None:
         if not (self.space.bounded_below.any() or self.space.bounded_above.any()):
             return None
-        low, high = (_bound(self, name, action.device) for name in ("low", "high"))
+        low, high = _bounds(self, action.device)
         outside = (action < low) | (action > high)
         return outside.reshape(*outside.shape[: outside.ndim - low.ndim], -1).any(-1)
 
 
-@dataclass(frozen=True, eq=False)
+def gaussian_log_prob_and_entropy(mean: Tensor, log_std: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-density of actions under independent normals [B, d], and their entropy, each [B]."""
+    standardized = (action.reshape(mean.shape) - mean) * (-log_std).exp()
+    total_log_std, dims = log_std.sum(-1), mean.shape[-1]
+    log_prob = -0.5 * (standardized.square().sum(-1) + dims * LOG_2PI) - total_log_std
+    return log_prob, total_log_std + 0.5 * dims * (1 + LOG_2PI)
+
+
 class SquashedGaussian(DiagonalGaussian):
     """Independent normals u, squashed into the bounds of a Box: a = low + (high - low) (tanh u + 1) / 2.
 
@@ -299,9 +256,9 @@ class SquashedGaussian(DiagonalGaussian):
     of the normal plus E[log h (1 - tanh² u)], by a fixed quadrature over u (Haarnoja et al. 2018, appendix C).
     """
 
-    def __post_init__(self) -> None:
-        check_bounded(self.space, "tanh")
-        object.__setattr__(self, "width", log_half_width(self.space))
+    def __init__(self, space: Box) -> None:
+        super().__init__(space)
+        self.log_half_width = log_half_width(space, "tanh")
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,8 +266,8 @@ class SquashedGaussian(DiagonalGaussian):
         mean, log_std = parameters.chunk(2, -1)
         nodes, weights = _quadrature(parameters.device)
         expected = (tanh_log_det_jacobian(mean[..., None] + log_std.exp()[..., None] * nodes) @ weights).sum(-1)
-        width: float = self.width  # pyright: ignore[reportAttributeAccessIssue]
-        return log_prob - tanh_log_det_jacobian(action.reshape(mean.shape)).sum(-1) - width, entropy + expected + width
+        log_det = tanh_log_det_jacobian(action.reshape(mean.shape)).sum(-1)
+        return log_prob - log_det - self.log_half_width, entropy + expected + self.log_half_width
 
     @override
     def to_env_action(self, action: Tensor) -> Tensor:
@@ -337,33 +294,26 @@ def _quadrature(device: torch.device) -> tuple[Tensor, Tensor]:
     return nodes.float().to(device), (weights / weights.sum()).float().to(device)
 
 
-@dataclass(frozen=True, eq=False)
 class Beta(ActionDistribution):
     """Independent Beta distributions on the bounds of a Box (Chou et al. 2017).
 
     ``parameters`` are a and b [B, 2d] with α = 1 + softplus a, β = 1 + softplus b, so that each has one peak. Stored is
     the place x between the bounds, 0 to 1.
+
+    Args:
+        space: of the actions.
     """
 
-    space: Box
     has_std = True
     PROPOSALS = 8
     EDGE = 1e-6
     """Samples keep this distance from the bounds, where the density is 0 or has no logarithm."""
 
-    def __post_init__(self) -> None:
-        check_bounded(self.space, "beta")
-        object.__setattr__(self, "width", log_half_width(self.space) + self.space.low.size * math.log(2))
-
-    @property
-    @override
-    def num_parameters(self) -> int:
-        return 2 * math.prod(self.space.shape)
-
-    @property
-    @override
-    def num_noise(self) -> int:
-        return self.num_parameters * 2 * self.PROPOSALS
+    def __init__(self, space: Box) -> None:
+        self.space = space
+        self.num_parameters = 2 * math.prod(space.shape)
+        self.num_noise = self.num_parameters * 2 * self.PROPOSALS
+        self.log_width = log_half_width(space, "beta") + math.prod(space.shape) * math.log(2)
 
     def concentrations(self, parameters: Tensor) -> Tensor:
         """Both α and β, [B, 2d]."""
@@ -403,7 +353,6 @@ class Beta(ActionDistribution):
         total = alpha + beta
         x = action.reshape(alpha.shape)
         log_beta = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(total)
-        width: float = self.width  # pyright: ignore[reportAttributeAccessIssue]
         log_prob = (alpha - 1) * x.log() + (beta - 1) * torch.log1p(-x) - log_beta
         entropy = (
             log_beta
@@ -411,7 +360,7 @@ class Beta(ActionDistribution):
             - (beta - 1) * torch.digamma(beta)
             + (total - 2) * torch.digamma(total)
         )
-        return log_prob.sum(-1) - width, entropy.sum(-1) + width
+        return log_prob.sum(-1) - self.log_width, entropy.sum(-1) + self.log_width
 
     @override
     def to_env_action(self, action: Tensor) -> Tensor:
@@ -425,29 +374,24 @@ class Beta(ActionDistribution):
         return (alpha * beta / (total + 1)).sqrt() / total * width
 
 
-@dataclass(frozen=True, eq=False)
 class StateDependentExploration(DiagonalGaussian):
     """Normals whose noise is a function of the state, held for several steps (Raffin et al. 2021, gSDE).
 
     ``parameters`` are means [B, d] and loadings w [B, L·d], the network's latent φ(s) [B, L] times the standard
     deviations [L, d] of the exploration matrix ε. An action is mean + Σₗ wₗ εₗ, with ε redrawn every ``sample_freq``
     steps, so it is normal with variance Σₗ wₗ², and equal states are given equal noise meanwhile.
+
+    Args:
+        space: of the actions.
+        num_latent: L.
+        sample_freq: steps for which an exploration matrix is kept (environment steps of one environment).
     """
 
-    num_latent: int
-    """L."""
-    sample_freq: int
-    """Steps for which an exploration matrix is kept (environment steps of one environment)."""
-
-    @property
-    @override
-    def num_noise(self) -> int:
-        return self.num_latent * math.prod(self.space.shape)
-
-    @property
-    @override
-    def num_parameters(self) -> int:
-        return math.prod(self.space.shape) + self.num_noise
+    def __init__(self, space: Box, num_latent: int, sample_freq: int) -> None:
+        super().__init__(space)
+        self.num_latent, self.sample_freq, dims = num_latent, sample_freq, self.num_noise
+        self.num_noise = num_latent * dims
+        self.num_parameters = dims + self.num_noise
 
     @override
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
@@ -474,16 +418,19 @@ class StateDependentExploration(DiagonalGaussian):
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         mean, loadings = self._split_parameters(parameters)
         log_std = 0.5 * (loadings.square().sum(-2) + 1e-6).log()
-        log_prob, total_log_std = gaussian_log_prob(mean, log_std, action.reshape(mean.shape))
-        return log_prob, total_log_std + 0.5 * mean.shape[-1] * (1 + LOG_2PI)
+        return gaussian_log_prob_and_entropy(mean, log_std, action)
 
     @override
     def std(self, parameters: Tensor) -> Tensor:
         return (self._split_parameters(parameters)[1].square().sum(-2) + 1e-6).sqrt()
 
 
-def check_bounded(space: Box, family: str) -> None:
-    """Raise where a Box has no bounds to stay between."""
+def log_half_width(space: Box, family: str) -> float:
+    """Σ log((high - low) / 2) over all dimensions.
+
+    Raises:
+        InputError: a Box has no bounds to stay between, which the ``family`` needs.
+    """
     with np.errstate(over="ignore"):
         widths = space.high - space.low
     if not (space.is_bounded("both") and np.isfinite(widths).all() and (widths > 0).all()):
@@ -491,24 +438,21 @@ def check_bounded(space: Box, family: str) -> None:
             f"distribution {family} needs finite bounds with room between them, the action space is {space}: give it bounds "
             "with gymnasium.wrappers.TransformAction, or take distribution normal"
         )
-
-
-def log_half_width(space: Box) -> float:
-    """Σ log((high - low) / 2) over all dimensions."""
     return float(np.log((space.high.astype(np.float64) - space.low) / 2).sum())
 
 
 @cache
-def _bound(distribution: Any, name: str, device: torch.device) -> Tensor:
-    """``low`` or ``high`` of a distribution's Box, made once; as exact as the device can."""
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    bound = torch.from_numpy(getattr(distribution.space, name))
-    return bound.to(device, bound.dtype if bound.dtype == torch.float32 else exact)
+def _bounds(distribution: DiagonalGaussian | Beta, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lowest and highest actions, as exactly as the device can."""
+    space = distribution.space
+    exact = torch.float32 if space.dtype == np.float32 or device.type == "mps" else torch.float64
+    low, high = (torch.from_numpy(bound).to(device, exact) for bound in (space.low, space.high))
+    return low, high
 
 
-def scale_to_bounds(share: Tensor, distribution: "SquashedGaussian | Beta") -> Tensor:
+def scale_to_bounds(share: Tensor, distribution: SquashedGaussian | Beta) -> Tensor:
     """From shares (0 to 1) of the way between the bounds to actions within them."""
-    low, high = (_bound(distribution, name, share.device) for name in ("low", "high"))
+    low, high = _bounds(distribution, share.device)
     wide = low.to(torch.float32 if share.device.type == "mps" else torch.float64)
     return torch.clamp(wide + (high - wide) * share, low, high).to(torch_dtype(distribution.space.dtype))
 
@@ -516,64 +460,49 @@ def scale_to_bounds(share: Tensor, distribution: "SquashedGaussian | Beta") -> T
 # --- Dict and Tuple ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
 class Composite(ActionDistribution):
     """Independent distributions over the parts of a Dict or Tuple; an action is a dictionary of parts, by path.
 
     Parameters, noise and masks are the concatenation of those of the parts, in the order of :func:`flatten_spaces`.
     Log-probabilities are summed, and entropies with a weight for each part.
+
+    Args:
+        space: of the actions.
+        parts: by path.
+        entropy_weights: by path, 1 where none is given.
     """
 
-    space: Space[Any]
-    parts: Mapping[str, ActionDistribution]
-    entropy_weights: Mapping[str, float]
-
-    @cached_property
-    def has_std(self) -> bool:
-        """Whether a part has standard deviations."""
-        return any(part.has_std for part in self.parts.values())
-
-    @property
-    @override
-    def num_parameters(self) -> int:
-        return sum(part.num_parameters for part in self.parts.values())
-
-    @property
-    @override
-    def num_noise(self) -> int:
-        return sum(part.num_noise for part in self.parts.values())
+    def __init__(
+        self, space: Space[Any], parts: Mapping[str, ActionDistribution], entropy_weights: Mapping[str, float]
+    ) -> None:
+        self.space, self.parts, self.entropy_weights = space, parts, entropy_weights
+        self.parameter_sizes = [part.num_parameters for part in parts.values()]
+        self.noise_sizes = [part.num_noise for part in parts.values()]
+        self.mask_sizes = [sum(action_dims(leaf)) for leaf in flatten_spaces(space).values()]
+        self.num_parameters, self.num_noise = sum(self.parameter_sizes), sum(self.noise_sizes)
+        self.has_std = any(part.has_std for part in parts.values())
 
     @override
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
         return torch.cat([part.noise(*shape, generator=generator) for part in self.parts.values()], -1)
 
-    @cached_property
-    def _sizes(self) -> dict[str, list[int]]:
-        """Of parameters, noise and masks of each part."""
-        parts, spaces = self.parts.values(), flatten_spaces(self.space).values()
-        return {
-            "num_parameters": [part.num_parameters for part in parts],
-            "num_noise": [part.num_noise for part in parts],
-            "num_masks": [sum(action_dims(leaf)) for leaf in spaces],
-        }
-
-    def _split(self, tensor: Tensor, size: str) -> dict[str, Tensor]:
-        return dict(zip(self.parts, tensor.split(self._sizes[size], -1), strict=True))
+    def _split(self, tensor: Tensor, sizes: list[int]) -> dict[str, Tensor]:
+        return dict(zip(self.parts, tensor.split(sizes, -1), strict=True))
 
     @override
     def sample(self, parameters: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        described, drawn = self._split(parameters, "num_parameters"), self._split(noise, "num_noise")
+        described, drawn = self._split(parameters, self.parameter_sizes), self._split(noise, self.noise_sizes)
         return {name: part.sample(described[name], drawn[name]) for name, part in self.parts.items()}
 
     @override
     def mode(self, parameters: Tensor) -> dict[str, Tensor]:
-        described = self._split(parameters, "num_parameters")
+        described = self._split(parameters, self.parameter_sizes)
         return {name: part.mode(described[name]) for name, part in self.parts.items()}
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         log_prob = entropy = parameters.new_zeros(())
-        for name, described in self._split(parameters, "num_parameters").items():
+        for name, described in self._split(parameters, self.parameter_sizes).items():
             one_log_prob, one_entropy = self.parts[name].log_prob_and_entropy(described, action[name])
             log_prob = log_prob + one_log_prob
             entropy = entropy + self.entropy_weights.get(name, 1.0) * one_entropy
@@ -581,8 +510,8 @@ class Composite(ActionDistribution):
 
     @override
     def apply_mask(self, parameters: Tensor, mask: Tensor) -> Tensor:
-        described = self._split(parameters, "num_parameters")
-        for name, own in self._split(mask, "num_masks").items():
+        described = self._split(parameters, self.parameter_sizes)
+        for name, own in self._split(mask, self.mask_sizes).items():
             if own.shape[-1]:
                 described[name] = self.parts[name].apply_mask(described[name], own)
         return torch.cat(list(described.values()), -1)
@@ -601,7 +530,7 @@ class Composite(ActionDistribution):
 
     @override
     def std(self, parameters: Tensor) -> Tensor | None:
-        described = self._split(parameters, "num_parameters")
+        described = self._split(parameters, self.parameter_sizes)
         deviations = [part.std(described[name]) for name, part in self.parts.items()]
         known = [deviation for deviation in deviations if deviation is not None]
         return torch.cat(known, -1) if known else None
@@ -616,7 +545,6 @@ class Composite(ActionDistribution):
 # --- which for which space ---------------------------------------------------------------------------------------------
 
 
-@singledispatch
 def action_distribution(
     space: Space[Any],
     family: Family = "normal",
@@ -637,72 +565,54 @@ def action_distribution(
     Raises:
         InputError: the space is not supported, or does not suit the family.
     """
-    raise InputError(f"there is no distribution over the action space {space!r}")
-
-
-def _refuse_continuous(family: Family, space: Space[Any]) -> None:
-    if family != "normal":
+    spaces = flatten_spaces(space)
+    if family != "normal" and not any(isinstance(leaf, Box) for leaf in spaces.values()):
         raise InputError(
             f"distribution {family} is for continuous actions, the action space {space} has none: leave distribution out"
         )
+    parts = {name: _distribution(leaf, family, num_latent, sample_freq) for name, leaf in spaces.items()}
+    if "" in parts:
+        return parts[""]
+    unknown = (entropy_weights or {}).keys() - parts.keys()
+    if unknown:
+        raise InputError(f"entropy_weights names {sorted(unknown)}, the parts of the action space are {list(parts)}")
+    return Composite(space, parts, dict(entropy_weights or {}))
 
 
-@action_distribution.register
-def _(space: Discrete, family: Family = "normal", **options: Any) -> ActionDistribution:
-    _refuse_continuous(family, space)
+@singledispatch
+def _distribution(space: Space[Any], family: Family, num_latent: int, sample_freq: int) -> ActionDistribution:
+    raise InputError(f"there is no distribution over the action space {space!r}")
+
+
+@_distribution.register
+def _(space: Discrete, *options: Any) -> ActionDistribution:
     return Categorical(int(space.n), int(space.start), space.dtype)
 
 
-@action_distribution.register
-def _(space: MultiDiscrete, family: Family = "normal", **options: Any) -> ActionDistribution:
-    _refuse_continuous(family, space)
-    return MultiCategorical(space.shape, tuple(space.nvec.flatten().tolist()), as_int64(space.start), space.dtype)
+@_distribution.register(MultiDiscrete)
+@_distribution.register(MultiBinary)
+def _(space: MultiDiscrete | MultiBinary, *options: Any) -> ActionDistribution:
+    spec = tensor_spec(space)
+    return MultiCategorical(spec.shape, spec.action_dims, spec.low, space.dtype)
 
 
-@action_distribution.register
-def _(space: MultiBinary, family: Family = "normal", **options: Any) -> ActionDistribution:
-    _refuse_continuous(family, space)
-    return MultiCategorical(space.shape, (2,) * math.prod(space.shape), 0, space.dtype)
-
-
-@action_distribution.register
-def _(
-    space: Box, family: Family = "normal", *, num_latent: int = 64, sample_freq: int = 4, **options: Any
-) -> ActionDistribution:
+@_distribution.register
+def _(space: Box, family: Family, num_latent: int, sample_freq: int) -> ActionDistribution:
     if not np.issubdtype(space.dtype, np.floating):
         raise InputError(
             f"the action space {space!r} has integer bounds: make it Discrete or MultiDiscrete, or a Box of floats that "
             "the environment rounds"
         )
-    if family == "gsde":
-        return StateDependentExploration(space, num_latent, sample_freq)
-    kinds = {"normal": DiagonalGaussian, "tanh": SquashedGaussian, "beta": Beta}
-    if family not in kinds:
-        raise InputError(f"distribution must be one of {get_args(Family)}, got {family!r}")
-    return kinds[family](space)
-
-
-@action_distribution.register(Dict)
-@action_distribution.register(Tuple)
-def _(
-    space: Dict | Tuple,
-    family: Family = "normal",
-    *,
-    entropy_weights: Mapping[str, float] | None = None,
-    **options: Any,
-) -> ActionDistribution:
-    spaces = flatten_spaces(space)
-    if not any(isinstance(leaf, Box) for leaf in spaces.values()):
-        _refuse_continuous(family, space)
-    parts = {
-        name: action_distribution(leaf, family if isinstance(leaf, Box) else "normal", **options)
-        for name, leaf in spaces.items()
-    }
-    weights = dict(entropy_weights or {})
-    unknown = weights.keys() - parts.keys()
-    if unknown:
-        raise InputError(f"entropy_weights names {sorted(unknown)}, the parts of the action space are {list(parts)}")
-    return Composite(space, parts, weights)
+    match family:
+        case "normal":
+            return DiagonalGaussian(space)
+        case "tanh":
+            return SquashedGaussian(space)
+        case "beta":
+            return Beta(space)
+        case "gsde":
+            return StateDependentExploration(space, num_latent, sample_freq)
+    raise InputError(f"distribution must be one of {get_args(Family)}, got {family!r}")
 
 
 def stack(trees: list[Tree]) -> Tree:

@@ -86,6 +86,10 @@ class ImageEncoder(nn.Module):
         InputError: the space is no image, or too small.
     """
 
+    layers: nn.Module
+    """From images [B, C, H, W] to flat features."""
+    output: nn.Module
+
     def __init__(self, space: Space[Any], scale: float, channels: Channels, smallest: int) -> None:
         super().__init__()
         if not isinstance(space, Box) or len(space.shape) not in (2, 3, 4):
@@ -113,10 +117,16 @@ class ImageEncoder(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         return observation.to(dtype, memory_format=torch.channels_last)
 
-    def output_size(self, layers: nn.Module) -> int:
-        """Values per image that ``layers`` return."""
+    def output_layer(self, layers: nn.Module, features: int) -> nn.Sequential:
+        """A linear layer with an activation, for what ``layers`` return."""
         with torch.no_grad():
-            return layers(torch.zeros(1, *self.shape)).flatten(1).shape[1]
+            size = layers(torch.zeros(1, *self.shape)).flatten(1).shape[1]
+        return nn.Sequential(linear(size, features), nn.ReLU())
+
+    @override
+    def forward(self, observation: Tensor) -> Tensor:
+        """[B, features] for images [B, …]."""
+        return self.output(self.layers(self.to_nchw(observation)))
 
 
 class ScaledConv2d(nn.Conv2d):
@@ -166,12 +176,7 @@ class NatureCNN(ImageEncoder):
             nn.ReLU(),
             nn.Flatten(),
         ).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.output = nn.Sequential(linear(self.output_size(self.layers), features), nn.ReLU())
-
-    @override
-    def forward(self, observation: Tensor) -> Tensor:
-        """[B, features] for images [B, …]."""
-        return self.output(self.layers(self.to_nchw(observation)))
+        self.output = self.output_layer(self.layers, features)
 
 
 class ImpalaCNN(ImageEncoder):
@@ -202,12 +207,7 @@ class ImpalaCNN(ImageEncoder):
         self.layers = nn.Sequential(*blocks, nn.ReLU(), nn.Flatten()).to(
             memory_format=torch.channels_last  # pyright: ignore[reportCallIssue]
         )
-        self.output = nn.Sequential(linear(self.output_size(self.layers), features), nn.ReLU())
-
-    @override
-    def forward(self, observation: Tensor) -> Tensor:
-        """[B, features] for images [B, …]."""
-        return self.output(self.layers(self.to_nchw(observation)))
+        self.output = self.output_layer(self.layers, features)
 
 
 class Residual(nn.Module):

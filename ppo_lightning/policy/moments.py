@@ -92,14 +92,14 @@ class ValueNormalizer(nn.Module):
     @override
     def forward(self, output: Tensor) -> Tensor:
         """Values [B], in (normalised) reward units, for the network's outputs [B]."""
-        return self.prediction(output) * self.std.float() + self.mean.float()
+        return self.normalized_value(output) * self.std.float() + self.mean.float()
 
-    def prediction(self, output: Tensor) -> Tensor:
+    def normalized_value(self, output: Tensor) -> Tensor:
         """Normalised values [B]: what the loss compares with normalised targets."""
         return self.weight * output + self.bias
 
     def normalize(self, value: Tensor) -> Tensor:
-        """Values or targets in reward units, as :meth:`prediction` has them."""
+        """Values or targets in reward units, as :meth:`normalized_value` has them."""
         return (value - self.mean.float()) / self.std.float()
 
     @torch.no_grad()

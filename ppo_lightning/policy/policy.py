@@ -72,38 +72,28 @@ class Policy(nn.Module):
             )
         self.moments = RunningMoments((size,)) if size else None
         self.value_normalizer = None if popart is None else ValueNormalizer(popart.beta)
-        if isinstance(network, nn.Module | str) or not callable(network):
-            raise InputError(f"policy must be a callable (observation_space, action_space) -> module, got {network!r}")
-        with calling("policy", "(observation_space, action_space)"):
-            self.network = network(observation_space, action_space)
-        learns = isinstance(self.network, nn.Module) and any(one.requires_grad for one in self.network.parameters())
-        if not learns:
-            raise InputError(
-                f"policy made a {type(self.network).__name__}: it must return a torch.nn.Module with parameters to learn"
-            )
+        self.network = _make_network(network, observation_space, action_space)
+        name = type(self.network).__name__
         own = getattr(self.network, "distribution", None)
         if not isinstance(own, ActionDistribution | None):
             raise InputError(
-                f"the network {type(self.network).__name__} has a distribution that is a {type(own).__name__}: make it by "
+                f"the network {name} has a distribution that is a {type(own).__name__}: make it by "
                 "ppo_lightning.action_distribution(action_space, …)"
             )
         self.distribution = own or action_distribution(action_space)
         self.state_size = getattr(self.network, "state_size", 0)
         if type(self.state_size) is not int or self.state_size < 0:
             raise InputError(
-                f"the network {type(self.network).__name__} has a state_size of {shown(self.state_size)}: it must be a whole "
-                "number of 0 or more"
+                f"the network {name} has a state_size of {shown(self.state_size)}: it must be a whole number of 0 or more"
             )
-        # Layers may well be called actor and critic; what counts as half of the network is a method of its class.
-        self._has_separate_heads = all(
-            callable(getattr(type(self.network), half, None)) for half in ("actor", "critic")
-        )
-        self.value_with_action = bool(
-            self.state_size or not self._has_separate_heads or getattr(self.network, "shared", False) is True
-        )
+        # Layers may well be called actor and critic; only methods of the network's class compute one head alone.
+        methods = [getattr(type(self.network), head, None) for head in ("actor", "critic")]
+        self._has_separate_heads = all(map(callable, methods))
+        shared = getattr(self.network, "shared", False) is True
+        self.value_with_action = bool(self.state_size or not self._has_separate_heads or shared)
         """Acting computes the values, too: for recurrent policies, and where policy and value share layers."""
         self._spaces = observation_space, action_space
-        self._check(observation_space, action_space)
+        self._check_network()
 
     def check_trainable(self) -> None:
         """Refuse a network that nothing can be learnt with.
@@ -124,22 +114,19 @@ class Policy(nn.Module):
             InputError: the network's output does not fit the spaces any more.
         """
         if [*map(id, self.parameters())] != [*map(id, self._checked)]:
-            self._check(*self._spaces)
+            self._check_network()
 
-    def _check(self, observation_space: Space[Any], action_space: Space[Any]) -> None:
+    def _check_network(self) -> None:
+        observation_space, action_space = self._spaces
         self._checked = list(self.parameters())
         """Parameters that :attr:`actor_critic_masks` is about."""
-        device = self._checked[0].device
-
-        def two(space: Space[Any]) -> Tensor:
-            return torch.from_numpy(example(space)).expand(2, *example(space).shape).to(device)
-
-        spaces, name = flatten_spaces(observation_space), type(self.network).__name__
-        observation = {key: two(leaf) for key, leaf in spaces.items()}
+        device, name = self._checked[0].device, type(self.network).__name__
+        samples = {key: torch.from_numpy(example(leaf)) for key, leaf in flatten_spaces(observation_space).items()}
+        observation = {key: sample.expand(2, *sample.shape).to(device) for key, sample in samples.items()}
         try:
-            # Without dropout, so that outputs can be compared; cuDNN has no gradient of memory in evaluation mode.
+            # Without dropout, so that outputs can be compared; cuDNN has no gradient of recurrent layers in evaluation mode.
             with nullcontext() if self.state_size else in_eval_mode(self), torch.enable_grad():
-                features = self.features(observation[""] if list(spaces) == [""] else observation)
+                features = self.features(observation.get("", observation))
                 if self.state_size:
                     features = tree_map(lambda leaf: leaf.unsqueeze(0), features)
                     start = torch.ones(1, 2, dtype=torch.bool, device=device)
@@ -149,8 +136,9 @@ class Policy(nn.Module):
                 else:
                     (parameters, value), fits = self.network(features), True
                     if self._has_separate_heads:
-                        halves = self.network.actor(features), self.network.critic(features)  # pyright: ignore[reportCallIssue]
-                        fits = all(map(torch.allclose, halves, (parameters, value)))
+                        network: Any = self.network
+                        alone = network.actor(features), network.critic(features)
+                        fits = all(map(torch.allclose, alone, (parameters, value)))
                 got = tuple(parameters.shape), tuple(value.shape)
                 reached = [self._parameters_in_graph(output) for output in (parameters, self._value(value))]
         except Exception as error:
@@ -163,7 +151,11 @@ class Policy(nn.Module):
             raise InputError(
                 f"the network {name} returned parameters {got[0]} and values {got[1]} for 2 observations, "
                 f"{signature(action_space)} needs {expected} and (2,): change its output layers"
-                + ("" if fits or not self.state_size else f"; with memory also a state (2, {self.state_size})")
+                + (
+                    ""
+                    if fits or not self.state_size
+                    else f"; and of a recurrent network a state (2, {self.state_size})"
+                )
                 + ("" if fits or self.state_size else "; its methods actor and critic must return what forward does")
             )
         self.actor_critic_masks = torch.tensor(reached, dtype=torch.float32)
@@ -261,10 +253,24 @@ class Policy(nn.Module):
             batch: [B], or recurrent sequences [B, L]: ``observation`` as :meth:`features`, ``action``, and where there
                 are any ``action_mask``, ``recurrent_state`` and ``episode_start``.
         """
-        if self.state_size:
-            return self._evaluate_sequences(batch)
-        parameters, output = self.network(batch["observation"])
-        return self._scores(parameters, output, batch["action"], batch.get("action_mask", None))
+        action, mask = batch["action"], batch.get("action_mask", None)
+        if not self.state_size:
+            parameters, output = self.network(batch["observation"])
+            return self._evaluate(parameters, output, action, mask)
+        features, state, start = _network_inputs(batch)
+        parameters, output, _ = self.network(features, state, start)
+        parameters, output = parameters.transpose(0, 1).flatten(0, 1), output.T.flatten()
+        action = tree_map(lambda leaf: leaf.flatten(0, 1), action)
+        scores = self._evaluate(parameters, output, action, None if mask is None else mask.flatten(0, 1))
+        log_prob, entropy, value = (score.view(start.T.shape) for score in scores)
+        return log_prob, entropy, value
+
+    def _evaluate(
+        self, parameters: Tensor, output: Tensor, action: Tree, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parameters, output = self._masked(parameters.float(), mask), output.float()
+        value = output if self.value_normalizer is None else self.value_normalizer.normalized_value(output)
+        return *self.distribution.log_prob_and_entropy(parameters, action), value
 
     def latent(self, batch: TensorDict | Mapping[str, Any]) -> Tensor:
         """The last hidden features of the network's actor, [B, H], or [B, L, H] of sequences.
@@ -283,35 +289,15 @@ class Policy(nn.Module):
             )
         if not self.state_size:
             return latent(batch["observation"])
-        features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
-        return latent(features, batch["recurrent_state"][:, 0], batch["episode_start"].T).transpose(0, 1)
-
-    def _evaluate_sequences(self, batch: TensorDict | Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
-        state, start = batch["recurrent_state"][:, 0], batch["episode_start"].T
-        parameters, output, _ = self.network(features, state, start)
-        action = tree_map(lambda leaf: leaf.flatten(0, 1), batch["action"])
-        mask = batch.get("action_mask", None)
-        parameters, output = parameters.transpose(0, 1).flatten(0, 1), output.T.flatten()
-        scores = self._scores(parameters, output, action, None if mask is None else mask.flatten(0, 1))
-        log_prob, entropy, value = (score.view(start.T.shape) for score in scores)
-        return log_prob, entropy, value
-
-    def _scores(
-        self, parameters: Tensor, output: Tensor, action: Tree, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        parameters, output = parameters.float(), output.float()
-        if mask is not None:
-            parameters = self.distribution.apply_mask(parameters, mask)
-        value = output if self.value_normalizer is None else self.value_normalizer.prediction(output)
-        return *self.distribution.log_prob_and_entropy(parameters, action), value
+        return latent(*_network_inputs(batch)).transpose(0, 1)
 
     def log_prob_and_value(self, observation: Tree, action: Tree, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [B] of stored actions, and values [B] in (normalised) reward units, without memory."""
+        """Log-probabilities [B] of stored actions, and values [B] in (normalised) reward units, of a feed-forward policy."""
         parameters, value = self(self.features(observation))
-        if mask is not None:
-            parameters = self.distribution.apply_mask(parameters, mask)
-        return self.distribution.log_prob_and_entropy(parameters, action)[0], value
+        return self.distribution.log_prob_and_entropy(self._masked(parameters, mask), action)[0], value
+
+    def _masked(self, parameters: Tensor, mask: Tensor | None) -> Tensor:
+        return parameters if mask is None else self.distribution.apply_mask(parameters, mask)
 
     def std(self, row: TensorDict) -> Tensor | None:
         """Standard deviations [N, d] of actions after one step [N] of a rollout; None where there are none."""
@@ -346,11 +332,10 @@ class Policy(nn.Module):
             parameters, value = self(features)
         else:
             parameters = self.actor(features) if actor is None else actor(features).float()
-        if mask is not None:
-            parameters = self.distribution.apply_mask(parameters, mask)
-        if noise is None:
-            return PolicyOutput(self.distribution.mode(parameters), parameters, value, state)
-        return PolicyOutput(self.distribution.sample(parameters, noise), parameters, value, state)
+        parameters = self._masked(parameters, mask)
+        mode = noise is None
+        action = self.distribution.mode(parameters) if mode else self.distribution.sample(parameters, noise)
+        return PolicyOutput(action, parameters, value, state)
 
 
 @contextmanager
@@ -364,6 +349,18 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for one in training:
             one.training = True
+
+
+def _make_network(network: Network, observation_space: Space[Any], action_space: Space[Any]) -> nn.Module:
+    if isinstance(network, nn.Module | str) or not callable(network):
+        raise InputError(f"policy must be a callable (observation_space, action_space) -> module, got {network!r}")
+    with calling("policy", "(observation_space, action_space)"):
+        made = network(observation_space, action_space)
+    if not isinstance(made, nn.Module) or not any(one.requires_grad for one in made.parameters()):
+        raise InputError(
+            f"policy made a {type(made).__name__}: it must return a torch.nn.Module with parameters to learn"
+        )
+    return made
 
 
 class PolicyOutput(NamedTuple):
@@ -382,3 +379,9 @@ class PolicyOutput(NamedTuple):
 def _normalized(features: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     shape = features.shape[1:]
     return ((features - mean.view(shape)) * factor.view(shape)).clamp_(-CLIP, CLIP)
+
+
+def _network_inputs(batch: TensorDict | Mapping[str, Any]) -> tuple[Tree, Tensor, Tensor]:
+    """Observations [L, B, …], state [B, S] before them and episode starts [L, B] of sequences [B, L]."""
+    features = tree_map(lambda leaf: leaf.transpose(0, 1), batch["observation"])
+    return features, batch["recurrent_state"][:, 0], batch["episode_start"].T

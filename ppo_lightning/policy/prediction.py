@@ -48,18 +48,16 @@ def predict(
             raise InputError(f"predict needs observations of {observation_space}, got one without {MASK}")
         action_mask = observation[MASK]
     mask = None if action_mask is None else masks(action_mask, action_space, count, single, device)
-    memory = start = None
+    recurrent_state = start = None
     if policy.state_size:
-        memory, start = (
-            recurrent_states(state, count, policy.state_size, device),
-            torch.full((count,), state is None, device=device),
-        )
+        recurrent_state = recurrent_states(state, count, policy.state_size, device)
+        start = torch.full((count,), state is None, device=device)
     elif state is not None:
-        raise InputError("predict was given a state, this policy has no memory: leave it out")
+        raise InputError("predict was given a state, this policy is not recurrent: leave it out")
     noise = None
     if not deterministic:
         noise = policy.distribution.noise(count, generator=torch.default_generator).to(device)
-    step = policy.act(rows, noise, mask, memory, start)
+    step = policy.act(rows, noise, mask, recurrent_state, start)
 
     def out(leaf: Tensor) -> np.ndarray:
         return leaf.cpu().numpy()[0] if single else leaf.cpu().numpy()

@@ -187,7 +187,7 @@ def test_predict_takes_and_gives_the_state(kind):
     assert env.action_space.contains(action)
     with pytest.raises(InputError, match="needs a state"):
         model.predict(observation, state=np.zeros(3))
-    with pytest.raises(InputError, match="no memory"):
+    with pytest.raises(InputError, match="not recurrent"):
         PPO("CartPole-v1", **SMALL).predict(np.zeros(4, np.float32), state=np.zeros(3))
 
 
@@ -289,7 +289,7 @@ def test_refuses_a_network_whose_state_does_not_fit():
         def forward(self, observation, state, start):
             return self.layer(observation), observation.sum(-1), state[:, :2]
 
-    with pytest.raises(InputError, match=r"with memory also a state \(2, 3\)"):
+    with pytest.raises(InputError, match=r"and of a recurrent network a state \(2, 3\)"):
         PPO(Recall, policy=Wrong, **SMALL)
 
 
