@@ -50,12 +50,12 @@ class ActionDistribution(ABC):
         """Draw the noise [*shape, Z] that :meth:`sample` turns into actions; steps are the first of two dimensions."""
 
     @abstractmethod
-    def sample(self, parameters: Tensor, noise: Tensor) -> Tree:
-        """Actions [B, …] drawn from the distributions; the same noise gives the same actions."""
+    def sample(self, parameters: Tensor, noise: Tensor | None) -> Tree:
+        """Actions [B, …] drawn from the distributions, the same ones for the same noise; without noise the most probable."""
 
-    @abstractmethod
     def mode(self, parameters: Tensor) -> Tree:
         """The most probable actions [B, …]."""
+        return self.sample(parameters, None)
 
     @abstractmethod
     def log_prob_and_entropy(self, parameters: Tensor, action: Tree) -> tuple[Tensor, Tensor]:
@@ -124,12 +124,9 @@ class MultiCategorical(ActionDistribution):
         return exponential.clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_()
 
     @override
-    def sample(self, parameters: Tensor, noise: Tensor) -> Tensor:
-        return self.mode(parameters + noise)
-
-    @override
-    def mode(self, parameters: Tensor) -> Tensor:
-        return self._split_parameters(parameters).argmax(-1).view(-1, *self.shape)
+    def sample(self, parameters: Tensor, noise: Tensor | None) -> Tensor:
+        perturbed = parameters if noise is None else parameters + noise
+        return self._split_parameters(perturbed).argmax(-1).view(-1, *self.shape)
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,8 +161,8 @@ class Categorical(MultiCategorical):
         super().__init__((), (n,), start, dtype)
 
     @override
-    def mode(self, parameters: Tensor) -> Tensor:
-        return parameters.argmax(-1)
+    def sample(self, parameters: Tensor, noise: Tensor | None) -> Tensor:
+        return (parameters if noise is None else parameters + noise).argmax(-1)
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,13 +208,10 @@ class DiagonalGaussian(ActionDistribution):
         return torch.randn(*shape, self.num_noise, generator=generator)
 
     @override
-    def sample(self, parameters: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, parameters: Tensor, noise: Tensor | None) -> Tensor:
         mean, log_std = parameters.chunk(2, -1)
-        return torch.addcmul(mean, log_std.exp(), noise).view(-1, *self.space.shape)
-
-    @override
-    def mode(self, parameters: Tensor) -> Tensor:
-        return parameters.chunk(2, -1)[0].reshape(-1, *self.space.shape)
+        action = mean if noise is None else torch.addcmul(mean, log_std.exp(), noise)
+        return action.reshape(-1, *self.space.shape)
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,11 +321,14 @@ class Beta(ActionDistribution):
         )
 
     @override
-    def sample(self, parameters: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, parameters: Tensor, noise: Tensor | None) -> Tensor:
         """X / (X + Y) of two gamma variables, each the first accepted proposal of Marsaglia & Tsang (2000).
 
         A proposal is refused in less than 5 % of cases, all eight in 1e-11 of them; then the first is taken.
         """
+        if noise is None:
+            upper, lower = (softplus(parameters) + 1e-30).chunk(2, -1)
+            return (upper / (upper + lower)).view(-1, *self.space.shape)
         shape = (self.concentrations(parameters) - 1 / 3).unsqueeze(-1)
         normal, log_uniform = noise.chunk(2, -1)
         normal = normal.unflatten(-1, (-1, self.PROPOSALS))
@@ -341,11 +338,6 @@ class Beta(ActionDistribution):
         gamma = (shape * cube).gather(-1, accepted.byte().argmax(-1, keepdim=True)).squeeze(-1).clamp_min(1e-30)
         upper, lower = gamma.chunk(2, -1)
         return (upper / (upper + lower)).clamp(self.EDGE, 1 - self.EDGE).view(-1, *self.space.shape)
-
-    @override
-    def mode(self, parameters: Tensor) -> Tensor:
-        upper, lower = (softplus(parameters) + 1e-30).chunk(2, -1)
-        return (upper / (upper + lower)).view(-1, *self.space.shape)
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -406,13 +398,10 @@ class StateDependentExploration(DiagonalGaussian):
         return mean, loadings.unflatten(-1, (self.num_latent, -1))
 
     @override
-    def sample(self, parameters: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, parameters: Tensor, noise: Tensor | None) -> Tensor:
         mean, loadings = self._split_parameters(parameters)
-        return (mean + (loadings * noise.view_as(loadings)).sum(-2)).view(-1, *self.space.shape)
-
-    @override
-    def mode(self, parameters: Tensor) -> Tensor:
-        return self._split_parameters(parameters)[0].reshape(-1, *self.space.shape)
+        action = mean if noise is None else mean + (loadings * noise.view_as(loadings)).sum(-2)
+        return action.reshape(-1, *self.space.shape)
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -490,14 +479,10 @@ class Composite(ActionDistribution):
         return dict(zip(self.parts, tensor.split(sizes, -1), strict=True))
 
     @override
-    def sample(self, parameters: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        described, drawn = self._split(parameters, self.parameter_sizes), self._split(noise, self.noise_sizes)
-        return {name: part.sample(described[name], drawn[name]) for name, part in self.parts.items()}
-
-    @override
-    def mode(self, parameters: Tensor) -> dict[str, Tensor]:
+    def sample(self, parameters: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
         described = self._split(parameters, self.parameter_sizes)
-        return {name: part.mode(described[name]) for name, part in self.parts.items()}
+        drawn = {} if noise is None else self._split(noise, self.noise_sizes)
+        return {name: part.sample(described[name], drawn.get(name)) for name, part in self.parts.items()}
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -333,9 +333,7 @@ class Policy(nn.Module):
         else:
             parameters = self.actor(features) if actor is None else actor(features).float()
         parameters = self._masked(parameters, mask)
-        mode = noise is None
-        action = self.distribution.mode(parameters) if mode else self.distribution.sample(parameters, noise)
-        return PolicyOutput(action, parameters, value, state)
+        return PolicyOutput(self.distribution.sample(parameters, noise), parameters, value, state)
 
 
 @contextmanager
