@@ -17,7 +17,7 @@ LATER = (
 """Metrics that a run may log without having done so in its first iterations: before an episode ends, for instance."""
 
 OF_ENVIRONMENTS = tuple(f"{place}{kind}/" for place in ("", "eval/") for kind in ("env", "reward", "reward_components"))
-"""Begins of the names of what environments put into ``info``, when and if they do."""
+"""Prefixes of the names of what environments put into ``info``, when and if they do."""
 
 
 def may_come_later(name: str) -> bool:
@@ -105,7 +105,7 @@ TABLES: dict[str, Mapping[str, str | tuple[str, float]]] = {
         "reward/": "rewards/",
     },
 }
-"""Our name -> theirs, or theirs and what it is multiplied by; names that end in / are beginnings of names. What a system
+"""Our name -> theirs, or theirs and what it is multiplied by; names that end in / are prefixes. What a system
 does not log keeps our name."""
 
 assert set(TABLES) == set(get_args(MetricNames))
@@ -123,7 +123,7 @@ _OURS: dict[str, Names] = {
 }
 
 
-def renamed(metrics: Mapping[str, float], system: str) -> dict[str, float]:
+def to_names(metrics: Mapping[str, float], system: str) -> dict[str, float]:
     """Metrics under a system's names, with its signs and scales.
 
     An environment's own number that would take the place of another (``env/episode_return`` among PufferLib's) keeps our
@@ -133,14 +133,16 @@ def renamed(metrics: Mapping[str, float], system: str) -> dict[str, float]:
         metrics: under our names, which are Stable-Baselines3's.
         system: one of :data:`MetricNames`.
     """
-    told = ((*_theirs(system, ours), value) for ours, value in metrics.items())
-    return {theirs: value if factor == 1.0 else value * factor for theirs, factor, value in told}  # counts stay whole
+    entries = ((*_theirs(system, ours), value) for ours, value in metrics.items())
+    return {
+        theirs: value if factor == 1.0 else value * factor for theirs, factor, value in entries
+    }  # counts stay whole
 
 
-def restored(metrics: Mapping[str, float], system: str) -> dict[str, float]:
-    """The opposite of :func:`renamed`."""
-    told = ((*_of(_OURS[system], theirs), value) for theirs, value in metrics.items())
-    return {ours: value if factor == 1.0 else value * factor for ours, factor, value in told}
+def from_names(metrics: Mapping[str, float], system: str) -> dict[str, float]:
+    """The opposite of :func:`to_names`."""
+    entries = ((*_of(_OURS[system], theirs), value) for theirs, value in metrics.items())
+    return {ours: value if factor == 1.0 else value * factor for ours, factor, value in entries}
 
 
 @cache
@@ -152,8 +154,8 @@ def _theirs(system: str, ours: str) -> tuple[str, float]:
 def _of(names: Names, name: str) -> tuple[str, float]:
     if name in names:
         return names[name]
-    begin = max((key for key in names if key.endswith("/") and name.startswith(key)), key=len, default="")
-    if not begin:
+    prefix = max((key for key in names if key.endswith("/") and name.startswith(key)), key=len, default="")
+    if not prefix:
         return name, 1.0
-    other, factor = names[begin]
-    return other + name.removeprefix(begin), factor
+    other, factor = names[prefix]
+    return other + name.removeprefix(prefix), factor

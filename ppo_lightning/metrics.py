@@ -41,34 +41,12 @@ def iteration_metrics(
         restarts: environments of this rank that were restarted so far.
         gather: over ranks.
     """
-    std = policy.std(rollout[-1]) if policy.distribution.has_std else None
-    clipped = policy.distribution.clipped(rollout["action"])
-    valid, finished, averages = rollout["valid"], episodes.finished, episodes.means()
-    reward = rollout["reward"][valid].double()
-    # Not all that is terminal for what is learnt ends an episode: a lost life does not.
-    truncated = int((rollout["truncated"] & ~rollout["terminated"]).sum())
-    successes, failures = finished[:, 2:].nansum(0)
-    means: dict[str, Any] = dict(zip(update.names, update.losses.mean(0).unbind(), strict=True))
-    if "approx_kl" in means:
-        means["approx_kl"] = update.column("approx_kl")[-update.minibatches :].mean()
-    means["loss"] = update.column("loss")[-1]
-    if std is not None:
-        means["std"] = std.mean()
-    sums: dict[str, Any] = {
-        "steps": reward.numel(),
-        "rollout/terminated": len(finished) - truncated,
-        "rollout/truncated": truncated,
-        "rollout/successes": successes,
-        "rollout/failures": failures,
-        "time/env_restarts": restarts,
-        "reward": reward.sum(),
-        "reward²": reward.square().sum(),
-    }
-    if clipped is not None:
-        sums["rollout/clipped_actions"] = clipped[valid].sum()
-    maxima = {"rollout/reward_max": reward.max(), "-rollout/reward_min": -reward.min()}
-    moments = target_moments(rollout["state_value"][valid], rollout["value_target"][valid])
-    sums, means, maxima, moments = reduce_over_ranks(sums, means, maxima, moments, gather)
+    averages = episodes.means()
+    moments = target_moments(rollout["state_value"][rollout["valid"]], rollout["value_target"][rollout["valid"]])
+    own_sums, own_maxima = _rollout_statistics(rollout, policy, episodes)
+    own_sums["time/env_restarts"] = restarts
+    own_means = _update_means(update, policy.std(rollout[-1]) if policy.distribution.has_std else None)
+    sums, means, maxima, moments = reduce_over_ranks(own_sums, own_means, own_maxima, moments, gather)
 
     steps, total, squares = sums.pop("steps"), sums.pop("reward"), sums.pop("reward²")
     mean = total / steps
@@ -86,7 +64,7 @@ def iteration_metrics(
         **{f"train/{name}": value for name, value in means.items()},
         **_grad_norms(update.grad_norms),
     }
-    if clipped is not None:
+    if "rollout/clipped_actions" in metrics:
         metrics["rollout/clipped_actions"] /= steps
     for count, rate in (("successes", "success_rate"), ("failures", "fail_rate")):
         if f"rollout/{rate}" not in averages:
@@ -94,6 +72,41 @@ def iteration_metrics(
     if not metrics["time/env_restarts"]:
         del metrics["time/env_restarts"]
     return metrics
+
+
+def _rollout_statistics(
+    rollout: TensorDict, policy: Policy, episodes: Episodes
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sums and maxima of this rank's rollout, by metric."""
+    valid, finished = rollout["valid"], episodes.finished
+    reward = rollout["reward"][valid].double()
+    # Not all that is terminal for what is learnt ends an episode: a lost life does not.
+    truncated = int((rollout["truncated"] & ~rollout["terminated"]).sum())
+    successes, failures = finished[:, 2:].nansum(0)
+    sums: dict[str, Any] = {
+        "steps": reward.numel(),
+        "rollout/terminated": len(finished) - truncated,
+        "rollout/truncated": truncated,
+        "rollout/successes": successes,
+        "rollout/failures": failures,
+        "reward": reward.sum(),
+        "reward²": reward.square().sum(),
+    }
+    clipped = policy.distribution.clipped(rollout["action"])
+    if clipped is not None:
+        sums["rollout/clipped_actions"] = clipped[valid].sum()
+    return sums, {"rollout/reward_max": reward.max(), "-rollout/reward_min": -reward.min()}
+
+
+def _update_means(update: UpdateResult, std: Tensor | None) -> dict[str, Any]:
+    """Averages of what the loss returned on this rank, and of standard deviations, by name."""
+    means: dict[str, Any] = dict(zip(update.names, update.losses.mean(0).unbind(), strict=True))
+    if "approx_kl" in means:
+        means["approx_kl"] = update.column("approx_kl")[-update.minibatches :].mean()
+    means["loss"] = update.column("loss")[-1]
+    if std is not None:
+        means["std"] = std.mean()
+    return means
 
 
 def reduce_over_ranks(

@@ -743,7 +743,7 @@ def test_a_mask_may_be_left_out_where_all_episodes_are_over():
 
 
 def test_encoders_may_be_for_what_the_critic_alone_sees(fit):
-    """A part that the actor does not see, and pictures that it does not see."""
+    """A part that the actor does not see, and images that it does not see."""
     from ppo_lightning import MLP, ImpalaCNN
 
     small = partial(ImpalaCNN, depths=(4,), features=8)

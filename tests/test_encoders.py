@@ -1,4 +1,4 @@
-"""Pictures in every layout, one encoder for each part, trunks shared or not, critics that see more."""
+"""Images in every layout, one encoder for each part, trunks shared or not, critics that see more."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ def pixels(*shape):
     return Box(0, 255, shape, np.uint8)
 
 
-def picture(channels=4, side=84, batch=3):
+def image(channels=4, side=84, batch=3):
     return torch.randint(0, 256, (batch, channels, side, side), dtype=torch.uint8)
 
 
@@ -37,8 +37,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("encoder", [NatureCNN, ImpalaCNN])
-def test_every_layout_is_the_same_picture(encoder, layout):
-    x = picture()
+def test_every_layout_is_the_same_image(encoder, layout):
+    x = image()
     torch.manual_seed(1)
     reference = encoder(pixels(4, 84, 84))
     shown = LAYOUTS[layout](x)
@@ -48,7 +48,7 @@ def test_every_layout_is_the_same_picture(encoder, layout):
 
 
 def test_nature_cnn_equals_its_layers_written_plainly():
-    x, encoder = picture(), NatureCNN(pixels(4, 84, 84))
+    x, encoder = image(), NatureCNN(pixels(4, 84, 84))
     convolutions = [layer for layer in encoder.layers if isinstance(layer, nn.Conv2d)]
     assert [tuple(c.weight.shape) for c in convolutions] == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3)]
     assert encoder.output[0].weight.shape == (512, 3136)
@@ -62,7 +62,7 @@ def test_nature_cnn_equals_its_layers_written_plainly():
 def test_impala_cnn_has_fifteen_convolutions_and_takes_any_size():
     encoder = ImpalaCNN(pixels(3, 7, 7), depths=(16, 32, 32), features=64)
     assert sum(isinstance(layer, nn.Conv2d) for layer in encoder.modules()) == 15
-    assert encoder(picture(3, 7)).shape == (3, 64)
+    assert encoder(image(3, 7)).shape == (3, 64)
     whole = torch.zeros(1, 3, 7, 7, dtype=torch.uint8)
     assert_close(encoder(whole + 255), encoder.output(encoder.layers(torch.full((1, 3, 7, 7), 255.0))))
 
@@ -74,7 +74,7 @@ def test_scale_says_what_values_are_divided_by():
     raw = NatureCNN(pixels(1, 36, 36), scale=1.0)
     torch.manual_seed(0)
     floats = NatureCNN(Box(0.0, 1.0, (1, 36, 36)))
-    x = picture(1, 36)
+    x = image(1, 36)
     assert_close(bytes_(x), floats(x.float() / 255), atol=1e-5, rtol=1e-4)
     assert_close(raw((x > 127).to(torch.uint8)), floats((x > 127).float()), atol=1e-5, rtol=1e-4)
 
@@ -89,7 +89,7 @@ def test_channels_are_told_or_seen_by_the_shape():
     assert NatureCNN(pixels(84, 84)).shape == (1, 84, 84)
 
 
-def test_what_is_a_picture():
+def test_what_is_an_image():
     assert all(map(is_image, [pixels(3, 84, 84), pixels(84, 84, 3), pixels(84, 84), pixels(4, 84, 84, 3)]))
     others = [pixels(128), Box(0, 10, (3, 8, 8), np.uint8), Box(0.0, 1.0, (3, 8, 8)), Discrete(3), pixels(2, 3)]
     assert not any(map(is_image, others))
@@ -98,10 +98,10 @@ def test_what_is_a_picture():
 @pytest.mark.parametrize(
     ("space", "options", "message"),
     [
-        (Box(-1, 1, (5,)), {"image_encoder": NatureCNN}, "NatureCNN needs a picture"),
+        (Box(-1, 1, (5,)), {"image_encoder": NatureCNN}, "NatureCNN needs an image"),
         (pixels(3, 20, 20), {"image_encoder": NatureCNN}, "at least 36 × 36.*20 × 20.*ImpalaCNN"),
-        (Dict({"a": Box(-1, 1, (5,))}), {"image_encoder": NatureCNN}, "no part of the observation is a picture"),
-        (Dict({"a": Box(-1, 1, (5,))}), {"encoders": {"a": NatureCNN}}, "NatureCNN needs a picture"),
+        (Dict({"a": Box(-1, 1, (5,))}), {"image_encoder": NatureCNN}, "no part of the observation is an image"),
+        (Dict({"a": Box(-1, 1, (5,))}), {"encoders": {"a": NatureCNN}}, "NatureCNN needs an image"),
         (Dict({"a": Box(-1, 1, (5,))}), {"encoders": {"b": MLP}}, r"encoders names \['b'\]"),
         (Dict({"a": Box(-1, 1, (5,))}), {"actor_keys": ["b"]}, "actor_keys names 'b'"),
         (Box(-1, 1, (5,)), {"critic_keys": ["b"]}, "critic_keys names 'b'"),
@@ -134,7 +134,7 @@ def test_each_part_of_a_dict_has_its_encoder_and_they_are_concatenated():
         assert not torch.equal(policy(policy.features(changed))[0], before)
 
 
-def test_a_picture_alone_has_no_further_hidden_layers_by_default():
+def test_an_image_alone_has_no_further_hidden_layers_by_default():
     assert len(ActorCritic(pixels(4, 84, 84), Discrete(2)).actor_trunk.layers) == 0
     assert len(ActorCritic(OBSERVATIONS["both"], Discrete(2)).actor_trunk.layers) == 4
     assert len(ActorCritic(Box(-1, 1, (3,)), Discrete(2), layer_norm=True).actor_trunk.layers) == 6
@@ -146,7 +146,7 @@ def test_a_shared_trunk_is_one_and_a_separate_one_two():
     count = lambda network: sum(p.numel() for p in network.parameters())  # noqa: E731
     trunk = count(shared.actor_trunk)
     assert count(separate) == count(shared) + trunk
-    x = picture(4, 36)
+    x = image(4, 36)
     assert_close(shared.actor(x), shared(x)[0])
     assert_close(shared.critic(x), shared(x)[1])
     assert_close(separate.critic(x), separate(x)[1])
@@ -163,7 +163,7 @@ def test_a_privileged_critic_sees_what_the_actor_does_not():
     assert not torch.equal(v0, v1)
 
 
-def test_a_rollout_of_pictures_takes_a_byte_a_pixel():
+def test_a_rollout_of_images_takes_a_byte_a_pixel():
     """In the rollout, and in what minibatches are drawn from."""
     model = PPO(partial(Spaces, "image"), **SMALL)
     batch = model.rollouts.collect()
@@ -179,7 +179,7 @@ def test_a_rollout_of_pictures_takes_a_byte_a_pixel():
     assert batch["observation", "state"].dtype == torch.float32
 
 
-def test_numbers_are_normalised_part_by_part_and_pictures_left_alone(fit):
+def test_numbers_are_normalised_part_by_part_and_images_left_alone(fit):
     model = PPO(partial(Spaces, "both"), normalize_observation=True, **SMALL)
     batches = []
     update = model.update
@@ -238,7 +238,7 @@ def test_non_finite_parts_are_named():
         PPO(partial(Broken, "both"), **SMALL).evaluate(1)
 
 
-def test_large_rollouts_of_pictures_pass_in_pieces_with_the_same_result():
+def test_large_rollouts_of_images_pass_in_pieces_with_the_same_result():
     model = PPO(partial(Spaces, "image"), **SMALL)
     model.seed = 0
     batch = model.rollouts.collect()

@@ -27,7 +27,7 @@ from ppo_lightning.callbacks.events import EVENTS
 from ppo_lightning.cli import main
 from ppo_lightning.envs.workers import WorkerLost
 from ppo_lightning.errors import InputError
-from ppo_lightning.metric_names import TABLES, renamed, restored
+from ppo_lightning.metric_names import TABLES, from_names, to_names
 from ppo_lightning.metrics import iteration_metrics
 from ppo_lightning.policy import ActorCritic
 from ppo_lightning.rollout.dataset import EpisodeStatistics
@@ -776,7 +776,7 @@ def test_loggers_receive_a_systems_names_and_monitors_keep_ours(fit, tmp_path, s
     ours = seen[-1]
     steps = last.pop("step")
     assert steps == model.num_env_steps
-    for name, value in restored(last, system).items():
+    for name, value in from_names(last, system).items():
         assert value == pytest.approx(ours[name], rel=1e-6, nan_ok=True), name
     for name in last.keys() & THEIRS.keys():
         assert last[name] == pytest.approx(ours[THEIRS[name]], rel=1e-6), name
@@ -797,17 +797,17 @@ def test_loggers_receive_a_systems_names_and_monitors_keep_ours(fit, tmp_path, s
 def test_names_can_be_told_back(system):
     ours = [name for table in TABLES.values() for name in table if not name.endswith("/")]
     metrics = dict.fromkeys([*ours, "env/a", "reward/b", "eval/env/c", "eval/reward/d", "train/std"], 2.0)
-    named = renamed(metrics, system)
+    named = to_names(metrics, system)
     assert len(named) == len(metrics)
-    assert restored(named, system) == metrics
+    assert from_names(named, system) == metrics
 
 
 @pytest.mark.parametrize("system", TABLES)
 def test_counts_stay_whole_numbers(system):
     counts = {"time/iterations": 3, "time/total_timesteps": 2**53 + 1, "train/skipped_steps": 2}
-    named = renamed(counts, system)
+    named = to_names(counts, system)
     assert [type(value) for value in named.values()] == [int] * 3
-    assert restored(named, system) == counts
+    assert from_names(named, system) == counts
 
 
 def test_what_an_environment_says_takes_no_other_numbers_place():
@@ -818,7 +818,7 @@ def test_what_an_environment_says_takes_no_other_numbers_place():
         "env/reward/x": 4.0,
         "env/y": 5.0,
     }
-    named = renamed(metrics, "pufferlib")
+    named = to_names(metrics, "pufferlib")
     assert named == {
         "environment/episode_return": 1.0,
         "env/episode_return": 2.0,
@@ -826,7 +826,7 @@ def test_what_an_environment_says_takes_no_other_numbers_place():
         "env/reward/x": 4.0,
         "environment/y": 5.0,
     }
-    assert restored(named, "pufferlib") == metrics
+    assert from_names(named, "pufferlib") == metrics
 
 
 def test_names_that_nobody_has_are_refused():

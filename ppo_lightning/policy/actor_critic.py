@@ -252,16 +252,16 @@ def build_encoders(
     unknown = encoders.keys() - everything.keys()
     if unknown:
         raise InputError(f"encoders names {sorted(unknown)}, the parts of the observation are {list(everything)}")
-    pictures = [name for name, space in everything.items() if is_image(space)]
-    if image_encoder is not None and not pictures:
+    images = [name for name, space in everything.items() if is_image(space)]
+    if image_encoder is not None and not images:
         # A lone Box of another kind, floats perhaps, is encoded as asked; the encoder refuses what it cannot take.
-        pictures = [""] if list(everything) == [""] else []
-        if not pictures:
-            raise InputError(f"image_encoder was given, no part of the observation is a picture: {list(everything)}")
+        images = [""] if list(everything) == [""] else []
+        if not images:
+            raise InputError(f"image_encoder was given, no part of the observation is an image: {list(everything)}")
     layers = []
     for name, space in spaces.items():
         make = encoders.get(name)
-        if make is None and name in pictures:
+        if make is None and name in images:
             make = image_encoder or default_image_encoder
         layer = nn.Flatten() if make is None else make(space)
         if not isinstance(layer, nn.Module):

@@ -94,15 +94,15 @@ class ImageEncoder(nn.Module):
         super().__init__()
         if not isinstance(space, Box) or len(space.shape) not in (2, 3, 4):
             raise InputError(
-                f"{type(self).__name__} needs a picture (a Box of 2 to 4 dimensions), the observation is {space}: use "
-                "encoders or image_encoder for pictures only"
+                f"{type(self).__name__} needs an image (a Box of 2 to 4 dimensions), the observation is {space}: use "
+                "encoders or image_encoder for images only"
             )
-        picture = space.shape[-3:] if len(space.shape) > 2 else (1, *space.shape)
-        self.last = len(space.shape) > 2 and (channels == "last" or (channels == "auto" and channels_are_last(picture)))
-        count, *pixels = (picture[2], *picture[:2]) if self.last else picture
+        image = space.shape[-3:] if len(space.shape) > 2 else (1, *space.shape)
+        self.last = len(space.shape) > 2 and (channels == "last" or (channels == "auto" and channels_are_last(image)))
+        count, *pixels = (image[2], *image[:2]) if self.last else image
         if min(pixels) < smallest:
             raise InputError(
-                f"{type(self).__name__} needs pictures of at least {smallest} × {smallest}, the observation {space} has "
+                f"{type(self).__name__} needs images of at least {smallest} × {smallest}, the observation {space} has "
                 f"{pixels[0]} × {pixels[1]}: take ImpalaCNN, or resize with gymnasium.wrappers.ResizeObservation"
             )
         self.shape = (count * (space.shape[0] if len(space.shape) == 4 else 1), *pixels)
@@ -223,6 +223,6 @@ class Residual(nn.Module):
         )
 
     @override
-    def forward(self, picture: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         """[B, C, H, W]."""
-        return picture + self.layers(picture)
+        return image + self.layers(image)

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.metric_names import MetricNames, renamed
+from ppo_lightning.metric_names import MetricNames, to_names
 
 PACKAGES = {
     "WandbLogger": ("wandb", "wandb"),
@@ -156,7 +156,7 @@ class MetricWriter:
 
     def write(self, loggers: Iterable[Any], metrics: Mapping[str, float], step: int) -> None:
         """Log metrics under our names, except those that are NaN, at ``step`` environment steps."""
-        named = renamed({name: value for name, value in metrics.items() if not math.isnan(value)}, self.names)
+        named = to_names({name: value for name, value in metrics.items() if not math.isnan(value)}, self.names)
         flushes = time.monotonic() - self._last_flush >= FLUSH_INTERVAL_S
         for logger in loggers:
             logger.log_metrics(named, step=step)

@@ -35,14 +35,16 @@ class Schedules:
     @property
     def changing(self) -> frozenset[str]:
         """Names of the schedules that change over the run."""
-        lines = {name: self[name] for name in NAMES}
-        return frozenset(name for name, line in lines.items() if line is not None and line.start != line.end)
+        schedules = {name: self[name] for name in NAMES}
+        return frozenset(
+            name for name, current in schedules.items() if current is not None and current.start != current.end
+        )
 
     def at(self, name: str, progress: float) -> float:
         """Value of a coefficient where ``progress`` (0 to 1) of the environment steps are trained."""
-        line = self[name]
-        assert line is not None
-        return line.at(progress)
+        current = self[name]
+        assert current is not None
+        return current.at(progress)
 
     def override(self, name: str, value: float | Linear | None, *, owner: Any) -> None:
         """Replace a schedule; None restores the model's.
@@ -90,13 +92,13 @@ class Schedules:
         Raises:
             InputError: the schedule has an owner, and something else has set the learning rate too.
         """
-        line, groups = self["lr"], optimizer.param_groups
-        if line is None and self.lr_scheduler:
+        current, groups = self["lr"], optimizer.param_groups
+        if current is None and self.lr_scheduler:
             return groups[0]["lr"]
         for index, group in enumerate(groups):
             group.setdefault("initial_lr", group["lr"])
             if group.setdefault(SCHEDULED_LR, group["lr"]) not in (None, group["lr"]):
-                if line is not None:
+                if current is not None:
                     owner = type(self._overrides["lr"][1]).__name__
                     raise InputError(
                         f"two callbacks set the learning rate of parameter group {index}: {group[SCHEDULED_LR]:g} was set by "
@@ -109,10 +111,10 @@ class Schedules:
                 )
             if group[SCHEDULED_LR] is None:
                 continue
-            if line is None:
+            if current is None:
                 rate = group["initial_lr"] * (1 - progress)
             else:
-                rate = line.at(progress) * (group["initial_lr"] / groups[0]["initial_lr"])
+                rate = current.at(progress) * (group["initial_lr"] / groups[0]["initial_lr"])
             group["lr"] = group[SCHEDULED_LR] = rate
         return groups[0]["lr"]
 

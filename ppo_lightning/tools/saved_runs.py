@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.metric_names import restored
+from ppo_lightning.metric_names import from_names
 from ppo_lightning.runs.history import PARTS, SUMMARY, Records, summarize_records
 
 REPORT, HEALTH, METRICS = "report.html", "health.json", "metrics.csv"
@@ -126,7 +126,7 @@ def _rows(table: Path, text: str, names: str) -> Iterator[dict[str, float]]:
         except (TypeError, ValueError) as error:
             raise InputError(f"row {number} of {table} contains text ({error}): give the folder of a run") from error
         if "step" in row:
-            found = {name: value for name, value in restored(row, names).items() if "/" in name and value == value}
+            found = {name: value for name, value in from_names(row, names).items() if "/" in name and value == value}
             if ELAPSED_KEY in found or any(name.startswith("eval/") for name in found):
                 yield {"step": row["step"], **found}
 
