@@ -296,7 +296,7 @@ class PPO(RunModule):
         check_rollout(batch, self.policy_version)
         optimizer = None if self._trainer is None else self._optimizer
         if optimizer is not None:
-            self.updater.follow(optimizer)
+            self.updater.refresh(optimizer)
         trained = self.updater.parameters or self.parameters()
         self.run_state.rollback.save([*trained, *dict(self.all_buffers()).values()], optimizer)
         self.trained_with_masks |= MASK in batch
@@ -477,7 +477,7 @@ class PPO(RunModule):
         started = time.perf_counter()
         learning_rate = self.schedules.set_learning_rate(optimizer, self.progress)
         if self.updater.optimizer is optimizer:
-            self.updater.follow(optimizer)
+            self.updater.refresh(optimizer)
         else:
             self.updater.prepare(self, optimizer, Backend(optimizer))
         update = self.update(rollout)

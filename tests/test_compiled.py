@@ -263,7 +263,7 @@ def test_steps_that_were_taken_are_taken_back(fit, monkeypatch):
 
     def broken(self, *args, **kwargs):
         prepare(self, *args, **kwargs)
-        whole, calls = self.compiled._fused_graph, []
+        whole, calls = self.compiled.fused_graph, []
 
         def fails(*batch):
             calls.append(1)
@@ -271,7 +271,7 @@ def test_steps_that_were_taken_are_taken_back(fit, monkeypatch):
                 raise CompilerError("it is tired")
             return whole(*batch)
 
-        self.compiled._fused_graph = fails
+        self.compiled.fused_graph = fails
 
     monkeypatch.setattr(Updater, "prepare", broken)
     with pytest.warns(UserWarning, match="since it is tired"):

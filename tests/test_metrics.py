@@ -529,7 +529,7 @@ def test_two_processes_log_what_one_would_of_both_rollouts(mode):
         samples["advantage"] = normalize_advantages(samples["advantage"])
         losses = Objective(one.policy, one.loss)(samples, one.coefficients)
     table = torch.stack(list(losses.values()))[None]
-    update = UpdateResult(one.coefficients, tuple(losses), table, torch.zeros(0, 3), 1, 1, False)
+    update = UpdateResult(tuple(losses), table, torch.zeros(0, 3), one.coefficients, 1, 1, False)
     finished = torch.cat([first["finished"], second["finished"]])
     episodes = EpisodeStatistics()
     episodes.finished = finished

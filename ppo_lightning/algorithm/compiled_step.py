@@ -141,10 +141,10 @@ class CompiledStep:
     def _make_graphs(self) -> None:
         # What graphs write to is not an argument: a captured graph copies its arguments.
         flat, moments, module = self.flat, self.moments, self.objective
-        self._gradient_graph = compile_function(lambda *batch: self._gradient(flat, *batch), module)
-        self._step_graph = compile_function(lambda gradient, row: self._step(flat, moments, gradient, row), module)
-        self._fused_graph = compile_function(lambda *batch: self._fused_step(flat, moments, *batch), module)
-        self._next_graph = compile_function(lambda *both: self._step_and_gradient(flat, moments, *both), module)
+        self.gradient_graph = compile_function(lambda *batch: self._gradient(flat, *batch), module)
+        self.step_graph = compile_function(lambda gradient, row: self._step(flat, moments, gradient, row), module)
+        self.fused_graph = compile_function(lambda *batch: self._fused_step(flat, moments, *batch), module)
+        self.next_graph = compile_function(lambda *both: self._step_and_gradient(flat, moments, *both), module)
 
     # --- the graphs ---------------------------------------------------------------------------------------------------
 
@@ -233,11 +233,11 @@ class CompiledStep:
         self.valid = None if valid is None else valid.nonzero().flatten()
         self.device = samples["advantage"].device
         self.size = split_sizes(len(samples["advantage"]), len(plan.sizes))[0]
-        self.parts = settings.gradient_accumulation_steps
+        self.num_microbatches = settings.gradient_accumulation_steps
         if self.device.type == "cpu":
-            self.parts = max(self.parts, -(-self.size // MAX_SAMPLES))
-        self.is_fused = self.parts == self.world_size == 1 and settings.target_kl is None
-        self.normalizes = settings.normalize_advantage and self.parts == 1
+            self.num_microbatches = max(self.num_microbatches, -(-self.size // MAX_SAMPLES))
+        self.is_fused = self.num_microbatches == self.world_size == 1 and settings.target_kl is None
+        self.normalizes = settings.normalize_advantage and self.num_microbatches == 1
         group = self.optimizer.param_groups[0]
         self.adam = float(group["eps"]), float(group["weight_decay"])
         trained = self._trained()
@@ -276,7 +276,7 @@ class CompiledStep:
         """
         minibatch = next(self.minibatches(0))
         self.scalars = iter([minibatch.scalars, *self.scalars])
-        self._gradient_of(minibatch)
+        self._accumulate_gradient(minibatch)
 
     def minibatches(self, epoch: int) -> Iterator[CompiledMinibatch]:
         """The minibatches of an epoch."""
@@ -302,18 +302,18 @@ class CompiledStep:
             CompilerError: torch cannot compile it; :meth:`restore` takes back steps that were taken.
         """
         if self.is_fused:
-            norms, losses = self._fused_graph(*minibatch[:4])
+            norms, losses = self.fused_graph(*minibatch[:4])
             self.norms.append(norms)
             self.losses.append(losses)
             return None
         accepted, self.accepted = self.accepted, None
-        if accepted is not None and self.parts == 1:
-            norms, gradient, losses = self._next_graph(*accepted, *minibatch[:4])
+        if accepted is not None and self.num_microbatches == 1:
+            norms, gradient, losses = self.next_graph(*accepted, *minibatch[:4])
             self.norms.append(norms)
         else:
             if accepted is not None:
-                self.norms.append(self._step_graph(*accepted))
-            gradient, losses = self._gradient_of(minibatch)
+                self.norms.append(self.step_graph(*accepted))
+            gradient, losses = self._accumulate_gradient(minibatch)
         self.losses.append(losses)
         kl = None
         if self.settings.target_kl is not None:
@@ -348,7 +348,7 @@ class CompiledStep:
         """
         assert self.names is not None
         if self.accepted is not None:
-            self.norms.append(self._step_graph(*self.accepted))
+            self.norms.append(self.step_graph(*self.accepted))
         norms = torch.stack(self.norms) if self.norms else torch.zeros(0, 3)
         if not norms[:, 0].isfinite().all():
             raise NonFiniteError
@@ -364,22 +364,22 @@ class CompiledStep:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _gradient_of(self, minibatch: CompiledMinibatch) -> tuple[Tensor, Tensor]:
+    def _accumulate_gradient(self, minibatch: CompiledMinibatch) -> tuple[Tensor, Tensor]:
         """Flat gradient [P] and scalars [K] of a minibatch, accumulated over its parts."""
         samples, index, valid, scalars, weight = minibatch
-        if self.parts == 1:
-            return self._gradient_graph(samples, index, valid, scalars)
+        if self.num_microbatches == 1:
+            return self.gradient_graph(samples, index, valid, scalars)
         if self.settings.normalize_advantage:  # by the moments of the whole minibatch
             advantage = samples["advantage"].clone()
             advantage[index] = normalize_advantages(advantage[index], valid)
             samples = {**samples, "advantage": advantage}
         total = len(index) if valid is None else int(valid.sum())
-        sizes = split_sizes(len(index), min(self.parts, len(index)))
+        sizes = split_sizes(len(index), min(self.num_microbatches, len(index)))
         counts = [None] * len(sizes) if valid is None else valid.split(sizes)
         sums: list[Tensor] = []
         for part, own in zip(index.split(sizes), counts, strict=True):
             scalars[-1] = weight * (len(part) if own is None else int(own.sum())) / total
-            both = self._gradient_graph(samples, part, own, scalars)
+            both = self.gradient_graph(samples, part, own, scalars)
             sums = [have.add_(more) for have, more in zip(sums, both, strict=True)] if sums else list(both)
         return sums[0], sums[1]
 

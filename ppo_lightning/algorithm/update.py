@@ -106,7 +106,7 @@ class Updater:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "eager": None, "compiled": None, "_run": None, "parameters": []}  # of this process's run
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+    def refresh(self, optimizer: torch.optim.Optimizer) -> None:
         """Prepare again where the optimizer's parameters or the loss have changed.
 
         Raises:
