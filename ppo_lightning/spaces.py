@@ -171,7 +171,10 @@ def _(space: Discrete) -> TensorSpec:
 
 @tensor_spec.register
 def _(space: MultiDiscrete) -> TensorSpec:
-    nvec, start = as_int64(space.nvec), as_int64(space.start)
+    nvec, start = (
+        space.nvec.astype(np.int64),
+        space.start.astype(np.int64),
+    )  # sums of smaller integers would wrap around
     encode = partial(_multi_hot, start=start.flatten(), nvec=nvec.flatten())
     dims, name = tuple(nvec.flatten().tolist()), f"MultiDiscrete({nvec.tolist()})"
     return TensorSpec(name, space.shape, torch.int64, (sum(dims),), encode, start, start + nvec - 1, dims)
@@ -215,11 +218,6 @@ def action_dims(space: Space[Any]) -> tuple[int, ...]:
     A Box has none, and a Dict or Tuple those of its parts in the order of :func:`flatten_spaces`.
     """
     return tuple(size for leaf in flatten_spaces(space).values() for size in tensor_spec(leaf).action_dims)
-
-
-def as_int64(numbers: Array) -> Array:
-    """Numbers of a space as int64: sums of small or unsigned integers would wrap around."""
-    return numbers.astype(np.int64)
 
 
 def channels_are_last(image: Sequence[int]) -> bool:

@@ -190,7 +190,7 @@ class Policy(nn.Module):
         return {name: encode(observation[name]) for name, encode in self.encoders.items()}
 
     def normalizable_features(self, observation: Tree) -> Tensor:
-        """The normalised features [B, D] of stored observations [B, …]: samples for the moments."""
+        """Features [B, D] of stored observations [B, …] before they are normalised: samples for the moments."""
         encoded = self.encode(observation)
         if "" in self.normalized:
             return encoded.flatten(1)
