@@ -289,7 +289,7 @@ def test_refuses_a_network_whose_state_does_not_fit():
         def forward(self, observation, state, start):
             return self.layer(observation), observation.sum(-1), state[:, :2]
 
-    with pytest.raises(InputError, match=r"and of a recurrent network a state \(2, 3\)"):
+    with pytest.raises(InputError, match=r"a recurrent network also returns a state \(2, 3\)"):
         PPO(Recall, policy=Wrong, **SMALL)
 
 

@@ -147,16 +147,13 @@ class Policy(nn.Module):
                 f"{error}"
             ) from error
         expected = (2, self.distribution.num_parameters)
+        hint = "" if fits else "; its methods actor and critic must return what forward does"
+        if self.state_size and not fits:
+            hint = f"; a recurrent network also returns a state (2, {self.state_size})"
         if not (got == (expected, (2,)) and fits):
             raise InputError(
                 f"the network {name} returned parameters {got[0]} and values {got[1]} for 2 observations, "
-                f"{signature(action_space)} needs {expected} and (2,): change its output layers"
-                + (
-                    ""
-                    if fits or not self.state_size
-                    else f"; and of a recurrent network a state (2, {self.state_size})"
-                )
-                + ("" if fits or self.state_size else "; its methods actor and critic must return what forward does")
+                f"{signature(action_space)} needs {expected} and (2,): change its output layers{hint}"
             )
         self.actor_critic_masks = torch.tensor(reached, dtype=torch.float32)
         """[2, P] 1 for each of the parameters that the action depends on, and for those that the value depends on."""
