@@ -1,4 +1,4 @@
-"""The gradient step as one compiled graph: what a small minibatch costs is dispatch, not arithmetic."""
+"""The gradient step as one compiled graph: a small minibatch spends its time on dispatch, not on arithmetic."""
 
 from collections import UserDict
 from collections.abc import Iterator, Mapping
@@ -20,11 +20,11 @@ from ppo_lightning.spaces import split_sizes
 STEP_SCALARS = (
     "lr", "step_size", "bias_correction", "first_decay", "second_decay", "clip_range", "ent_coef", "loss_weight"
 )  # fmt: skip
-"""What changes between minibatches, in one row of numbers, so that no change compiles anything again."""
+"""Scalars that change between minibatches, as one tensor: a change does not recompile."""
 
 
 class NonFiniteError(Exception):
-    """A gradient or divergence of a compiled update is not finite: the update is made again, eagerly."""
+    """A gradient or divergence of a compiled update is not finite: the update is repeated eagerly."""
 
 
 def unsupported_reason(objective: Objective, optimizer: torch.optim.Optimizer, precision: str) -> str | None:
@@ -87,7 +87,7 @@ class CompiledStep:
     """Forward, backward, clipping and Adam on parameters that are contiguous in memory.
 
     Parameters, and Adam's moments in the optimizer's own state, become views of flat tensors, so that checkpoints, acting
-    and evaluation see what they always saw. Where nothing happens between a gradient and its step (one rank, no
+    and evaluation are unaffected. Where nothing happens between a gradient and its step (one rank, no
     ``target_kl``, no accumulation) both are one graph; else a step and the next minibatch's gradient are one.
 
     Args:
@@ -117,7 +117,7 @@ class CompiledStep:
         self.scheduled: tuple[str, ...] = ()
         """Names of the coefficients that have changed, or will."""
         self.keys: set[str] = set()
-        """Of the samples that the loss reads."""
+        """Keys of the samples that the loss reads."""
         self._before: tuple[Tensor, ...] | None = None
         """Parameters, moments and step counts before this update; None until it has begun."""
         self.shapes: dict[str, torch.Size] = {}
@@ -220,7 +220,7 @@ class CompiledStep:
         samples that do not count.
         """
         self.plan, self.settings, self._before = plan, settings, None
-        # A coefficient that changes is a tensor, so that no change compiles anything again; others are plain numbers.
+        # A coefficient that changes is a tensor, so that a change does not recompile; others are Python numbers.
         before, self.coefficients = self._given, settings.coefficients
         self._given = settings.coefficients
         for name in ("clip_range", "ent_coef"):
@@ -241,7 +241,7 @@ class CompiledStep:
         group = self.optimizer.param_groups[0]
         self.adam = float(group["eps"]), float(group["weight_decay"])
         trained = self._trained()
-        if not self._is_flat(trained):  # a checkpoint or a move has come between
+        if not self._is_flat(trained):  # since a checkpoint was loaded, or the module moved
             self._flatten_parameters(trained)
             self._make_graphs()
         self.scalars = iter(self._scalars([weight for weights in plan.loss_weights for weight in weights]).unbind())
@@ -417,7 +417,7 @@ class CompiledStep:
         sizes = torch.tensor([shape.numel() for shape in self.shapes.values()])
         masks = self.objective.policy.masks_of(list(trained.values()))
         self.masks = masks.repeat_interleave(sizes, 1).to(self.flat)
-        """[2, P] 1 where a number belongs to the action's parameters, to the value's."""
+        """[2, P] 1 for the elements of parameters that the action depends on, and that the value depends on."""
         fused, self.steps, start = self.optimizer.param_groups[0]["fused"], [], 0
         for parameter in trained.values():
             part, own = slice(start, start + parameter.numel()), self.optimizer.state[parameter]
