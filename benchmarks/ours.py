@@ -47,11 +47,11 @@ def watch_parts(seconds: dict[str, float]) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
     from ppo_lightning import PPO
-    from ppo_lightning.envs import Environments
+    from ppo_lightning.envs import VectorEnvAdapter
     from ppo_lightning.rollout.dataset import RolloutDataset
 
-    for name in ("send", "receive", "step_tensors"):
-        watch(seconds, Environments, name, "environment")
+    for name in ("step_async", "step_wait", "step_tensors"):
+        watch(seconds, VectorEnvAdapter, name, "environment")
     watch(seconds, RolloutDataset, "collect", "collection")
     watch(seconds, PPO, "on_train_batch_start", "advantage")
     watch(seconds, PPO, "update", "update")

@@ -85,8 +85,8 @@ def held(model: PPO) -> tuple[int, int]:
     """Bytes of a rollout's storage, and of the numbers that a rollout is made of."""
     model.seed = 0
     batch = model.rollouts.collect()
-    stepper: Any = model.rollouts._stepper
-    storage = [stepper.observations, stepper.finals, *stepper.rows.values()]
+    collector: Any = model.rollouts.collector
+    storage = [collector.observations, collector.final_observations, *collector.fields.values()]
     numbers = sum(leaf[: model.num_steps].numel() * leaf.element_size() for leaf in storage)
     assert batch.numel() == model.num_steps * model.num_envs
     return sum(leaf.untyped_storage().nbytes() for leaf in storage), numbers

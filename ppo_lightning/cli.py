@@ -326,7 +326,7 @@ class PPOCLI(LightningCLI):
         model = cast(PPO, self.model)
         episodes = model.rollouts.episodes
         mean = episodes.means().get("rollout/ep_rew_mean")
-        returns = "" if mean is None else f", mean return {mean:.1f} over {len(episodes.window)} episodes"
+        returns = "" if mean is None else f", mean return {mean:.1f} over {len(episodes.ep_info_buffer)} episodes"
         signalled = (
             model.agreed_stop_signal or model.stop_signal
         )  # the latter alone where it came after the last iteration

@@ -238,7 +238,7 @@ class PPO(RunModule):
     def configure_callbacks(self) -> list[Callback]:
         """Attach our callbacks instead of Lightning's default progress bar and checkpoint; keep the user's."""
         check_supported_features(self.trainer, self)
-        evaluates = self.env_factory.again() is not None
+        evaluates = self.env_factory.for_evaluation() is not None
         attach_callbacks(self.trainer, self.iterations_between_evaluations, evaluates=evaluates)
         shorten_timeout(self.trainer)  # before ranks meet
         defer_writing(self.trainer, self)

@@ -27,7 +27,7 @@ class Dump(PPOCallback):
         state = {
             "state_dict": pl_module.state_dict(),
             "optimizer": trainer.optimizers[0].state_dict()["state"],
-            "window": list(pl_module.rollouts.episodes.window),
+            "window": list(pl_module.rollouts.episodes.ep_info_buffer),
             "updates": self.updates,
             "first_observation": self.first_observation,
             "evaluated": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("eval/")},

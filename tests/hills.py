@@ -70,10 +70,10 @@ class Hills(TensorEnv):
     """The same as tensors."""
 
     def __init__(self, num_envs: int) -> None:
-        super().__init__(num_envs, SEEN, Discrete(2), num_uniform=1, max_episode_steps=4)
+        super().__init__(num_envs, SEEN, Discrete(2), reset_noise_size=1, max_episode_steps=4)
         self.difficulty = 0.0
 
-    def initial(self, uniform):
+    def initial_state(self, uniform):
         return uniform
 
     def dynamics(self, state, action):

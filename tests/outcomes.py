@@ -17,7 +17,7 @@ def outcome(model: PPO, trainer: Trainer) -> dict[str, Tensor]:
     following = model.rollouts.collect()
     model.close_environments()
     rollout: dict[str, Any] = following.exclude("policy_version").flatten_keys(".").to_dict()
-    window = torch.tensor(list(model.rollouts.episodes.window))
+    window = torch.tensor(list(model.rollouts.episodes.ep_info_buffer))
     return {**model.state_dict(), **moments, **rollout, "window": window, "random": torch.get_rng_state()}
 
 

@@ -27,7 +27,7 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, InputError
 from ppo_lightning.callbacks import AsyncEvaluation, BestCheckpoint, Curriculum, Level, async_evaluation
-from ppo_lightning.envs import EnvOverrides, Restarts
+from ppo_lightning.envs import EnvOverrides, RestartBudget
 from ppo_lightning.evaluation.process import EvalProcess, Evaluation, EvaluationFailed, evaluate_snapshot
 from ppo_lightning.runs.checkpoint import read_checkpoint
 from ppo_lightning.tools.sweep import progress
@@ -59,7 +59,7 @@ class Here:
     def poll(self, wait_s):
         if not wait_s:
             return None
-        environments = self.evaluation.make_environments(self.overrides, Restarts())
+        environments = self.evaluation.make_environments(self.overrides, RestartBudget())
         return evaluate_snapshot(self.evaluation, environments, *self.job)
 
     def close(self):
@@ -199,7 +199,7 @@ def test_a_run_goes_on_from_the_best_snapshot_to_the_bit(fit, tmp_path):
     assert 0 < begun < 256
     assert_close(resumed.state_dict(), straight.state_dict(), rtol=0, atol=0)
     assert torch.equal(resumed.generator.get_state(), straight.generator.get_state())
-    lengths = [[episode[1] for episode in model.rollouts.episodes.window] for model in (straight, resumed)]
+    lengths = [[episode[1] for episode in model.rollouts.episodes.ep_info_buffer] for model in (straight, resumed)]
     assert lengths[0] == lengths[1]
 
 

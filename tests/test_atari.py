@@ -13,7 +13,7 @@ from probes import learnt_rewards
 
 from ppo_lightning import PPO, InputError
 from ppo_lightning.envs import EnvFactory, EnvPool
-from ppo_lightning.envs.third_party import Games
+from ppo_lightning.envs.third_party import AtariFullGames
 
 ATARI = "ale_py.vector_env.AtariVectorEnv"
 KWARGS = {"life_loss_info": True, "reward_clipping": False, "max_num_frames_per_episode": 4000}
@@ -41,7 +41,7 @@ class Brightness(torch.nn.Module):
 def test_episodes_are_games_and_lost_lives_are_said(mode):
     """In Breakout five lives are a game."""
     env = vector("breakout", 2, mode)
-    assert isinstance(env, Games)
+    assert isinstance(env, AtariFullGames)
     other = vector("pong", 1, "NextStep" if mode == "SameStep" else "SameStep")
     assert AutoresetMode(env.metadata["autoreset_mode"]).value == mode  # all instances share one dictionary
     env.reset(seed=3)

@@ -16,7 +16,7 @@ from ppo_lightning import PPO, ActorCritic, InputError, PopArt, PPOLoss
 from ppo_lightning.algorithm.update import Updater
 from ppo_lightning.compiler import CompilerError
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
-from ppo_lightning.rollout.collectors import TensorStepper
+from ppo_lightning.rollout.collectors import TensorCollector
 
 SIZE = {"num_envs": 4, "num_steps": 32}
 
@@ -93,9 +93,9 @@ def test_equals_eager_over_ten_iterations(fit, case):
 
 @pytest.mark.parametrize("env", [CartPole, Pendulum])
 def test_compiled_rollouts_of_tensors_equal_eager_ones(fit, env, monkeypatch):
-    monkeypatch.setattr(TensorStepper, "CHUNK", 2)  # which compiles sooner
+    monkeypatch.setattr(TensorCollector, "MAX_UNROLLED", 2)  # which compiles sooner
     eager, compiled = trained(fit, env, 6, eager=True, num_steps=10), trained(fit, env, 6, num_steps=10)
-    assert compiled.rollouts._stepper is None  # the run closed it
+    assert compiled.rollouts.collector is None  # the run closed it
     assert_close(parameters(compiled), parameters(eager), atol=1e-5, rtol=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_a_rollout_of_one_graph_is_that_of_single_steps():
         model.seed = 3
         batches += [model.rollouts.collect().clone() for _ in range(2)][1:]
         batches[-1]["finished"] = model.rollouts.episodes.finished[:, :2].mean(0).expand(21, 5, 2)
-        assert model.rollouts._stepper.compiles == compile
+        assert model.rollouts.collector.compiles == compile
     one, other = batches
     assert one["truncated"].any()
     assert set(one.keys()) == set(other.keys())

@@ -17,7 +17,7 @@ import pytest
 from ppo_lightning import PPO
 from ppo_lightning.__main__ import main as console_script
 from ppo_lightning.cli import main
-from ppo_lightning.rollout.collectors import TensorStepper
+from ppo_lightning.rollout.collectors import TensorCollector
 from ppo_lightning.tools import video
 from ppo_lightning.tools.sweep.space import read_space
 
@@ -214,7 +214,7 @@ def test_every_option_of_the_network_is_in_the_documents():
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_the_example_of_an_environment_that_is_tensors_learns(fit, compile, monkeypatch):
-    monkeypatch.setattr(TensorStepper, "CHUNK", 2)  # which compiles sooner
+    monkeypatch.setattr(TensorCollector, "MAX_UNROLLED", 2)  # which compiles sooner
     space: dict = {}
     exec(re.findall(r"```python\n(.*?)```", SPEED, re.DOTALL)[0], space)
     model = PPO(space["Walk"], num_envs=32, num_steps=32, total_steps=20_000, compile=compile, num_eval_episodes=4)

@@ -15,7 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from probes import Endless, Faulty, Probe, Scripted
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
-from ppo_lightning.envs import EnvFactory, Environments, Restarts
+from ppo_lightning.envs import EnvFactory, RestartBudget, VectorEnvAdapter
 from ppo_lightning.envs.classic_control import CartPole
 
 SMALL = {"num_envs": 3, "num_steps": 16, "total_steps": 96, "num_minibatches": 2}
@@ -485,8 +485,8 @@ def test_predict_refuses_a_cell_that_is_not_there():
 
 
 def test_an_async_timeout_is_an_option_with_effect():
-    environments = Environments(EnvFactory("CartPole-v1", vectorization="async"), 2, 7.5)
-    assert environments._timeout == 7.5
+    environments = VectorEnvAdapter(EnvFactory("CartPole-v1", vectorization="async"), 2, 7.5)
+    assert environments.timeout_s == 7.5
     environments.reset(0)
     environments.close()
 
@@ -789,7 +789,7 @@ def test_each_worker_draws_its_own_numbers_from_shared_streams_and_the_same_with
     starts = []
     for seed in (7, 7, 80):
         torch.manual_seed(seed)
-        environments = Environments(EnvFactory(Draws, vectorization="async"), 4, 60.0)
+        environments = VectorEnvAdapter(EnvFactory(Draws, vectorization="async"), 4, 60.0)
         seen = [
             environments.reset(seed).copy(),
             *(environments.step(np.zeros(4, int)).observation.copy() for _ in range(15)),
@@ -811,8 +811,8 @@ def test_a_worker_that_replaces_another_draws_other_numbers():
                 raise ValueError("once")
             return super().step(action)
 
-    restarts = Restarts(2)
-    environments = Environments(EnvFactory(Dies, vectorization="async", restarts=True), 2, 60.0, restarts=restarts)
+    restarts = RestartBudget(2)
+    environments = VectorEnvAdapter(EnvFactory(Dies, vectorization="async", restarts=True), 2, 60.0, restarts=restarts)
     first = environments.reset(3).copy()
     with pytest.warns(UserWarning, match="restart 1 of 2"):
         again = environments.step(np.array([1, 0])).observation.copy()

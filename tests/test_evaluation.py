@@ -227,7 +227,7 @@ def test_a_time_limit_of_the_id_of_a_wrapper_or_of_tensors_is_known():
         ({"env": partial(CartPole, max_episode_steps=90)}, 90),
         ({"env": "CliffWalking-v1"}, None),
     ):
-        assert PPO(**options).env_provider.for_training().time_limit() == expected
+        assert PPO(**options).env_provider.train_envs().time_limit() == expected
 
 
 def test_episodes_that_were_cut_are_no_successes():

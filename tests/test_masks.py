@@ -100,10 +100,10 @@ class Broken(InInfo):
 @pytest.mark.parametrize("env", [InInfo, InObservation, ByMethod, AsList])
 def test_every_convention_in_every_autoreset_mode(fit, env, mode):
     """The environment itself asserts that nothing else was done, in training and in evaluation."""
-    from ppo_lightning.envs.make import Watched
+    from ppo_lightning.envs.checked import CheckedEnv
 
     make = lambda num_envs: SyncVectorEnv(  # noqa: E731
-        [lambda index=index: Watched(env(), index) for index in range(num_envs)], autoreset_mode=AutoresetMode(mode)
+        [lambda index=index: CheckedEnv(env(), index) for index in range(num_envs)], autoreset_mode=AutoresetMode(mode)
     )
     batches = []
 

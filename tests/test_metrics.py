@@ -25,7 +25,7 @@ from ppo_lightning.algorithm.update import UpdateResult
 from ppo_lightning.callbacks import PPOCallback, RolloutDetails
 from ppo_lightning.callbacks.events import EVENTS
 from ppo_lightning.cli import main
-from ppo_lightning.envs.workers import WorkerLost
+from ppo_lightning.envs import EnvFactory, RestartBudget, VectorEnvAdapter
 from ppo_lightning.errors import InputError
 from ppo_lightning.metric_names import TABLES, from_names, to_names
 from ppo_lightning.metrics import iteration_metrics
@@ -301,7 +301,7 @@ def test_whatever_info_holds_training_goes_on(mode):
             assert len(told(both, mode).episodes.finished) == 4
     rollouts = told(together, mode)
     assert len(rollouts.episodes.finished) == 4
-    assert rollouts.info["env/t"][0] == rollouts.info["env/t"][1] > 0
+    assert rollouts.info_sums["env/t"][0] == rollouts.info_sums["env/t"][1] > 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -388,7 +388,7 @@ def test_a_vector_may_give_an_info_for_each_environment():
 
     model = PPO(env, num_envs=2, num_steps=8, num_minibatches=1)
     model.rollouts.collect()
-    total, number = model.rollouts.info["env/x"]
+    total, number = model.rollouts.info_sums["env/x"]
     assert total / number == pytest.approx(1.75)
 
 
@@ -456,16 +456,19 @@ def test_sums_go_on_in_every_kind_of_vector(fit, tmp_path, tensors, memory):
     assert [metrics[name] for metrics in whole[2:]] == [metrics[name] for metrics in second] == [6.0, 6.0]
 
 
-@pytest.mark.filterwarnings("ignore:a worker died. made anew")
+@pytest.mark.filterwarnings("ignore:the worker process of environment")
 def test_lost_workers_lose_no_sums():
     """Their episodes have ended: what they were made of counts, as do the steps before."""
-    environments = PPO(Talks, num_envs=2, max_env_restarts=1).env_provider.for_training()
-    environments.reset(0)
-    environments.step(np.zeros(2, np.int64))
-    environments._begin_anew(WorkerLost("a worker died"))
-    sums = environments.logged.take()
+    factory = EnvFactory(Talks, vectorization="async", restarts=True)
+    envs = VectorEnvAdapter(factory, 2, 60.0, restarts=RestartBudget(1))
+    envs.reset(0)
+    envs.step(np.zeros(2, np.int64))
+    envs.env.processes[0].kill()
+    assert envs.step(np.zeros(2, np.int64)).truncated.all()
+    sums = envs.pop_info()
     assert sums["reward/forward"] == sums["reward_components/forward"] == (2.0, 2.0)
-    assert environments.logged.state() == {}
+    assert envs.info_accumulator.state() == {}
+    envs.close()
 
 
 class Paced(gym.Env):
@@ -515,7 +518,7 @@ def test_two_processes_log_what_one_would_of_both_rollouts(mode):
         kept["details"] = {name: value.item() for name, value in trainer.callback_metrics.items()}
         episodes = model.rollouts.episodes
         kept["learnt"] = model.policy.state_dict()
-        return {**kept, "window": list(episodes.window), "finished": episodes.finished, "steps": episodes.steps}
+        return {**kept, "window": list(episodes.ep_info_buffer), "finished": episodes.finished, "steps": episodes.steps}
 
     first, second = forked(run)
     both = torch.cat([first["rollout"], second["rollout"]], 1)
@@ -630,7 +633,7 @@ def test_rollout_statistics_are_those_of_the_rollout(fit):
         assert metrics["train/old_approx_kl"] == pytest.approx(update.column("old_approx_kl").mean().item())
         assert metrics["time/iteration"] >= metrics["time/collect"] + metrics["time/update"]
     assert updates[0].stopped
-    returns = [episode[0] for episode in model.rollouts.episodes.window]
+    returns = [episode[0] for episode in model.rollouts.episodes.ep_info_buffer]
     assert seen[-1]["rollout/ep_rew_min"] == min(returns) < np.mean(returns) < max(returns)
     assert seen[-1]["rollout/ep_rew_max"] == max(returns)
     assert seen[-1]["rollout/ep_rew_mean"] == pytest.approx(np.mean(returns))

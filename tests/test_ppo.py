@@ -443,12 +443,12 @@ def test_continuing_from_a_checkpoint_keeps_optimiser_counters_and_moments(fit, 
             seen.update(
                 steps=int(state[0]["step"]), env=pl_module.num_env_steps, moments=pl_module.policy.moments.count
             )
-            seen["window"] = list(pl_module.rollouts.episodes.window)
+            seen["window"] = list(pl_module.rollouts.episodes.ep_info_buffer)
 
     fit(longer, ckpt_path=tmp_path / "a.ckpt", callbacks=[Look()])
     assert seen["steps"] == 4 * 16
     assert seen["env"] == 512
-    assert repr(seen["window"]) == repr(list(model.rollouts.episodes.window))  # repr, as NaN differs from NaN
+    assert repr(seen["window"]) == repr(list(model.rollouts.episodes.ep_info_buffer))  # repr, as NaN differs from NaN
     assert longer.num_env_steps == 1024
     assert longer.trainer.global_step == 8
     assert int(longer.policy.moments.count) == int(longer.reward_normalizer.moments.count) == 1024

@@ -9,7 +9,7 @@ from probes import DiscreteWorld, Endless, Scripted, Target, Uneven, learnt_rewa
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, PPOLoss, generalized_advantage
-from ppo_lightning.rollout.collectors import Ends
+from ppo_lightning.rollout.collectors import EpisodeEnds
 from ppo_lightning.rollout.dataset import EpisodeStatistics
 from ppo_lightning.runs.ranks import Ranks
 
@@ -112,7 +112,7 @@ def test_dummy_rows_reach_nothing(mode):
     assert int(model.policy.moments.count) == int(model.reward_normalizer.moments.count) == 60 - dummies
     assert_close(model.policy.moments.mean, batch["observation"][batch["valid"]].double().mean(0))
     assert model.num_env_steps == 60 - dummies
-    lengths = [length for _, length, *_ in model.rollouts.episodes.window]
+    lengths = [length for _, length, *_ in model.rollouts.episodes.ep_info_buffer]
     assert set(lengths) <= {3.0, 2.0, 5.0}
 
 
@@ -123,7 +123,7 @@ def test_episode_statistics_are_those_of_the_script(mode):
     model = PPO(vector(mode, num_envs=2, script=script), num_steps=4, num_minibatches=1)
     for _ in range(12):
         learn(model, model.collect())
-    window = list(model.rollouts.episodes.window)
+    window = list(model.rollouts.episodes.ep_info_buffer)
     assert len(window) >= 20
     for index, (total, length, *_) in enumerate(window):
         episode = index // 2  # both environments run the same script in step
@@ -152,11 +152,16 @@ def test_episode_statistics_equal_a_loop_over_environments():
                 expected.append((returns[env], lengths[env], float(env), -float(env)))
                 returns[env] = lengths[env] = 0
         step, env = torch.from_numpy(done).nonzero(as_tuple=True)
-        ends = Ends(step, env, torch.zeros(0), None, torch.from_numpy(np.concatenate([*successes, np.zeros((0, 2))])))
+        ends = EpisodeEnds(
+            step, env, torch.zeros(0), None, torch.from_numpy(np.concatenate([*successes, np.zeros((0, 2))]))
+        )
         statistics.add(torch.from_numpy(reward), torch.from_numpy(valid), ends)
-        statistics.record(statistics.finished)
+        statistics.extend(statistics.finished)
     assert_close(
-        torch.tensor(list(statistics.window), dtype=torch.float64), torch.tensor(expected[-100:]), atol=1e-4, rtol=1e-5
+        torch.tensor(list(statistics.ep_info_buffer), dtype=torch.float64),
+        torch.tensor(expected[-100:]),
+        atol=1e-4,
+        rtol=1e-5,
     )
 
 

@@ -155,7 +155,7 @@ def test_other_arguments_make_environments_anew(vectorization, fit):
     model = PPO(Hill, vectorization=vectorization, **SMALL, total_steps=64)
     fit(model, callbacks=[Curriculum(steps), record])
     assert record.difficulty == [[1.0], [1.0], [2.0], [2.0]]
-    assert [episode[1] for episode in model.rollouts.episodes.window] == [3.0] * 10
+    assert [episode[1] for episode in model.rollouts.episodes.ep_info_buffer] == [3.0] * 10
 
 
 def test_a_vector_by_a_callable_is_made_with_the_levels_arguments(fit):
@@ -164,14 +164,14 @@ def test_a_vector_by_a_callable_is_made_with_the_levels_arguments(fit):
 
     model = PPO(make, **SMALL, total_steps=32)
     fit(model, callbacks=[Curriculum([Level(env_kwargs={"length": 2})])])
-    assert {episode[1] for episode in model.rollouts.episodes.window} == {2.0}
+    assert {episode[1] for episode in model.rollouts.episodes.ep_info_buffer} == {2.0}
 
 
 def test_an_environment_that_is_made_anew_after_a_crash_is_on_the_level(fit):
     Fragile.episodes = 0
     record = Record()
     model = PPO(Fragile, **{**SMALL, "num_envs": 1}, total_steps=32, max_env_restarts=1)
-    with pytest.warns(UserWarning, match="made anew"):
+    with pytest.warns(UserWarning, match="restarted"):
         fit(model, callbacks=[Curriculum([Level({"difficulty": 7.0})]), record])
     assert model.env_provider.restarts.count == 1
     assert record.difficulty == [[7.0]] * 4
@@ -675,7 +675,7 @@ def test_evaluations_leave_shaping_out(fit):
         Line, wrappers=[partial(PotentialShaping, potential=tenfold_nearness, gamma=0.99)], **SMALL, total_steps=32
     )
     fit(model)
-    shaped = [episode[0] for episode in model.rollouts.episodes.window]
+    shaped = [episode[0] for episode in model.rollouts.episodes.ep_info_buffer]
     assert all(value not in (0.0, 1.0) for value in shaped)
     evaluated = model.evaluate(4, deterministic=False)
     assert {evaluated["eval/min_reward"], evaluated["eval/max_reward"]} <= {0.0, 1.0}

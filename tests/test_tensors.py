@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError
-from ppo_lightning.envs import Environments
+from ppo_lightning.envs import VectorEnvAdapter
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
 from ppo_lightning.errors import EnvironmentFault
-from ppo_lightning.rollout.collectors import ArrayStepper, TensorStepper
+from ppo_lightning.rollout.collectors import NumpyCollector, TensorCollector
 
 SIZE = {"num_envs": 4, "num_steps": 32}
 
@@ -37,7 +37,7 @@ def test_dynamics_are_gymnasiums(ours, name):
     """From 64 states far beyond where episodes begin, whatever the action."""
     vector, env = ours(64), gym.make(name).unwrapped
     torch.manual_seed(0)
-    state = torch.randn(64, vector.initial(vector.uniform()).shape[1]) * 2
+    state = torch.randn(64, vector.initial_state(vector.reset_noise()).shape[1]) * 2
     action = torch.from_numpy(np.stack([env.action_space.sample() for _ in range(64)]))
     after, reward, terminated = vector.dynamics(state, action)
     observation = vector.observe(after)
@@ -72,7 +72,7 @@ def test_time_limits_truncate_and_reset_in_the_same_step():
     assert not terminated.any()
     assert (observation.abs() <= 0.05).all()
     assert (info["final_obs"][:, 1] < -0.3).all()
-    assert vector.elapsed.tolist() == [0, 0, 0]
+    assert vector.episode_step.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("env", [CartPole, Pendulum])
@@ -80,20 +80,20 @@ def test_tensors_and_arrays_train_the_same_bit_for_bit(fit, env, monkeypatch):
     ends, steppers = [], []
     for dense in (True, False):
         if not dense:
-            reset = Environments.reset
+            reset = VectorEnvAdapter.reset
 
             def hidden(self, seed, reset=reset):
                 observation = reset(self, seed)
-                self.tensors = None
+                self.tensor_observation = None
                 return observation
 
-            monkeypatch.setattr(Environments, "reset", hidden)
+            monkeypatch.setattr(VectorEnvAdapter, "reset", hidden)
         lightning.seed_everything(1, verbose=False)
         model = PPO(partial(env, max_episode_steps=20), total_steps=512, normalize_reward=True, **SIZE)
         model.rollouts.start = lambda start=model.rollouts.start: steppers.append(start()) or steppers[-1]
         fit(model)
-        ends.append((parameters(model), list(model.rollouts.episodes.window)))
-    assert [type(stepper) for stepper in steppers] == [TensorStepper, ArrayStepper]
+        ends.append((parameters(model), list(model.rollouts.episodes.ep_info_buffer)))
+    assert [type(collector) for collector in steppers] == [TensorCollector, NumpyCollector]
     assert_close(ends[0][0], ends[1][0], rtol=0, atol=0)
     assert repr(ends[0][1]) == repr(ends[1][1])
 
@@ -101,7 +101,7 @@ def test_tensors_and_arrays_train_the_same_bit_for_bit(fit, env, monkeypatch):
 def test_nothing_is_copied_to_numpy_while_steps_are_taken(monkeypatch):
     model = PPO(CartPole, **SIZE)
     model.rollouts.collect()
-    stepper = model.rollouts._stepper
+    collector = model.rollouts.collector
     noise = model.policy.distribution.noise(32, 4, generator=torch.Generator())
 
     def refuse(*args, **kwargs):
@@ -110,8 +110,8 @@ def test_nothing_is_copied_to_numpy_while_steps_are_taken(monkeypatch):
     for name in ("numpy", "__array__", "cpu"):
         monkeypatch.setattr(Tensor, name, refuse)
     with torch.no_grad(), monkeypatch.context() as inside:
-        inside.setattr("ppo_lightning.rollout.collectors.TensorStepper._steps", lambda self, *args: args)
-        stepper.take(model.policy, noise)
+        inside.setattr("ppo_lightning.rollout.collectors.TensorCollector._steps", lambda self, *args: args)
+        collector.collect(model.policy, noise)
 
 
 def test_storage_is_allocated_once_and_no_larger_than_what_it_holds():
@@ -120,8 +120,8 @@ def test_storage_is_allocated_once_and_no_larger_than_what_it_holds():
     places = {key: first[key].data_ptr() for key in ("observation", "reward", "terminated")}
     second = model.rollouts.collect()
     assert {key: second[key].data_ptr() for key in places} == places
-    stepper = model.rollouts._stepper
-    held = [stepper.observations, stepper.finals, *stepper.rows.values()]
+    collector = model.rollouts.collector
+    held = [collector.observations, collector.final_observations, *collector.fields.values()]
     size = sum(leaf.untyped_storage().nbytes() for leaf in held)
     assert size <= 1.3 * sum(leaf[:64].numel() * leaf.element_size() for leaf in held)
 
@@ -183,7 +183,7 @@ def test_final_observations_and_success_are_those_of_the_step(maniskill, monkeyp
         monkeypatch.setattr(Counter, "__module__", "mani_skill.vector")
     model = PPO(partial(Counter, maniskill=maniskill), **SIZE)
     batch = model.rollouts.collect()
-    assert isinstance(model.rollouts._stepper, TensorStepper)
+    assert isinstance(model.rollouts.collector, TensorCollector)
     step, env = batch["truncated"].nonzero(as_tuple=True)
     assert len(step) > 20
     lasts = model.policy.critic(torch.tensor([3.0, 4.0, 5.0, 6.0])[env, None])
@@ -254,7 +254,7 @@ class Simulation:
 def test_rsl_rls_time_limits_bootstrap_from_the_observation_before():
     model = PPO(Simulation, **SIZE)
     batch = model.rollouts.collect()
-    assert isinstance(model.rollouts._stepper, TensorStepper)
+    assert isinstance(model.rollouts.collector, TensorCollector)
     assert_close(batch["observation"][:6, :2, 0], torch.tensor([[0.0, 0], [1, 1], [2, 2], [3, 0], [4, 1], [0, 2]]))
     assert batch["terminated"][:6, :2].tolist() == [[False, False]] * 2 + [[False, True]] + [[False] * 2] * 2 + [
         [False, True]
@@ -309,7 +309,7 @@ def test_time_limits_bootstrap_from_the_final_observations_that_a_simulator_show
     batch = model.rollouts.collect()
     assert batch["truncated"][4, 0]
     assert batch["terminated"][2, 1]
-    assert isinstance(model.rollouts._stepper, TensorStepper if memory is None else ArrayStepper)
+    assert isinstance(model.rollouts.collector, TensorCollector if memory is None else NumpyCollector)
     if memory is None:
         last = torch.tensor([[5.0]])
         seen = {"policy": last, "critic": 2 * last} if grouped else last
@@ -349,7 +349,7 @@ def test_what_simulators_log_is_logged():
 
     model = PPO(Logs, **SIZE)
     model.rollouts.collect()
-    means = {name: total / number for name, (total, number) in model.rollouts.info.items()}
+    means = {name: total / number for name, (total, number) in model.rollouts.info_sums.items()}
     assert means == pytest.approx(
         {
             "env/Episode_Reward/track": 0.5, "env/Curriculum/level": 2.0, "env/per_env": 1.5, "env/ended": 1.5,
@@ -359,7 +359,7 @@ def test_what_simulators_log_is_logged():
     assert 3 <= means["reward_components/alive"] <= 5
     model = PPO(Both, **SIZE)
     model.rollouts.collect()
-    assert model.rollouts.info.keys() == {"env/rew", "reward/alive", "reward_components/alive"}
+    assert model.rollouts.info_sums.keys() == {"env/rew", "reward/alive", "reward_components/alive"}
     assert model.evaluate(2)["eval/env/rew"] == 1.0
 
 
@@ -409,7 +409,7 @@ def test_isaac_labs_environments_are_vectors(fit):
     model = PPO(lambda num_envs: made.append(Lab(num_envs)) or made[-1], total_steps=256, **SIZE)
     fit(model)
     assert made[0].seeds == [0]
-    assert [episode[1] for episode in model.rollouts.episodes.window][:4] == [4.0] * 4
+    assert [episode[1] for episode in model.rollouts.episodes.ep_info_buffer][:4] == [4.0] * 4
 
 
 def test_jax_environments_come_by_dlpack(fit):
@@ -423,23 +423,23 @@ def test_jax_environments_come_by_dlpack(fit):
     assert model.num_env_steps >= 256
 
 
-# --- worker processes in halves ----------------------------------------------------------------------------------------
+# --- double-buffered workers --------------------------------------------------------------------------------------------
 
 
 def test_one_half_of_the_workers_steps_while_the_policy_serves_the_other(monkeypatch):
     log = []
-    for name in ("send", "receive"):
-        call = getattr(Environments, name)
+    for name in ("step_async", "step_wait"):
+        call = getattr(VectorEnvAdapter, name)
 
         def noted(self, *args, name=name, call=call):
             log.append((name, self._first))
             return call(self, *args)
 
-        monkeypatch.setattr(Environments, name, noted)
+        monkeypatch.setattr(VectorEnvAdapter, name, noted)
     model = PPO("CartPole-v1", num_envs=3, num_steps=8, vectorization="async")
     model.seed = 0
     batch = model.rollouts.collect()
     model.close_environments()
-    both = [("receive", 0), ("send", 0), ("receive", 2), ("send", 2)]
-    assert log == [("send", 0), ("send", 2), *both * 7, ("receive", 0), ("receive", 2)]
+    both = [("step_wait", 0), ("step_async", 0), ("step_wait", 2), ("step_async", 2)]
+    assert log == [("step_async", 0), ("step_async", 2), *both * 7, ("step_wait", 0), ("step_wait", 2)]
     assert batch.shape == (8, 3)

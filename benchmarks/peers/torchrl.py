@@ -83,12 +83,12 @@ def tensors(run: Run) -> Any:
             self.reward_spec = Unbounded((count, 1))
             flag = Categorical(2, shape=(count, 1), dtype=torch.bool)
             self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(count,))
-            self.state = vector.initial(vector.uniform())
+            self.state = vector.initial_state(vector.reset_noise())
             self.elapsed = torch.zeros(count, dtype=torch.int32)
 
         def _reset(self, tensordict: Any = None, **kwargs: Any) -> Any:
             mask = None if tensordict is None else tensordict.get("_reset", None)
-            fresh = vector.initial(vector.uniform())
+            fresh = vector.initial_state(vector.reset_noise())
             if mask is None:
                 self.state, self.elapsed = fresh, torch.zeros_like(self.elapsed)
             else:

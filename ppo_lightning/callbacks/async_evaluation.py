@@ -88,7 +88,7 @@ class AsyncEvaluation(Callback):
         if stage != "fit":
             return
         module = cast(PPOModule, pl_module)
-        if module.env_factory.again() is None:
+        if module.env_factory.for_evaluation() is None:
             raise InputError(
                 f"AsyncEvaluation needs environments of its own, and {module.env_factory.name} was given as a VectorEnv: give "
                 "a callable that makes it instead"
@@ -115,7 +115,7 @@ class AsyncEvaluation(Callback):
             self.evaluator = EvalProcess(self._packed, self.timeout_s)  # its imports take seconds
 
     def _evaluation(self, trainer: Trainer, module: PPOModule) -> Evaluation:
-        factory = module.env_factory.again()
+        factory = module.env_factory.for_evaluation()
         assert factory is not None
         episodes = module.num_eval_episodes if self.episodes is None else self.episodes
         return Evaluation(

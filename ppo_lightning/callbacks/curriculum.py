@@ -153,7 +153,7 @@ class Curriculum(EvaluationCallback):
                 f"{values and ': ' + values}"
             )
         if changes and before:
-            module.rollouts.episodes.window.clear()
+            module.rollouts.episodes.ep_info_buffer.clear()
             self._last_value = trainer.callback_metrics.get(self._monitored or "")  # of the level before
 
     @property

@@ -172,5 +172,5 @@ class CloseEnvironments(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         module = cast(PPOModule, pl_module)
         if not isinstance(exception, EnvironmentFault):  # failed environments have no state to save
-            module.rollouts.saved = module.rollouts.state()
+            module.rollouts.resume_state = module.rollouts.state()
         module.close_environments()

@@ -27,13 +27,13 @@ class CartPole(TensorEnv):
             num_envs,
             Box(-high, high, dtype=np.float32),
             Discrete(2),
-            num_uniform=4,
+            reset_noise_size=4,
             max_episode_steps=max_episode_steps,
             device=device,
         )
 
     @override
-    def initial(self, uniform: Tensor) -> Tensor:
+    def initial_state(self, uniform: Tensor) -> Tensor:
         return 0.1 * uniform - 0.05
 
     @override
@@ -69,13 +69,13 @@ class Pendulum(TensorEnv):
             num_envs,
             Box(-high, high, dtype=np.float32),
             Box(-self.MAX_TORQUE, self.MAX_TORQUE, (1,), dtype=np.float32),
-            num_uniform=2,
+            reset_noise_size=2,
             max_episode_steps=max_episode_steps,
             device=device,
         )
 
     @override
-    def initial(self, uniform: Tensor) -> Tensor:
+    def initial_state(self, uniform: Tensor) -> Tensor:
         angle, speed = (2 * uniform - 1).unbind(-1)
         return torch.stack([math.pi * angle, speed], -1)
 

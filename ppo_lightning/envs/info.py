@@ -13,6 +13,15 @@ from torch import Tensor
 
 from ppo_lightning.spaces import Array
 
+SUCCESS_KEYS = ("is_success", "success")
+"""Keys of ``info`` that report an episode's success (Gymnasium-Robotics and SB3; ManiSkill)."""
+
+FAILURE_KEYS = ("is_failure", "failure", "fail")
+"""Keys that report its failure: a state from which success is impossible (ManiSkill; LeanRL-style runners)."""
+
+LIFE_LOST = "life_lost"
+"""Key under which environments report a lost life within a game."""
+
 REWARD_KEYS = ("reward_components", "rewards")
 """Keys of ``info`` for the components of the reward (ApexRL and LeanRL-style runners; EmbodiChain)."""
 
@@ -25,11 +34,11 @@ ENV_KEYS = ("log", METRICS)
 FINAL_OBSERVATION, FINAL_INFO = "final_obs", "final_info"
 """Keys of the last observation and info of an episode, in a vector that resets in the same step."""
 
-Sums = dict[str, tuple[float, float]]
+SumsAndCounts = dict[str, tuple[float, float]]
 """Sum and count of values, by the name under which their mean is logged."""
 
 
-class InfoLog:
+class InfoAccumulator:
     """Accumulates metrics of N environments from keys of ``info``: scalars [N], or dictionaries of such.
 
     A component of the reward is logged as ``reward/<name>``, its mean per step, and as ``reward_components/<name>``, its sum
@@ -45,7 +54,7 @@ class InfoLog:
     def __init__(self, keys: tuple[str, ...], num_envs: int) -> None:
         self.keys = frozenset((*REWARD_KEYS, *ENV_KEYS, *keys))
         self.num_envs = num_envs
-        self.carry: dict[str, Any] = {}
+        self.episode_sums: dict[str, Any] = {}
         """[N] sums so far of the unfinished episodes, arrays or tensors by name."""
         self._saved: dict[str, Tensor] = {}
         """The same from a checkpoint, until a step shows whether environments give arrays or tensors."""
@@ -63,12 +72,12 @@ class InfoLog:
             done: [N] bool array or tensor, the episode ended.
             valid: [N] bool, False where the call was a reset; None where every call was a step.
         """
-        if self.keys.isdisjoint(info) and "final_info" not in info and not self.carry and not self._saved:
+        if self.keys.isdisjoint(info) and "final_info" not in info and not self.episode_sums and not self._saved:
             return
         if self._saved:
             on_device = isinstance(done, Tensor)
             for name, sums in self._saved.items():
-                self.carry[name] = sums.to(done.device, copy=True) if on_device else sums.numpy().copy()
+                self.episode_sums[name] = sums.to(done.device, copy=True) if on_device else sums.numpy().copy()
             self._saved = {}
         last = final_info(info)
         if last is None or last is info:
@@ -78,14 +87,14 @@ class InfoLog:
             self._add(last, done, done)
         if isinstance(done, np.ndarray) and not done.any():
             return
-        for name, carry in self.carry.items():
-            self._account(f"reward_components/{name}", _where(done, carry), done.sum(), self._sums)
-            carry[done] = 0.0
+        for name, episode_sums in self.episode_sums.items():
+            self._accumulate(f"reward_components/{name}", _where(done, episode_sums), done.sum(), self._sums)
+            episode_sums[done] = 0.0
 
     def _add(self, info: Mapping[str, Any], like: Any, counts: Any) -> None:
         for key in filter(self.keys.__contains__, info):  # in the order of info: the set's own depends on the hash seed
             for name, value, given in _named(info, key):
-                self._take(key, name, numbers_of(value, like), mask_of(given, like), counts)
+                self._take(key, name, to_float_array(value, like), mask_of(given, like), counts)
 
     def _take(self, key: str, name: str, numbers: Any, given: Any, counts: Any) -> None:
         if numbers is None:
@@ -99,17 +108,19 @@ class InfoLog:
             return  # texts or objects
         numbers = _where(known, numbers)
         if key not in REWARD_KEYS:
-            self._account(f"env/{name}", numbers, number, self._metrics if key == METRICS else self._sums)
+            self._accumulate(f"env/{name}", numbers, number, self._metrics if key == METRICS else self._sums)
             return
-        self._account(f"reward/{name}", numbers, number, self._sums)
+        self._accumulate(f"reward/{name}", numbers, number, self._sums)
         if not numbers.ndim:
             return
-        if name not in self.carry:
+        if name not in self.episode_sums:
             shape = (self.num_envs,)
-            self.carry[name] = torch.zeros(shape).to(numbers.device) if isinstance(numbers, Tensor) else np.zeros(shape)
-        self.carry[name] += numbers
+            self.episode_sums[name] = (
+                torch.zeros(shape).to(numbers.device) if isinstance(numbers, Tensor) else np.zeros(shape)
+            )
+        self.episode_sums[name] += numbers
 
-    def _account(self, name: str, numbers: Any, number: Any, sums: dict[str, list[Any]]) -> None:
+    def _accumulate(self, name: str, numbers: Any, number: Any, sums: dict[str, list[Any]]) -> None:
         entry = sums.setdefault(name, [0.0, 0])
         entry[0] = entry[0] + numbers.sum()  # without device synchronisation
         entry[1] = entry[1] + number
@@ -117,31 +128,34 @@ class InfoLog:
     def end_episode(self, metrics: Mapping[str, float]) -> None:
         """Accumulate the final :data:`METRICS` of an evaluation's episode, by name; NaN is left out."""
         for name, value in metrics.items():
-            self._account(f"env/{name}", np.nan_to_num(value), value == value, self._ends)
+            self._accumulate(f"env/{name}", np.nan_to_num(value), value == value, self._ends)
 
-    def take(self) -> Sums:
-        """Sums over steps since the last call."""
-        sums = added([_plain(self._sums), _plain(self._metrics)])
+    def pop(self) -> SumsAndCounts:
+        """SumsAndCounts over steps since the last call."""
+        sums = merge_sums([_plain(self._sums), _plain(self._metrics)])
         self._sums, self._metrics, self._ends = {}, {}, {}
         return sums
 
-    def take_evaluation(self) -> Sums:
-        """Sums of :data:`METRICS` at the ends of episodes since the last call."""
-        sums = added([_plain(self._sums), _plain(self._ends)])
+    def pop_evaluation(self) -> SumsAndCounts:
+        """SumsAndCounts of :data:`METRICS` at the ends of episodes since the last call."""
+        sums = merge_sums([_plain(self._sums), _plain(self._ends)])
         self._sums, self._metrics, self._ends = {}, {}, {}
         return sums
 
     def restart(self) -> None:
         """Reset the sums of episodes; keep those of steps."""
-        self.carry, self._saved = {}, {}
+        self.episode_sums, self._saved = {}, {}
 
     def state(self) -> dict[str, Tensor]:
-        """Sums of the unfinished episodes."""
-        return {**self._saved, **{name: torch.as_tensor(carry).cpu().clone() for name, carry in self.carry.items()}}
+        """SumsAndCounts of the unfinished episodes."""
+        return {
+            **self._saved,
+            **{name: torch.as_tensor(sums).cpu().clone() for name, sums in self.episode_sums.items()},
+        }
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Restore the sums of :meth:`state`."""
-        self.carry, self._saved = {}, dict(state)
+        self.episode_sums, self._saved = {}, dict(state)
 
 
 def final_info(info: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -159,10 +173,47 @@ def metrics_at_end(info: Mapping[str, Any], done: Array) -> dict[str, Array]:
     """
     found = {}
     for name, value, given in _named(info, METRICS):
-        numbers, mask = numbers_of(value, done), mask_of(given, done)
+        numbers, mask = to_float_array(value, done), mask_of(given, done)
         if numbers is not None:
             found[name] = np.where(done if mask is None else done & mask, numbers, np.nan)
     return found
+
+
+def success_and_failure(info: Mapping[str, Any], like: Any) -> Any:
+    """[N, 2] success and failure, each 1.0 or 0.0 where an environment reports it, else NaN; None where none does.
+
+    Args:
+        info: of the step.
+        like: [N] array or tensor: the result is likewise.
+    """
+    flags = [_first_reported(info, keys, like) for keys in (SUCCESS_KEYS, FAILURE_KEYS)]
+    if all(flag is None for flag in flags):
+        return None
+    if isinstance(like, Tensor):
+        unknown = torch.full_like(like, torch.nan)
+        return torch.stack([unknown if flag is None else flag.to(unknown) for flag in flags], -1)
+    return np.stack([np.full(len(like), np.nan) if flag is None else flag for flag in flags], -1)
+
+
+def life_lost(info: Mapping[str, Any], done: Array) -> Array | None:
+    """[N] bool, a life was lost; None where no environment reports it."""
+    lost = _first_reported(info, (LIFE_LOST,), done) if LIFE_LOST in info else None
+    return None if lost is None else np.nan_to_num(lost) != 0
+
+
+def _first_reported(info: Mapping[str, Any], keys: tuple[str, ...], like: Any) -> Any:
+    """[N] value of each environment under the first of ``keys`` that it reports, NaN without; None without any."""
+    where: Any = torch.where if isinstance(like, Tensor) else np.where
+    reported = None
+    for key in keys:
+        numbers = to_float_array(info[key], like) if key in info else None
+        if numbers is None:
+            continue
+        mask = mask_of(info.get(f"_{key}"), like)
+        if mask is not None or not numbers.ndim:
+            numbers = where(like == like if mask is None else mask, numbers, np.nan)
+        reported = numbers if reported is None else where(reported == reported, reported, numbers)
+    return reported
 
 
 def _named(info: Mapping[str, Any], key: str) -> list[tuple[str, Any, Any]]:
@@ -174,7 +225,7 @@ def _named(info: Mapping[str, Any], key: str) -> list[tuple[str, Any, Any]]:
     return [(name.strip("/"), value, mask) for name, value, mask in named if not name.startswith("_")]
 
 
-def numbers_of(given: Any, like: Any) -> Any:
+def to_float_array(given: Any, like: Any) -> Any:
     """Values of N environments under one key as numbers [N], or [] of a vector as a whole; None where they are neither.
 
     Values that are no numbers become NaN. An array, tensor or list of one number counts as that number.
@@ -228,13 +279,13 @@ def _number(one: Any) -> float:
         return np.nan
 
 
-def _plain(sums: Mapping[str, list[Any]]) -> Sums:
+def _plain(sums: Mapping[str, list[Any]]) -> SumsAndCounts:
     return {name: (float(total), float(number)) for name, (total, number) in sums.items() if number}
 
 
-def added(every: list[Sums]) -> Sums:
+def merge_sums(every: list[SumsAndCounts]) -> SumsAndCounts:
     """Merge sums of several logs."""
-    together: Sums = {}
+    together: SumsAndCounts = {}
     for sums in every:
         for name, (total, number) in sums.items():
             have = together.get(name, (0.0, 0.0))
@@ -242,7 +293,7 @@ def added(every: list[Sums]) -> Sums:
     return together
 
 
-def means(sums: Sums) -> dict[str, float]:
+def means(sums: SumsAndCounts) -> dict[str, float]:
     """Means of sums, for loggers."""
     return {name: total / number for name, (total, number) in sums.items()}
 

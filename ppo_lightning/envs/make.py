@@ -1,47 +1,34 @@
 """Makes vectors of environments: ids, callables, wrappers, vectorisation."""
 
 import contextlib
-import copy
 import difflib
 import importlib.util
 import inspect
 import multiprocessing
 import re
 import signal
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import forkserver
 from typing import Any, Literal, get_args
 
 import gymnasium as gym
-import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from ppo_lightning.envs.info import FINAL_INFO, FINAL_OBSERVATION
-from ppo_lightning.envs.promise import described, flag, number, old_api, wrong_part, wrong_reset, wrong_step
-from ppo_lightning.envs.state import environment_state, restore_environment
-from ppo_lightning.envs.streams import move, moved, seed_shared
-from ppo_lightning.envs.third_party import adapted
-from ppo_lightning.envs.values import set_values, time_limit
-from ppo_lightning.envs.workers import Workers
-from ppo_lightning.errors import EnvironmentFault, InputError
+from ppo_lightning.envs.checked import Env, make_checked
+from ppo_lightning.envs.third_party import adapt
+from ppo_lightning.envs.workers import ForkserverAsyncVectorEnv
+from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import shown
-from ppo_lightning.spaces import MASK
 
-Env = gym.Env[Any, Any]
 EnvSource = str | VectorEnv | Callable[..., VectorEnv | Env]
 Vectorization = Literal["sync", "async", "vector_entry_point"]
 
 EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "ale_py": "atari", "minigrid": "minigrid", "pygame": "classic-control"}
 """Extra of this package that installs a missing module of an environment."""
-
-FLAGS = frozenset({bool, np.bool_})
-NUMBERS = frozenset({float, int, np.float64, np.float32, np.int64})
-"""Types of flags and rewards that need no further check."""
 
 PACKAGES = {
     "ALE/": "ale_py",
@@ -53,17 +40,8 @@ PACKAGES = {
 }
 """Prefixes of the ids that a package registers when it is imported."""
 
-RESTARTED = "ppo_lightning_restarted"
-"""Key of ``info`` under which an environment reports why it was restarted."""
-
 NORMALIZERS = {"normalize_observation": ("obs",), "normalize_reward": ("rew", "ret")}
 """Our parameters that normalise, with parts of the names of wrappers, or of their attributes, that do the same."""
-
-STREAMS = "streams"
-"""Key of the process's random state in an environment's state."""
-
-RESERVED = frozenset((FINAL_OBSERVATION, FINAL_INFO))
-"""Keys of info that belong to the vector: an environment's own values under them are left out."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +109,7 @@ class EnvFactory:
             return f"{advice} (env_kwargs: max_episode_steps)"
         return f"{advice} (gymnasium.wrappers.TimeLimit among the wrappers, or what {self.name} takes for it)"
 
-    def again(self) -> "EnvFactory | None":
+    def for_evaluation(self) -> "EnvFactory | None":
         """A factory for evaluation; None where the user gave an instance that cannot be recreated.
 
         Wrappers whose class sets ``training_only = True`` are left out.
@@ -147,14 +125,14 @@ class EnvFactory:
         kwargs = {key: value for key, value in kwargs.items() if key not in {"num_envs", "vector_kwargs", "wrappers"}}
         return EnvFactory(spec.id, kwargs, spec.kwargs.get("wrappers", ()), mode)
 
-    def probe(self, num_envs: int) -> tuple[gym.Space[Any], gym.Space[Any], VectorEnv | None]:
+    def infer_spaces(self, num_envs: int) -> tuple[gym.Space[Any], gym.Space[Any], VectorEnv | None]:
         """Spaces of one environment, and the vector itself where it had to be made to get them.
 
         Raises:
             InputError: a wrapper normalises by its own statistics.
         """
         if isinstance(self.env, VectorEnv):
-            made: VectorEnv | Env = adapted(self.env)
+            made: VectorEnv | Env = adapt(self.env)
         elif isinstance(self.env, str) and self.vectorization != "vector_entry_point":
             made = self._single(find_spec(self.env))
         else:
@@ -188,7 +166,7 @@ class EnvFactory:
             first: number of the first, in messages.
         """
         if isinstance(self.env, VectorEnv):
-            return adapted(self.env)
+            return adapt(self.env)
         if isinstance(self.env, str) and self.vectorization != "vector_entry_point":
             spec = find_spec(self.env)
             return self._vectorize(lambda: self._single(spec), num_envs, first)
@@ -205,13 +183,13 @@ class EnvFactory:
                 raise InputError(f"{self.env} has no vector entry point: set vectorization to sync or async")
             with making(self.env):
                 made = gym.make_vec(spec, num_envs, vectorization_mode="vector_entry_point", **self.env_kwargs)
-            return adapted(made)
+            return adapt(made)
         assert not isinstance(self.env, VectorEnv)
         kwargs = dict(self.env_kwargs)
         if "num_envs" not in kwargs and "num_envs" in _parameters(self.env):
             kwargs["num_envs"] = num_envs
         with making(self.name):
-            made = adapted(self.env(**kwargs))
+            made = adapt(self.env(**kwargs))
         if not isinstance(made, VectorEnv | gym.Env):
             raise InputError(
                 f"env={self.name} made a {type(made).__name__}: it must return a gymnasium.vector.VectorEnv or a gymnasium.Env"
@@ -240,21 +218,23 @@ class EnvFactory:
 
     def _single(self, spec: EnvSpec) -> Env:
         with making(spec.id):
-            # Gymnasium's own passive checker only warns, and costs a call per step: Watched checks instead.
+            # Gymnasium's own passive checker only warns, and costs a call per step: CheckedEnv checks instead.
             env = gym.make(spec, disable_env_checker=True, **self.env_kwargs)
         return self._wrapped(env)
 
     def _vectorize(self, make: Callable[[], Env], num_envs: int, first: int) -> VectorEnv:
         # Environments that are random when they are made depend on the run's seed, and differ between workers.
         entropy = None if self.vectorization == "sync" else torch.initial_seed() % 2**64
-        makers = [partial(_watched, make, index, self.restarts, entropy) for index in range(first, first + num_envs)]
+        makers = [
+            partial(make_checked, make, index, self.restarts, entropy) for index in range(first, first + num_envs)
+        ]
         if self.vectorization == "sync":
             with contextlib.ExitStack() as made:  # SyncVectorEnv leaves environments open when a later one fails
                 envs = [made.enter_context(contextlib.closing(maker())) for maker in makers]
                 made.pop_all()
             # SAME_STEP has no dummy steps, and a rollout copies what it stores.
             return SyncVectorEnv(
-                [partial(_itself, env) for env in envs], copy=False, autoreset_mode=AutoresetMode.SAME_STEP
+                [partial(_identity, env) for env in envs], copy=False, autoreset_mode=AutoresetMode.SAME_STEP
             )
         # Forking a process that runs threads can deadlock the child: workers come from a clean server that has
         # imported this package once. Scripts need `if __name__ == "__main__":`, as with any such workers.
@@ -264,7 +244,7 @@ class EnvFactory:
             forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return Workers(makers, first)
+        return ForkserverAsyncVectorEnv(makers, first)
 
 
 def refuse_running_statistics(env: Any, name: str) -> None:
@@ -319,219 +299,8 @@ def _is_for_training(wrapper: Callable[[Env], Env]) -> bool:
     return getattr(wrapper.func if isinstance(wrapper, partial) else wrapper, "training_only", False) is True
 
 
-def _itself(env: Env) -> Env:
+def _identity(env: Env) -> Env:
     return env
-
-
-def _watched(make: Callable[[], Env], index: int, restarts: bool, entropy: int | None) -> "Watched":
-    """A checked environment in this process, or in its own: then ``entropy`` seeds the shared generators."""
-    try:
-        if entropy is not None:
-            seed_shared(entropy, 1 + index)  # a seed that differs from those of resets
-        return Watched(make(), index, make if restarts else None, has_process=entropy is not None)
-    except Exception as error:
-        lines = "".join(traceback.format_exception(error))
-        raise EnvironmentFault(f"environment {index} could not be made: {error}\n\n{lines}") from error
-
-
-class Watched(gym.Wrapper[Any, Any, Any, Any]):
-    """One environment whose exceptions, and values outside its spaces, are reported with its name.
-
-    Where it can be restarted, an error in ``step`` truncates the episode, with reward 0 and the last observation before the
-    error, which ``info`` reports under :data:`RESTARTED`. A ``reset`` that raises is retried once on a new environment.
-
-    Args:
-        env: the environment, wrapped as the user asked.
-        index: its place in the vector, from 0.
-        make: restarts it; None ends the run.
-        has_process: it is alone in a process: resets with a seed also seed the process's shared generators.
-
-    Raises:
-        EnvironmentFault: from ``reset`` and ``step``, with the environment's own traceback.
-    """
-
-    def __init__(
-        self, env: Env, index: int, make: Callable[[], Env] | None = None, *, has_process: bool = False
-    ) -> None:
-        super().__init__(env)
-        self.index, self._make, self._has_process = index, make, has_process
-        self._streams_seed: int | None = None
-        self._seed: int | None = None
-        self._renewals, self._is_new = 0, False
-        self._last: Any = None
-        self._steered = partial(set_values, values={})
-        self._wear(env)
-
-    def _wear(self, env: Env) -> None:
-        self.env = env
-        self._step = env.step
-        self._shape, self._dtype = env.observation_space.shape, env.observation_space.dtype
-        self._is_array = isinstance(env.observation_space, gym.spaces.Box)
-        # Stable-Baselines3's contributed MaskablePPO calls this method.
-        self._masks = env.get_wrapper_attr("action_masks") if env.has_wrapper_attr("action_masks") else None
-
-    @property
-    def time_limit(self) -> float | None:
-        """Steps after which episodes end at the latest; None where unknown."""
-        return time_limit(self.env)
-
-    @property
-    def run_state(self) -> list[Any] | None:
-        """State of the environment; worker processes get and set it under this name."""
-        state = environment_state(self)
-        if state is None or self._streams_seed is None:
-            return state
-        return [{**state[0], STREAMS: moved(self._streams_seed)}, *state[1:]]
-
-    @run_state.setter
-    def run_state(self, state: list[Any]) -> None:
-        last = self._last
-        restore_environment(self, state)
-        if STREAMS in state[0] and self._streams_seed is not None:
-            move(state[0][STREAMS], self._streams_seed)
-        if self._last is None:  # the run that saved it could not restart environments
-            self._last = last
-
-    def steer(self, values: Mapping[str, Any]) -> str | None:
-        """Set attributes of the environment, now and after each restart; returns the first name that it lacks."""
-        self._steered = partial(set_values, values={**self._steered.keywords["values"], **values})
-        return set_values(self.env, values)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset, and name the environment in errors."""
-        try:
-            observation, info = self._reset(seed, options)
-        except EnvironmentFault as fault:
-            if self._make is None:
-                raise
-            self._renew()
-            observation, info = self._reset(None, options)
-            info = {**info, RESTARTED: str(fault)}
-        info = _unreserved(info)
-        if self._make is not None:
-            self._last = copy.deepcopy(observation)
-        return observation, info if self._masks is None else self._masked("reset", info)
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step, and name the environment in errors."""
-        try:
-            given = self._step(action)
-        except Exception as error:
-            fault = self._fault("step", error)
-            if self._make is None:
-                raise fault from error
-            self._renew()
-            return self._last, 0.0, False, True, {RESTARTED: str(fault)}
-        if type(given) is not tuple or len(given) != 5:
-            given = self._five(given)
-        observation, reward, terminated, truncated, info = given
-        if type(reward) not in NUMBERS:
-            reward = self._number(reward)
-        if type(terminated) not in FLAGS or type(truncated) not in FLAGS:
-            terminated, truncated = self._flag("terminated", terminated), self._flag("truncated", truncated)
-        if type(info) is not dict:
-            info = self._dict(given)
-        if info:
-            info = _unreserved(info)
-        if (
-            type(observation) is not np.ndarray
-            or observation.shape != self._shape
-            or observation.dtype != self._dtype
-            or not self._is_array
-        ):
-            self._check("step", observation)
-        if self._make is not None:
-            self._last = copy.deepcopy(observation)
-        if terminated or truncated:
-            observation, info = copy.deepcopy(observation), copy.copy(info)  # a reset may overwrite them
-        elif self._masks is not None:
-            info = self._masked("step", info)
-        return observation, reward, terminated, truncated, info
-
-    def _five(self, given: Any) -> Any:
-        if not isinstance(given, tuple | list) or len(given) != 5:
-            raise EnvironmentFault(f"environment {self.index} {wrong_step(given)}")
-        return given
-
-    def _dict(self, given: Any) -> dict[str, Any]:
-        if not isinstance(given[4], Mapping):
-            raise EnvironmentFault(f"environment {self.index} {wrong_step(given)}")
-        return dict(given[4])
-
-    def _number(self, reward: Any) -> float:
-        if reward is None:
-            return np.nan  # the rollout refuses it, like any reward that is not finite
-        given = number(reward)
-        if given is None:
-            raise EnvironmentFault(
-                f"environment {self.index} returned in step the reward {described(reward)}: return one number"
-            )
-        return given
-
-    def _flag(self, key: str, value: Any) -> bool:
-        given = flag(value)
-        if given is None:
-            raise EnvironmentFault(
-                f"environment {self.index} returned in step {key} {described(value)}: return True or False"
-            )
-        return given
-
-    def _reset(self, seed: int | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
-        if seed is not None:
-            self._seed = seed
-        elif self._is_new and self._seed is not None:  # else its episodes would not depend on the run's seed
-            seed = int(np.random.SeedSequence([self._seed, self._renewals]).generate_state(1)[0])
-        self._is_new = False
-        if self._has_process and seed is not None:
-            self._streams_seed = seed
-            seed_shared(seed)
-        try:
-            given: Any = self.env.reset(seed=seed, options=options)
-        except Exception as error:
-            raise self._fault("reset", error) from error
-        if not isinstance(given, tuple | list) or len(given) != 2 or not isinstance(given[1], Mapping):
-            raise EnvironmentFault(f"environment {self.index} {wrong_reset(given)}")
-        self._check("reset", given[0])
-        return given[0], dict(given[1])
-
-    def _renew(self) -> None:
-        assert self._make is not None
-        with contextlib.suppress(Exception):  # it has failed already
-            self.env.close()
-        self._wear(self._make())
-        self._steered(self.env)
-        self._renewals, self._is_new = self._renewals + 1, True
-
-    def _masked(self, where: str, info: dict[str, Any]) -> dict[str, Any]:
-        assert self._masks is not None
-        try:
-            return {MASK: np.asarray(self._masks()), **info}
-        except Exception as error:
-            raise self._fault(f"action_masks after {where}", error) from error
-
-    def _fault(self, where: str, error: Exception) -> EnvironmentFault:
-        old = old_api(error)
-        if old is not None:
-            return EnvironmentFault(f"environment {self.index} {old}")
-        # The traceback goes into the text, since a worker process can only send text.
-        lines = "".join(traceback.format_exception(error))
-        return EnvironmentFault(
-            f"environment {self.index} raised {type(error).__name__} in {where}: {error}\n\n{lines}"
-        )
-
-    def _check(self, where: str, observation: Any) -> None:
-        problem = wrong_part(observation, self.observation_space)
-        if problem is not None:
-            raise EnvironmentFault(
-                f"environment {self.index} returned in {where} an observation {problem}: make the environment return what its "
-                "space says, or correct the space"
-            )
-
-
-def _unreserved(info: dict[str, Any]) -> dict[str, Any]:
-    if RESERVED.isdisjoint(info):
-        return info
-    return {key: value for key, value in info.items() if key not in RESERVED}
 
 
 def resolve(env: EnvSource) -> EnvSource:

@@ -41,46 +41,46 @@ class ActionMasks:
         self._methods = _mask_methods(env)
         sizes = action_dims(env.single_action_space)
         self._begins, self._free = np.cumsum([0, *sizes])[:-1], np.ones(sum(sizes), dtype=bool)
-        self.now: Array | None = None
+        self.current: Array | None = None
         """[N, M] bool; None where the environments give none."""
 
-    def start(self, observation: Any, info: dict[str, Any]) -> None:
+    def reset(self, observation: Any, info: dict[str, Any]) -> None:
         """Read the masks after a reset of all environments, which decides whether there are masks.
 
         Raises:
             InputError: they do not fit the action space.
             EnvironmentFault: an environment gives none, or one without an allowed action.
         """
-        self.now = None
+        self.current = None
         if self.observed or MASK in info or self._methods:
-            self._take(observation, info, np.ones(self.num_envs, dtype=bool), "reset")
+            self._read(observation, info, np.ones(self.num_envs, dtype=bool), "reset")
 
-    def step(self, observation: Any, info: dict[str, Any], free: Array | None) -> None:
+    def step(self, observation: Any, info: dict[str, Any], ignore: Array | None) -> None:
         """Read the masks after a step.
 
         Args:
             observation: of the vector.
             info: of the vector.
-            free: [N] bool, environments whose next action does not matter.
+            ignore: [N] bool, environments whose next action does not matter.
         """
-        if self.now is not None:
-            self._take(observation, info, np.ones(self.num_envs, dtype=bool) if free is None else ~free, "step")
+        if self.current is not None:
+            self._read(observation, info, np.ones(self.num_envs, dtype=bool) if ignore is None else ~ignore, "step")
         elif MASK in info:
             raise EnvironmentFault(
                 f"{self.name} gives info['{MASK}'] in step but not in reset: give it in both, an episode's first action "
                 "is masked too"
             )
 
-    def restart(self, observation: Any, info: dict[str, Any], begun: Array) -> None:
+    def reset_envs(self, observation: Any, info: dict[str, Any], begun: Array) -> None:
         """Read the masks of the new episodes, [N] bool."""
-        if self.now is not None:
-            kept = self.now
-            self._take(observation, info, begun, "reset")
-            self.now[~begun] = kept[~begun]
+        if self.current is not None:
+            kept = self.current
+            self._read(observation, info, begun, "reset")
+            self.current[~begun] = kept[~begun]
 
-    def _take(self, observation: Any, info: dict[str, Any], needed: Array, where: str) -> None:
+    def _read(self, observation: Any, info: dict[str, Any], needed: Array, where: str) -> None:
         if not needed.any():  # all episodes are over: no mask is needed
-            self.now = np.tile(self._free, (self.num_envs, 1))
+            self.current = np.tile(self._free, (self.num_envs, 1))
             return
         if self._methods and MASK not in info:
             each = zip(self._methods, needed, strict=True)
@@ -110,7 +110,7 @@ class ActionMasks:
                 f"environment {self._numbers(nothing)} of {self.name} allows no action after {where}: its "
                 f"{MASK} has a choice with nothing valid; end the episode before, or allow an action that does nothing"
             )
-        self.now = mask
+        self.current = mask
 
     def _numbers(self, which: Any) -> list[int]:
         """Numbers of the environments [N] bool, in messages."""

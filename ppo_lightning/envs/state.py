@@ -16,21 +16,21 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
-from ppo_lightning.envs.workers import Workers
+from ppo_lightning.envs.workers import ForkserverAsyncVectorEnv
 from ppo_lightning.errors import InputError
 
-KNOWN = (
+SUPPORTED_MODULES = (
     "gymnasium.envs.classic_control.",
     "gymnasium.envs.toy_text.",
     "gymnasium.wrappers.",
-    "ppo_lightning.envs.make.",
+    "ppo_lightning.envs.checked.",
 )
 """Modules whose objects keep their state in attributes: those that are not plain data do not change."""
 MUJOCO = "gymnasium.envs.mujoco."
 MUJOCO_PARTS = {"model", "data", "mujoco_renderer"}
-INNER = {"env", "envs", "spec", "metadata"}
+NOT_STATE = {"env", "envs", "spec", "metadata", "_overrides"}
 """Attributes that are not part of the layer's own state."""
-MARK = "~"
+TYPE_KEY = "~"
 """Key that marks encoded values; no attribute has this name."""
 BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
@@ -66,11 +66,13 @@ def vector_state(env: VectorEnv, ask: Callable[[AsyncVectorEnv, str], Any]) -> l
         layers.append(_layer_state(env))
         env = env.env
     if isinstance(env, AsyncVectorEnv):
-        # Workers do not report which episodes the next step resets.
+        # ForkserverAsyncVectorEnv do not report which episodes the next step resets.
         alike = env.metadata["autoreset_mode"] is not AutoresetMode.NEXT_STEP
-        inner = [{"envs": list(ask(env, "run_state"))}] if alike and isinstance(env, Workers) else [None]
+        inner = (
+            [{"envs": list(ask(env, "run_state"))}] if alike and isinstance(env, ForkserverAsyncVectorEnv) else [None]
+        )
     elif isinstance(env, SyncVectorEnv):
-        inner = [{"envs": list(map(environment_state, env.envs)), "autoreset": pack(env._autoreset_envs)}]
+        inner = [{"envs": list(map(environment_state, env.envs)), "autoreset": serialize(env._autoreset_envs)}]
     else:
         inner = [_layer_state(env)]
     layers += inner
@@ -89,7 +91,7 @@ def restore_vector(env: VectorEnv, state: list[Any]) -> None:
     elif isinstance(env, SyncVectorEnv):
         for one, own in zip(env.envs, inner["envs"], strict=True):
             restore_environment(one, own)
-        env._autoreset_envs = unpack(inner["autoreset"])
+        env._autoreset_envs = deserialize(inner["autoreset"])
     else:
         _restore_layer(env, inner)
 
@@ -101,15 +103,15 @@ def _layers(env: gym.Env[Any, Any]) -> list[gym.Env[Any, Any]]:
     return layers
 
 
-def same_environments(one: list[Any], other: list[Any]) -> bool:
+def same_signature(one: list[Any], other: list[Any]) -> bool:
     """Whether two states are of vectors made alike: the same layers, with the same arguments."""
-    return _kinds(one) == _kinds(other)
+    return _signature(one) == _signature(other)
 
 
-def _kinds(state: Any) -> Any:
+def _signature(state: Any) -> Any:
     if isinstance(state, list):
-        return [_kinds(part) for part in state]
-    return state.get("kind", _kinds(state.get("envs", [])))
+        return [_signature(part) for part in state]
+    return state.get("signature", _signature(state.get("envs", [])))
 
 
 def _layer_state(layer: Any) -> dict[str, Any] | None:
@@ -118,7 +120,7 @@ def _layer_state(layer: Any) -> dict[str, Any] | None:
         spec = layer.spec if isinstance(layer, gym.Env | VectorEnv) else None
         made = None if spec is None else (spec.id, sorted(map(str, spec.kwargs.items())), spec.max_episode_steps)
         limit = getattr(layer, "_max_episode_steps", None)  # of TimeLimit
-        state["kind"] = re.sub(
+        state["signature"] = re.sub(
             " at 0x[0-9a-f]+", "", f"{type(layer).__module__}.{type(layer).__qualname__} {made} {limit}"
         )
     return state
@@ -127,15 +129,15 @@ def _layer_state(layer: Any) -> dict[str, Any] | None:
 def _own_state(layer: Any) -> dict[str, Any] | None:
     module = f"{type(layer).__module__}."
     if module.startswith(MUJOCO):
-        own = _attributes(layer, INNER | MUJOCO_PARTS)
+        own = _attributes(layer, NOT_STATE | MUJOCO_PARTS)
         return {"attributes": own, "mujoco": _mujoco_state(layer.model, layer.data)}
-    if module.startswith(KNOWN):
-        return {"attributes": _attributes(layer, INNER)}
+    if module.startswith(SUPPORTED_MODULES):
+        return {"attributes": _attributes(layer, NOT_STATE)}
     methods = _methods(layer)
     if methods is None:
         return None
     try:
-        return {"own": pack(methods[0]()), "random": None if _wraps(layer) else pack(layer._np_random)}
+        return {"own": serialize(methods[0]()), "random": None if _wraps(layer) else serialize(layer._np_random)}
     except _NotPlainError as error:
         raise InputError(
             f"get_state of {type(layer).__name__} returned {error}: return numbers, strings, arrays, tensors, or lists, tuples "
@@ -148,8 +150,8 @@ def _restore_layer(layer: Any, state: dict[str, Any]) -> None:
         methods = _methods(layer)
         assert methods is not None
         if not _wraps(layer):
-            layer._np_random = unpack(state["random"])
-        methods[1](unpack(state["own"]))
+            layer._np_random = deserialize(state["random"])
+        methods[1](deserialize(state["own"]))
         return
     if "mujoco" in state:
         _restore_mujoco(layer.model, layer.data, state["mujoco"])
@@ -175,23 +177,23 @@ def _attributes(owner: Any, without: set[str]) -> dict[str, Any]:
         if name in without or isinstance(value, str | bytes):  # names of folders and modes, no state
             continue
         try:
-            plain[name] = pack(value)
+            plain[name] = serialize(value)
         except _NotPlainError:
             if type(value).__module__.startswith("gymnasium.wrappers."):  # running means of a wrapper
-                plain[name] = {MARK: "attributes", "value": _attributes(value, set())}
+                plain[name] = {TYPE_KEY: "attributes", "value": _attributes(value, set())}
     return plain
 
 
 def _restore_attributes(owner: Any, attributes: Mapping[str, Any]) -> None:
     """Restore the attributes of :func:`_attributes`, and nothing else from a file."""
-    known = _attributes(owner, INNER | MUJOCO_PARTS)
+    known = _attributes(owner, NOT_STATE | MUJOCO_PARTS)
     for name, value in attributes.items():
         if name not in known:
             continue
-        if isinstance(value, dict) and value.get(MARK) == "attributes":
+        if isinstance(value, dict) and value.get(TYPE_KEY) == "attributes":
             _restore_attributes(getattr(owner, name), value["value"])
             continue
-        value = unpack(value)
+        value = deserialize(value)
         if not isinstance(value, str | bytes):
             setattr(owner, name, value)
 
@@ -203,19 +205,22 @@ def _mujoco_state(model: Any, data: Any) -> dict[str, Any]:
     whole = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # pyright: ignore[reportAttributeAccessIssue]
     integrated = np.empty(mujoco.mj_stateSize(model, whole))  # pyright: ignore[reportAttributeAccessIssue]
     mujoco.mj_getState(model, data, integrated, whole)  # pyright: ignore[reportAttributeAccessIssue]
-    return {"integrated": pack(integrated), "arrays": {name: pack(array) for name, array in _arrays(data).items()}}
+    return {
+        "integrated": serialize(integrated),
+        "arrays": {name: serialize(array) for name, array in _arrays(data).items()},
+    }
 
 
 def _restore_mujoco(model: Any, data: Any, state: dict[str, Any]) -> None:
     import mujoco  # pyright: ignore[reportMissingImports]
 
     whole = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # pyright: ignore[reportAttributeAccessIssue]
-    mujoco.mj_setState(model, data, unpack(state["integrated"]), whole)  # pyright: ignore[reportAttributeAccessIssue]
+    mujoco.mj_setState(model, data, deserialize(state["integrated"]), whole)  # pyright: ignore[reportAttributeAccessIssue]
     mujoco.mj_forward(model, data)  # pyright: ignore[reportAttributeAccessIssue]
     saved = state["arrays"]
     for name, array in _arrays(data).items():
         if name in saved and saved[name]["value"].shape == array.shape:  # the solver's own vary with contacts
-            array[...] = unpack(saved[name])
+            array[...] = deserialize(saved[name])
 
 
 def _arrays(data: Any) -> dict[str, np.ndarray]:
@@ -223,7 +228,7 @@ def _arrays(data: Any) -> dict[str, np.ndarray]:
     return {name: value for name, value in found.items() if isinstance(value, np.ndarray) and value.dtype != object}
 
 
-def pack(value: Any) -> Any:
+def serialize(value: Any) -> Any:
     """Encode a value for ``torch.load(weights_only=True)``.
 
     Raises:
@@ -235,58 +240,58 @@ def pack(value: Any) -> Any:
         if value.dtype.kind not in "biufc" or value.dtype.itemsize > (16 if value.dtype.kind == "c" else 8):
             raise _NotPlainError(f"an array of {value.dtype}")
         kind = "array" if isinstance(value, np.ndarray) else "number"
-        return {MARK: kind, "value": np.array(value)}
+        return {TYPE_KEY: kind, "value": np.array(value)}
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, np.random.Generator):
-        return {MARK: "generator", "value": pack(value.bit_generator.state)}
+        return {TYPE_KEY: "generator", "value": serialize(value.bit_generator.state)}
     if isinstance(value, deque):
-        return {MARK: "deque", "value": [pack(item) for item in value], "maxlen": value.maxlen}
+        return {TYPE_KEY: "deque", "value": [serialize(item) for item in value], "maxlen": value.maxlen}
     if type(value) in (list, tuple):
-        return type(value)(pack(item) for item in value)
+        return type(value)(serialize(item) for item in value)
     if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
-        return {key: pack(item) for key, item in value.items()}
+        return {key: serialize(item) for key, item in value.items()}
     raise _NotPlainError(f"a {type(value).__name__}")
 
 
-def as_tensors(packed: Any) -> Any:
-    """Packed data with its arrays as tensors, which files of plain data can hold; :func:`unpack` takes both."""
-    if isinstance(packed, dict):
-        return {key: as_tensors(item) for key, item in packed.items()}
-    if type(packed) in (list, tuple):
-        return type(packed)(as_tensors(item) for item in packed)
-    return torch.from_numpy(packed.copy()) if isinstance(packed, np.ndarray) else packed
+def as_tensors(serialized: Any) -> Any:
+    """Packed data with its arrays as tensors, which files of plain data can hold; :func:`deserialize` takes both."""
+    if isinstance(serialized, dict):
+        return {key: as_tensors(item) for key, item in serialized.items()}
+    if type(serialized) in (list, tuple):
+        return type(serialized)(as_tensors(item) for item in serialized)
+    return torch.from_numpy(serialized.copy()) if isinstance(serialized, np.ndarray) else serialized
 
 
-def _as_arrays(packed: Any) -> Any:
+def _as_arrays(serialized: Any) -> Any:
     """The reverse: a pipe would share a tensor's memory between processes."""
-    if type(packed) in (list, tuple):
-        return type(packed)(_as_arrays(item) for item in packed)
-    if not isinstance(packed, dict):
-        return packed
-    if MARK in packed and isinstance(packed["value"], Tensor):
-        return {**packed, "value": packed["value"].numpy()}
-    return {key: _as_arrays(item) for key, item in packed.items()}
+    if type(serialized) in (list, tuple):
+        return type(serialized)(_as_arrays(item) for item in serialized)
+    if not isinstance(serialized, dict):
+        return serialized
+    if TYPE_KEY in serialized and isinstance(serialized["value"], Tensor):
+        return {**serialized, "value": serialized["value"].numpy()}
+    return {key: _as_arrays(item) for key, item in serialized.items()}
 
 
-def unpack(value: Any) -> Any:
-    """Decode a value of :func:`pack`."""
+def deserialize(value: Any) -> Any:
+    """Decode a value of :func:`serialize`."""
     if isinstance(value, list | tuple):
-        return type(value)(unpack(item) for item in value)
+        return type(value)(deserialize(item) for item in value)
     if not isinstance(value, dict):
         return value
-    kind = value.get(MARK)
+    kind = value.get(TYPE_KEY)
     if kind is None:
-        return {key: unpack(item) for key, item in value.items()}
+        return {key: deserialize(item) for key, item in value.items()}
     inner = value["value"]
     if kind == "generator":
-        state = unpack(inner)
+        state = deserialize(inner)
         name = BIT_GENERATORS[BIT_GENERATORS.index(state["bit_generator"])]
         bits = getattr(np.random, name)()
         bits.state = state
         return np.random.Generator(bits)
     if kind == "deque":
-        return deque(map(unpack, inner), maxlen=value["maxlen"])
+        return deque(map(deserialize, inner), maxlen=value["maxlen"])
     array = inner.numpy().copy() if isinstance(inner, Tensor) else inner
     if not isinstance(array, np.ndarray):
         raise InputError("the checkpoint's state of an environment is none that PPO wrote: give one that it did")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ppo_lightning.envs.state import pack, unpack
+from ppo_lightning.envs.state import deserialize, serialize
 
 
 def seed_shared(*entropy: int) -> None:
@@ -30,7 +30,7 @@ def shared_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        "numpy": pack(np.random.get_state(legacy=False)),  # noqa: NPY002
+        "numpy": serialize(np.random.get_state(legacy=False)),  # noqa: NPY002
         "python": random.getstate(),
     }
 
@@ -40,7 +40,7 @@ def restore_shared(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    np.random.set_state(unpack(state["numpy"]))  # noqa: NPY002
+    np.random.set_state(deserialize(state["numpy"]))  # noqa: NPY002
     random.setstate(state["python"])
 
 
@@ -56,7 +56,7 @@ def set_rng_state(state: dict[str, Any], generator: torch.Generator) -> None:
 
 
 @contextmanager
-def streams_of_their_own(*entropy: int) -> Iterator[None]:
+def temporarily_seeded(*entropy: int) -> Iterator[None]:
     """Seed the shared generators within the context, and restore them afterwards."""
     before = shared_state()
     seed_shared(*entropy)
@@ -66,21 +66,21 @@ def streams_of_their_own(*entropy: int) -> Iterator[None]:
         restore_shared(before)
 
 
-def moved(*entropy: int) -> dict[str, Any]:
+def changed_rng_state(*entropy: int) -> dict[str, Any]:
     """States of the shared generators used since :func:`seed_shared`, as plain data that can be pickled."""
     now = _plain()
-    with streams_of_their_own(*entropy):
+    with temporarily_seeded(*entropy):
         fresh = _plain()
     return {name: state for name, state in now.items() if pickle.dumps(state) != pickle.dumps(fresh[name])}
 
 
-def move(state: dict[str, Any], *entropy: int) -> None:
-    """Seed the shared generators, and restore the states of :func:`moved`."""
+def restore_changed_rng_state(state: dict[str, Any], *entropy: int) -> None:
+    """Seed the shared generators, and restore the states of :func:`changed_rng_state`."""
     seed_shared(*entropy)
     state = {**_plain(), **state}
-    restore_shared({**state, "torch": torch.from_numpy(unpack(state["torch"])), "cuda": None})
+    restore_shared({**state, "torch": torch.from_numpy(deserialize(state["torch"])), "cuda": None})
 
 
 def _plain() -> dict[str, Any]:
     state = shared_state()
-    return {"torch": pack(state["torch"].numpy()), "numpy": state["numpy"], "python": state["python"]}
+    return {"torch": serialize(state["torch"].numpy()), "numpy": state["numpy"], "python": state["python"]}

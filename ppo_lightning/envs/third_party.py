@@ -15,15 +15,15 @@ from typing_extensions import override
 from ppo_lightning.errors import EnvironmentFault, InputError
 
 
-def adapted(env: Any) -> Any:
+def adapt(env: Any) -> Any:
     """Adapt another package's vector to Gymnasium's interface; return any other environment unchanged."""
     if isinstance(env, VectorEnv):
         inner: Any = env
-        while isinstance(inner, VectorWrapper) and not isinstance(inner, Games):
+        while isinstance(inner, VectorWrapper) and not isinstance(inner, AtariFullGames):
             inner = inner.env
         package = type(inner).__module__.partition(".")[0]
         if package == "ale_py":
-            return Games(env)
+            return AtariFullGames(env)
         vector: Any = inner
         if package == "mani_skill":  # it resets in the same step without declaring it
             if not vector.auto_reset:
@@ -32,7 +32,7 @@ def adapted(env: Any) -> Any:
         return env
     is_vector = all(hasattr(env, name) for name in ("num_envs", "device", "step", "reset"))
     if is_vector and (hasattr(env, "get_observations") or hasattr(env, "single_action_space")):
-        return Simulator(env)
+        return IsaacLabVectorEnv(env)
     return env
 
 
@@ -46,7 +46,7 @@ NOT_INFO = frozenset((*LOGS, *FINAL_OBSERVATIONS, "observations", "time_outs"))
 """Extras that are logged elsewhere, or that are never read and not worth copying."""
 
 
-class Simulator(VectorEnv):
+class IsaacLabVectorEnv(VectorEnv):
     """A simulator of many environments on tensors: Isaac Lab's environments, or any VecEnv of rsl_rl.
 
     They reset in the same step. An episode's last observation is ``extras["final_obs"]``, which Isaac Lab's environments give
@@ -190,7 +190,7 @@ def _unbounded(shape: Any) -> Box:
     return Box(-np.inf, np.inf, tuple(shape), dtype=np.float32)
 
 
-class Games(VectorWrapper):
+class AtariFullGames(VectorWrapper):
     """``ale_py.vector_env.AtariVectorEnv`` whose episodes are games.
 
     With ``life_loss_info`` it reports a lost life as terminal within a game. Here ``terminated`` is the end of a game, and

@@ -34,15 +34,15 @@ FAULT_S = 1.0
 CLOSE_S = 2.0
 """Seconds that worker processes have to close their environments."""
 
-GONE = (EOFError, BrokenPipeError, ConnectionResetError)
+PIPE_CLOSED = (EOFError, BrokenPipeError, ConnectionResetError)
 """What a pipe raises when its other end is closed."""
 
 
-class WorkerLost(EnvironmentFault):
+class WorkerDied(EnvironmentFault):
     """A worker process died, or did not answer in time."""
 
 
-class Workers(AsyncVectorEnv):
+class ForkserverAsyncVectorEnv(AsyncVectorEnv):
     """Gymnasium's worker processes from a clean server; a failure to start ends all of them.
 
     Args:
@@ -72,7 +72,7 @@ class Workers(AsyncVectorEnv):
 
     def _check_spaces(self) -> None:
         hear = lambda: [pipe.recv() for pipe in self.parent_pipes]  # noqa: E731
-        failures = [failure for failure in Watch(self, self._first).call("__init__", hear, START_S) if failure]
+        failures = [failure for failure in WorkerMonitor(self, self._first).call("__init__", hear, START_S) if failure]
         if failures:
             raise EnvironmentFault(failures[0])
         super()._check_spaces()
@@ -94,22 +94,22 @@ def _work(
     for number in (signal.SIGINT, signal.SIGTERM):  # the run handles them, and ends its workers
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1)
-    threading.Thread(target=_leave_with_the_run, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         env = make()
     except EnvironmentFault as fault:
         pipe.send(str(fault))
         return
     pipe.send(None)
-    told = cast(Any, _Faults(faults, first))
+    told = cast(Any, _TextErrorQueue(faults, first))
     try:
-        _async_worker(index, lambda: env, cast(Any, _Answers(pipe)), parent_pipe, memory, told, mode, semaphore)
+        _async_worker(index, lambda: env, cast(Any, _PicklingPipe(pipe)), parent_pipe, memory, told, mode, semaphore)
     except SystemExit as error:  # in the run's own process it would be a signal's
         told.put((index, SystemExit, error, traceback.format_exc()))
         pipe.send((None, False))
 
 
-class _Answers:
+class _PicklingPipe:
     """A worker's end of its pipe, which drops values of ``info`` that cannot be pickled."""
 
     def __init__(self, pipe: Any) -> None:
@@ -122,10 +122,10 @@ class _Answers:
             answer, succeeded = message
             if not (isinstance(answer, tuple) and len(answer) in (2, 5) and isinstance(answer[-1], dict)):
                 raise
-            self.pipe.send(((*answer[:-1], _sendable(answer[-1])), succeeded))
+            self.pipe.send(((*answer[:-1], _picklable(answer[-1])), succeeded))
 
 
-def _sendable(info: dict[Any, Any]) -> dict[Any, Any]:
+def _picklable(info: dict[Any, Any]) -> dict[Any, Any]:
     """The entries of an info that can be pickled."""
     kept = {}
     for key, value in info.items():
@@ -134,11 +134,11 @@ def _sendable(info: dict[Any, Any]) -> dict[Any, Any]:
             kept[key] = value
         except Exception:  # as above
             if isinstance(value, dict):
-                kept[key] = _sendable(value)
+                kept[key] = _picklable(value)
     return kept
 
 
-def _leave_with_the_run() -> None:
+def _exit_with_parent() -> None:
     """End with the run's process: a worker that hangs would not see its pipe close."""
     run = multiprocessing.parent_process()
     assert run is not None
@@ -146,7 +146,7 @@ def _leave_with_the_run() -> None:
     os._exit(1)
 
 
-class _Faults:
+class _TextErrorQueue:
     """The queue of a worker's errors, as text: an error that cannot be pickled would never arrive."""
 
     def __init__(self, faults: Any, first: int) -> None:
@@ -160,7 +160,7 @@ class _Faults:
         self.faults.put((index, EnvironmentFault, text, ""))
 
 
-class Watch:
+class WorkerMonitor:
     """Waits for the answers of worker processes, and notices at once when one has died.
 
     Args:
@@ -186,14 +186,14 @@ class Watch:
             timeout_s: wait this long for all answers first; None does not wait.
 
         Raises:
-            WorkerLost: one died, or did not answer in time.
+            WorkerDied: one died, or did not answer in time.
         """
         try:
             if timeout_s is not None:
                 self._wait(where, timeout_s)
             return call()
-        except GONE as error:
-            lost = self._death(where)
+        except PIPE_CLOSED as error:
+            lost = self._died_error(where)
             kill(self.env)
             raise lost from error
         except queue.Empty as error:
@@ -213,36 +213,36 @@ class Watch:
             try:
                 ready = dict(self._poll.poll(1000 * max(0.0, deadline - time.monotonic())))
                 if not ready:
-                    raise self._silence(where, timeout_s)
+                    raise self._timeout_error(where, timeout_s)
                 if own not in ready:
-                    raise self._end(where, min(self._index[sentinel] for sentinel in ready))
+                    raise self._error_of_ended(where, min(self._index[sentinel] for sentinel in ready))
             finally:
                 self._poll.unregister(own)
 
-    def _end(self, where: str, index: int) -> EnvironmentFault:
+    def _error_of_ended(self, where: str, index: int) -> EnvironmentFault:
         """Why a worker has ended: it died, or its environment raised, which it reports before it ends."""
-        if not _answered(self.env.parent_pipes[index]):
-            return self._death(where)
+        if not _has_data(self.env.parent_pipes[index]):
+            return self._died_error(where)
         number, kind, error, trace = self.env.error_queue.get()
         if kind is EnvironmentFault:
             return EnvironmentFault(str(error))
         return EnvironmentFault(f"environment {self.first + number} raised {kind.__name__}: {error}\n\n{trace}")
 
-    def _death(self, where: str) -> WorkerLost:
+    def _died_error(self, where: str) -> WorkerDied:
         ended = wait(list(self._index), timeout=5.0)
         codes = {index: self.env.processes[index].exitcode for one, index in self._index.items() if one in ended}
         names = [self.first + index for index in sorted(codes)]
-        how = ", ".join(dict.fromkeys(_ending(codes[index]) for index in sorted(codes)))
-        return WorkerLost(f"the worker process of environment {names} died in {where}: {how}")
+        how = ", ".join(dict.fromkeys(_describe_exit(codes[index]) for index in sorted(codes)))
+        return WorkerDied(f"the worker process of environment {names} died in {where}: {how}")
 
-    def _silence(self, where: str, timeout_s: float) -> WorkerLost:
-        silent = [index for index, pipe in enumerate(self.env.parent_pipes) if not _answered(pipe)]
+    def _timeout_error(self, where: str, timeout_s: float) -> WorkerDied:
+        silent = [index for index, pipe in enumerate(self.env.parent_pipes) if not _has_data(pipe)]
         for index in silent:
             os.kill(cast(int, self.env.processes[index].pid), signal.SIGUSR1)
         time.sleep(0.2)  # for them to write their stacks
         names = [self.first + index for index in silent]
         longer = "" if where == "__init__" else ", or raise env_timeout_s"
-        return WorkerLost(
+        return WorkerDied(
             f"environment {names} did not answer within {timeout_s} s in {where}: look at what it waits for (its stack is "
             f"on the error stream){longer}"
         )
@@ -278,12 +278,12 @@ def kill(*envs: AsyncVectorEnv) -> None:
         env.closed = True
 
 
-def _answered(pipe: Any) -> bool:
+def _has_data(pipe: Any) -> bool:
     """Whether a pipe holds unread data: the pipe of a dead process is readable, too."""
     return struct.unpack("i", fcntl.ioctl(pipe.fileno(), termios.FIONREAD, b"\0" * 4))[0] > 0
 
 
-def _ending(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
     if code is None or code >= 0:
         return f"it ended with exit code {code}"
     known = {one.value for one in signal.Signals}  # real-time signals have no names

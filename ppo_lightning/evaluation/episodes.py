@@ -10,9 +10,9 @@ import torch
 from gymnasium import Space
 from torch import Tensor
 
-from ppo_lightning.envs import Environments, EnvProvider, Transition
-from ppo_lightning.envs.info import Sums, added, means
-from ppo_lightning.envs.streams import streams_of_their_own
+from ppo_lightning.envs import EnvProvider, Transition, VectorEnvAdapter
+from ppo_lightning.envs.info import SumsAndCounts, means, merge_sums
+from ppo_lightning.envs.streams import temporarily_seeded
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy, in_eval_mode
 from ppo_lightning.spaces import Tree, to_tensors_fn, without_mask
@@ -49,11 +49,11 @@ def evaluate_over_ranks(
     """
     world_size = ranks.world_size
     shares = [(num_episodes + world_size - 1 - rank) // world_size for rank in range(world_size)]
-    share, info = shares[ranks.rank], Sums()
+    share, info = shares[ranks.rank], SumsAndCounts()
     episodes = torch.zeros(shares[0], 5, dtype=torch.float64)
     if share:
-        with streams_of_their_own(run_seed):
-            environments = provider.for_evaluation(min(provider.num_envs, share))
+        with temporarily_seeded(run_seed):
+            environments = provider.eval_envs(min(provider.num_envs, share))
         try:
             with in_eval_mode(policy), autocast:
                 episodes[:share] = evaluate_episodes(
@@ -66,13 +66,13 @@ def evaluate_over_ranks(
                     max_steps=max_steps,
                 )
         except BaseException:
-            provider.close_evaluation()  # the next evaluation makes new ones
+            provider.close_eval_envs()  # the next evaluation makes new ones
             raise
-        info = environments.logged.take_evaluation()
+        info = environments.info_accumulator.pop_evaluation()
     row = torch.cat([episodes.flatten(), episodes.new_tensor([bool(info)])])
     rows = ranks.gather(row).view(world_size, -1)
     if rows[:, -1].any():
-        info = added(ranks.gather_objects(info))
+        info = merge_sums(ranks.gather_objects(info))
     each = [row[:-1].view(-1, 5)[:own] for row, own in zip(rows, shares, strict=True)]
     return {**summarize(torch.cat(each)), **info_metrics(info)}
 
@@ -80,7 +80,7 @@ def evaluate_over_ranks(
 @torch.no_grad()
 def evaluate_episodes(
     policy: Policy,
-    environments: Environments,
+    environments: VectorEnvAdapter,
     observation_space: Space,
     *,
     num_episodes: int,
@@ -108,7 +108,7 @@ def evaluate_episodes(
         [num_episodes, 5] float64: undiscounted return (reward units), length (steps), success and failure (1, 0, or NaN
         where the environment does not report it), and 1 where the episode was cut, by environment, then time.
     """
-    with streams_of_their_own(seed):
+    with temporarily_seeded(seed):
         observation = environments.reset(seed)
         limit = min(MAX_EPISODE_STEPS, max(MIN_EPISODE_STEPS, max_steps))
         if (environments.time_limit() or np.inf) < 2 * MAX_EPISODE_STEPS:
@@ -116,8 +116,8 @@ def evaluate_episodes(
         episodes = _episodes(
             policy, environments, observation_space, observation, num_episodes, seed, deterministic, limit
         )
-    if episodes[:, -1].any() and not environments.is_endless:
-        environments.is_endless = True
+    if episodes[:, -1].any() and not environments.has_cut_episodes:
+        environments.has_cut_episodes = True
         warnings.warn(
             f"{environments.name} has not ended an evaluation episode within {limit:,} steps: it is counted as it stands, and "
             f"eval/cut_episodes says how many there are; {environments.time_limit_advice}",
@@ -128,7 +128,7 @@ def evaluate_episodes(
 
 def _episodes(
     policy: Policy,
-    environments: Environments,
+    environments: VectorEnvAdapter,
     observation_space: Space,
     observation: Tree,
     num_episodes: int,
@@ -161,23 +161,25 @@ def _episodes(
         _check_finite(after, int(lengths.max()))
         totals += after.reward if after.valid is None else np.where(after.valid, after.reward, 0.0)
         lengths += 1 if after.valid is None else after.valid
-        observation, start = after.observation, after.begun
+        observation, start = after.observation, after.is_first
         cut = (lengths >= limit) & (done < quota)
-        cut[after.ended] = False
-        for index in np.union1d(after.ended, np.flatnonzero(cut)).astype(int):
+        cut[after.done_indices] = False
+        for index in np.union1d(after.done_indices, np.flatnonzero(cut)).astype(int):
             outcome = (np.nan, np.nan)
-            if after.outcome is not None and index in after.ended:
-                outcome = after.outcome[np.searchsorted(after.ended, index)]
+            if after.success_failure is not None and index in after.done_indices:
+                outcome = after.success_failure[np.searchsorted(after.done_indices, index)]
             if done[index] < quota[index] and not environments.crashed[index]:
                 results[index].append((totals[index], lengths[index], *map(float, outcome), float(cut[index])))
                 done[index] += 1
-                if index in after.ended:
-                    row = np.searchsorted(after.ended, index)
-                    environments.logged.end_episode({name: float(rows[row]) for name, rows in after.metrics.items()})
+                if index in after.done_indices:
+                    row = np.searchsorted(after.done_indices, index)
+                    environments.info_accumulator.end_episode(
+                        {name: float(rows[row]) for name, rows in after.metrics.items()}
+                    )
             totals[index] = lengths[index] = 0
         cut &= done < quota
         if cut.any():
-            observation, start = environments.restart(cut, observation), start | cut
+            observation, start = environments.reset_envs(cut, observation), start | cut
     return torch.tensor([episode for env in results for episode in env], dtype=torch.float64).view(-1, 5)
 
 
@@ -196,7 +198,7 @@ def _check_finite(after: Transition, step: int) -> None:
             )
 
 
-def info_metrics(sums: Sums) -> dict[str, float]:
+def info_metrics(sums: SumsAndCounts) -> dict[str, float]:
     """Metrics from the environments' ``info`` under ``eval/``: means over the steps of the evaluation.
 
     Those of ``info["metrics"]`` are means over the evaluated episodes, of the value at their end.

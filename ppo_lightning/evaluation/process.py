@@ -19,9 +19,9 @@ import gymnasium as gym
 import torch
 from gymnasium.envs.registration import EnvSpec
 
-from ppo_lightning.envs import EnvFactory, Environments, EnvOverrides, Restarts
+from ppo_lightning.envs import EnvFactory, EnvOverrides, RestartBudget, VectorEnvAdapter
 from ppo_lightning.envs.make import find_spec
-from ppo_lightning.envs.streams import streams_of_their_own
+from ppo_lightning.envs.streams import temporarily_seeded
 from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation.episodes import MAX_EPISODE_STEPS, evaluate_episodes, info_metrics, summarize
 from ppo_lightning.policy import Policy
@@ -61,10 +61,10 @@ class Evaluation:
     seed: int = 0
     """Of the run, for environments that are random when they are made."""
 
-    def make_environments(self, overrides: EnvOverrides, restarts: Restarts) -> Environments:
+    def make_environments(self, overrides: EnvOverrides, restarts: RestartBudget) -> VectorEnvAdapter:
         """The environments, with these overrides."""
-        with streams_of_their_own(self.seed):
-            return Environments(
+        with temporarily_seeded(self.seed):
+            return VectorEnvAdapter(
                 overrides.apply_to(self.env_factory),
                 self.num_envs,
                 self.timeout_s,
@@ -188,8 +188,8 @@ def serve(descriptor: int, parent: int) -> None:
     for spec in specs:
         gym.registry.setdefault(spec.id, spec)
     connection = Connection(descriptor)
-    restarts, applied = Restarts(evaluation.restarts), b""
-    environments: Environments | None = None
+    restarts, applied = RestartBudget(evaluation.restarts), b""
+    environments: VectorEnvAdapter | None = None
     while True:
         try:
             weights, seed, overrides = connection.recv()
@@ -212,7 +212,7 @@ def serve(descriptor: int, parent: int) -> None:
 
 
 def evaluate_snapshot(
-    evaluation: Evaluation, environments: Environments, weights: bytes, seed: int
+    evaluation: Evaluation, environments: VectorEnvAdapter, weights: bytes, seed: int
 ) -> dict[str, float]:
     """Statistics of the episodes of a policy's weights, as ``torch.save`` writes them."""
     evaluation.policy.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
@@ -226,7 +226,7 @@ def evaluate_snapshot(
             deterministic=evaluation.deterministic,
             max_steps=evaluation.max_steps,
         )
-    return {**summarize(episodes), **info_metrics(environments.logged.take_evaluation())}
+    return {**summarize(episodes), **info_metrics(environments.info_accumulator.pop_evaluation())}
 
 
 def _exit_with_parent(parent: int) -> None:

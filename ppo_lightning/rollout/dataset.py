@@ -16,17 +16,24 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ppo_lightning.compiler import MAX_SAMPLES, CompilerError, compile_function
-from ppo_lightning.envs import Environments, EnvOverrides, EnvProvider, Halves
-from ppo_lightning.envs.info import Sums, added
+from ppo_lightning.envs import EnvOverrides, EnvProvider, VectorEnvAdapter, VectorEnvs
+from ppo_lightning.envs.info import SumsAndCounts
 from ppo_lightning.envs.streams import get_rng_state, set_rng_state
 from ppo_lightning.errors import InputError
 from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import check_memory, check_samples, check_sequences, physical_memory
 from ppo_lightning.policy import Policy
-from ppo_lightning.rollout.collectors import ArrayStepper, Ends, Stepper, Steps, TensorStepper, warn_of_bounds
+from ppo_lightning.rollout.collectors import (
+    CollectedSteps,
+    Collector,
+    EpisodeEnds,
+    NumpyCollector,
+    TensorCollector,
+    warn_of_bounds,
+)
 from ppo_lightning.spaces import Tree, flatten_spaces, split_sizes, tensor_spec, tree_map, without_mask
 
-ENDLESS = 10_000
+WARN_WITHOUT_EPISODE_END = 10_000
 """Steps of each environment after which a run warns that no episode has ended."""
 
 
@@ -51,7 +58,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         compile: compile the computation of values, and the steps of tensor environments.
     """
 
-    PIECE = 1 << 23
+    MAX_NUMEL = 1 << 23
     """Elements of observations per forward pass over a rollout, so that activations of images stay in cache."""
 
     def __init__(
@@ -66,7 +73,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
     ) -> None:
         self.learner, self.provider, self.compile = learner, provider, compile
         self.num_steps, self.num_minibatches = num_steps, num_minibatches
-        self.environments: Environments | Halves | None = None
+        self.environments: VectorEnvs | None = None
         self.observation_space = without_mask(provider.observation_space)
         self._given_sequence_length = sequence_length
         self.sequence_length = self.check_num_steps(num_steps)
@@ -74,16 +81,16 @@ class RolloutDataset(IterableDataset[TensorDict]):
         self.episodes = EpisodeStatistics()
         self.running_return = torch.zeros(0)
         """[N] discounted return so far of the unfinished episodes, where rewards are normalised."""
-        self.info: Sums = {}
+        self.info_sums: SumsAndCounts = {}
         """Metrics from the environments' ``info`` during the last rollout."""
         self.collect_seconds = 0.0
         """Wall-clock seconds that the last rollout took."""
         self.unconsumed = False
         """The current rollout has not been used in an update yet."""
-        self.saved: dict[str, Any] | None = None
+        self.resume_state: dict[str, Any] | None = None
         """The saved state to resume from, as :meth:`state` returned it, until the environments are made."""
-        self._is_endless = False
-        self._stepper: Stepper | None = None
+        self._has_warned = False
+        self.collector: Collector | None = None
         self._score: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def __len__(self) -> int:
@@ -93,46 +100,50 @@ class RolloutDataset(IterableDataset[TensorDict]):
         yield self.collect()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "environments": None, "_stepper": None, "_score": None}  # simulators are not pickled
+        return {**vars(self), "environments": None, "collector": None, "_score": None}  # simulators are not pickled
 
     def close(self) -> None:
         """Stop the simulators; the next rollout starts new ones."""
-        self._stepper = None
+        self.collector = None
         if self.environments is not None:
             self.environments.close()
             self.environments = None
 
-    def start(self) -> Stepper:
+    def start(self) -> Collector:
         """Make and reset the environments, and allocate the rollout's tensors."""
         learner = self.learner
         self.environments = environments = self._make_environments()
         first = environments.reset(learner.environment_seed())
         self.running_return = torch.zeros(environments.num_envs)
         self.episodes.restart(environments.num_envs)
-        stepper = self._make_stepper(environments, first)
-        saved, self.saved = self.saved, None
+        collector = self._make_collector(environments, first)
+        saved, self.resume_state = self.resume_state, None
         if saved is not None:
             if environments.restore(saved["environments"]):
-                stepper.restore(saved["stepper"])
-                self.running_return, self.episodes.carry = saved["running_return"], saved["carry"]
+                collector.restore(saved["collector"])
+                self.running_return, self.episodes.running_totals = saved["running_return"], saved["running_totals"]
             else:
                 rank_zero_info("environments begin new episodes: those that were saved were made otherwise")
             set_rng_state(saved["random"], learner.generator)  # resets may have used the shared generators
-        return stepper
+        return collector
 
-    def _make_stepper(self, environments: Environments | Halves, first: Tree) -> Stepper:
+    def _make_collector(self, environments: VectorEnvs, first: Tree) -> Collector:
         """A collector of ``num_steps`` steps, from the observations ``first`` [N, …]."""
         state_size, device = self.learner.policy.state_size, self.learner.device
-        if isinstance(environments, Environments) and environments.tensors is not None and not state_size:
-            return TensorStepper(environments, self.num_steps, self.observation_space, device, compiles=self.compile)
-        return ArrayStepper(environments, first, self.num_steps, self.observation_space, state_size, device)
+        if (
+            isinstance(environments, VectorEnvAdapter)
+            and environments.tensor_observation is not None
+            and not state_size
+        ):
+            return TensorCollector(environments, self.num_steps, self.observation_space, device, compiles=self.compile)
+        return NumpyCollector(environments, first, self.num_steps, self.observation_space, state_size, device)
 
-    def _make_environments(self) -> Environments | Halves:
+    def _make_environments(self) -> VectorEnvs:
         if self.learner.device.type == "cpu":
             check_memory(
                 rollout_memory(self.observation_space, self.num_steps, self.provider.num_envs), physical_memory()
             )
-        environments = self.provider.for_training()
+        environments = self.provider.train_envs()
         try:
             self._check_resets(environments, self.num_steps)
         except InputError:
@@ -153,10 +164,10 @@ class RolloutDataset(IterableDataset[TensorDict]):
         given = self._given_sequence_length
         return check_sequences(given, num_steps, num_envs, self.num_minibatches, is_recurrent=is_recurrent)
 
-    def _check_resets(self, environments: Environments | Halves, num_steps: int) -> None:
+    def _check_resets(self, environments: VectorEnvs, num_steps: int) -> None:
         """Refuse NEXT_STEP environments, which spend a step on every reset, where a minibatch could be empty."""
         name, num_envs = self.provider.factory.name, environments.num_envs
-        if not environments.inserts_rows:
+        if not environments.resets_take_a_step:
             return
         if self.sequence_length == 1:
             raise InputError(
@@ -188,16 +199,15 @@ class RolloutDataset(IterableDataset[TensorDict]):
         if restart and overrides.env_kwargs != before.env_kwargs:
             self.provider.check_spaces(overrides)
             self.close()
-            self.saved = None
+            self.resume_state = None
         elif overrides.attributes != before.attributes:
             self._set_env_attributes(overrides.attributes)
 
     def _set_env_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Set attributes of the existing environments; the provider sets those of new ones."""
-        if self.environments is not None and self._stepper is not None:
-            self.environments.steer(attributes)
-            if isinstance(self._stepper, TensorStepper):
-                self._stepper.forget_graph()
+        if self.environments is not None and self.collector is not None:
+            self.environments.set_env_attributes(attributes)
+            self.collector.invalidate_graph()
 
     def set_num_steps(self, num_steps: int) -> None:
         """Collect rollouts of another length from now on; the episodes continue.
@@ -212,31 +222,31 @@ class RolloutDataset(IterableDataset[TensorDict]):
         if num_steps == self.num_steps:
             return
         self.num_steps, self.sequence_length = num_steps, sequence_length
-        if self.environments is not None and self._stepper is not None:
-            state = self._stepper.state()
+        if self.environments is not None and self.collector is not None:
+            state = self.collector.state()
             first = tree_map(Tensor.numpy, state["observation"])
-            self._stepper = self._make_stepper(self.environments, first)
-            self._stepper.restore(state)
+            self.collector = self._make_collector(self.environments, first)
+            self.collector.restore(state)
 
     def load(self, contents: Mapping[str, Any]) -> None:
         """Load the last episodes of a checkpoint."""
-        self.episodes.window.clear()
-        self.episodes.window.extend(tuple(episode) for episode in contents["episodes"])
+        self.episodes.ep_info_buffer.clear()
+        self.episodes.ep_info_buffer.extend(tuple(episode) for episode in contents["episodes"])
 
     def state(self) -> dict[str, Any] | None:
         """State from which the next rollout continues, as plain data; None where an environment cannot save its state."""
-        if self.saved is not None:
-            return self.saved
-        if self.unconsumed or self._stepper is None or self.environments is None:
+        if self.resume_state is not None:
+            return self.resume_state
+        if self.unconsumed or self.collector is None or self.environments is None:
             return None
         environments = self.environments.state()
         if environments is None:
             return None
         return {
             "environments": environments,
-            "stepper": self._stepper.state(),
+            "collector": self.collector.state(),
             "running_return": self.running_return.cpu(),
-            "carry": self.episodes.carry,
+            "running_totals": self.episodes.running_totals,
             "random": get_rng_state(self.learner.generator),
         }
 
@@ -248,51 +258,51 @@ class RolloutDataset(IterableDataset[TensorDict]):
             EnvironmentFault: an environment failed, or an observation or reward is not finite.
         """
         started = time.perf_counter()
-        is_first = self._stepper is None
-        if self._stepper is None:
-            self._stepper = self.start()
-        learner, stepper = self.learner, self._stepper
+        is_first = self.collector is None
+        if self.collector is None:
+            self.collector = self.start()
+        learner, collector = self.learner, self.collector
         self.unconsumed = True
-        num_envs = stepper.num_envs
+        num_envs = collector.num_envs
         noise = learner.policy.distribution.noise(self.num_steps, num_envs, generator=learner.generator)
         with learner.autocast():
-            steps = stepper.take(learner.policy, noise.to(learner.device))
-            rollout = self._evaluate(learner.policy, stepper, steps)
+            steps = collector.collect(learner.policy, noise.to(learner.device))
+            rollout = self._evaluate(learner.policy, collector, steps)
         if is_first:
-            warn_of_bounds(stepper.observations, self.observation_space)
-        self.episodes.add(stepper.rows["reward"], stepper.rows["valid"], steps.ends)
-        if not self._is_endless and self.environments is not None and self.episodes.shortest() >= ENDLESS:
-            self._is_endless = True
+            warn_of_bounds(collector.observations, self.observation_space)
+        self.episodes.add(collector.fields["reward"], collector.fields["valid"], steps.ends)
+        if not self._has_warned and self.episodes.min_running_length() >= WARN_WITHOUT_EPISODE_END:
+            self._has_warned = True
             rank_zero_warn(
-                f"no episode has ended in {ENDLESS:,} steps of each environment, so that there are no returns to report: "
-                f"{self.environments.time_limit_advice}"
+                f"no episode has ended in {WARN_WITHOUT_EPISODE_END:,} steps of each environment, so that there are no "
+                f"returns to report: {self.provider.factory.time_limit_advice}"
             )
         if self.environments is not None:
-            self.info = added([part.logged.take() for part, _ in self.environments.parts])
+            self.info_sums = self.environments.pop_info()
         self.collect_seconds = time.perf_counter() - started
         return rollout
 
-    def _evaluate(self, policy: Policy, stepper: Stepper, steps: Steps) -> TensorDict:
+    def _evaluate(self, policy: Policy, collector: Collector, steps: CollectedSteps) -> TensorDict:
         """Log-probabilities and values of a whole rollout at once; exact, since normalisers are frozen during a rollout."""
         device, ends = self.learner.device, steps.ends
-        rows = {key: tensor.to(device) for key, tensor in stepper.rows.items()}
-        observation = tree_map(lambda leaf: leaf.to(device), stepper.observations)
-        num_steps, num_envs = rows["reward"].shape
+        fields = {key: tensor.to(device) for key, tensor in collector.fields.items()}
+        observation = tree_map(lambda leaf: leaf.to(device), collector.observations)
+        num_steps, num_envs = fields["reward"].shape
         acted_on = tree_map(lambda leaf: leaf[:num_steps].flatten(0, 1), observation)
         action = tree_map(lambda leaf: leaf.flatten(0, 1), steps.action)
-        mask = rows["action_mask"].flatten(0, 1) if "action_mask" in rows else None
+        mask = fields["action_mask"].flatten(0, 1) if "action_mask" in fields else None
         if steps.parameters is not None and steps.value is not None:
             value = steps.value
-            log_prob = _log_prob(policy, steps.parameters, action, mask)
+            log_prob = _log_prob(policy, steps.parameters.flatten(0, 1), action, mask)
         else:
-            log_prob, value = self._scores(policy, acted_on, action, mask)
+            log_prob, value = self._log_probs_and_values(policy, acted_on, action, mask)
         value = value.view(num_steps, num_envs)
         # V(s'ₜ) is V(sₜ₊₁), except where an episode ended: there sₜ₊₁ belongs to the next one.
-        later = self._values_after(policy, observation, steps)
+        later = self._bootstrap_values(policy, observation, steps)
         next_value = torch.cat([value[1:], later[None, :num_envs]])
         next_value[ends.step, ends.env] = later[num_envs:]
-        if steps.states is not None:
-            rows["recurrent_state"] = steps.states
+        if steps.recurrent_states is not None:
+            fields["recurrent_state"] = steps.recurrent_states
         batch = TensorDict(
             {
                 "observation": tree_map(lambda leaf: leaf[:num_steps], observation),
@@ -300,20 +310,22 @@ class RolloutDataset(IterableDataset[TensorDict]):
                 "action_log_prob": log_prob.view(num_steps, num_envs),
                 "state_value": value,
                 "next_state_value": next_value,
-                **rows,
+                **fields,
             },
             batch_size=[num_steps, num_envs],
             device=device,
         )
         return batch.set_non_tensor("policy_version", self.learner.policy_version)
 
-    def _scores(self, policy: Policy, observation: Tree, action: Tree, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _log_probs_and_values(
+        self, policy: Policy, observation: Tree, action: Tree, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and values [T · N] in one pass."""
-        pieces = self._pieces(observation)
+        pieces = self._split(observation)
         if self.compile and len(pieces) == 1:
             score = self._score = self._score or compile_function(policy.log_prob_and_value, policy)
             try:
-                parts = [score(*part) for part in _in_cache((observation, action, mask))]
+                parts = [score(*part) for part in _split_samples((observation, action, mask))]
                 return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
             except CompilerError as error:
                 rank_zero_warn(f"compile: true has no effect on values, since {error}")
@@ -324,24 +336,24 @@ class RolloutDataset(IterableDataset[TensorDict]):
         parameters, values = (torch.cat(part) for part in zip(*parts, strict=True))
         return _log_prob(policy, parameters, action, mask), values
 
-    def _values_after(self, policy: Policy, observation: Tree, steps: Steps) -> Tensor:
+    def _bootstrap_values(self, policy: Policy, observation: Tree, steps: CollectedSteps) -> Tensor:
         """Values [N + E] of the observations after the last step, and of the final ones of all finished episodes."""
         after = tree_map(
             lambda leaf, final: torch.cat([leaf[self.num_steps], final.to(leaf.device)]),
             observation,
             steps.ends.observation,
         )
-        if steps.state is None or steps.ends.state is None or steps.begun is None:
-            return torch.cat([policy.critic(policy.features(piece)) for piece in self._pieces(after)])
-        state = torch.cat([steps.state, steps.ends.state])
+        if steps.recurrent_state is None or steps.ends.recurrent_state is None or steps.is_first is None:
+            return torch.cat([policy.critic(policy.features(piece)) for piece in self._split(after)])
+        state = torch.cat([steps.recurrent_state, steps.ends.recurrent_state])
         start = torch.zeros(len(state), dtype=torch.bool)
-        start[: len(steps.begun)] = steps.begun
+        start[: len(steps.is_first)] = steps.is_first
         return policy.recurrent_step(policy.features(after), state, start.to(state.device))[1]
 
-    def _pieces(self, rows: Tree) -> list[Tree]:
+    def _split(self, rows: Tree) -> list[Tree]:
         """Split a tree of tensors [B, …] along B."""
         leaves = rows.values() if isinstance(rows, Mapping) else [rows]
-        size = max(1, self.PIECE // sum(leaf[0].numel() for leaf in leaves))
+        size = max(1, self.MAX_NUMEL // sum(leaf[0].numel() for leaf in leaves))
         if isinstance(rows, Mapping):
             pieces = zip(*(leaf.split(size) for leaf in leaves), strict=True)
             return [dict(zip(rows, piece, strict=True)) for piece in pieces]
@@ -373,7 +385,7 @@ def check_rollout(batch: Any, policy_version: int) -> None:
         )
 
 
-def _in_cache(trees: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+def _split_samples(trees: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """Split trees of tensors [B, …], or None, into at most ``MAX_SAMPLES`` samples each."""
     leaf = next(iter(trees[0].values())) if isinstance(trees[0], Mapping) else trees[0]
     if leaf.device.type != "cpu" or len(leaf) <= MAX_SAMPLES:
@@ -395,25 +407,25 @@ def _log_prob(policy: Policy, parameters: Tensor, action: Tree, mask: Tensor | N
 class EpisodeStatistics:
     """Returns, lengths, successes and failures of finished episodes, computed once per rollout.
 
-    The episodes of the current rollout are in :attr:`finished` until they are taken; :attr:`window` holds the last 100
+    The episodes of the current rollout are in :attr:`finished` until they are taken; :attr:`ep_info_buffer` holds the last 100
     of all ranks, and unfinished episodes are carried from rollout to rollout.
     """
 
-    WINDOW = 100
+    BUFFER_SIZE = 100
 
     def __init__(self) -> None:
-        self.window: deque[tuple[float, ...]] = deque(maxlen=self.WINDOW)
+        self.ep_info_buffer: deque[tuple[float, ...]] = deque(maxlen=self.BUFFER_SIZE)
         self.finished = torch.zeros(0, 4, dtype=torch.float64)
         self.steps = torch.zeros(0, dtype=torch.int64)
         """[E] steps of the current rollout at which episodes ended."""
-        self.carry = torch.zeros(2, 0, dtype=torch.float64)
+        self.running_totals = torch.zeros(2, 0, dtype=torch.float64)
         """[2, N] return and length so far of the unfinished episodes."""
 
     def restart(self, num_envs: int) -> None:
         """Reset all episodes."""
-        self.carry = torch.zeros(2, num_envs, dtype=torch.float64)
+        self.running_totals = torch.zeros(2, num_envs, dtype=torch.float64)
 
-    def add(self, reward: Tensor, valid: Tensor, ends: Ends) -> None:
+    def add(self, reward: Tensor, valid: Tensor, ends: EpisodeEnds) -> None:
         """Account for one rollout.
 
         Args:
@@ -422,7 +434,9 @@ class EpisodeStatistics:
             ends: the episodes that ended.
         """
         length = valid.double().cpu()
-        sums = torch.stack([reward.double().cpu() * length, length]).cumsum(1) + self.carry[:, None]  # [2, T, N]
+        sums = (
+            torch.stack([reward.double().cpu() * length, length]).cumsum(1) + self.running_totals[:, None]
+        )  # [2, T, N]
         # Per environment, an episode's sum is the running sum at its end minus that at the previous end.
         order = (ends.env.cpu() * len(length) + ends.step.cpu()).argsort()
         env, step = ends.env.cpu()[order], ends.step.cpu()[order]
@@ -431,26 +445,28 @@ class EpisodeStatistics:
         totals = at_end - torch.cat([torch.zeros(2, min(1, len(env)), dtype=torch.float64), before], 1)
         self.finished = torch.empty(len(env), 4, dtype=torch.float64)
         self.finished[order, :2] = totals.T
-        self.finished[:, 2:] = ends.outcome
+        self.finished[:, 2:] = ends.success_failure
         self.steps = ends.step.cpu()
-        self.carry = sums[:, -1].clone()
+        self.running_totals = sums[:, -1].clone()
         latest = torch.ones(len(env), dtype=torch.bool)
         latest[:-1] = env[1:] != env[:-1]
-        self.carry[:, env[latest]] -= at_end[:, latest]
+        self.running_totals[:, env[latest]] -= at_end[:, latest]
 
-    def shortest(self) -> int:
+    def min_running_length(self) -> int:
         """Length of the shortest unfinished episode; 0 where any episode has ended."""
-        return 0 if self.window or len(self.finished) else int(self.carry[1].min())
+        return 0 if self.ep_info_buffer or len(self.finished) else int(self.running_totals[1].min())
 
-    def record(self, episodes: Tensor) -> None:
+    def extend(self, episodes: Tensor) -> None:
         """Put finished episodes [E, 4] (return, length, success, failure) into the window."""
-        self.window.extend(tuple(episode) for episode in episodes.tolist())
+        self.ep_info_buffer.extend(tuple(episode) for episode in episodes.tolist())
 
     def means(self) -> dict[str, float]:
         """Returns, lengths and rates over the window, under Stable-Baselines3's names; none without episodes."""
-        if not self.window:
+        if not self.ep_info_buffer:
             return {}
-        returns, lengths, successes, failures = (np.asarray(column) for column in zip(*self.window, strict=True))
+        returns, lengths, successes, failures = (
+            np.asarray(column) for column in zip(*self.ep_info_buffer, strict=True)
+        )
         means = {
             "rollout/ep_rew_mean": float(returns.mean()),
             "rollout/ep_rew_min": float(returns.min()),

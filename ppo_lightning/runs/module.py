@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from ppo_lightning.algorithm.optimizer_step import parameters_of
 from ppo_lightning.envs import EnvFactory, EnvProvider
-from ppo_lightning.envs.info import added, means
+from ppo_lightning.envs.info import means, merge_sums
 from ppo_lightning.evaluation.episodes import evaluate_over_ranks
 from ppo_lightning.metric_names import MetricNames
 from ppo_lightning.parameters import ONE_OR_MORE, checked
@@ -157,7 +157,7 @@ class RunModule(LightningModule):
         self._check_val_every_n_epoch = check_trainer(
             self.trainer, remaining, self.iterations_between_evaluations, running_moments=has_moments
         )
-        if self.env_factory.again() is None:
+        if self.env_factory.for_evaluation() is None:
             rank_zero_info(
                 f"no evaluations: {self.env_factory.name} was given as a VectorEnv, and evaluation needs environments of "
                 "its own; give a callable that makes it instead"
@@ -208,24 +208,24 @@ class RunModule(LightningModule):
             torch.cat([episodes.finished, episodes.steps[:, None]], 1),
             self.stop_signal or 0,
             fingerprint(parameters_of(self._optimizer)) if compares else (0, 0),
-            bool(self.rollouts.info),
+            bool(self.rollouts.info_sums),
         )
-        counts, fingerprints = gather_counts(own, self.ranks, EpisodeStatistics.WINDOW)
+        counts, fingerprints = gather_counts(own, self.ranks, EpisodeStatistics.BUFFER_SIZE)
         self.env_steps += counts.env_steps
-        episodes.record(counts.episodes[:, :4])
+        episodes.extend(counts.episodes[:, :4])
         if counts.signal:
             self.agreed_stop_signal = Signals(counts.signal)
         if compares:
             self.ranks.check_in_sync(fingerprints, self.policy_version)
         if counts.has_info:
-            self.rollouts.info = added(self.ranks.gather_objects(self.rollouts.info))
+            self.rollouts.info_sums = merge_sums(self.ranks.gather_objects(self.rollouts.info_sums))
         self.rollouts.unconsumed = False
         self.run_state.rollback.discard()
 
     def run_metrics(self) -> dict[str, float]:
         """Counters and times of an iteration, and the averages of what environments reported in ``info``."""
         return {
-            **means(self.rollouts.info),
+            **means(self.rollouts.info_sums),
             **self.clock.lap(self.num_env_steps),
             "time/iterations": self.policy_version,
             "time/total_timesteps": self.num_env_steps,
@@ -457,7 +457,7 @@ class RunModule(LightningModule):
             self.records,
             env_steps=self.num_env_steps,
             iterations=self.policy_version,
-            episodes=self.rollouts.episodes.window,
+            episodes=self.rollouts.episodes.ep_info_buffer,
             **checkpoint_paths(self._trainer),
         )
 
@@ -468,7 +468,7 @@ class RunModule(LightningModule):
     def close_environments(self) -> None:
         """Stop all simulators and their worker processes; the next use starts new ones."""
         self.rollouts.close()
-        self.env_provider.close_evaluation()
+        self.env_provider.close_eval_envs()
 
     @contextmanager
     def autocast(self) -> Iterator[None]:

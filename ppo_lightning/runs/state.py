@@ -156,7 +156,7 @@ class RunState:
             "schedulers": [scheduler.state_dict() for scheduler in schedulers],
             **(self.of_this_rank() if started or loaded is None else loaded[ranks.rank]),
         }
-        self.rollouts.saved = self._refit["rollouts"]
+        self.rollouts.resume_state = self._refit["rollouts"]
 
     def resume(self, optimizer: torch.optim.Optimizer, schedulers: Sequence[Any], ranks: Ranks) -> None:
         """Restore random state, environments and episodes of a checkpoint, or of the last fit with its optimizer."""
@@ -167,12 +167,12 @@ class RunState:
             continue_optimizer(refit, optimizer, schedulers)
         if states is None:
             return
-        self.rollouts.saved = None
+        self.rollouts.resume_state = None
         own = state_of_rank(states, ranks, self.environment)
         if own is None:
             return
         set_rng_state(own["random"], self.generator)
-        self.rollouts.saved = own["rollouts"]
+        self.rollouts.resume_state = own["rollouts"]
         if own["rollouts"] is None:
             rank_zero_info(
                 f"environments begin new episodes: {self.name} has no get_state and set_state, or was saved within a rollout"

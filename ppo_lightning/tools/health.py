@@ -308,9 +308,9 @@ class HealthMonitor(Callback):
             self._lowest_value_loss = min(self._lowest_value_loss, mean(each.value_loss for each in self._rows))
         if not is_healthy(row, self.thresholds, self._most_entropy):
             self._last_unhealthy = self.iterations
-        if self._start is None and len(module.rollouts.episodes.window) >= FIRST_EPISODES:
-            returns = [episode[0] for episode in module.rollouts.episodes.window]
-            error = statistics.pstdev(returns) * math.sqrt(1 / len(returns) + 1 / EpisodeStatistics.WINDOW)
+        if self._start is None and len(module.rollouts.episodes.ep_info_buffer) >= FIRST_EPISODES:
+            returns = [episode[0] for episode in module.rollouts.episodes.ep_info_buffer]
+            error = statistics.pstdev(returns) * math.sqrt(1 / len(returns) + 1 / EpisodeStatistics.BUFFER_SIZE)
             self._start = statistics.fmean(returns), error
         elif self._start is not None and "rollout/episodes" in metrics:
             self._later_episodes += int(metrics["rollout/episodes"])
@@ -336,7 +336,8 @@ class HealthMonitor(Callback):
         return RunStats(
             min(1.0, self.steps / module.total_steps),
             self._rewarded >= t.warmup_iterations + t.window,
-            self.iterations >= t.warmup_iterations + t.window and self._later_episodes >= 2 * EpisodeStatistics.WINDOW,
+            self.iterations >= t.warmup_iterations + t.window
+            and self._later_episodes >= 2 * EpisodeStatistics.BUFFER_SIZE,
             self._first,
             self._start,
             self._worst_kl,

@@ -25,8 +25,8 @@ from typing_extensions import override
 
 from ppo_lightning.callbacks.processes import long_rank_zero_task
 from ppo_lightning.callbacks.shutdown import GracefulShutdown
-from ppo_lightning.envs import EnvFactory, Environments
-from ppo_lightning.envs.streams import streams_of_their_own
+from ppo_lightning.envs import EnvFactory, VectorEnvAdapter
+from ppo_lightning.envs.streams import temporarily_seeded
 from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.evaluation.episodes import evaluate_episodes
 from ppo_lightning.module import PPOModule
@@ -77,7 +77,7 @@ def record(
     file.parent.mkdir(parents=True, exist_ok=True)
     choose_renderer()
     seed = module.evaluation_seed()
-    with streams_of_their_own(module.seed or 0), tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as unfinished:
+    with temporarily_seeded(module.seed or 0), tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as unfinished:
         recorders: list[RecordVideo] = []
 
         def recorded(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
@@ -94,7 +94,7 @@ def record(
         try:
             setting = module.env_provider.eval_overrides
             maker = setting.apply_to(_recording_factory(module.env_factory, recorded))
-            environments = Environments(maker, 1, module.env_timeout_s, attributes=setting.attributes)
+            environments = VectorEnvAdapter(maker, 1, module.env_timeout_s, attributes=setting.attributes)
         except EnvironmentFault as fault:
             raise fault.__cause__ if isinstance(fault.__cause__, InputError) else fault from None
         try:
@@ -127,12 +127,12 @@ def record(
 
 def _recording_factory(maker: EnvFactory, recorded: Callable[[Any], Any]) -> EnvFactory:
     """A factory of one environment that renders and is recorded, with the wrappers of evaluation."""
-    again = maker.again()
+    again = maker.for_evaluation()
     if again is None:
         raise InputError(f"{maker.name} was given as a VectorEnv, which cannot be created again: give a callable")
     draws = {**again.env_kwargs, "render_mode": "rgb_array"}
     if not isinstance(again.env, str):
-        _, _, vector = again.probe(1)
+        _, _, vector = again.infer_spaces(1)
         if vector is not None:
             vector.close()
             raise InputError(f"{again.name} creates a VectorEnv, and videos need single environments")

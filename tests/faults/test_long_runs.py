@@ -29,7 +29,7 @@ SMALL = {"num_envs": 2, "num_steps": 16, "total_steps": 128, "num_minibatches": 
 
 
 def test_an_environment_that_never_ends_trains_with_one_warning_and_can_be_evaluated(fit, monkeypatch):
-    monkeypatch.setattr(rollout, "ENDLESS", 40)
+    monkeypatch.setattr(rollout, "WARN_WITHOUT_EPISODE_END", 40)
     monkeypatch.setattr(evaluation, "MAX_EPISODE_STEPS", 30)
     model = PPO(partial(Endless, 10**9), **{**SMALL, "total_steps": 256})
     with warnings.catch_warnings(record=True) as caught:
@@ -59,7 +59,7 @@ def test_how_to_give_a_time_limit_depends_on_what_the_environment_is(env, advice
 
 
 def test_no_warning_where_episodes_end(fit, monkeypatch):
-    monkeypatch.setattr(rollout, "ENDLESS", 16)
+    monkeypatch.setattr(rollout, "WARN_WITHOUT_EPISODE_END", 16)
     fit(PPO(partial(Endless, 15), **SMALL))
 
 

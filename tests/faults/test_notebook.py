@@ -58,7 +58,8 @@ def test_the_stop_button_pauses_and_the_cell_run_again_goes_on():
         assert name == "SIGINT"
         again = "model.total_steps = model.num_env_steps + 64\ntrainer().fit(model)\n"
         said = run(
-            client, again + "said = model.num_env_steps, model.agreed_stop_signal, len(model.rollouts.episodes.window)"
+            client,
+            again + "said = model.num_env_steps, model.agreed_stop_signal, len(model.rollouts.episodes.ep_info_buffer)",
         )
         assert said[:2] == (steps + 64, None)
         assert said[2] > 0

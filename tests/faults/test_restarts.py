@@ -1,4 +1,4 @@
-"""A crashed environment is made anew, where that is allowed: its episode ends as truncated, and the run goes on."""
+"""A crashed environment is restarted, where that is allowed: its episode ends as truncated, and the run continues."""
 
 import multiprocessing
 import re
@@ -14,7 +14,7 @@ from lightning import Callback
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
-from ppo_lightning.envs import EnvFactory, Environments, Restarts
+from ppo_lightning.envs import EnvFactory, RestartBudget, VectorEnvAdapter
 
 SMALL = {"num_envs": 4, "num_steps": 8, "total_steps": 96, "num_minibatches": 2}
 
@@ -22,7 +22,7 @@ SMALL = {"num_envs": 4, "num_steps": 8, "total_steps": 96, "num_minibatches": 2}
 @pytest.fixture(scope="module", autouse=True)
 def _served():
     """The server that workers come from takes seconds to start, once."""
-    Environments(EnvFactory("CartPole-v1", vectorization="async"), 1, 60.0).close()
+    VectorEnvAdapter(EnvFactory("CartPole-v1", vectorization="async"), 1, 60.0).close()
 
 
 def collected(fault: str, **kwargs):
@@ -42,7 +42,7 @@ def test_an_environment_that_raises_is_made_anew_alone(vectorization):
     batch, told, model = collected("raise", vectorization=vectorization)
     healthy, *_ = collected("none", vectorization=vectorization)
     first = "environment 1 raised ZeroDivisionError in step: the pole is at infinity"
-    assert [one for one in told if "made anew" in one] == [f"{first}: made anew, restart 1 of 2"]
+    assert [one for one in told if "restarted" in one] == [f"{first}: restarted (1 of 2)"]
     assert model.env_provider.restarts.count == 1
     # Steps 0 and 1 went well; the third has no reward, and ends the episode with what was seen before it.
     assert batch["observation"][:, 1, 0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
@@ -66,7 +66,7 @@ def test_an_environment_that_raises_is_made_anew_alone(vectorization):
 def test_worker_processes_are_started_anew_with_their_half(fault, cause):
     """Environments 0 and 1 share one half; 2 and 3 notice nothing."""
     batch, told, model = collected(fault, vectorization="async", env_timeout_s=0.5 if fault == "hang" else 60.0)
-    assert [one.startswith(cause) and one.endswith("made anew, restart 1 of 2") for one in told] == [True]
+    assert [one.startswith(cause) and one.endswith("restarted (1 of 2)") for one in told] == [True]
     assert batch["observation"][:, :2, 0].T.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]] * 2
     assert batch["reward"][:, :2].T.tolist() == [[1, 1, 0, 1, 1, 1, 1, 1]] * 2
     assert batch["truncated"][:, 0].nonzero().flatten().tolist() == [2, 7]
@@ -79,7 +79,7 @@ class Kill(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 1:
-            process = pl_module.rollouts.environments.halves[1].env.processes[0]
+            process = pl_module.rollouts.environments.groups[1][1].env.processes[0]
             process.kill()
             process.join()
 
@@ -108,7 +108,7 @@ def test_a_worker_that_dies_before_a_checkpoint_is_named(fit):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.filterwarnings("ignore:environment .* made anew:UserWarning")
+@pytest.mark.filterwarnings("ignore:environment .* restarted:UserWarning")
 def test_when_restarts_are_used_up_the_run_ends(fit):
     class Always(Crash):
         def step(self, action):
@@ -132,8 +132,8 @@ def test_without_restarts_nothing_is_logged_and_a_crash_ends_the_run(fit):
 
 
 def test_a_reset_that_raises_is_tried_once_more_on_a_new_environment():
-    environments = Environments(
-        EnvFactory(partial(Crash, "raise in reset"), restarts=True), 2, 60.0, restarts=Restarts(limit=1)
+    environments = VectorEnvAdapter(
+        EnvFactory(partial(Crash, "raise in reset"), restarts=True), 2, 60.0, restarts=RestartBudget(limit=1)
     )
     environments.reset(FIRST_SEED)
     for _ in range(4):
@@ -158,7 +158,7 @@ def test_a_new_environment_draws_from_the_runs_seed():
         model.seed = FIRST_SEED
         for parameter in model.policy.parameters():
             torch.nn.init.zeros_(parameter)
-        with pytest.warns(UserWarning, match="made anew"):
+        with pytest.warns(UserWarning, match="restarted"):
             batches.append(model.rollouts.collect()["observation"])
     assert torch.equal(*batches)
     assert not torch.equal(batches[0][3, 1], batches[0][0, 1])  # another episode
@@ -175,7 +175,7 @@ def test_masks_of_a_new_environment_are_read():
 
     model = PPO(Masked, max_env_restarts=1, **SMALL)
     model.seed = FIRST_SEED
-    with pytest.warns(UserWarning, match="made anew"):
+    with pytest.warns(UserWarning, match="restarted"):
         batch = model.rollouts.collect()
     even = batch["observation"][..., 0] % 2 == 0
     assert torch.equal(batch["action_mask"][..., 2], even)
@@ -194,5 +194,5 @@ def test_an_evaluation_survives_a_crash(monkeypatch):
     model = PPO(partial(Crash, "raise", index=0), max_env_restarts=1, num_envs=2)
     model.seed = FIRST_SEED
     monkeypatch.setattr(model, "evaluation_seed", lambda *_: FIRST_SEED)
-    with pytest.warns(UserWarning, match="environment 0 raised ZeroDivisionError in step.*made anew, restart 1 of 1"):
+    with pytest.warns(UserWarning, match="environment 0 raised ZeroDivisionError in step.*restarted \\(1 of 1\\)"):
         assert model.evaluate(2)["eval/mean_ep_length"] == 5.0  # the one that crashed does not count

@@ -14,7 +14,7 @@ from ppo_lightning import PPO, ActorCritic
 from ppo_lightning.cli import main
 from ppo_lightning.envs.classic_control import CartPole
 from ppo_lightning.errors import InputError
-from ppo_lightning.rollout.collectors import TensorStepper
+from ppo_lightning.rollout.collectors import TensorCollector
 
 
 class SaveAt(Callback):
@@ -224,7 +224,7 @@ def test_a_state_that_no_file_can_hold_is_refused(fit):
 
 @pytest.mark.parametrize("compiles", [False, True])
 def test_environments_that_are_tensors_go_on_compiled_or_not(fit, compiles, monkeypatch):
-    monkeypatch.setattr(TensorStepper, "CHUNK", 2)  # which compiles sooner
+    monkeypatch.setattr(TensorCollector, "MAX_UNROLLED", 2)  # which compiles sooner
     options = {**SMALL, "env": CartPole, "compile": compiles, "num_minibatches": 2}
     model = PPO(**options)
     expected = outcome(model, fit(model, callbacks=[SaveAt(3)]))

@@ -20,7 +20,7 @@ from lightning import Callback
 
 from ppo_lightning import PPO, EnvironmentFault, InputError
 from ppo_lightning.cli import main
-from ppo_lightning.envs import EnvFactory, Environments, Halves, workers
+from ppo_lightning.envs import DoubleBufferedEnvs, EnvFactory, VectorEnvAdapter, workers
 
 SMALL = {"num_envs": 2, "num_steps": 8, "total_steps": 128, "num_minibatches": 2}
 FLAGS = [
@@ -48,14 +48,14 @@ def fault_of(call, *args) -> tuple[str, float]:
     return str(caught.value), time.monotonic() - started
 
 
-def vector(fault: str, num_envs: int = 2, timeout_s: float = 60.0, **kwargs) -> Environments:
+def vector(fault: str, num_envs: int = 2, timeout_s: float = 60.0, **kwargs) -> VectorEnvAdapter:
     maker = EnvFactory(partial(Crash, fault, **kwargs), vectorization="async")
-    environments = Environments(maker, num_envs, timeout_s)
+    environments = VectorEnvAdapter(maker, num_envs, timeout_s)
     environments.reset(FIRST_SEED)
     return environments
 
 
-def step_until_it_fails(environments: Environments) -> None:
+def step_until_it_fails(environments: VectorEnvAdapter) -> None:
     for _ in range(20):
         environments.step(np.zeros(environments.num_envs, dtype=np.int64))
 
@@ -168,7 +168,7 @@ def test_a_method_that_raises_what_cannot_be_pickled_does_not_hang():
 )
 def test_a_vector_of_ones_own_hangs_no_run_either(fault, slow, says):
     make = lambda: AsyncVectorEnv([partial(Crash, fault, slow=slow)] * 2, context="forkserver")  # noqa: E731
-    environments = Environments(EnvFactory(make), 2, 60.0)
+    environments = VectorEnvAdapter(EnvFactory(make), 2, 60.0)
     environments.reset(FIRST_SEED)
     message, seconds = fault_of(step_until_it_fails, environments)
     assert message.startswith(says)
@@ -187,7 +187,9 @@ class KillBetweenRollouts(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == 1:
-            processes = [process for half in pl_module.rollouts.environments.halves for process in half.env.processes]
+            processes = [
+                process for _, envs in pl_module.rollouts.environments.groups for process in envs.env.processes
+            ]
             processes[self.index].kill()
             processes[self.index].join()
             self.at = time.time()
@@ -243,7 +245,7 @@ def sleepy() -> gym.Env:
 def test_an_environment_that_hangs_while_it_is_made_is_named(monkeypatch):
     monkeypatch.setattr(workers, "START_S", 2.0)
     maker = EnvFactory(sleepy, vectorization="async")
-    message, seconds = fault_of(Environments, maker, 1, 60.0)
+    message, seconds = fault_of(VectorEnvAdapter, maker, 1, 60.0)
     assert message.startswith("environment [0] did not answer within 2.0 s in __init__: look at what it waits for")
     assert seconds < 5.0
     assert not multiprocessing.active_children()
@@ -252,34 +254,34 @@ def test_an_environment_that_hangs_while_it_is_made_is_named(monkeypatch):
 # --- interrupts --------------------------------------------------------------------------------------------------------
 
 
-def halves(fault: str, **kwargs) -> Halves:
-    return Halves(vector(fault, **kwargs), vector(fault, **kwargs))
+def double_buffered(fault: str, **kwargs) -> DoubleBufferedEnvs:
+    return DoubleBufferedEnvs(vector(fault, **kwargs), vector(fault, **kwargs))
 
 
 def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("where", ["send", "half sent", "half reset", "receive"])
+@pytest.mark.parametrize("where", ["step_async", "half sent", "half reset", "step_wait"])
 def test_closing_busy_workers_takes_no_longer_than_their_deadline(where, monkeypatch):
     """Every first step takes a minute."""
     monkeypatch.setattr(workers, "CLOSE_S", 0.5)
-    both = halves("none", at=1, slow=60.0, index=-1)
-    first, second = both.halves
+    both = double_buffered("none", at=1, slow=60.0, index=-1)
+    (_, first), (_, second) = both.groups
     action = np.zeros(2, dtype=np.int64)
-    second.send(action)
+    second.step_async(action)
     if where.startswith("half"):
         first.env.parent_pipes[1].send = interrupt
         with pytest.raises(KeyboardInterrupt):
-            first.send(action) if where == "half sent" else first.reset(0)
+            first.step_async(action) if where == "half sent" else first.reset(0)
         del first.env.parent_pipes[1].send
     else:
-        first.send(action)
-    if where == "receive":
+        first.step_async(action)
+    if where == "step_wait":
         before = signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt):
-            first.receive()
+            first.step_wait()
         signal.signal(signal.SIGALRM, before)
     started = time.monotonic()
     both.close()
@@ -292,7 +294,7 @@ def test_idle_workers_close_politely_and_at_once(tmp_path):
         def close(self) -> None:
             self.mark()
 
-    environments = Environments(
+    environments = VectorEnvAdapter(
         EnvFactory(partial(Leaves, "none", marks=tmp_path / "closed"), vectorization="async"), 2, 60.0
     )
     environments.reset(0)
@@ -332,7 +334,7 @@ def test_forked_and_served_workers_give_the_same_rollouts(monkeypatch):
         model.generator.manual_seed(0)
         batches.append(model.rollouts.collect().clone())
         made = model.rollouts.environments
-        contexts = {half.env.context for half in made.halves} if isinstance(made, Halves) else {made.env.context}
+        contexts = {envs.env.context for _, envs in made.groups}
         assert contexts == {"forkserver" if kind == "async" else "fork"}
         model.close_environments()
     assert (batches[0] == batches[1]).all()
@@ -359,7 +361,7 @@ def test_a_worker_that_hangs_does_not_outlive_a_run_that_is_killed(tmp_path):
         "    return Hangs(gym.make('CartPole-v1'))\n"
         "if __name__ == '__main__':\n"
         "    model = PPO(make, vectorization='async', num_envs=1, num_minibatches=1)\n"
-        "    stepper = model.rollouts.start()\n"
+        "    collector = model.rollouts.start()\n"
         "    print(model.rollouts.environments.env.processes[0].pid, flush=True)\n"
         "    model.rollouts.collect()\n"
     )

@@ -7,15 +7,15 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from ppo_lightning.envs.third_party import Simulator
+from ppo_lightning.envs.third_party import IsaacLabVectorEnv
 
 
-def layers(env: Any) -> list[Any]:
+def wrapper_chain(env: Any) -> list[Any]:
     """An environment or vector from the outermost wrapper inwards, including an adapter's inner environment."""
     found = [env]
     while isinstance(found[-1], gym.Wrapper | gym.vector.VectorWrapper):
         found.append(found[-1].env)
-    if isinstance(found[-1], Simulator):
+    if isinstance(found[-1], IsaacLabVectorEnv):
         found.append(found[-1].simulator)
         if getattr(found[-1], "unwrapped", found[-1]) is not found[-1]:  # in wrappers of its own package
             found.append(found[-1].unwrapped)
@@ -33,12 +33,12 @@ def time_limit(env: Any) -> float | None:
     """Steps after which the episodes of an environment or vector end at the latest; None where unknown."""
     spec = getattr(env, "spec", None)
     said = [] if spec is None else [spec.max_episode_steps, spec.kwargs.get("max_num_frames_per_episode")]  # of Atari
-    said += [getattr(layer, name, None) for layer in layers(env) for name in LIMITS]
+    said += [getattr(layer, name, None) for layer in wrapper_chain(env) for name in LIMITS]
     known = [limit for limit in said if isinstance(limit, int | float | np.number) and limit > 0]
     return float(min(known)) if known else None
 
 
-def set_values(env: Any, values: Mapping[str, Any]) -> str | None:
+def set_attributes(env: Any, values: Mapping[str, Any]) -> str | None:
     """Set attributes of an environment or vector, or call its methods with a value; a tensor or array is filled.
 
     Args:
@@ -50,7 +50,7 @@ def set_values(env: Any, values: Mapping[str, Any]) -> str | None:
     """
     for name, value in values.items():
         *path, last = name.split(".")
-        owner = next((found for layer in layers(env) if hasattr(found := _follow(layer, path), last)), None)
+        owner = next((found for layer in wrapper_chain(env) if hasattr(found := _follow(layer, path), last)), None)
         if owner is None:
             return name
         now = getattr(owner, last)

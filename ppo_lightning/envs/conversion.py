@@ -24,7 +24,7 @@ SHOWN = 4
 """Numbers of an array that a message shows, at most."""
 
 
-class Promise:
+class SpaceConverter:
     """Converts what N environments return from ``reset`` and ``step``.
 
     Values of the right shape and dtype pass through, at two comparisons each. Others are converted where that is
@@ -313,7 +313,7 @@ def wrong_part(given: Any, space: Space[Any], path: str = "") -> str | None:
     return f"{_place(path)} {described(given)}, {its} is {space}"
 
 
-def number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """One number; None of anything else, arrays of one number included."""
     if (
         isinstance(value, complex | np.complexfloating)
@@ -327,9 +327,9 @@ def number(value: Any) -> float | None:
         return None
 
 
-def flag(value: Any) -> bool | None:
+def as_flag(value: Any) -> bool | None:
     """True or False, of anything that is one number, 0 or 1; None of anything else."""
-    given = number(value)
+    given = as_number(value)
     return bool(given) if given in (0.0, 1.0) else None
 
 
