@@ -102,7 +102,7 @@ def test_a_worker_that_dies_between_rollouts_is_replaced_too(saves, fit, tmp_pat
 def test_a_worker_that_dies_before_a_checkpoint_is_named(fit):
     model = PPO(partial(Crash, "none"), vectorization="async", eval_interval=1, **SMALL)
     with pytest.raises(
-        EnvironmentFault, match=re.escape("the worker process of environment [2] died in get_state: killed")
+        EnvironmentFault, match=re.escape("the worker process of environment [2] died in run_state: killed")
     ):
         fit(model, callbacks=[Kill()], enable_checkpointing=True)
     assert not multiprocessing.active_children()
@@ -138,7 +138,7 @@ def test_a_reset_that_raises_is_tried_once_more_on_a_new_environment():
     environments.reset(FIRST_SEED)
     for _ in range(4):
         environments.step(np.zeros(2, dtype=np.int64))
-    with pytest.warns(UserWarning, match=r"environment 1 raised ZeroDivisionError in reset.*restart 1 of 1"):
+    with pytest.warns(UserWarning, match=r"environment 1 raised ZeroDivisionError in reset.*restarted \(1 of 1\)"):
         after = environments.step(np.zeros(2, dtype=np.int64))
     assert after.truncated.tolist() == [True, True]
     assert after.observation[:, 0].tolist() == [0, 0]
