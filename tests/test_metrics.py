@@ -257,7 +257,7 @@ def test_numbers_of_environments_are_averaged_whatever_their_types(mode):
         [{"rewards": {"a": 0}, "log": {"b": True, "c": np.uint8(1)}, "power": 1}],
         [{"rewards": {"a": 0.5}, "log": {"b": 0.5, "c": -2.0}, "power": np.float32(0.5)}],
     )
-    sums = told(infos, mode, info_keys=["power"]).info
+    sums = told(infos, mode, info_keys=["power"]).info_sums
     means = {name: total / number for name, (total, number) in sums.items()}
     assert means["reward/a"] == 0.25
     assert means["reward_components/a"] == 1.0
@@ -335,7 +335,7 @@ def test_evaluations_average_metrics_at_the_end_of_the_episodes_that_count(mode,
         assert statistics["eval/env/height"] == 2.5
         assert "eval/env/early" not in statistics
     model.close_environments()
-    sums = told((own, other), mode).info
+    sums = told((own, other), mode).info_sums
     steps = [1, 2, 3, 4] * 2 + ([] if mode is AutoresetMode.NEXT_STEP else [1, 2])  # two of whose ten rows are resets
     assert sums["env/progress"][0] / sums["env/progress"][1] == pytest.approx(1.5 * np.mean(steps) / 4)
     assert sums["env/early"] == (5.0 * steps.count(1), steps.count(1))

@@ -88,7 +88,7 @@ class Kill(Callback):
 def test_a_worker_that_dies_between_rollouts_is_replaced_too(saves, fit, tmp_path):
     """A checkpoint that is saved meanwhile asks it for its state, in vain."""
     model = PPO(partial(Crash, "none"), vectorization="async", max_env_restarts=1, eval_interval=1, **SMALL)
-    where = "get_state" if saves else "step"
+    where = "run_state" if saves else "step"
     with pytest.warns(
         UserWarning, match=re.escape(f"the worker process of environment [2] died in {where}: killed by")
     ):
