@@ -28,7 +28,7 @@ from typing_extensions import override
 from ppo_lightning.arguments import ConfigFile, Parser
 from ppo_lightning.callbacks import has_tools, load_tools
 from ppo_lightning.compiler import MAX_SAMPLES
-from ppo_lightning.errors import InputError, UsageError, refused_settings, said_in_one_sentence
+from ppo_lightning.errors import InputError, UsageError, exit_on_user_error, refused_settings
 from ppo_lightning.ppo import PPO
 from ppo_lightning.runs.checkpoint import (
     CHECKPOINT_KEY,
@@ -58,7 +58,7 @@ class RunWriter(ExperimentWriter):
             self.metrics_keys = file.read_text().partition("\n")[0].strip().split(",")
 
 
-class RunBoard(TolerantTensorBoardLogger):
+class RunTensorBoardLogger(TolerantTensorBoardLogger):
     """TensorBoard's event file of a run, with its hyperparameters beside its returns."""
 
     METRICS = ("eval/mean_reward", "rollout/ep_rew_mean")
@@ -98,7 +98,7 @@ class RunCSVLogger(TolerantCSVLogger):
             self.save()
 
 
-def _that_keeps_rows(logger: Logger) -> Logger:
+def _appending_csv_logger(logger: Logger) -> Logger:
     """Replace Lightning's CSVLogger by one that appends when a run resumes; any other logger is unchanged.
 
     It flushes by count or time; ``flush_logs_every_n_steps`` would count environment steps, which come in thousands.
@@ -285,7 +285,7 @@ class PPOCLI(LightningCLI):
         if given in (None, True):
             kwargs["logger"] = self._loggers(root)
         elif given is not False and self.subcommand == "fit":
-            loggers = [_that_keeps_rows(logger) for logger in (given if isinstance(given, list) else [given])]
+            loggers = [_appending_csv_logger(logger) for logger in (given if isinstance(given, list) else [given])]
             kwargs["logger"] = with_folder_logger(loggers, lambda: cast(list[Logger], self._loggers(root)))
         if self.subcommand != "fit":
             self.save_config_callback = None
@@ -302,13 +302,13 @@ class PPOCLI(LightningCLI):
             place: dict[str, Any] = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
         else:
             place = {"save_dir": root, "name": "lightning_logs"}
-        board = RunBoard(**place, default_hp_metric=False)
+        board = RunTensorBoardLogger(**place, default_hp_metric=False)
         return [board, RunCSVLogger(place["save_dir"], place["name"], board.version)]
 
     def before_fit(self) -> None:
         """Set the number of threads by the size of the update."""
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(threads(cast(PPO, self.model), processes=self.trainer.num_devices))
+            torch.set_num_threads(num_threads_for(cast(PPO, self.model), processes=self.trainer.num_devices))
 
     def after_fit(self) -> None:
         """Draw the learning curve, and print where the files are."""
@@ -330,7 +330,7 @@ class PPOCLI(LightningCLI):
         signalled = (
             model.agreed_stop_signal or model.stop_signal
         )  # the latter alone where it came after the last iteration
-        stopped = "" if signalled is None else f", stopped by {signalled.name}: --ckpt_path last goes on"
+        stopped = "" if signalled is None else f", stopped by {signalled.name}: --ckpt_path last resumes"
         print(f"\ntrained {model.num_env_steps:,} environment steps{returns}{stopped}")
         for name, place in places.items():
             if place is not None and place.exists():
@@ -359,7 +359,7 @@ def _folders(config: Any, root: str) -> Iterator[tuple[str, str | Path]]:
     )
 
 
-OPTIONS: dict[str, Any] = {
+CLI_OPTIONS: dict[str, Any] = {
     "trainer_defaults": {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
     "save_config_kwargs": {"overwrite": True},
     "auto_configure_optimizers": False,
@@ -368,7 +368,7 @@ OPTIONS: dict[str, Any] = {
 """Of :class:`PPOCLI`, for all who make one."""
 
 
-def threads(model: PPO, processes: int) -> int:
+def num_threads_for(model: PPO, processes: int) -> int:
     """Threads that pay: all cores, shared among the processes of this machine, from 10⁷ products per minibatch on.
 
     A smaller update hardly gains by a second thread, and where another process is busy waits for it: a 64-64 network took
@@ -391,8 +391,8 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
     # Defaults of Lightning's callbacks are members of enumerations, for which YAML has no word.
     yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
-    with said_in_one_sentence(), finishing_wandb_run():
-        PPOCLI(PPO, **OPTIONS, args=args)
+    with exit_on_user_error(), finishing_wandb_run():
+        PPOCLI(PPO, **CLI_OPTIONS, args=args)
 
 
 def _refuse_values_in_the_place_of_keys(config: Namespace) -> None:

@@ -32,7 +32,7 @@ class ProcessFault(RuntimeError):  # noqa: N818 - as above
 
 
 @contextmanager
-def said_in_one_sentence() -> Iterator[None]:
+def exit_on_user_error() -> Iterator[None]:
     """Let a command end with one sentence, where the user can mend what is wrong: status 2 for its words, else 1."""
     try:
         yield

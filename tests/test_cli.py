@@ -431,14 +431,14 @@ def test_an_interrupt_ends_the_run_with_a_checkpoint_and_no_process_left(tmp_pat
 
 def test_threads_are_as_many_as_pay():
     from ppo_lightning import PPO, ActorCritic
-    from ppo_lightning.cli import threads
+    from ppo_lightning.cli import num_threads_for
 
     cores = len(os.sched_getaffinity(0))
     small, large = PPO("CartPole-v1"), PPO("CartPole-v1", num_envs=64)
     wide = PPO("CartPole-v1", policy=lambda *spaces: ActorCritic(*spaces, hidden_sizes=(256, 256)))
-    assert threads(small, processes=1) == 1
-    assert threads(large, processes=1) == threads(wide, processes=1) == cores
-    assert threads(large, processes=2 * cores) == 1
+    assert num_threads_for(small, processes=1) == 1
+    assert num_threads_for(large, processes=1) == num_threads_for(wide, processes=1) == cores
+    assert num_threads_for(large, processes=2 * cores) == 1
 
 
 def test_a_logger_that_cannot_write_gives_up_and_training_goes_on(monkeypatch):
@@ -448,9 +448,11 @@ def test_a_logger_that_cannot_write_gives_up_and_training_goes_on(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(TensorBoardLogger, "log_metrics", full)
-    with pytest.warns(UserWarning, match="RunBoard stops logging, since it cannot write.*training continues") as said:
+    with pytest.warns(
+        UserWarning, match="RunTensorBoardLogger stops logging, since it cannot write.*training continues"
+    ) as said:
         fit()
-    assert sum("RunBoard" in str(one.message) for one in said) == 1
+    assert sum("RunTensorBoardLogger" in str(one.message) for one in said) == 1
     assert table()["step"].max() == 512
 
 
@@ -501,9 +503,9 @@ def test_a_checkpoint_may_be_named_wherever_a_value_may_stand(way):
 
 def cli(args: object, **parser_kwargs: object) -> None:
     from ppo_lightning import PPO
-    from ppo_lightning.cli import OPTIONS, PPOCLI
+    from ppo_lightning.cli import CLI_OPTIONS, PPOCLI
 
-    PPOCLI(PPO, **{**OPTIONS, "parser_kwargs": {**OPTIONS["parser_kwargs"], **parser_kwargs}}, args=args)
+    PPOCLI(PPO, **{**CLI_OPTIONS, "parser_kwargs": {**CLI_OPTIONS["parser_kwargs"], **parser_kwargs}}, args=args)
 
 
 QUIETLY = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}

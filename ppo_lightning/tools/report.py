@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from ppo_lightning.arguments import PlainParser
-from ppo_lightning.errors import InputError, said_in_one_sentence
+from ppo_lightning.errors import InputError, exit_on_user_error
 from ppo_lightning.parameters import checked
 from ppo_lightning.runs.checkpoint import write_atomically
 from ppo_lightning.runs.history import SUMMARY
@@ -95,7 +95,7 @@ def main(words: list[str]) -> None:
         metavar="KEY",
         help="settings that distinguish groups, such as clip_range or model.env (default: all); 'run' makes each run a group",
     )
-    with said_in_one_sentence():
+    with exit_on_user_error():
         given = parser.parse_args(words)
         if not can_draw():
             raise InputError('a report is drawn by matplotlib: pip install "ppo-lightning[plot]"')

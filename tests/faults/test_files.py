@@ -27,7 +27,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import BestCheckpoint, LastCheckpoint, PPOCallback, checkpoints
 from ppo_lightning.cli import main
-from ppo_lightning.errors import InputError, said_in_one_sentence
+from ppo_lightning.errors import InputError, exit_on_user_error
 from ppo_lightning.runs.checkpoint import VerifiedCheckpointIO, newest_checkpoint, read_checkpoint
 
 SMALL = {"num_envs": 4, "num_steps": 32, "num_minibatches": 2, "update_epochs": 1, "num_eval_episodes": 1}
@@ -348,7 +348,7 @@ def test_an_error_that_is_its_own_context_reaches_the_user():
     """As TensorBoard raises it: the same error again and again, each time within the one before."""
     full, wrapped = OSError("no space left"), ValueError("cannot be logged")
     wrapped.__cause__, full.__context__ = full, wrapped
-    with pytest.raises(ValueError, match="cannot be logged"), said_in_one_sentence():
+    with pytest.raises(ValueError, match="cannot be logged"), exit_on_user_error():
         raise wrapped
 
 

@@ -7,7 +7,7 @@ from types import FrameType
 from typing import NoReturn
 
 from ppo_lightning.arguments import PlainParser
-from ppo_lightning.errors import InputError, said_in_one_sentence
+from ppo_lightning.errors import InputError, exit_on_user_error
 from ppo_lightning.tools.sweep.objective import DIRECTIONS
 from ppo_lightning.tools.sweep.search import sweep
 
@@ -35,7 +35,7 @@ def main(words: list[str]) -> None:
     add("--study", help="name (default: the config's)")
     add("--storage", help="database URL, or a file.journal that machines share (default: in the folder)")
     add("--folder", help="of results (default: sweeps/STUDY)")
-    with said_in_one_sentence():
+    with exit_on_user_error():
         given, flags = parser.parse_known_args(words)
         _check_spelling(flags, [action.option_strings[-1] for action in parser._actions])
         given.config, flags = given.config[0], [*(f"--config={file}" for file in given.config[1:]), *flags]

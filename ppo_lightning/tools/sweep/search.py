@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import yaml
 
-from ppo_lightning.cli import OPTIONS, PPOCLI
+from ppo_lightning.cli import CLI_OPTIONS, PPOCLI
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import LIMITS, converted
 from ppo_lightning.ppo import PPO
@@ -252,7 +252,7 @@ def _full_config(config: str | Path | Mapping[str, Any], flags: Sequence[str] = 
                 raise InputError((what or "config: ") + str(error).removeprefix(f"{file}: ")) from error
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):  # --print_config exits
-        PPOCLI(PPO, **OPTIONS, args=["fit", f"--config={config}", *flags, "--print_config"])
+        PPOCLI(PPO, **CLI_OPTIONS, args=["fit", f"--config={config}", *flags, "--print_config"])
     return yaml.safe_load(printed.getvalue())
 
 
