@@ -30,7 +30,7 @@ from ppo_lightning.callbacks import AsyncEvaluation, BestCheckpoint, Curriculum,
 from ppo_lightning.envs import EnvOverrides, RestartBudget
 from ppo_lightning.evaluation.process import EvalProcess, Evaluation, EvaluationFailed, evaluate_snapshot
 from ppo_lightning.runs.checkpoint import read_checkpoint
-from ppo_lightning.tools.sweep import progress
+from ppo_lightning.tools.sweep import fit_process
 
 
 class Kept(DummyLogger):
@@ -457,10 +457,10 @@ def test_early_stopping_hears_of_evaluations_beside_training(fit):
 def test_a_curriculum_and_a_sweep_hear_of_evaluations_beside_training_on_the_level_of_the_snapshot(
     fit, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(progress, "_stop_with_the_sweep", lambda: None)
+    monkeypatch.setattr(fit_process, "exit_with_parent", lambda: None)
     told, logger = tmp_path / "told.jsonl", Kept()
     levels = [Level({"length": 2}), Level({"length": 5}, metric="eval/mean_ep_length", at_least=2, times=2)]
-    beside = [AsyncEvaluation(every=1), Wait(), progress.Progress(str(told), "eval/mean_ep_length")]
+    beside = [AsyncEvaluation(every=1), Wait(), fit_process.Progress(str(told), "eval/mean_ep_length")]
     model = cartpole(env=Hill, total_steps=320, num_eval_episodes=2)
     fit(model, logger=logger, callbacks=[Curriculum(levels, evaluation=True), *beside])
     rows = [json.loads(line) for line in told.read_text().splitlines()]
@@ -472,9 +472,9 @@ def test_a_curriculum_and_a_sweep_hear_of_evaluations_beside_training_on_the_lev
 
 @pytest.mark.usefixtures("_here")
 def test_results_that_come_late_are_told_at_the_step_of_their_snapshot(fit, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "_stop_with_the_sweep", lambda: None)
+    monkeypatch.setattr(fit_process, "exit_with_parent", lambda: None)
     told = tmp_path / "told.jsonl"
-    fit(cartpole(), callbacks=[AsyncEvaluation(every=1), progress.Progress(str(told), "eval/mean_reward")])
+    fit(cartpole(), callbacks=[AsyncEvaluation(every=1), fit_process.Progress(str(told), "eval/mean_reward")])
     assert [json.loads(line)["steps"] for line in told.read_text().splitlines()] == [64, 256]
 
 

@@ -19,6 +19,7 @@ from ppo_lightning.__main__ import main as console_script
 from ppo_lightning.cli import main
 from ppo_lightning.rollout.collectors import TensorCollector
 from ppo_lightning.tools import video
+from ppo_lightning.tools.sweep import fit_process
 from ppo_lightning.tools.sweep.space import read_space
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,12 @@ FEW = shlex.split(
 )
 """Options that make a command of the documents short; the last value of an option wins."""
 FEW_TRIALS = shlex.split("--trials 1 --seeds 1 --workers 1 --model.total_steps 1024 --model.num_eval_episodes 1")
+MEASURED = """
+import sys
+(file,) = [word.partition("=")[2] for word in sys.argv if "callbacks.file" in word]
+open(file, "w").write('{"steps": 1024, "seconds": 1, "value": 20}\\n')
+"""
+"""Stands for the run of a trial: that a trial trains is tested in test_sweep.py, which needs three processes."""
 BY_RAY = "from ray"
 """A block that :mod:`faults.test_ray` runs."""
 
@@ -58,8 +65,9 @@ def commands(block: str) -> list[list[str]]:
 
 @pytest.fixture
 def _at_home(monkeypatch):
-    """Nothing leaves this folder, what a page leaves open is closed, and videos are short."""
+    """Nothing leaves this folder, what a page leaves open is closed, videos are short, and trials of sweeps train nothing."""
     monkeypatch.setattr(video, "MAX_FRAMES", 20)
+    monkeypatch.setattr(fit_process, "FIT", [sys.executable, "-c", MEASURED])
     Path("configs").symlink_to(ROOT / "configs")
     monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -19,9 +19,8 @@ import yaml
 from processes import forked
 
 from ppo_lightning import PPO, InputError
-from ppo_lightning.tools.sweep import command as command_line
-from ppo_lightning.tools.sweep import fit_process, main, objective, progress, results, search, sweep
-from ppo_lightning.tools.sweep.fit_process import FitProcess, Measurement, RunOptions
+from ppo_lightning.tools.sweep import SweepOptions, fit_process, main, objective, results, search, sweep
+from ppo_lightning.tools.sweep.fit_process import FitProcess, Measurement, Progress
 from ppo_lightning.tools.sweep.objective import counted, objective_value, retry_history
 from ppo_lightning.tools.sweep.space import Choice, Range, points_of, read_space
 
@@ -45,15 +44,15 @@ def fits(monkeypatch):
     monkeypatch.setattr(objective, "POLL_S", 0.0)
     # The command line is parsed once for all tests: that each key and value is tried there has a test of its own.
     monkeypatch.setattr(
-        search, "_full_config", lambda config, flags=(), what="": {"model": {**DEFAULTS, **config["model"]}}
+        search, "full_config", lambda config, flags=(), what="": {"model": {**DEFAULTS, **config["model"]}}
     )
 
-    monkeypatch.setattr(results, "_plot", lambda study, spec: None)
-    monkeypatch.setattr(search, "_open", lambda storage, *given: OPEN(quick(storage), *given))
+    monkeypatch.setattr(results, "plot_study", lambda study, spec: None)
+    monkeypatch.setattr(search, "open_study", lambda storage, *given: OPEN(quick(storage), *given))
 
     def use(told: Callable[[dict, int], list[tuple[int, float]]]) -> None:
         class Fake:
-            def __init__(self, folder, seed, options):
+            def __init__(self, folder, seed, *options):
                 self.told, self.error = [], None
                 try:
                     pairs = told(yaml.safe_load((folder / "config.yaml").read_text())["model"], seed)
@@ -80,8 +79,8 @@ def fits(monkeypatch):
     return use
 
 
-OPEN, PLOT = search._open, results._plot
-DEFAULTS = search._full_config(CONFIG)["model"]
+OPEN, PLOT = search.open_study, results.plot_study
+DEFAULTS = search.full_config(CONFIG)["model"]
 
 
 def quick(storage: str) -> str:
@@ -263,7 +262,7 @@ def test_several_seeds_count_as_their_mean_and_each_run_has_its_own(fits):
 
 
 def test_several_objectives_give_a_front_and_the_first_chooses_the_best(fits, monkeypatch):
-    monkeypatch.setattr(results, "_plot", PLOT)
+    monkeypatch.setattr(results, "plot_study", PLOT)
     fits(lambda model, seed: [(1000 * model["ent_coef"], model["ent_coef"] * (1 if model["vf_coef"] == 0.5 else 0.1))])
     space = {"model.ent_coef": [0.1, 0.5, 0.9], "model.vf_coef": [0.5, 0.6]}
     found = sweep(CONFIG, space, trials=25, objective=["score", "steps"], sampler="random", workers=2, quiet=True)
@@ -327,7 +326,7 @@ open(file, "w").write('{"steps": 1, "seconds": 1, "value": NaN}\\n')
 )
 def test_why_a_run_failed_is_found_in_what_it_said(monkeypatch, tmp_path, code, why):
     monkeypatch.setattr(fit_process, "FIT", [sys.executable, "-c", code])
-    run = FitProcess(tmp_path, 0, RunOptions("eval/mean_reward", None, None))
+    run = FitProcess(tmp_path, 0, "eval/mean_reward")
     run.process.wait()
     run.stop()
     assert run.failure() == why
@@ -335,7 +334,7 @@ def test_why_a_run_failed_is_found_in_what_it_said(monkeypatch, tmp_path, code, 
 
 def test_what_a_run_tells_is_read_once_and_no_line_before_it_is_whole(monkeypatch, tmp_path):
     monkeypatch.setattr(fit_process, "FIT", [sys.executable, "-c", ""])
-    run = FitProcess(tmp_path, 0, RunOptions("eval/mean_reward", None, None))
+    run = FitProcess(tmp_path, 0, "eval/mean_reward")
     run.process.wait()
     run.stop()
     assert run.measurements() == []
@@ -397,7 +396,7 @@ def test_a_sweep_that_was_interrupted_finds_what_it_would_have_found(fits, monke
     fits(lambda model, seed: [(500, model["gamma"]), (1000, seed - model["gamma"])])
     given = {"trials": 6, "seeds": 2, "sampler": sampler, "pruner": "none", "quiet": True}
     whole = sweep(CONFIG, SPACE, study="whole", **given).study
-    follow = objective.Objective._follow
+    follow = objective.Objective.follow
     for interrupted in (0, 3):
 
         def interrupt(self, trial, *given, interrupted=interrupted):
@@ -406,7 +405,7 @@ def test_a_sweep_that_was_interrupted_finds_what_it_would_have_found(fits, monke
             follow(self, trial, *given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(objective.Objective, "_follow", interrupt)
+            patch.setattr(objective.Objective, "follow", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 sweep(CONFIG, SPACE, study="parts", **given)
     found = sweep(CONFIG, SPACE, study="parts", **{**given, "quiet": False})
@@ -426,7 +425,7 @@ def test_machines_whose_seeds_are_neighbours_propose_different_trials():
     proposed = set()
     for seed in range(4):
         for index in range(4):
-            study = optuna.create_study(sampler=search._make_sampler("random", seed, index, 20))
+            study = optuna.create_study(sampler=search.make_sampler(SweepOptions(sampler="random", seed=seed), index))
             proposed.add(gamma.suggest(study.ask(), "model.gamma"))
     assert len(proposed) == 16
 
@@ -442,7 +441,7 @@ def ask(study: optuna.Study) -> optuna.Trial:
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed")
 def test_the_last_trials_of_another_process_are_waited_for_and_retried_if_it_falls_silent(fits, monkeypatch, capsys):
     fits(lambda model, seed: [(1000, 1.0)])
-    monkeypatch.setattr(search, "_open", OPEN)
+    monkeypatch.setattr(search, "open_study", OPEN)
     monkeypatch.setattr(search, "HEARTBEAT_S", 1)
     monkeypatch.setattr(search, "GRACE_S", 2)
     study = sweep(CONFIG, SPACE, trials=2, quiet=True).study
@@ -460,7 +459,7 @@ def test_the_last_trials_of_another_process_are_waited_for_and_retried_if_it_fal
 def test_a_trial_that_another_machine_took_over_is_given_up(fits, monkeypatch, workers):
     """After a long silence, as of a machine that slept."""
     fits(lambda model, seed: [(500, 1.0), (1000, 1.0)])
-    follow = objective.Objective._follow
+    follow = objective.Objective.follow
 
     def slept(self, trial, *given):
         if trial.number == 1:
@@ -468,7 +467,7 @@ def test_a_trial_that_another_machine_took_over_is_given_up(fits, monkeypatch, w
             objective.retry(trial.study, trial.study.trials[1])
         follow(self, trial, *given)
 
-    monkeypatch.setattr(objective.Objective, "_follow", slept)
+    monkeypatch.setattr(objective.Objective, "follow", slept)
     study = sweep(CONFIG, SPACE, trials=4, workers=workers, quiet=True).study
     assert sorted(states(study)) == [*["COMPLETE"] * 4, "FAIL"]
     assert study.trials[1].state.name == "FAIL"
@@ -480,7 +479,7 @@ def test_processes_that_begin_a_study_at_the_same_moment_share_it(capfd):
 
     def begin(rank: int) -> str:
         together.wait(60)
-        return search._open("sqlite:///shared.db", "study", ["score"]).study_name
+        return search.open_study("sqlite:///shared.db", "study", ["score"]).study_name
 
     assert forked(begin) == ["study", "study"]
     assert capfd.readouterr().err == ""
@@ -557,7 +556,7 @@ def test_a_sweep_on_the_command_line_leaves_a_config_that_fit_takes_a_table_and_
         yaml.safe_load(path.read_text())["seed_everything"] for path in sorted(place.rglob("version_0/config.yaml"))
     ]
     assert seeds == [5, 6]
-    best = search._full_config(place / "best.yaml")
+    best = search.full_config(place / "best.yaml")
     assert best["model"]["total_steps"] == 512
     assert best["trainer"]["callbacks"] is None
     told = [json.loads(line) for line in (place / "trials/0000/progress_5.jsonl").read_text().splitlines()]
@@ -567,7 +566,7 @@ def test_a_sweep_on_the_command_line_leaves_a_config_that_fit_takes_a_table_and_
 def test_a_second_config_changes_the_first_as_with_fit(monkeypatch):
     seen = []
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    monkeypatch.setattr(command_line, "sweep", lambda **given: seen.append((given["config"], given["flags"])))
+    monkeypatch.setattr(search, "sweep", lambda **given: seen.append((given["config"], given["flags"])))
     main(["--config", "a.yaml", "--config=b.yaml", "--space", "s.yaml", "--model.gamma", "0.9"])
     assert seen == [("a.yaml", ["--config=b.yaml", "--model.gamma", "0.9"])]
 
@@ -586,13 +585,13 @@ def test_bad_input_ends_the_command_with_one_sentence(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("metric", ["eval/mean_reward", "rollout/ep_rew_mean"])
 def test_progress_is_told_where_the_metric_is_new_and_the_run_ends_at_the_threshold(fit, tmp_path, monkeypatch, metric):
-    monkeypatch.setattr(progress, "_stop_with_the_sweep", lambda: None)
+    monkeypatch.setattr(fit_process, "exit_with_parent", lambda: None)
     told = tmp_path / "told.jsonl"
 
     def rows(**given) -> list[dict]:
         told.unlink(missing_ok=True)
         model = PPO("CartPole-v1", num_envs=2, num_steps=64, total_steps=1280, eval_interval=5, num_eval_episodes=1)
-        fit(model, callbacks=[progress.Progress(str(told), metric, **given)], limit_val_batches=1)
+        fit(model, callbacks=[Progress(str(told), metric, **given)], limit_val_batches=1)
         return [json.loads(line) for line in told.read_text().splitlines()]
 
     every = 640 if metric.startswith("eval") else 128
@@ -602,10 +601,10 @@ def test_progress_is_told_where_the_metric_is_new_and_the_run_ends_at_the_thresh
 
 
 def test_a_metric_that_there_is_not_ends_the_run_with_one_sentence(fit, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "_stop_with_the_sweep", lambda: None)
+    monkeypatch.setattr(fit_process, "exit_with_parent", lambda: None)
     model = PPO("CartPole-v1", num_envs=2, num_steps=64, total_steps=128)
     with pytest.raises(InputError, match=r"metric train/los is not known: did you mean train/loss\?"):
-        fit(model, callbacks=[progress.Progress(str(tmp_path / "told.jsonl"), "train/los")])
+        fit(model, callbacks=[Progress(str(tmp_path / "told.jsonl"), "train/los")])
 
 
 def test_the_example_space_and_the_documents_example_can_be_searched(fits, tmp_path):

@@ -1,38 +1,44 @@
-"""A sweep from its arguments to its results: checks, the study, the trials."""
+"""``python -m ppo_lightning sweep``, and :func:`sweep` from Python: checks, the study, the trials."""
 
 import contextlib
+import difflib
 import io
-import os
+import json
 import random
+import signal
+import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import yaml
 
+from ppo_lightning.arguments import PlainParser
 from ppo_lightning.cli import CLI_OPTIONS, PPOCLI
-from ppo_lightning.errors import InputError
+from ppo_lightning.errors import InputError, exit_on_user_error
 from ppo_lightning.parameters import LIMITS, converted
 from ppo_lightning.ppo import PPO
-from ppo_lightning.tools.sweep.fit_process import RunOptions
 from ppo_lightning.tools.sweep.objective import (
     DIRECTIONS,
     PRUNE_POINTS,
     Objective,
     RunFailed,
     SearchSpec,
+    SweepOptions,
     SweepStopped,
     counted,
     first_attempts,
 )
 from ppo_lightning.tools.sweep.results import BASELINE, describe_trial, show, write_best, write_results
-from ppo_lightning.tools.sweep.space import Range, Space, check_keys, points_of, read_space, with_values
+from ppo_lightning.tools.sweep.space import Space, check_keys, points_of, read_space, with_values
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -56,24 +62,68 @@ class SweepResult(NamedTuple):
     """Optuna's, with all trials."""
 
 
+def main(words: list[str]) -> None:
+    """Run ``ppo-lightning sweep``; user errors are one sentence, with exit status 1."""
+    parser = PlainParser(
+        prog="ppo-lightning sweep",
+        description="Search for hyperparameters with Optuna. All other options, such as --model.total_steps 50000, are "
+        "those of fit. The same command resumes a sweep that was stopped.",
+        allow_abbrev=False,
+    )
+    config_help = "config that fit takes; later ones override it, as with fit"
+    parser.add_argument("--config", required=True, action="append", help=config_help)
+    parser.add_argument(
+        "--space", required=True, help="YAML: key of the config: [value, …] or {distribution, min, max}"
+    )
+    kinds: dict[str, Any] = {
+        **{name: {"type": int} for name in ("trials", "seeds", "workers", "seed")},
+        "threshold": {"type": float},
+        "objective": {"nargs": "+", "choices": DIRECTIONS},
+        "sampler": {"choices": ("tpe", "random", "cmaes")},
+        "pruner": {"choices": ("median", "none")},
+    }
+    for item in fields(SweepOptions):
+        default = "" if item.default is None else f" (default: {item.default})"
+        text = item.metadata["help"] + default
+        parser.add_argument(f"--{item.name}", default=item.default, help=text, **kinds.get(item.name, {}))
+    with exit_on_user_error():
+        given, flags = parser.parse_known_args(words)
+        _check_spelling(flags, [action.option_strings[-1] for action in parser._actions])
+        given.config, flags = given.config[0], [*(f"--config={file}" for file in given.config[1:]), *flags]
+        before = signal.signal(signal.SIGTERM, _exit)
+        try:
+            sweep(**vars(given), flags=flags)
+        except KeyboardInterrupt:
+            print("\nstopped: the same command resumes", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _check_spelling(flags: list[str], options: list[str]) -> None:
+    """Check the options of the sweep, before ``fit`` suggests keys of its own for a misspelt one.
+
+    Raises:
+        InputError: an argument is nearly an option of the sweep; those of ``fit`` have dots, or are --seed_everything.
+    """
+    for flag in flags:
+        name = flag.partition("=")[0]
+        near = difflib.get_close_matches(name, options, 1, cutoff=0.75)
+        if name.startswith("--") and "." not in name and near:
+            raise InputError(f"sweep has no option {name}: did you mean {near[0]}?")
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
 def sweep(
     config: str | Path | Mapping[str, Any],
     space: str | Path | Mapping[str, Any],
     *,
-    trials: int = 20,
-    objective: str | Sequence[str] = "score",
-    metric: str = "eval/mean_reward",
-    threshold: float | None = None,
-    sampler: Literal["tpe", "random", "cmaes"] = "tpe",
-    pruner: Literal["median", "none"] | None = None,
-    seeds: int = 1,
-    workers: int = 1,
-    seed: int = 0,
-    study: str | None = None,
-    storage: str | None = None,
-    folder: str | Path | None = None,
     flags: Sequence[str] = (),
     quiet: bool = False,
+    **options: Any,
 ) -> SweepResult:
     """Search for the hyperparameters under which a config trains best.
 
@@ -83,81 +133,43 @@ def sweep(
     Args:
         config: YAML file that ``fit`` takes, or the same as a mapping.
         space: YAML file or mapping of the values to search, as :func:`read_space` takes it.
-        trials: of the study in total, those of earlier calls included (count).
-        objective: one or several of score (highest last value of the metric), steps_to (fewest environment steps until the
-            metric reaches the threshold), steps and seconds (least cost of a run). Several give a Pareto front, and the
-            first of them selects the best config.
-        metric: a name in Lightning's callback_metrics; higher is better.
-        threshold: value of the metric at which a run stops; steps_to needs it.
-        sampler: Optuna's TPE, random search, or CMA-ES (which samples the values of lists at random).
-        pruner: median stops a trial that is worse than the median of earlier trials at a 20th of its steps. It is the
-            default with one objective.
-        seeds: runs of each trial, one after the other; their mean counts (count).
-        workers: trials that run at once on this machine (count).
-        seed: of the sampler and the runs; several machines with one storage each need their own.
-        study: its name; the default is the config's.
-        storage: a database URL that Optuna takes, or a file that ends in .journal, either of which several machines may
-            share; the default is an SQLite database in the folder. A journal has no heartbeat, so that trials of a killed
-            process are not retried there.
-        folder: of results; the default is sweeps/ and the study's name.
         flags: further arguments of ``fit``, as on the command line.
         quiet: print nothing.
+        options: the fields of :class:`SweepOptions`, such as ``trials`` and ``objective``.
 
     Raises:
         InputError: an argument is invalid, or no trial completed.
     """
-    objectives = [objective] if isinstance(objective, str) else list(objective)
-    ranges = read_space(space)
-    _check(objectives, threshold, sampler, pruner, ranges, trials=trials, seeds=seeds, workers=workers)
-    if study is None:
-        study = "sweep" if isinstance(config, Mapping) else Path(config).stem
-    place = (Path("sweeps") / study if folder is None else Path(folder)).resolve()
-    base = _full_config(config, flags)
+    given, ranges = SweepOptions(**options), read_space(space)
+    base = full_config(config, flags)
+    name = given.study or ("sweep" if isinstance(config, Mapping) else Path(config).stem)
+    spec = SearchSpec(ranges, base, Path(given.folder or Path("sweeps") / name).resolve(), given)
     _check_space(ranges, base)
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        spec.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"folder {place} cannot be created ({error.strerror}): give another one") from error
-    described = {key: vars(item) for key, item in ranges.items()}
-    asked = {"objective": objectives, "metric": metric, "threshold": threshold, "seeds": seeds}
-    spec = SearchSpec(ranges, base, objectives, place)
-    options = RunOptions(metric, threshold, max(1, _cores() // workers) if workers > 1 else None)
-    prunes = pruner != "none" and len(objectives) == 1
+        raise InputError(f"folder {spec.folder} cannot be created ({error.strerror}): give another one") from error
     with warnings.catch_warnings():
-        opened = _open(storage or f"sqlite:///{place / 'study.db'}", study, objectives)
-        _check_same_search(opened, {**asked, "space": described, "config": base})
-        points = points_of(ranges, base)
-        if points is not None and not opened.get_trials(deepcopy=False):
-            opened.enqueue_trial(
-                points, user_attrs={BASELINE: True}
-            )  # so that the result is never worse than the config
-        _run_trials(
-            opened,
-            Objective(spec, options, seed=seed, seeds=seeds, prunes=prunes),
-            lambda index: _make_sampler(sampler, seed, index, trials),
-            trials=trials,
-            workers=workers,
-            quiet=quiet,
-        )
-        best_config, best_file = write_results(opened, spec)
+        study = open_study(given.storage or f"sqlite:///{spec.folder / 'study.db'}", name, given.objectives)
+        _check_same_search(study, spec)
+        baseline = points_of(ranges, base)
+        if baseline is not None and not study.get_trials(deepcopy=False):
+            study.enqueue_trial(baseline, user_attrs={BASELINE: True})  # the result is never worse than the config
+        _run_trials(study, Objective(spec), quiet)
+        best_config, best_file = write_results(study, spec)
     if not quiet:
-        show(opened, spec)
-    return SweepResult(best_config, best_file, place, opened)
+        show(study, spec)
+    return SweepResult(best_config, best_file, spec.folder, study)
 
 
-def _run_trials(
-    study: "Study",
-    objective: Objective,
-    make_sampler: Callable[[int], Any],
-    *,
-    trials: int,
-    workers: int,
-    quiet: bool,
-) -> None:
+def _run_trials(study: "Study", objective: Objective, quiet: bool) -> None:
     """Run trials until the study has as many as asked for; an interrupt stops them all and queues each for a retry."""
     from optuna.storages import fail_stale_trials
 
-    lock, waits = threading.Lock(), False
+    options, lock, waits = objective.spec.options, threading.Lock(), False
+
+    def set_sampler() -> None:
+        study.sampler = make_sampler(options, first_attempts(study.get_trials(deepcopy=False)))
 
     def on_trial_end(study: "Study", trial: "FrozenTrial") -> None:
         with lock, objective.stops_on_error():  # each worker is a thread
@@ -165,16 +177,16 @@ def _run_trials(
                 write_best(study, objective.spec)
             if not quiet and not objective.stop.is_set():
                 print(describe_trial(study, trial.number, objective.spec), flush=True)
-            if objective.stop.is_set() or len(counted(study)) >= trials:
+            if objective.stop.is_set() or len(counted(study)) >= options.trials:
                 study.stop()
-            study.sampler = make_sampler(len(first_attempts(study)))
+            set_sampler()
 
     while True:
         fail_stale_trials(study)
-        missing = trials - len(counted(study))
+        missing = options.trials - len(counted(study))
         if missing > 0:
-            study.sampler = make_sampler(len(first_attempts(study)))
-            given = {"n_trials": missing, "n_jobs": workers, "callbacks": [on_trial_end]}
+            set_sampler()
+            given = {"n_trials": missing, "n_jobs": options.workers, "callbacks": [on_trial_end]}
             try:
                 with ThreadPoolExecutor(1) as pool, objective.stops_on_error():  # Ctrl-C interrupts this thread only
                     pool.submit(study.optimize, objective, catch=(RunFailed, SweepStopped), **given).result()
@@ -184,7 +196,7 @@ def _run_trials(
             objective.lost = False
             objective.stop.clear()
         else:
-            others = sum(trial.state.name == "RUNNING" for trial in counted(study)[:trials])
+            others = sum(trial.state.name == "RUNNING" for trial in counted(study)[: options.trials])
             if not others or not _has_heartbeat(study):
                 return
             if not waits and not quiet:
@@ -193,51 +205,35 @@ def _run_trials(
             time.sleep(WAIT_S)
 
 
-def _make_sampler(name: str, seed: int, index: int, trials: int) -> Any:
-    """The sampler of a trial, with a seed of its own, so that a resumed sweep proposes what it would have proposed."""
+def make_sampler(options: SweepOptions, index: int) -> Any:
+    """The sampler of a trial, with a seed of its own, so that a resumed sweep proposes what it would have proposed.
+
+    Args:
+        options: of the sweep.
+        index: number of trials before it, retries left out.
+    """
     from optuna.samplers import CmaEsSampler, RandomSampler, TPESampler
 
     # Hashed: with seed + index, machines with neighbouring seeds would propose the same trials.
-    own = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-    if name == "random":
-        sampler: Any = RandomSampler(seed=own)
-    elif name == "cmaes":
-        sampler = CmaEsSampler(seed=own, warn_independent_sampling=False)
+    seed = int(np.random.SeedSequence([options.seed, index]).generate_state(1)[0])
+    if options.sampler == "random":
+        sampler: Any = RandomSampler(seed=seed)
+    elif options.sampler == "cmaes":
+        sampler = CmaEsSampler(seed=seed, warn_independent_sampling=False)
     else:
-        sampler = TPESampler(seed=own, n_startup_trials=min(10, max(4, trials // 4)), constant_liar=True)
+        startup = min(10, max(4, options.trials // 4))
+        sampler = TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
     sampler.reseed_rng = lambda: None  # Optuna reseeds for each trial of several workers
     return sampler
 
 
-def _check(
-    objectives: list[str], threshold: float | None, sampler: str, pruner: str | None, space: Space, **counts: int
-) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise InputError(f"{name} must be 1 or more, got {count}")
-    unknown = [name for name in objectives if name not in DIRECTIONS]
-    if unknown:
-        raise InputError(f"objective {unknown[0]} is not known: take from {', '.join(DIRECTIONS)}")
-    if not objectives or objectives[0] not in ("score", "steps_to") or len(set(objectives)) < len(objectives):
-        raise InputError(
-            f"objective must begin with score or steps_to and name each once, got {' '.join(objectives)!r}"
-        )
-    if "steps_to" in objectives and threshold is None:
-        raise InputError("objective steps_to counts steps until a threshold: give one, such as --threshold 475")
-    if sampler not in ("tpe", "random", "cmaes"):
-        raise InputError(f"sampler must be tpe, random or cmaes, got {sampler}")
-    if pruner not in ("median", "none", None):
-        raise InputError(f"pruner must be median or none, got {pruner}")
-    if len(objectives) > 1 and pruner == "median":
-        raise InputError("pruner median compares one number, and there are several objectives: leave it out")
-    if sampler == "cmaes" and len(objectives) > 1:
-        raise InputError("sampler cmaes takes one objective, and there are several: take tpe or random")
-    if sampler == "cmaes" and sum(isinstance(item, Range) for item in space.values()) < 2:
-        raise InputError("sampler cmaes needs two ranges of numbers or more in the space: take tpe or random")
-
-
-def _full_config(config: str | Path | Mapping[str, Any], flags: Sequence[str] = (), what: str = "") -> dict[str, Any]:
+def full_config(config: str | Path | Mapping[str, Any], flags: Sequence[str] = (), what: str = "") -> dict[str, Any]:
     """A config with all defaults, as ``fit`` has it.
+
+    Args:
+        config: YAML file or mapping.
+        flags: further arguments of ``fit``.
+        what: begins an error message about a mapping.
 
     Raises:
         InputError: ``fit`` would refuse it.
@@ -247,7 +243,7 @@ def _full_config(config: str | Path | Mapping[str, Any], flags: Sequence[str] = 
             file = Path(folder) / "config.yaml"
             file.write_text(yaml.safe_dump(dict(config), sort_keys=False))
             try:
-                return _full_config(file, flags)
+                return full_config(file, flags)
             except InputError as error:
                 raise InputError((what or "config: ") + str(error).removeprefix(f"{file}: ")) from error
     printed = io.StringIO()
@@ -266,15 +262,24 @@ def _check_space(space: Space, config: dict[str, Any]) -> None:
     examples = {key: item.examples() for key, item in space.items()}
     for index in range(max(map(len, examples.values()))):
         tried = with_values(config, {key: values[index % len(values)] for key, values in examples.items()})
-        full = _full_config(tried, what="space: ")
+        full = full_config(tried, what="space: ")
         try:
             converted(PPO.__init__, {name: full["model"][name] for name in LIMITS}, limits=LIMITS)
         except InputError as error:
             raise InputError(f"space: {error}") from error
 
 
-def _open(storage: str, name: str, objectives: list[str]) -> "Study":
-    """Create the study, or load it if it is there."""
+def open_study(storage: str, name: str, objectives: Sequence[str]) -> "Study":
+    """Create the study, or load it if it is there.
+
+    Args:
+        storage: database URL, or a file that ends in .journal.
+        name: of the study.
+        objectives: keys of :data:`DIRECTIONS`.
+
+    Raises:
+        InputError: Optuna is not installed, or cannot open the storage.
+    """
     try:
         import optuna
         from optuna.exceptions import ExperimentalWarning
@@ -292,11 +297,12 @@ def _open(storage: str, name: str, objectives: list[str]) -> "Study":
             if storage.endswith(".journal"):
                 opened: Any = JournalStorage(JournalFileBackend(storage))
             else:
+                again = RetryHeartbeatStaleTrialCallback()
                 opened = RDBStorage(
                     storage,
                     heartbeat_interval=HEARTBEAT_S,
                     grace_period=GRACE_S,
-                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+                    heartbeat_stale_trial_callback=again,
                 )
             study = optuna.create_study(
                 storage=opened,
@@ -307,14 +313,11 @@ def _open(storage: str, name: str, objectives: list[str]) -> "Study":
             )
             break
         except Exception as error:  # each database driver raises errors of its own, also where it is not installed
-            if tries and isinstance(error, DBAPIError):
-                time.sleep(
-                    random.uniform(0.1, 1.0)
-                )  # another process that starts at the same moment creates the tables
-                continue
-            message = " ".join(str(error).split())[:200]
-            raise InputError(f"storage {storage} cannot be opened ({message}): correct the URL or file") from error
-    if isinstance(opened, RDBStorage):
+            if not (tries and isinstance(error, DBAPIError)):
+                message = " ".join(str(error).split())[:200]
+                raise InputError(f"storage {storage} cannot be opened ({message}): correct the URL or file") from error
+            time.sleep(random.uniform(0.1, 1.0))  # another process that starts at the same moment creates the tables
+    if _has_heartbeat(study):
         for trial in study.get_trials(deepcopy=False):  # Optuna never retries a trial killed before its first heartbeat
             if trial.state.name == "RUNNING":
                 opened.record_heartbeat(trial._trial_id)
@@ -328,30 +331,26 @@ def _has_heartbeat(study: "Study") -> bool:
     return not isinstance(study._storage, JournalStorage)
 
 
-def _check_same_search(study: "Study", search: dict[str, Any]) -> None:
+def _check_same_search(study: "Study", spec: SearchSpec) -> None:
     """Store what a new study searches for.
 
     Raises:
         InputError: the study exists and searches for something else.
     """
+    options = spec.options
+    search: dict[str, Any] = {
+        "objective": options.objectives,
+        **{name: getattr(options, name) for name in ("metric", "threshold", "seeds")},
+        "space": {key: vars(item) for key, item in spec.space.items()},
+        "config": spec.config,
+    }
     if "search" not in study.user_attrs:
         study.set_user_attr("search", search)
         return
     before = study.user_attrs["search"]
-    different = [name for name, value in _plain(search).items() if before[name] != value]
+    different = [name for name, value in json.loads(json.dumps(search)).items() if before[name] != value]
     if different:
         raise InputError(
             f"study {study.study_name} was begun with another {different[0]}: give this one a name of its own (--study), or "
             "resume with the arguments of that study"
         )
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as JSON stores them."""
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,6 +8,8 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -218,20 +220,14 @@ def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
     """A copy of a config with the values of dotted keys replaced."""
     changed = copy.deepcopy(dict(config))
     for key, value in values.items():
-        *path, last = key.split(".")
-        node: Any = changed
-        for name in path:
-            node = node[name]
-        node[last] = value
+        parent, _, last = key.rpartition(".")
+        value_at(changed, parent)[last] = value
     return changed
 
 
-def value_at(config: Mapping[str, Any], key: str) -> Any:
+def value_at(config: Any, key: str) -> Any:
     """The value of a dotted key."""
-    node: Any = config
-    for name in key.split("."):
-        node = node[name]
-    return node
+    return reduce(getitem, key.split("."), config)
 
 
 def points_of(space: Space, config: Mapping[str, Any]) -> dict[str, Any] | None:
