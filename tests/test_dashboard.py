@@ -346,7 +346,7 @@ def test_errors_and_interrupts_leave_the_terminal_as_it_was(terminal, error):
     assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
     assert "stopped · 384 of 1,024 steps · iteration 3" in screen(written)
     bar._trainer = None
-    assert pickle.loads(pickle.dumps(bar))._live is None, "it can be sent to another process"
+    assert pickle.loads(pickle.dumps(bar)).live is None, "it can be sent to another process"
 
 
 def test_numbers_of_a_run_are_those_that_are_logged(terminal):
@@ -374,7 +374,7 @@ def test_numbers_of_a_run_are_those_that_are_logged(terminal):
     assert f"{metrics['time/fps']:,.0f} steps/s" in shown
     assert "process " in shown
     assert "! critic_not_learning since step 12,288" in shown
-    assert all(re.search(rf"{phase} +\d+ %", shown) for phase in dashboard.PHASES)
+    assert all(re.search(rf"{phase} +\d+ %", shown) for phase in ("collect", "update", "evaluate", "other"))
 
 
 def test_without_psutil_only_the_hardware_is_missing(terminal, monkeypatch):
@@ -435,7 +435,7 @@ def test_only_terminals_that_can_redraw_get_pictures(change, redraws):
         "_environ": {},
         "force_jupyter": False,
     }
-    assert dashboard._redraws(Console(**{**given, **change})) == redraws
+    assert dashboard.can_redraw(Console(**{**given, **change})) == redraws
 
 
 def test_only_the_first_process_draws(terminal):
@@ -457,8 +457,8 @@ def test_pictures_take_a_hundredth_of_the_time_and_come_four_times_a_second_at_m
 
     monkeypatch.setattr(dashboard.time, "perf_counter", lambda: clock[0])
     bar = Dashboard()
-    bar._live, bar._mark, bar._phases, bar._iterations = Screen(), 0.0, dict.fromkeys(dashboard.PHASES, 0.0), 5
-    monkeypatch.setattr(bar, "_frame", lambda status: FRAME)
+    bar.live = Screen()
+    monkeypatch.setattr(bar, "frame", lambda status: FRAME)
     for cost[0], apart in [(0.0, 0.25), (0.001, 0.25), (0.01, 1.0)]:
         drawn_at.clear()
         for _ in range(5000):
@@ -473,8 +473,7 @@ def test_between_pictures_an_iteration_costs_microseconds(monkeypatch):
     import timeit
 
     bar = Dashboard()
-    bar._live, bar._mark, bar._phases, bar._iterations = object(), 0.0, dict.fromkeys(dashboard.PHASES, 0.0), 5
-    bar._next_draw = float("inf")
+    bar.live, bar.next_draw = object(), float("inf")
 
     def iteration():
         bar.on_train_epoch_start(None)

@@ -53,8 +53,11 @@ def test_short_iterations_share_a_measurement_and_log_it_once(fit):
     assert not any(CPU & row.keys() for _, row in logger.rows)
     hardware = Hardware(torch.device("cpu"), interval_s=3600)
     assert hardware.read() == {}
-    hardware._measured -= 3600
-    assert hardware.read() is hardware.read()
+    hardware.interval_s = 0
+    measured = hardware.read()
+    hardware.interval_s = 3600
+    assert measured.keys() == CPU
+    assert hardware.read() is measured
 
 
 def test_reading_waits_for_nothing():

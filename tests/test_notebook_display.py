@@ -106,7 +106,7 @@ def test_a_picture_that_takes_long_is_drawn_less_often(fit, shown, monkeypatch):
     display = NotebookDisplay()
     fit(PPO("CartPole-v1", total_steps=128, **SMALL), callbacks=[display])
     assert len(shown) == 2  # the first and the last
-    assert display._next_draw == clock[0] + 30.0
+    assert display.next_draw == clock[0] + 30.0
 
 
 def test_the_curve_continues_with_a_resumed_run_and_restarts_with_another(fit, shown, curves):

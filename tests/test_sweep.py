@@ -255,6 +255,15 @@ def test_what_is_proposed_comes_near_to_the_best(fits, sampler):
     assert sum(numbers(study)[16:]) / 8 > sum(numbers(study)[1:9]) / 8
 
 
+def test_workers_that_begin_at_the_same_moment_share_no_trial(fits):
+    begun = []
+    fits(lambda model, seed: begun.append(seed) or [(1000, 1.0)])
+    for study in "abcd":
+        begun.clear()
+        sweep(CONFIG, SPACE, trials=8, workers=8, study=study, storage=f"sqlite:///{study}.db", quiet=True)
+        assert sorted(begun) == list(range(8))
+
+
 def test_several_seeds_count_as_their_mean_and_each_run_has_its_own(fits):
     fits(lambda model, seed: [(1000, seed)])
     found = sweep(CONFIG, SPACE, trials=2, seeds=3, quiet=True)

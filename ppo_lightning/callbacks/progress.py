@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO, cast
 
 from lightning import LightningModule, Trainer
@@ -31,20 +31,30 @@ class AboveBar(DummyTqdmFile):
 
 
 @contextlib.contextmanager
-def lines_above_bar() -> Iterator[None]:
-    """Write all output within above the bar, line by line."""
-    streams: dict[Any, Any] = {sys.stdout: AboveBar(sys.stdout), sys.stderr: AboveBar(sys.stderr)}
-    loggers = [
-        logging.root,
-        *(one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)),
-    ]
+def handlers_on(streams: Mapping[Any, Any]) -> Iterator[None]:
+    """Let log handlers that write to a stream write to another one.
+
+    Args:
+        streams: the other stream by the first.
+    """
+    loggers = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
     with contextlib.ExitStack() as restored:
-        for handler in (handler for logger in loggers for handler in logger.handlers):
+        for handler in (handler for logger in (logging.root, *loggers) for handler in logger.handlers):
             if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
                 restored.callback(handler.setStream, handler.stream)
                 handler.setStream(streams[handler.stream])
-        restored.enter_context(contextlib.redirect_stdout(streams[sys.stdout]))
-        restored.enter_context(contextlib.redirect_stderr(streams[sys.stderr]))
+        yield
+
+
+@contextlib.contextmanager
+def lines_above_bar() -> Iterator[None]:
+    """Write all output within above the bar, line by line."""
+    out, err = AboveBar(sys.stdout), AboveBar(sys.stderr)
+    with (
+        handlers_on({sys.stdout: out, sys.stderr: err}),
+        contextlib.redirect_stdout(cast(TextIO, out)),
+        contextlib.redirect_stderr(cast(TextIO, err)),
+    ):
         yield
 
 

@@ -1,6 +1,5 @@
 """A page about several runs side by side: groups of repetitions, means over seeds and their intervals."""
 
-import html
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -8,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.tools.charts import CHARTS, Curve, draw, to_svg
-from ppo_lightning.tools.page import colored, document, duration, figure, grid, image, link, number, section, table
+from ppo_lightning.tools.charts import CHARTS, COLORS, Curve, draw, to_svg
+from ppo_lightning.tools.page import duration, link, number, render
 from ppo_lightning.tools.saved_runs import REPORT, SavedRun
 
 IGNORED_SETTINGS = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "trainer.logger", "trainer.enable_")
@@ -33,10 +33,6 @@ class Group:
 
     label: str
     runs: list[SavedRun]
-
-    def count(self) -> str:
-        """The number of runs, with its unit."""
-        return f"{len(self.runs)} run{'s' * (len(self.runs) > 1)}"
 
 
 def grouped(runs: Sequence[SavedRun], keys: Sequence[str] | None = None) -> list[Group]:
@@ -143,32 +139,29 @@ def comparison(groups: Sequence[Group], place: Path) -> str:
         groups: of the runs.
         place: folder of the page, to which its links are relative.
     """
-    keys = "".join(colored("li", index, f"{group.label} ({group.count()})") for index, group in enumerate(groups))
     environments: dict[str, list[tuple[int, Group]]] = {}
     for index, group in enumerate(groups):
         names = dict.fromkeys(run.environment for run in group.runs)
         environments.setdefault(", ".join(names), []).append((index, group))
-    charts = {name: grid(_figures(members)) for name, members in environments.items()}
     several = any(len(group.runs) > 1 for group in groups)
     caption = (
         "Thick: the mean over the runs of a group that got so far, with its 95 % interval (Student's t); thin: each run."
         if several
         else "Each curve is one run."
     )
-    count = sum(len(group.runs) for group in groups)
-    return document(
-        f"{', '.join(environments)} · {count} runs",
-        [
-            f"<figure><ul>{keys}</ul><figcaption>{caption}</figcaption></figure>",
-            *(charts.values() if len(charts) == 1 else map(section, charts, charts.values())),
-            section("Groups", _group_table(groups)),
-            section("Runs", _run_table(groups, place)),
-        ],
+    return render(
+        "comparison.html",
+        title=f"{', '.join(environments)} · {sum(len(group.runs) for group in groups)} runs",
+        labels=[f"{group.label} ({len(group.runs)} run{'s' * (len(group.runs) > 1)})" for group in groups],
+        caption=caption,
+        charts={name: _figures(members) for name, members in environments.items()},
+        groups=[_group_row(index, group) for index, group in enumerate(groups)],
+        runs=[_run_row(index, group, run, place) for index, group in enumerate(groups) for run in group.runs],
     )
 
 
-def _figures(groups: Sequence[tuple[int, Group]]) -> list[str]:
-    """Charts of groups and their indices; their returns are comparable."""
+def _figures(groups: Sequence[tuple[int, Group]]) -> list[tuple[str, str, str]]:
+    """Title, SVG and caption of the charts of groups and their indices, whose returns are comparable."""
     figures = []
     for chart in CHARTS:
         for metric, meaning in chart.metrics.items():
@@ -176,21 +169,23 @@ def _figures(groups: Sequence[tuple[int, Group]]) -> list[str]:
             if curves:
                 title = chart.title if len(chart.metrics) == 1 else f"{chart.title}, {meaning.partition(',')[0]}"
                 one = replace(chart, title=title, metrics={metric: meaning})
-                figures.append(figure(title, image(to_svg(draw(one, curves, legend=False)), title), one.full_caption()))
+                figures.append((title, to_svg(draw(one, curves, legend=False)), one.full_caption()))
     return figures
 
 
-def _group_table(groups: Sequence[Group]) -> str:
-    rows = []
-    for index, group in enumerate(groups):
-        summaries = [run.summary for run in group.runs]
-        cells = [
-            _estimate(summary["last_eval_metrics"].get("eval/mean_reward") for summary in summaries),
-            _estimate(summary["best_eval_metrics"].get("eval/mean_reward") for summary in summaries),
-            _estimate(summary["last_train_metrics"].get("rollout/ep_rew_mean") for summary in summaries),
-        ]
-        rows.append([colored("span", index, group.label), str(len(group.runs)), *cells])
-    return table(("group", "runs", "last evaluation", "best evaluation", "return, training"), rows)
+def _colored(index: int, label: str) -> str:
+    """A group's label in the color of its curve."""
+    return Markup('<span class="c{}">{}</span>').format(index % len(COLORS), label)
+
+
+def _group_row(index: int, group: Group) -> list[str]:
+    metrics = {
+        "last_eval_metrics": "eval/mean_reward",
+        "best_eval_metrics": "eval/mean_reward",
+        "last_train_metrics": "rollout/ep_rew_mean",
+    }
+    cells = [_estimate(run.summary[part].get(name) for run in group.runs) for part, name in metrics.items()]
+    return [_colored(index, group.label), str(len(group.runs)), *cells]
 
 
 def _estimate(values: Iterable[float | None]) -> str:
@@ -202,24 +197,17 @@ def _estimate(values: Iterable[float | None]) -> str:
     return number(mean[0]) + (f" ({number(low[0])} to {number(high[0])})" if len(known) > 1 else "")
 
 
-def _run_table(groups: Sequence[Group], place: Path) -> str:
-    header = ("run", "group", "seed", "status", "steps", "time", "steps per second", "best evaluation", "findings")
-    rows = []
-    for index, group in enumerate(groups):
-        for run in group.runs:
-            own, name = run.folder / REPORT, html.escape(str(run.folder))
-            findings = ", ".join(finding["name"] for finding in run.health["findings"]) or "none" if run.health else "–"
-            rows.append(
-                [
-                    f'<a href="{html.escape(link(own, place))}">{name}</a>' if own.is_file() else name,
-                    colored("span", index, group.label),
-                    html.escape(str(run.summary.get("seed", run.config.get("seed_everything", "–")))),
-                    html.escape(run.summary["status"].partition(":")[0]),  # the run's own page has the whole message
-                    f"{run.summary['global_step']:,}",
-                    duration(run.summary["elapsed_time_sec"]),
-                    f"{run.summary['training_fps']:,.0f}",
-                    number(run.summary["best_eval_metrics"].get("eval/mean_reward")),
-                    html.escape(findings),
-                ]
-            )
-    return table(header, rows)
+def _run_row(index: int, group: Group, run: SavedRun, place: Path) -> list[str]:
+    page, summary = run.folder / REPORT, run.summary
+    findings = ", ".join(finding["name"] for finding in run.health["findings"]) or "none" if run.health else "–"
+    return [
+        Markup('<a href="{}">{}</a>').format(link(page, place), run.folder) if page.is_file() else str(run.folder),
+        _colored(index, group.label),
+        str(summary.get("seed", run.config.get("seed_everything", "–"))),
+        summary["status"].partition(":")[0],  # the run's own page has the whole message
+        f"{summary['global_step']:,}",
+        duration(summary["elapsed_time_sec"]),
+        f"{summary['training_fps']:,.0f}",
+        number(summary["best_eval_metrics"].get("eval/mean_reward")),
+        findings,
+    ]

@@ -1,6 +1,6 @@
 """A live view of a run on one screen of a terminal, laid out by Rich."""
 
-import logging
+import contextlib
 import math
 import sys
 import textwrap
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
-from ppo_lightning.callbacks.progress import StepProgressBar
+from ppo_lightning.callbacks.progress import StepProgressBar, handlers_on
 from ppo_lightning.module import PPOModule
 from ppo_lightning.runs.clock import BURN_IN
 from ppo_lightning.tools.diagnosis import Thresholds
@@ -91,9 +91,6 @@ HARDWARE = {
     "hardware/gpu_percent": "GPU {:.0f} %",
     "hardware/gpu_memory_mb": "VRAM {:,.0f} MB",
 }
-
-PHASES: tuple[str, ...] = ("collect", "update", "evaluate", "other")
-"""Parts of an iteration's time."""
 
 BUILT_IN = (
     *("rollout/", "train/", "time/", "eval/", "hardware/", "health/"),
@@ -266,17 +263,6 @@ def _beside(left: RenderableType, right: RenderableType, ratios: tuple[int, int]
     return grid
 
 
-class Screen:
-    """The newest frame, rendered as wide as the terminal is at that time."""
-
-    def __init__(self) -> None:
-        self.frame: Frame | None = None
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        if self.frame is not None:
-            yield render(self.frame, options.max_width)
-
-
 class Dashboard(StepProgressBar):
     """A dashboard instead of the progress bar: progress, speed, returns, losses, health, hardware.
 
@@ -290,26 +276,29 @@ class Dashboard(StepProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
+        self.live: Live | None = None
+        """The screen, while training in a terminal that can redraw."""
+        self.next_draw = 0.0
+        """Time before which it is not redrawn (of perf_counter)."""
         self._console: Console | None = None
-        self._live: Live | None = None
-        self._screen = Screen()
+        self._frame: Frame | None = None
         self._hardware: Hardware | None = None
         self._findings: ReportsFindings | None = None
-        self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
-        self._next_draw = 0.0
+        self._handlers = contextlib.ExitStack()
+        self._burned_in: tuple[dict[str, float], int] | None = None
 
     @override
     def init_train_tqdm(self) -> Tqdm:
-        return super().init_train_tqdm() if self._live is None else Tqdm(disable=True)
+        return super().init_train_tqdm() if self.live is None else Tqdm(disable=True)
 
     @override
     def on_train_start(self, *args: Any) -> None:
         console = Console()
-        self._console = console if self.is_enabled and _redraws(console) else None
+        self._console = console if self.is_enabled and can_redraw(console) else None
         if self._console is not None:
             self._start(self._console)
         super().on_train_start(*args)
-        if self._live is not None:
+        if self.live is not None:
             self._show("training")
 
     def _start(self, console: Console) -> None:
@@ -319,64 +308,49 @@ class Dashboard(StepProgressBar):
         self._hardware = next((one.hardware for one in others if isinstance(one, HardwareMonitor)), None)
         if self._hardware is None and find_spec("psutil") is not None:
             self._hardware = Hardware(self.trainer.lightning_module.device)
-        self._began = self._mark = time.perf_counter()
-        self._origin: tuple[float, int] | None = None
-        self._iterations = 0
-        self._phases = dict.fromkeys(PHASES, 0.0)
-        live = Live(self._screen, console=console, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
+        self._began, self._iterations, self._burned_in = time.perf_counter(), 0, None
         out, err = sys.stdout, sys.stderr
-        live.start()
-        self._live = live
+        self.live = Live(
+            get_renderable=lambda: "" if self._frame is None else render(self._frame, console.width),
+            console=console,
+            auto_refresh=False,
+            redirect_stderr=err.isatty(),
+        )
+        self.live.start()
         # Handlers hold the former streams; the dashboard would overwrite what they print.
-        self._streams = [(handler, handler.stream) for handler in _stream_handlers() if handler.stream in (out, err)]
-        for handler, stream in self._streams:
-            handler.setStream(sys.stdout if stream is out else sys.stderr)
+        self._handlers.enter_context(handlers_on({out: sys.stdout, err: sys.stderr}))
 
     def _stop(self, status: str) -> None:
         """Draw the last frame and restore the terminal."""
-        live, self._live = self._live, None
-        if live is None:
-            return
-        try:
-            self._screen.frame = self._frame(status)
-        finally:
-            live.stop()
-            for handler, stream in self._streams:
-                handler.setStream(stream)
-            self._streams = []
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        self._add_time("other")
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._add_time("collect")
+        live, self.live = self.live, None
+        if live is not None:
+            try:
+                self._frame = self.frame(status)
+            finally:
+                live.stop()
+                self._handlers.close()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._live is None:
+        if self.live is None:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             return
-        self._add_time("update")
         self._iterations += 1
         if self._iterations == BURN_IN:
-            self._origin = self._mark, cast(PPOModule, pl_module).num_env_steps
-            self._phases = dict.fromkeys(PHASES, 0.0)
+            module = cast(PPOModule, pl_module)
+            self._burned_in = dict(module.records.seconds), module.num_env_steps
         self._show_if_due("training")
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
-        self._add_time("other")
         self._show_if_due("evaluating")
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        self._add_time("evaluate")
         self._show_if_due("training")
 
     @override
@@ -399,42 +373,41 @@ class Dashboard(StepProgressBar):
 
     @override
     def _draw(self, pl_module: LightningModule) -> None:
-        if self._live is None:
+        if self.live is None:
             super()._draw(pl_module)
 
-    def _add_time(self, phase: str) -> None:
-        if self._live is not None:
-            now = time.perf_counter()
-            self._phases[phase] += now - self._mark
-            self._mark = now
-
     def _show_if_due(self, status: str) -> None:
-        if self._live is not None and time.perf_counter() >= self._next_draw:
+        if self.live is not None and time.perf_counter() >= self.next_draw:
             self._show(status)
 
     def _show(self, status: str) -> None:
-        assert self._live is not None
+        assert self.live is not None
         began = time.perf_counter()
-        self._screen.frame = self._frame(status)
-        self._live.refresh()
+        self._frame = self.frame(status)
+        self.live.refresh()
         ended = time.perf_counter()
-        self._next_draw = ended + max(self.INTERVAL_S, (ended - began) / self.SHARE)
+        self.next_draw = ended + max(self.INTERVAL_S, (ended - began) / self.SHARE)
 
-    def _frame(self, status: str) -> Frame:
-        module, now = cast(PPOModule, self.trainer.lightning_module), time.perf_counter()
-        steps, remaining = module.num_env_steps, None
-        if self._origin is not None and self._origin[1] < steps < module.total_steps:
-            since, first = self._origin
-            remaining = (module.total_steps - steps) * (now - since) / (steps - first)
+    def frame(self, status: str) -> Frame:
+        """The content of the screen now."""
+        module = cast(PPOModule, self.trainer.lightning_module)
+        steps, remaining, phases = module.num_env_steps, None, {}
+        if self._burned_in is not None and self._burned_in[1] < steps:
+            before, first = self._burned_in
+            spent = {part: seconds - before[part] for part, seconds in module.records.seconds.items()}
+            elapsed = spent.pop("elapsed")
+            phases = {**spent, "other": max(0.0, elapsed - sum(spent.values()))}
+            if steps < module.total_steps:
+                remaining = (module.total_steps - steps) * elapsed / (steps - first)
         return Frame(
             name=module.env_factory.name,
             status=status,
             env_steps=steps,
             total_steps=module.total_steps,
             iteration=module.policy_version,
-            elapsed=now - self._began,
+            elapsed=time.perf_counter() - self._began,
             remaining=remaining,
-            phases={} if self._origin is None else dict(self._phases),
+            phases=phases,
             metrics={name: value.item() for name, value in self.trainer.callback_metrics.items()},
             hardware={} if self._hardware is None else self._hardware.read(),
             findings=None if self._findings is None else self._findings.findings,
@@ -442,11 +415,11 @@ class Dashboard(StepProgressBar):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        mine = {"_console": None, "_live": None, "_hardware": None, "_streams": [], "_findings": None}
-        return {**super().__getstate__(), **mine}  # belong to this process
+        mine = {"_console": None, "live": None, "_hardware": None, "_findings": None}  # belong to this process
+        return {**super().__getstate__(), **mine, "_handlers": contextlib.ExitStack()}
 
 
-def _redraws(console: Console) -> bool:
+def can_redraw(console: Console) -> bool:
     """Whether the terminal can move its cursor and show the characters of the dashboard."""
     return (
         console.is_terminal
@@ -454,12 +427,3 @@ def _redraws(console: Console) -> bool:
         and not console.is_jupyter
         and console.encoding.startswith("utf")
     )
-
-
-def _stream_handlers() -> Iterator[logging.StreamHandler[Any]]:
-    """All stream handlers of Python's loggers."""
-    for logger in (logging.root, *logging.Logger.manager.loggerDict.values()):
-        if isinstance(logger, logging.Logger):
-            for handler in logger.handlers:
-                if isinstance(handler, logging.StreamHandler):
-                    yield handler

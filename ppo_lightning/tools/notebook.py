@@ -1,7 +1,5 @@
 """The live display of a run in a notebook."""
 
-import base64
-import html
 import time
 from importlib.util import find_spec
 from typing import Any, cast
@@ -15,6 +13,7 @@ from ppo_lightning.module import PPOModule
 from ppo_lightning.runs.history import Records
 from ppo_lightning.tools.charts import RETURN, Curve, draw, to_png
 from ppo_lightning.tools.dashboard import EPISODES, UPDATE, MetricRow, metric_rows, user_rows
+from ppo_lightning.tools.page import render
 
 COLOURS = {"green": "#1a7f37", "yellow": "#9a6700", "bold red": "#cf222e", "": "inherit"}
 
@@ -35,7 +34,8 @@ class NotebookDisplay(Callback):
 
     def __init__(self) -> None:
         self._handle: Any = None
-        self._next_draw = 0.0
+        self.next_draw = 0.0
+        """Time before which the page is not updated (of perf_counter)."""
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,7 +54,7 @@ class NotebookDisplay(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._handle is not None and time.perf_counter() >= self._next_draw:
+        if self._handle is not None and time.perf_counter() >= self.next_draw:
             self._show(trainer)
 
     @override
@@ -85,7 +85,7 @@ class NotebookDisplay(Callback):
         figure = draw(RETURN, learning_curves(module.records), (6, 3.4))
         self._handle.update(HTML(page(sections, to_png(figure, 110))))
         ended = time.perf_counter()
-        self._next_draw = ended + max(self.INTERVAL_S, (ended - began) / self.SHARE)
+        self.next_draw = ended + max(self.INTERVAL_S, (ended - began) / self.SHARE)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handle": None}  # of this process
@@ -114,19 +114,4 @@ def learning_curves(records: Records) -> list[Curve]:
 
 def page(sections: dict[str, list[MetricRow]], png: bytes) -> str:
     """A table of titled rows beside a PNG, as self-contained HTML."""
-    lines = []
-    for title, body in sections.items():
-        if body or title == next(iter(sections)):
-            lines.append(f'<tr><th colspan="3" style="text-align:left">{html.escape(title)}</th></tr>')
-        for row in body:
-            value = f"{row.value} {row.mark}".strip()
-            style = f"text-align:right;color:{COLOURS[row.style]}"
-            lines.append(
-                f'<tr><td style="text-align:left">{html.escape(row.label)}</td><td style="{style}">{value}</td>'
-                f'<td style="opacity:0.6">{row.note}</td></tr>'
-            )
-    encoded = base64.b64encode(png).decode()
-    return (
-        '<div style="display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start">'
-        f'<table>{"".join(lines)}</table><img alt="learning curve" src="data:image/png;base64,{encoded}"></div>'
-    )
+    return render("notebook.html", sections=sections, png=png, styles=COLOURS)

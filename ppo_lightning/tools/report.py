@@ -1,7 +1,6 @@
 """``report.html``: a page about one run, drawn after training, and the command ``ppo-lightning report``."""
 
 import base64
-import html
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,7 @@ from ppo_lightning.runs.checkpoint import write_atomically
 from ppo_lightning.runs.history import SUMMARY
 from ppo_lightning.tools.charts import CHARTS, COLORS, can_draw, draw, new_axes, to_svg
 from ppo_lightning.tools.comparison import comparison, grouped
-from ppo_lightning.tools.page import (
-    colored,
-    document,
-    duration,
-    figure,
-    grid,
-    image,
-    link,
-    number,
-    section,
-    table,
-)
+from ppo_lightning.tools.page import cell, duration, link, number, render
 from ppo_lightning.tools.saved_runs import METRICS, REPORT, SavedRun, read_run
 
 EMBED_BYTES = 8 << 20
@@ -155,30 +143,15 @@ def run_page(run: SavedRun, place: Path) -> str:
         run: the run.
         place: folder of the page, to which its links are relative.
     """
-    figures = []
+    summary, figures = run.summary, []
     for chart in CHARTS:
-        curves = chart.curves(run)
+        curves, own = chart.curves(run), chart.with_thresholds(run)
         if curves:
-            watched = chart.with_thresholds(run)
-            figures.append(
-                figure(chart.title, image(to_svg(draw(watched, curves)), chart.title), watched.full_caption())
-            )
-    if run.summary["episode_lengths"]:
-        figures.append(_lengths(run.summary["episode_lengths"]))
-    sections = [_facts(run), grid([*figures, _time_split(run.summary["time_split"])])]
-    sections.append(section("Health", _health(run)))
-    if run.videos:
-        sections.append(section("Video", _videos(run.videos, place)))
-    if run.config:
-        text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-        sections.append(f"<details><summary>Config</summary><pre>{html.escape(text)}</pre></details>")
-    return document(f"{run.environment} · {run.folder.name}", sections)
-
-
-def _facts(run: SavedRun) -> str:
-    summary = run.summary
+            figures.append((chart.title, to_svg(draw(own, curves)), own.full_caption()))
+    if summary["episode_lengths"]:
+        figures.append(_draw_lengths(summary["episode_lengths"]))
     facts = {
-        "status": html.escape(summary["status"]),
+        "status": summary["status"],
         "environment steps": f"{summary['global_step']:,}",
         "time": duration(summary["elapsed_time_sec"]),
         "steps per second": f"{summary['training_fps']:,.0f}",
@@ -188,70 +161,36 @@ def _facts(run: SavedRun) -> str:
     }
     if "seed" in summary:
         facts["seed"] = str(summary["seed"])
-    wide = ' class="wide"'  # such as an error message
-    tiles = "".join(
-        f"<div{wide * (len(value) > 20)}><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items()
-    )
     paths = {"newest": summary["latest_checkpoint_path"], "best": summary["best_checkpoint_path"], "folder": run.folder}
-    lines = "".join(f"<li>{name} <code>{html.escape(str(path))}</code></li>" for name, path in paths.items() if path)
-    return f'<dl class="facts">{tiles}</dl><ul class="paths">{lines}</ul>'
-
-
-def _time_split(seconds: dict[str, float]) -> str:
-    total = sum(seconds.values()) or 1.0
-    shares = {name: 100 * part / total for name, part in seconds.items()}
-    bar = "".join(f'<i class="c{i}" style="width:{share:.2f}%"></i>' for i, share in enumerate(shares.values()))
-    keys = "".join(
-        colored("li", index, f"{name} {share:.0f} % ({duration(seconds[name])})")
-        for index, (name, share) in enumerate(shares.items())
+    columns = ("name", "since_step", "value", "healthy", "advice", "key")
+    return render(
+        "report.html",
+        title=f"{run.environment} · {run.folder.name}",
+        facts=facts,
+        paths=paths,
+        figures=figures,
+        seconds=summary["time_split"],
+        health=run.health,
+        findings=[[cell(finding[name]) for name in columns] for finding in run.health.get("findings", ())],
+        videos=[(path.name, link(path, place)) for path in run.videos],
+        newest_video=_video_address(run.videos[-1], place) if run.videos else None,
+        config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
     )
-    caption = "Wall-clock time of rollouts, updates, evaluations, and the rest (logs, checkpoints, callbacks)."
-    return figure("Time", f'<div class="bar">{bar}</div><ul>{keys}</ul>', caption)
 
 
-def _lengths(lengths: list[int]) -> str:
+def _draw_lengths(lengths: list[int]) -> tuple[str, str, str]:
+    """Title, SVG and caption of a histogram of episode lengths."""
     with new_axes((4.8, 2.6), "steps of an episode") as axes:
         width = (max(lengths) - min(lengths)) // 20 + 1  # whole steps
         edges = range(min(lengths), max(lengths) + width + 1, width)
         axes.hist(lengths, bins=[edge - 0.5 for edge in edges], color=COLORS[0])
         axes.set(ylabel="episodes", xlim=(edges[0] - 4 * width, edges[-1] + 3 * width))
         drawn: Any = axes.figure
-    title = "Episode lengths"
-    return figure(title, image(to_svg(drawn), title), f"The last {len(lengths)} episodes of training.")
+    return "Episode lengths", to_svg(drawn), f"The last {len(lengths)} episodes of training."
 
 
-def _health(run: SavedRun) -> str:
-    """The findings of HealthMonitor, and its interventions."""
-    if not run.health:
-        return "<p>There is no <code>health.json</code>.</p>"
-    findings, acts = run.health["findings"], run.health["acts"]
-    if not findings:
-        return "<p>No findings.</p>"
-    names = ("name", "since_step", "value", "healthy", "advice", "key")
-    rows = [[_cell(finding[name]) for name in names] for finding in findings]
-    done = "".join(f"<li>{_cell(act)}</li>" for act in acts)
-    header = ("finding", "since step", "value", "healthy", "advice", "config key")
-    return table(header, rows) + (f"<h3>Interventions</h3><ul>{done}</ul>" if done else "")
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return number(value)
-    if isinstance(value, dict):
-        value = ", ".join(f"{name} {item}" for name, item in value.items())
-    return html.escape(str(value))
-
-
-def _videos(videos: list[Path], place: Path) -> str:
-    """The newest video, within the page if it is small enough, and links to all."""
-    newest = videos[-1]
-    if newest.stat().st_size <= EMBED_BYTES:
-        source = "data:video/mp4;base64," + base64.b64encode(newest.read_bytes()).decode()
-    else:
-        source = html.escape(link(newest, place))
-    links = "".join(
-        f'<li><a href="{html.escape(link(path, place))}">{html.escape(path.name)}</a></li>' for path in videos
-    )
-    return f'<video controls muted playsinline src="{source}"></video><ul class="paths">{links}</ul>'
+def _video_address(video: Path, place: Path) -> str:
+    """A video as a data URI if it is small enough, else its relative address."""
+    if video.stat().st_size > EMBED_BYTES:
+        return link(video, place)
+    return "data:video/mp4;base64," + base64.b64encode(video.read_bytes()).decode()

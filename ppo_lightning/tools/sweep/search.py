@@ -41,7 +41,7 @@ from ppo_lightning.tools.sweep.results import BASELINE, describe_trial, show, wr
 from ppo_lightning.tools.sweep.space import Space, check_keys, points_of, read_space, with_values
 
 if TYPE_CHECKING:
-    from optuna import Study
+    from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
 HEARTBEAT_S, GRACE_S = 5, 120
@@ -167,6 +167,13 @@ def _run_trials(study: "Study", objective: Objective, quiet: bool) -> None:
     from optuna.storages import fail_stale_trials
 
     options, lock, waits = objective.spec.options, threading.Lock(), False
+    ask = study.ask
+
+    def ask_one_at_a_time(*args: Any, **kwargs: Any) -> "Trial":
+        with lock:  # of SQLite, two threads at once would take the same waiting trial
+            return ask(*args, **kwargs)
+
+    study.ask = ask_one_at_a_time
 
     def set_sampler() -> None:
         study.sampler = make_sampler(options, first_attempts(study.get_trials(deepcopy=False)))
