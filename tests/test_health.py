@@ -76,13 +76,13 @@ def test_one_iteration_out_of_range_is_no_finding(name):
 
 
 def test_a_large_share_of_clipped_actions_is_a_finding_of_the_first_window_and_while_the_return_does_not_rise():
-    rows, begins = always(clipped_actions=0.8), RUN._replace(first=HEALTHY._replace(clipped_actions=0.8))
+    rows, begins = always(clipped_actions=0.8), replace(RUN, first=HEALTHY._replace(clipped_actions=0.8))
     later = [row._replace(iteration=11) for row in rows]
     assert verdict(*rows) is None  # an update has led there, and the return rises
     assert verdict(*rows, run=begins) == "actions_clipped"
     assert verdict(*later, run=begins) is None
     assert verdict(*[row._replace(ep_return=20.0) for row in later], run=begins) == "actions_clipped"
-    trained = begins._replace(first=begins.first._replace(iteration=100))
+    trained = replace(begins, first=begins.first._replace(iteration=100))
     assert verdict(*[row._replace(ep_return=20.0) for row in later], run=trained) is None
 
 
@@ -92,16 +92,16 @@ def test_clipped_actions_come_before_what_follows_from_them_unless_an_update_cau
     assert verdict(*rows) == "actions_clipped"
     moved = always(clipped_actions=1.0, ep_return=20.0, approx_kl=0.2)
     assert verdict(*moved) == "learning_rate_too_high"
-    assert verdict(*moved, run=RUN._replace(first=moved[0])) == "actions_clipped"
+    assert verdict(*moved, run=replace(RUN, first=moved[0])) == "actions_clipped"
 
 
 def test_a_return_that_has_not_risen_by_half_of_the_run_has_stalled():
     rows = always(ep_return=24.9)
     assert verdict(*rows) is None
-    assert verdict(*rows, run=RUN._replace(progress=0.5)) == "return_stalled"
-    assert verdict(*always(ep_return=25.1), run=RUN._replace(progress=0.5)) is None
-    assert verdict(*always(ep_return=25.1), run=RUN._replace(progress=0.5)) is None
-    early = RUN._replace(progress=0.5, settled=False)  # the mean is of the first episodes still
+    assert verdict(*rows, run=replace(RUN, progress=0.5)) == "return_stalled"
+    assert verdict(*always(ep_return=25.1), run=replace(RUN, progress=0.5)) is None
+    assert verdict(*always(ep_return=25.1), run=replace(RUN, progress=0.5)) is None
+    early = replace(RUN, progress=0.5, settled=False)  # the mean is of the first episodes still
     assert verdict(*rows, run=early) is None
 
 
@@ -122,7 +122,7 @@ def test_a_critic_with_nothing_to_explain_is_no_finding():
     stuck = always(explained_variance=0.0, value_size=30.0, value_error=11.0, ep_return=20.0)
     assert verdict(*stuck) == "critic_not_learning"  # but nobody learns from it
     frozen = always(explained_variance=0.0, value_size=30.0, value_error=11.0, frozen_critic=1.0)
-    assert verdict(*frozen, run=RUN._replace(warm=False)) == "critic_not_learning"
+    assert verdict(*frozen, run=replace(RUN, warm=False)) == "critic_not_learning"
     assert verdict(*always(explained_variance=math.nan)) is None  # no rewards at all
 
 
@@ -142,14 +142,14 @@ def test_a_policy_that_has_learnt_may_be_sure_of_itself():
 def test_a_policy_that_an_update_broke_is_told_from_one_that_never_explored():
     rows = always(entropy_loss=-1e-9, approx_kl=0.0, ep_return=9.0)
     assert verdict(*rows) == "entropy_collapsed"
-    assert verdict(*rows, run=RUN._replace(worst_kl=5.0)) == "learning_rate_too_high"
+    assert verdict(*rows, run=replace(RUN, worst_kl=5.0)) == "learning_rate_too_high"
     rows = always(std=1e-3, approx_kl=1e6, ep_return=9.0)
-    assert verdict(*rows, run=RUN._replace(worst_kl=1e6)) == "learning_rate_too_high"
-    assert verdict(*rows, run=RUN._replace(worst_kl=1e6, first=rows[0])) == "std_collapsed"
+    assert verdict(*rows, run=replace(RUN, worst_kl=1e6)) == "learning_rate_too_high"
+    assert verdict(*rows, run=replace(RUN, worst_kl=1e6, first=rows[0])) == "std_collapsed"
 
 
 def test_the_critic_has_time_to_begin():
-    rows, begins = CASES["critic_not_learning"], RUN._replace(warm=False)
+    rows, begins = CASES["critic_not_learning"], replace(RUN, warm=False)
     assert verdict(*rows, run=begins) is None
     assert verdict(*CASES["reward_too_large"], run=begins) == "reward_too_large"  # which time does not mend
 

@@ -83,7 +83,7 @@ class Thresholds:
             )
 
 
-class Symptom(NamedTuple):
+class Diagnosis(NamedTuple):
     """A cause that the metrics of a window indicate."""
 
     name: str
@@ -114,25 +114,32 @@ class IterationStats(NamedTuple):
     """Share of actions with a component outside the bounds; NaN if the distribution clips nothing."""
 
 
-class RunStats(NamedTuple):
-    """Statistics of a run before the present window."""
+@dataclass
+class RunStats:
+    """Statistics of a run before the present window, as plain data."""
 
-    progress: float
+    progress: float = 0.0
     """Share of total_steps."""
-    warm: bool
+    warm: bool = False
     """The critic may be judged."""
-    settled: bool
+    settled: bool = False
     """The return may be judged: it contains none of the first episodes."""
-    first: IterationStats
+    first: IterationStats | None = None
     """The run's first iteration."""
-    start: tuple[float, float] | None
+    start: tuple[float, float] | None = None
     """Mean return of the first episodes, and the standard error of its difference to the mean of 100 later ones."""
-    worst_kl: float
+    worst_kl: float = -math.inf
     """The largest approx_kl so far."""
-    lowest_value_loss: float
+    lowest_value_loss: float = math.inf
     """The lowest mean of value_loss over a window so far."""
-    most_entropy: float
+    most_entropy: float = math.nan
     """Of uniformly distributed discrete actions (nats); NaN where actions are not all discrete."""
+    rewarded: int = 0
+    """Iterations with rewards."""
+    later_episodes: int = 0
+    """Episodes after those of ``start``."""
+    last_unhealthy: int = 0
+    """Last iteration with an unhealthy metric."""
 
 
 METRICS = {
@@ -246,7 +253,7 @@ REMEDIES = {
 """By the name of a finding; causes come before their consequences."""
 
 
-def diagnose(rows: Sequence[IterationStats], run: RunStats, t: Thresholds) -> Symptom | None:
+def diagnose(rows: Sequence[IterationStats], run: RunStats, t: Thresholds) -> Diagnosis | None:
     """The first cause of unhealthy metrics in a window; None if there is none.
 
     Consequences of a cause (a stalled return, a critic without information) are no findings of their own.
@@ -260,36 +267,37 @@ def diagnose(rows: Sequence[IterationStats], run: RunStats, t: Thresholds) -> Sy
     iterations = f"iterations {rows[0].iteration:.0f} to {rows[-1].iteration:.0f}"
     rises = return_has_risen(now.ep_return, run.start, t)
     if now.constant_observation == 1:
-        return Symptom("observation_constant", 0.0, f"all observations of {iterations} were the same")
+        return Diagnosis("observation_constant", 0.0, f"all observations of {iterations} were the same")
 
-    begins, limits = run.first.clipped_actions, t.clipped_actions
-    untrained = run.first.iteration == 1  # a trained policy may act at the bounds
+    first = run.first or rows[0]
+    begins, limits = first.clipped_actions, t.clipped_actions
+    untrained = first.iteration == 1  # a trained policy may act at the bounds
     # The return of the first window does not show whether the bounds cost anything.
     if untrained and begins > limits[0] < now.clipped_actions and not (rises and rows[0].iteration > 1):
-        return Symptom("actions_clipped", now.clipped_actions, _clips(now, t, iterations))
+        return Diagnosis("actions_clipped", now.clipped_actions, _clips(now, t, iterations))
 
     collapsed = [
         ("entropy_collapsed", -now.entropy_loss, t.entropy * run.most_entropy, False),
         # If it is small from the start, it causes the large approx_kl.
-        ("std_collapsed", now.std, t.std, run.first.std < t.std),
+        ("std_collapsed", now.std, t.std, first.std < t.std),
     ]
     for name, value, least, born in collapsed:
         if value < least and not rises:
             seen = f"{name.partition('_')[0]} {value:.3g} (healthy above {least:.2g}), means of {iterations}"
             if run.worst_kl > 2 * t.approx_kl_alert and not born:
                 seen += f", after an approx_kl of {run.worst_kl:.3g}"
-                return Symptom("learning_rate_too_high", run.worst_kl, seen)
-            return Symptom(name, value, seen)
+                return Diagnosis("learning_rate_too_high", run.worst_kl, seen)
+            return Diagnosis(name, value, seen)
 
     # A single iteration counts at most four times the alert, so that it is no finding alone.
     kl = mean([min(row.approx_kl, 4 * t.approx_kl_alert) for row in rows])
     crowded = now.clip_fraction > t.clip_fraction[1] or not rises
     if kl > (t.approx_kl_alert if crowded else 2 * t.approx_kl_alert):
-        return Symptom("learning_rate_too_high", now.approx_kl, f"{_moves(now, t)}, means of {iterations}")
+        return Diagnosis("learning_rate_too_high", now.approx_kl, f"{_moves(now, t)}, means of {iterations}")
     if now.clip_fraction > t.clip_fraction_alert:
-        return Symptom("clip_fraction_too_high", now.clip_fraction, f"{_moves(now, t)}, means of {iterations}")
+        return Diagnosis("clip_fraction_too_high", now.clip_fraction, f"{_moves(now, t)}, means of {iterations}")
     if now.clipped_actions > limits[1] and not begins > limits[1] and run.start is not None and not rises:
-        return Symptom("actions_clipped", now.clipped_actions, _clips(now, t, iterations))
+        return Diagnosis("actions_clipped", now.clipped_actions, _clips(now, t, iterations))
 
     critic = _diagnose_critic(rows, now, run, t, iterations)
     if critic is not None:
@@ -299,13 +307,13 @@ def diagnose(rows: Sequence[IterationStats], run: RunStats, t: Thresholds) -> Sy
             f"mean return {now.ep_return:.4g}, of the first episodes it was {run.start[0]:.4g} ± {run.start[1]:.3g}; "
             f"{_moves(now, t)}, means of {iterations}"
         )
-        return Symptom("return_stalled", now.ep_return, seen)
+        return Diagnosis("return_stalled", now.ep_return, seen)
     return None
 
 
 def _diagnose_critic(
     rows: Sequence[IterationStats], now: IterationStats, run: RunStats, t: Thresholds, iterations: str
-) -> Symptom | None:
+) -> Diagnosis | None:
     """The cause of a critic that predicts too little of the returns."""
     explained = mean([max(row.explained_variance, -1.0) for row in rows])
     explained = 0.0 if math.isnan(explained) else explained  # constant targets, and a critic that misses them
@@ -321,10 +329,10 @@ def _diagnose_critic(
         )
         if now.value_loss > t.value_loss_growth * run.lowest_value_loss:
             seen += f"; value_loss {now.value_loss:.3g}, its lowest mean was {run.lowest_value_loss:.3g}"
-            return Symptom("value_loss_exploding", now.value_loss, seen)
+            return Diagnosis("value_loss_exploding", now.value_loss, seen)
         if now.value_size > t.value_size:
-            return Symptom("reward_too_large", now.value_size, seen)
-        return Symptom("critic_not_learning", explained, f"{seen}; its parameters do not change" if frozen else seen)
+            return Diagnosis("reward_too_large", now.value_size, seen)
+        return Diagnosis("critic_not_learning", explained, f"{seen}; its parameters do not change" if frozen else seen)
     return None
 
 

@@ -32,9 +32,9 @@ from ppo_lightning.spaces import action_dims, flatten_spaces
 from ppo_lightning.tools.diagnosis import (
     METRICS,
     REMEDIES,
+    Diagnosis,
     IterationStats,
     RunStats,
-    Symptom,
     Thresholds,
     diagnose,
     inspect_rollout,
@@ -132,16 +132,7 @@ class HealthMonitor(Callback):
         self.steps = self.iterations = 0
         """Environment steps and iterations so far."""
         self._rows: deque[IterationStats] = deque(maxlen=self.thresholds.window)
-        self._first: IterationStats | None = None
-        self._start: tuple[float, float] | None = None
-        self._worst_kl = -math.inf
-        self._lowest_value_loss = math.inf
-        self._rewarded = 0
-        """Iterations with rewards."""
-        self._later_episodes = 0
-        """Episodes after those of ``_start``."""
-        self._last_unhealthy = 0
-        """Last iteration with an unhealthy metric."""
+        self._run = RunStats()
         self._critic: tuple[int, int] | None = None
         """Fingerprint of the critic's parameters at the last inspection."""
         self._seen: dict[str, int] = {}
@@ -197,14 +188,14 @@ class HealthMonitor(Callback):
         module = cast(PPOModule, pl_module)
         folder = trainer.log_dir if trainer.loggers else None  # a broadcast, in which all ranks take part
         self._folder = None if folder is None or "://" in folder else Path(folder)
-        discrete = not any(isinstance(leaf, Box) for leaf in flatten_spaces(module.action_space).values())
-        self._most_entropy = sum(map(math.log, action_dims(module.action_space))) if discrete else math.nan
         self._given, self._skipped = None, 0.0
         policy = cast(Policy, pl_module.policy)
         self._critic_parameters = policy.critic_parameters  # once, since the search takes as long as an inspection
         self._network_parameters = _configurable(policy.network)
         if module.policy_version != self.iterations:  # another run
             self._forget()
+        discrete = not any(isinstance(leaf, Box) for leaf in flatten_spaces(module.action_space).values())
+        self._run.most_entropy = sum(map(math.log, action_dims(module.action_space))) if discrete else math.nan
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,22 +220,22 @@ class HealthMonitor(Callback):
             row = row._replace(**found)
         self._remember(row, metrics, module)
 
-        symptoms: list[Symptom | None] = []
+        diagnoses: list[Diagnosis | None] = []
         skipped = metrics["train/skipped_steps"].item() if "train/skipped_steps" in metrics else 0.0
         if skipped > self._skipped:
             seen = f"the gradients of {skipped:.0f} steps of this run were not finite; these steps were skipped"
-            symptoms.append(Symptom("non_finite", skipped, seen))
+            diagnoses.append(Diagnosis("non_finite", skipped, seen))
         self._skipped = skipped
-        if len(self._rows) == t.window and self._needs_diagnosis(module):
-            symptoms.append(diagnose(self._rows, self._run(module), t))
-        changed = [self._record(symptom, pl_module) for symptom in symptoms if symptom is not None]
+        if len(self._rows) == t.window and self._needs_diagnosis():
+            diagnoses.append(diagnose(self._rows, self._run, t))
+        changed = [self._record(diagnosis, pl_module) for diagnosis in diagnoses if diagnosis is not None]
         for finding in self.alerts:
             if self.iterations - self._seen[finding["name"]] >= t.window:
                 finding["until_step"] = self.steps
                 changed.append(True)
         if self.act:
             # Each rank inspects its own observations; the first rank decides.
-            names = [symptom.name for symptom in symptoms if symptom is not None]
+            names = [diagnosis.name for diagnosis in diagnoses if diagnosis is not None]
             changed += [self._intervene(name, trainer, module) for name in trainer.strategy.broadcast(names)]
         if any(changed):
             self._log(trainer)
@@ -260,7 +251,7 @@ class HealthMonitor(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore(pl_module)
-        ended_by = Symptom("non_finite", self._skipped + 1, str(exception))
+        ended_by = Diagnosis("non_finite", self._skipped + 1, str(exception))
         if isinstance(exception, FloatingPointError) and self._record(ended_by, None):
             self._log(trainer)
         self._write(trainer)
@@ -270,15 +261,10 @@ class HealthMonitor(Callback):
         """All that later findings and interventions depend on, as plain data."""
         return {
             **self.report(),
+            **vars(self._run),
+            "first": None if self._run.first is None else list(self._run.first),
             "rows": [list(row) for row in self._rows],
-            "first": None if self._first is None else list(self._first),
-            "start": None if self._start is None else list(self._start),
-            "worst_kl": self._worst_kl,
-            "lowest_value_loss": self._lowest_value_loss,
-            "rewarded": self._rewarded,
-            "later_episodes": self._later_episodes,
-            "last_unhealthy": self._last_unhealthy,
-            "critic": None if self._critic is None else list(self._critic),
+            "critic": self._critic,
             "seen": dict(self._seen),
         }
 
@@ -288,32 +274,31 @@ class HealthMonitor(Callback):
         self.acts = [cast(Intervention, dict(act)) for act in state_dict["acts"]]
         self.steps, self.iterations = state_dict["steps"], state_dict["iterations"]
         self._rows = deque((IterationStats(*row) for row in state_dict["rows"]), maxlen=self.thresholds.window)
-        first, start = state_dict["first"], state_dict["start"]
-        self._first = None if first is None else IterationStats(*first)
-        self._start = None if start is None else (start[0], start[1])
-        self._worst_kl, self._lowest_value_loss = state_dict["worst_kl"], state_dict["lowest_value_loss"]
-        self._rewarded, self._later_episodes = state_dict["rewarded"], state_dict["later_episodes"]
-        critic = state_dict["critic"]
-        self._critic = None if critic is None else (critic[0], critic[1])
-        self._last_unhealthy, self._seen = state_dict["last_unhealthy"], dict(state_dict["seen"])
+        self._run = RunStats(**{name: state_dict[name] for name in vars(self._run) if name in state_dict})
+        self._run.first = None if state_dict["first"] is None else IterationStats(*state_dict["first"])
+        self._critic, self._seen = state_dict["critic"], dict(state_dict["seen"])
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _remember(self, row: IterationStats, metrics: Mapping[str, Tensor], module: PPOModule) -> None:
+        t, run = self.thresholds, self._run
         self._rows.append(row)
-        self._rewarded += any(metrics[name] != 0 for name in REWARDS if name in metrics)
-        self._first = self._first or row
-        self._worst_kl = max(self._worst_kl, row.approx_kl)
-        if self._rewarded >= self.thresholds.window:  # a critic has no loss before the first rewards
-            self._lowest_value_loss = min(self._lowest_value_loss, mean(each.value_loss for each in self._rows))
-        if not is_healthy(row, self.thresholds, self._most_entropy):
-            self._last_unhealthy = self.iterations
-        if self._start is None and len(module.rollouts.episodes.ep_info_buffer) >= FIRST_EPISODES:
+        run.rewarded += any(metrics[name] != 0 for name in REWARDS if name in metrics)
+        run.first = run.first or row
+        run.worst_kl = max(run.worst_kl, row.approx_kl)
+        if run.rewarded >= t.window:  # a critic has no loss before the first rewards
+            run.lowest_value_loss = min(run.lowest_value_loss, mean(each.value_loss for each in self._rows))
+        if not is_healthy(row, t, run.most_entropy):
+            run.last_unhealthy = self.iterations
+        if run.start is None and len(module.rollouts.episodes.ep_info_buffer) >= FIRST_EPISODES:
             returns = [episode[0] for episode in module.rollouts.episodes.ep_info_buffer]
             error = statistics.pstdev(returns) * math.sqrt(1 / len(returns) + 1 / EpisodeStatistics.BUFFER_SIZE)
-            self._start = statistics.fmean(returns), error
-        elif self._start is not None and "rollout/episodes" in metrics:
-            self._later_episodes += int(metrics["rollout/episodes"])
+            run.start = statistics.fmean(returns), error
+        elif run.start is not None and "rollout/episodes" in metrics:
+            run.later_episodes += int(metrics["rollout/episodes"])
+        warm_iterations = t.warmup_iterations + t.window
+        run.progress, run.warm = min(1.0, self.steps / module.total_steps), run.rewarded >= warm_iterations
+        run.settled = self.iterations >= warm_iterations and run.later_episodes >= 2 * EpisodeStatistics.BUFFER_SIZE
 
     def _is_frozen(self, pl_module: LightningModule) -> float:
         """Whether the critic has not changed since the last inspection; NaN if unknown."""
@@ -322,48 +307,32 @@ class HealthMonitor(Callback):
         before, self._critic = self._critic, fingerprint(self._critic_parameters)
         return math.nan if before is None else float(before == self._critic)
 
-    def _needs_diagnosis(self, module: PPOModule) -> bool:
+    def _needs_diagnosis(self) -> bool:
         """Whether a metric was unhealthy lately; a diagnosis takes ten times as long as this check."""
-        t = self.thresholds
-        late = self.steps >= t.stall * module.total_steps
-        return self.iterations - self._last_unhealthy < t.window or (
-            late and not return_has_risen(mean(row.ep_return for row in self._rows), self._start, t)
+        t, run = self.thresholds, self._run
+        return self.iterations - run.last_unhealthy < t.window or (
+            run.progress >= t.stall and not return_has_risen(mean(row.ep_return for row in self._rows), run.start, t)
         )
 
-    def _run(self, module: PPOModule) -> RunStats:
-        t = self.thresholds
-        assert self._first is not None
-        return RunStats(
-            min(1.0, self.steps / module.total_steps),
-            self._rewarded >= t.warmup_iterations + t.window,
-            self.iterations >= t.warmup_iterations + t.window
-            and self._later_episodes >= 2 * EpisodeStatistics.BUFFER_SIZE,
-            self._first,
-            self._start,
-            self._worst_kl,
-            self._lowest_value_loss,
-            self._most_entropy,
-        )
-
-    def _record(self, symptom: Symptom, pl_module: LightningModule | None) -> bool:
+    def _record(self, diagnosis: Diagnosis, pl_module: LightningModule | None) -> bool:
         """Record and print a finding; returns whether the alerts have changed."""
-        self._seen[symptom.name] = self.iterations
+        self._seen[diagnosis.name] = self.iterations
         for finding in self.findings:
-            if finding["name"] == symptom.name:
+            if finding["name"] == diagnosis.name:
                 changed, finding["until_step"] = finding["until_step"] is not None, None
                 return changed
-        remedy, evidence = REMEDIES[symptom.name], symptom.evidence
-        if symptom.name == "critic_not_learning" and pl_module is not None:
+        remedy, evidence = REMEDIES[diagnosis.name], diagnosis.evidence
+        if diagnosis.name == "critic_not_learning" and pl_module is not None:
             frozen = [name for name, value in pl_module.named_parameters() if not value.requires_grad]
             if frozen:
                 evidence += f"; {len(frozen)} parameters are frozen (requires_grad is false), {frozen[0]} the first"
         key, advice = remedy.for_network(self._network_parameters)
         finding = Finding(
-            name=symptom.name,
+            name=diagnosis.name,
             since_step=self.steps,
             since_iteration=self.iterations,
             until_step=None,
-            value=_finite(symptom.value),
+            value=_finite(diagnosis.value),
             healthy=remedy.healthy(self.thresholds),
             evidence=evidence,
             advice=advice,
