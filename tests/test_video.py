@@ -30,7 +30,7 @@ from ppo_lightning.callbacks import AsyncEvaluation, EvaluationVideo, async_eval
 from ppo_lightning.cli import main
 from ppo_lightning.envs import EnvOverrides
 from ppo_lightning.tools import video
-from ppo_lightning.tools.video import opened
+from ppo_lightning.tools.video import open_video
 
 
 class Drawn(Probe):
@@ -81,7 +81,7 @@ def drawn(**kwargs):
 
 def brightness(file):
     """Of each frame, in units of steps."""
-    with opened(file) as clip:
+    with open_video(file) as clip:
         return clip.fps, [round(float(frame.mean()) / 20) for frame in clip.iter_frames()]
 
 
@@ -288,10 +288,16 @@ def test_mlflow_keeps_it(fit, tmp_path, monkeypatch):
 
 def test_comet_is_given_it():
     given = []
-    logger = CometLogger.__new__(CometLogger)  # which would call its server
-    logger._experiment = SimpleNamespace(log_video=lambda file, **kwargs: given.append((file, kwargs)))
-    logger._comet_config = SimpleNamespace()
-    video.log_video(logger, Path("step_3.mp4"), 3)
+
+    class Offline(CometLogger):
+        """Has an experiment that calls no server."""
+
+        experiment = SimpleNamespace(log_video=lambda file, **kwargs: given.append((file, kwargs)))
+
+        def __init__(self):
+            pass
+
+    video.log_video(Offline(), Path("step_3.mp4"), 3)
     assert given == [("step_3.mp4", {"name": "eval/video", "step": 3})]
 
 

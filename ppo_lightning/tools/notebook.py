@@ -2,6 +2,7 @@
 
 import time
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
@@ -10,10 +11,11 @@ from typing_extensions import override
 
 from ppo_lightning.errors import InputError
 from ppo_lightning.module import PPOModule
-from ppo_lightning.runs.history import Records
+from ppo_lightning.runs.history import Records, summarize_records
 from ppo_lightning.tools.charts import RETURN, Curve, draw, to_png
 from ppo_lightning.tools.dashboard import EPISODES, UPDATE, MetricRow, metric_rows, user_rows
 from ppo_lightning.tools.page import render
+from ppo_lightning.tools.saved_runs import SavedRun
 
 COLOURS = {"green": "#1a7f37", "yellow": "#9a6700", "bold red": "#cf222e", "": "inherit"}
 
@@ -93,23 +95,10 @@ class NotebookDisplay(Callback):
 
 def learning_curves(records: Records) -> list[Curve]:
     """Training and evaluation return of a run, with one standard deviation over evaluation episodes."""
-    curves = []
-    trained = [row for row in records.train.rows() if "rollout/ep_rew_mean" in row]
-    evaluated = [row for row in records.evaluations.rows() if row.keys() >= {"eval/mean_reward", "eval/std_reward"}]
-    training, evaluation = RETURN.metrics.values()
-    if trained:
-        curves.append(
-            Curve(training, [row["step"] for row in trained], [row["rollout/ep_rew_mean"] for row in trained])
-        )
-    if evaluated:
-        steps, means, deviations = (
-            [row[name] for row in evaluated] for name in ("step", "eval/mean_reward", "eval/std_reward")
-        )
-        low, high = (
-            [mean + side * deviation for mean, deviation in zip(means, deviations, strict=True)] for side in (-1, 1)
-        )
-        curves.append(Curve(evaluation, steps, means, low, high, color=1))
-    return curves
+    summary = summarize_records(
+        records, env_steps=0, iterations=0, episodes=[], latest_checkpoint=None, best_checkpoint=None
+    )
+    return RETURN.curves(SavedRun(Path(), summary, {}, {}, []))
 
 
 def page(sections: dict[str, list[MetricRow]], png: bytes) -> str:

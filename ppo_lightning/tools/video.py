@@ -78,51 +78,56 @@ def record(
     choose_renderer()
     seed = module.evaluation_seed()
     with temporarily_seeded(module.seed or 0), tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as unfinished:
-        recorders: list[RecordVideo] = []
-
-        def recorded(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-            if env.render_mode != "rgb_array":
-                env.close()
-                raise InputError(
-                    f"{module.env_factory.name} renders no images: it must take render_mode=rgb_array, and apply it"
-                )
-            # One recording of all episodes, since only the length of a recording can be limited.
-            place, first = f"{unfinished}/frames", lambda episode: episode == 0
-            recorders.append(RecordVideo(env, place, first, video_length=MAX_FRAMES, fps=fps))
-            return recorders[0]
-
-        try:
-            setting = module.env_provider.eval_overrides
-            maker = setting.apply_to(_recording_factory(module.env_factory, recorded))
-            environments = VectorEnvAdapter(maker, 1, module.env_timeout_s, attributes=setting.attributes)
-        except EnvironmentFault as fault:
-            raise fault.__cause__ if isinstance(fault.__cause__, InputError) else fault from None
-        try:
-            with module.autocast():
-                evaluate_episodes(
-                    module.policy,
-                    environments,
-                    without_mask(module.observation_space),
-                    num_episodes=episodes,
-                    seed=seed,
-                    max_steps=module.steps_per_eval_episode,
-                    deterministic=module.eval_deterministic if deterministic is None else deterministic,
-                )
-            if recorders[0].recording:
-                del recorders[0].recorded_frames[-1]  # the reset after the last episode
-        except BaseException:  # skip encoding half a video
-            for recorder in recorders:
-                recorder.recording = False
-            raise
-        finally:
-            try:
-                environments.close()  # encodes the video
-            finally:
-                for recorder in recorders:
-                    recorder.recorded_frames = []
+        with _recorded_environment(module, f"{unfinished}/frames", fps) as environments, module.autocast():
+            evaluate_episodes(
+                module.policy,
+                environments,
+                without_mask(module.observation_space),
+                num_episodes=episodes,
+                seed=seed,
+                max_steps=module.steps_per_eval_episode,
+                deterministic=module.eval_deterministic if deterministic is None else deterministic,
+            )
         (made,) = Path(unfinished, "frames").glob("*.mp4")
         made.replace(file)
     return file
+
+
+@contextmanager
+def _recorded_environment(module: PPOModule, folder: str, fps: int | None) -> Iterator[VectorEnvAdapter]:
+    """One evaluation environment; its video is in the folder afterwards, unless there was an error."""
+    recorders: list[RecordVideo] = []
+
+    def recorded(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+        if env.render_mode != "rgb_array":
+            env.close()
+            raise InputError(
+                f"{module.env_factory.name} renders no images: it must take render_mode=rgb_array, and apply it"
+            )
+        # One recording of all episodes, since only the length of a recording can be limited.
+        recorders.append(RecordVideo(env, folder, lambda episode: episode == 0, video_length=MAX_FRAMES, fps=fps))
+        return recorders[0]
+
+    try:
+        overrides = module.env_provider.eval_overrides
+        factory = overrides.apply_to(_recording_factory(module.env_factory, recorded))
+        environments = VectorEnvAdapter(factory, 1, module.env_timeout_s, attributes=overrides.attributes)
+    except EnvironmentFault as fault:
+        raise fault.__cause__ if isinstance(fault.__cause__, InputError) else fault from None
+    try:
+        yield environments
+        if recorders[0].recording:
+            del recorders[0].recorded_frames[-1]  # the reset after the last episode
+    except BaseException:  # skip encoding half a video
+        for recorder in recorders:
+            recorder.recording = False
+        raise
+    finally:
+        try:
+            environments.close()  # encodes the video
+        finally:
+            for recorder in recorders:
+                recorder.recorded_frames = []
 
 
 def _recording_factory(maker: EnvFactory, recorded: Callable[[Any], Any]) -> EnvFactory:
@@ -186,16 +191,16 @@ class EvaluationVideo(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._evaluated(trainer, cast(PPOModule, pl_module))
+            self._on_evaluation(trainer, cast(PPOModule, pl_module))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(PPOModule, pl_module)
         due = _is_last_iteration(trainer) or module.policy_version % module.iterations_between_evaluations == 0
         if due and trainer.limit_val_batches == 0 and module.agreed_stop_signal not in GracefulShutdown.SIGNALS:
-            self._evaluated(trainer, module)
+            self._on_evaluation(trainer, module)
 
-    def _evaluated(self, trainer: Trainer, module: PPOModule) -> None:
+    def _on_evaluation(self, trainer: Trainer, module: PPOModule) -> None:
         self._evaluations += 1
         if trainer.state.fn == TrainerFn.FITTING and self._evaluations % self.every and not _is_last_iteration(trainer):
             return
@@ -255,7 +260,7 @@ def _(logger: TensorBoardLogger, video: Path, step: int) -> None:
     # torch's add_video imports a module that moviepy 2 has removed; this is what it would write.
     from tensorboard.compat.proto import summary_pb2
 
-    data, width, height = animation(video)
+    data, width, height = to_gif(video)
     Summary = cast(Any, summary_pb2).Summary  # noqa: N806 - a class, created at import
     image = Summary.Image(encoded_image_string=data, width=width, height=height, colorspace=3)
     writer = cast(Any, logger.experiment)
@@ -278,7 +283,7 @@ def _(logger: CometLogger, video: Path, step: int) -> None:
 
 
 @contextmanager
-def opened(video: Path) -> Iterator[Any]:
+def open_video(video: Path) -> Iterator[Any]:
     """A video as moviepy's clip, with all its pipes closed at the end."""
     from moviepy import VideoFileClip
 
@@ -291,11 +296,11 @@ def opened(video: Path) -> Iterator[Any]:
             process.stderr.close()
 
 
-def animation(video: Path) -> tuple[bytes, int, int]:
+def to_gif(video: Path) -> tuple[bytes, int, int]:
     """A video as a small GIF: its bytes, width and height (pixels)."""
     from PIL import Image
 
-    with opened(video) as clip:
+    with open_video(video) as clip:
         width = min(GIF_WIDTH, clip.w)
         size = width, round(clip.h * width / clip.w)
         frames = [Image.fromarray(frame).resize(size) for frame in clip.iter_frames(fps=GIF_FPS)]
