@@ -20,6 +20,7 @@ from rich.console import Console
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import Dashboard, HardwareMonitor, StepProgressBar
 from ppo_lightning.cli import main
+from ppo_lightning.runs.history import Records
 from ppo_lightning.tools import dashboard
 from ppo_lightning.tools.dashboard import (
     HEALTHY,
@@ -457,13 +458,13 @@ def test_pictures_take_a_hundredth_of_the_time_and_come_four_times_a_second_at_m
 
     monkeypatch.setattr(dashboard.time, "perf_counter", lambda: clock[0])
     bar = Dashboard()
-    bar.live = Screen()
+    bar.live, model = Screen(), SimpleNamespace(records=Records(), num_env_steps=0)
     monkeypatch.setattr(bar, "frame", lambda status: FRAME)
     for cost[0], apart in [(0.0, 0.25), (0.001, 0.25), (0.01, 1.0)]:
         drawn_at.clear()
         for _ in range(5000):
             clock[0] += 0.001
-            bar.on_train_batch_end(None, None, None, None, 0)
+            bar.on_train_batch_end(None, model, None, None, 0)
         assert min(later - sooner for sooner, later in pairwise(drawn_at)) >= apart
         assert len(drawn_at) >= 4
         assert cost[0] * len(drawn_at) <= 0.01 * 5 + cost[0]
@@ -474,11 +475,12 @@ def test_between_pictures_an_iteration_costs_microseconds(monkeypatch):
 
     bar = Dashboard()
     bar.live, bar.next_draw = object(), float("inf")
+    model = SimpleNamespace(records=Records(), num_env_steps=0)
 
     def iteration():
         bar.on_train_epoch_start(None)
         bar.on_train_batch_start(None, None, None, 0)
-        bar.on_train_batch_end(None, None, None, None, 0)
+        bar.on_train_batch_end(None, model, None, None, 0)
 
     assert min(timeit.repeat(iteration, number=100, repeat=20)) / 100 < 5e-5
 

@@ -285,6 +285,7 @@ class Dashboard(StepProgressBar):
         self._hardware: Hardware | None = None
         self._findings: ReportsFindings | None = None
         self._handlers = contextlib.ExitStack()
+        self._iterations = 0
         self._burned_in: tuple[dict[str, float], int] | None = None
 
     @override

@@ -75,7 +75,7 @@ class Hardware:
 
 
 class HardwareMonitor(Callback):
-    """PPOModule the use of processors and memory at the end of each iteration, at its environment step.
+    """Logs the use of processors and memory at the end of each iteration, at its environment step.
 
     (Lightning's DeviceStatsMonitor measures twice per batch, logs all sixty of CUDA's memory statistics instead of the
     GPU's use, and needs a logger.) Loggers get the first rank's measurements; each rank has its own in

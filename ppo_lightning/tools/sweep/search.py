@@ -167,13 +167,6 @@ def _run_trials(study: "Study", objective: Objective, quiet: bool) -> None:
     from optuna.storages import fail_stale_trials
 
     options, lock, waits = objective.spec.options, threading.Lock(), False
-    ask = study.ask
-
-    def ask_one_at_a_time(*args: Any, **kwargs: Any) -> "Trial":
-        with lock:  # of SQLite, two threads at once would take the same waiting trial
-            return ask(*args, **kwargs)
-
-    study.ask = ask_one_at_a_time
 
     def set_sampler() -> None:
         study.sampler = make_sampler(options, first_attempts(study.get_trials(deepcopy=False)))
@@ -196,7 +189,7 @@ def _run_trials(study: "Study", objective: Objective, quiet: bool) -> None:
             given = {"n_trials": missing, "n_jobs": options.workers, "callbacks": [on_trial_end]}
             try:
                 with ThreadPoolExecutor(1) as pool, objective.stops_on_error():  # Ctrl-C interrupts this thread only
-                    pool.submit(study.optimize, objective, catch=(RunFailed, SweepStopped), **given).result()
+                    pool.submit(_optimize, study, objective, **given).result()
             except Exception:  # Optuna raises one of three types when another process has ended the trial
                 if not objective.lost:
                     raise
@@ -210,6 +203,21 @@ def _run_trials(study: "Study", objective: Objective, quiet: bool) -> None:
                 print(f"waiting for {others} trials of other processes", flush=True)
             waits = True
             time.sleep(WAIT_S)
+
+
+def _optimize(study: "Study", objective: Objective, **given: Any) -> None:
+    """Run trials; two threads at once would take the same waiting trial from SQLite, so they take them in turn."""
+    lock, ask = threading.Lock(), study.ask
+
+    def ask_in_turn(*args: Any, **kwargs: Any) -> "Trial":
+        with lock:
+            return ask(*args, **kwargs)
+
+    study.ask = ask_in_turn
+    try:
+        study.optimize(objective, catch=(RunFailed, SweepStopped), **given)
+    finally:
+        del study.ask
 
 
 def make_sampler(options: SweepOptions, index: int) -> Any:
