@@ -233,7 +233,7 @@ def test_a_healthy_range_is_drawn_and_the_thresholds_of_the_run_win():
     assert "healthy, 0.1 to 0.3. Dashed: alert above 0.5." in text
     assert "alert below 0.3" in text
     watched = CHARTS[1].with_thresholds(read_run(run))
-    assert (watched.healthy, watched.alert) == ((0.005, 0.025), 0.04)
+    assert watched.healthy == (0.005, 0.025, 0.04)
 
 
 def test_without_a_health_log_the_page_says_so():

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ppo_lightning.errors import InputError
 from ppo_lightning.runs.checkpoint import write_atomically
-from ppo_lightning.tools.diagnosis import Thresholds
+from ppo_lightning.tools.diagnosis import HealthyRange, Thresholds, healthy_ranges
 from ppo_lightning.tools.saved_runs import SavedRun, read_run
 
 if TYPE_CHECKING:
@@ -48,32 +48,23 @@ class Chart:
     metrics: Mapping[str, str]
     """Names of metrics, with their labels in the legend."""
     caption: str
-    healthy: tuple[float, float] | None = None
-    """Range of healthy values."""
-    alert: float | None = None
-    """Value beyond which HealthMonitor reports a finding."""
+    healthy: HealthyRange | None = None
     limits: tuple[float | None, float | None] = (None, None)
     """Ends of the y-axis; None follows the values."""
 
     def with_thresholds(self, run: SavedRun) -> "Chart":
         """The chart with the thresholds of the run's own HealthMonitor, if it had one."""
-        thresholds = run.health.get("thresholds", {})
-        name = next(iter(self.metrics)).partition("/")[2]
-        if self.healthy is None or name not in thresholds:
-            return self
-        given = thresholds[name]
-        healthy = tuple(given) if isinstance(given, list) else (given, self.healthy[1])
-        return replace(self, healthy=healthy, alert=thresholds[f"{name}_alert"])
+        given = run.health.get("thresholds", {})
+        own = Thresholds(**{item.name: given[item.name] for item in fields(Thresholds) if item.name in given})
+        return replace(self, healthy=healthy_ranges(own).get(next(iter(self.metrics))))
 
     def full_caption(self) -> str:
         """The caption, with the meaning of the green range and the dashed line."""
         if self.healthy is None:
             return self.caption
-        low, high = self.healthy
-        text = f"{self.caption} Green: healthy, {low:g} to {high:g}."
-        if self.alert is not None:
-            text += f" Dashed: alert {'above' if self.alert > high else 'below'} {self.alert:g}."
-        return text
+        low, high, alert = self.healthy
+        side = "above" if alert > high else "below"
+        return f"{self.caption} Green: healthy, {low:g} to {high:g}. Dashed: alert {side} {alert:g}."
 
     def curves(self, run: SavedRun) -> list[Curve]:
         """The curves of a run's metrics, without those that it did not log."""
@@ -85,7 +76,7 @@ class Chart:
         return curves
 
 
-USUAL = Thresholds()
+HEALTHY = healthy_ranges(Thresholds())
 RETURN = Chart(
     "Return",
     {"rollout/ep_rew_mean": "training, mean of 100 episodes", "eval/mean_reward": "evaluation, ± standard deviation"},
@@ -97,24 +88,21 @@ CHARTS = (
         "KL divergence",
         {"train/approx_kl": "approx_kl"},
         "Change of the policy per update (nats). If too large: lower the learning rate or clip_range.",
-        healthy=USUAL.approx_kl,
-        alert=USUAL.approx_kl_alert,
+        healthy=HEALTHY["train/approx_kl"],
         limits=(0.0, None),
     ),
     Chart(
         "Clip fraction",
         {"train/clip_fraction": "clip_fraction"},
         "Share of samples beyond clip_range. If too large: lower the learning rate.",
-        healthy=USUAL.clip_fraction,
-        alert=USUAL.clip_fraction_alert,
+        healthy=HEALTHY["train/clip_fraction"],
         limits=(0.0, None),
     ),
     Chart(
         "Explained variance",
         {"train/explained_variance": "explained_variance"},
         "Share of the returns' variance that the critic predicts, cut off at -1. If too small: a larger critic.",
-        healthy=(USUAL.explained_variance, 1.0),
-        alert=USUAL.explained_variance_alert,
+        healthy=HEALTHY["train/explained_variance"],
         limits=(-1.0, 1.05),
     ),
     Chart("Value loss", {"train/value_loss": "value_loss"}, "Mean squared error of the critic.", limits=(0.0, None)),
@@ -177,12 +165,12 @@ def draw(
         if not any(curve.faint for curve in curves):  # else the runs set the axis: intervals of few runs are wide
             low, high = axes.get_ylim()
         if chart.healthy is not None:
-            low, high = min(low, chart.healthy[0]), max(high, chart.healthy[1] * 1.1)
-            axes.axhspan(*chart.healthy, color=GOOD, alpha=0.15, linewidth=0)
+            low, high = min(low, chart.healthy.low), max(high, chart.healthy.high * 1.1)
+            axes.axhspan(chart.healthy.low, chart.healthy.high, color=GOOD, alpha=0.15, linewidth=0)
         bottom, top = chart.limits
         low, high = low if bottom is None else bottom, high if top is None else top
-        if chart.alert is not None and low < chart.alert < high:
-            axes.axhline(chart.alert, color=BAD, linewidth=1, linestyle="--")
+        if chart.healthy is not None and low < chart.healthy.alert < high:
+            axes.axhline(chart.healthy.alert, color=BAD, linewidth=1, linestyle="--")
         axes.set_ylim(low, high)
         if legend and sum(not curve.faint for curve in curves) > 1:
             axes.legend(fontsize="small")

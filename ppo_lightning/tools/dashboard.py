@@ -24,7 +24,7 @@ from typing_extensions import override
 from ppo_lightning.callbacks.progress import StepProgressBar, handlers_on
 from ppo_lightning.module import PPOModule
 from ppo_lightning.runs.clock import BURN_IN
-from ppo_lightning.tools.diagnosis import Thresholds
+from ppo_lightning.tools.diagnosis import Thresholds, healthy_ranges
 from ppo_lightning.tools.hardware import Hardware, HardwareMonitor
 from ppo_lightning.tools.page import number
 
@@ -37,33 +37,7 @@ class ReportsFindings(Protocol):
     """Each with ``name``, ``since_step``, ``until_step`` (None while it holds) and ``advice``."""
 
 
-class HealthyRange(NamedTuple):
-    """The healthy values of a metric, and its alert."""
-
-    low: float
-    high: float
-    alert: float
-
-    def judge(self, value: float) -> tuple[str, str]:
-        """Style and mark of a value: within the range, outside, or beyond the alert, above or below."""
-        if self.low <= value <= self.high:
-            return "green", ""
-        mark = "▲" if value > self.high else "▼"
-        alerts = value > self.alert if self.alert > self.high else value < self.alert
-        return ("bold red", f"!{mark}") if alerts else ("yellow", mark)
-
-    def __str__(self) -> str:
-        return f"{self.low:g}–{self.high:g}"
-
-
-_thresholds = Thresholds()
-HEALTHY = {
-    "train/approx_kl": HealthyRange(*_thresholds.approx_kl, alert=_thresholds.approx_kl_alert),
-    "train/clip_fraction": HealthyRange(*_thresholds.clip_fraction, alert=_thresholds.clip_fraction_alert),
-    "train/explained_variance": HealthyRange(
-        _thresholds.explained_variance, 1.0, alert=_thresholds.explained_variance_alert
-    ),
-}
+HEALTHY = healthy_ranges(Thresholds())
 """Usual ranges while a policy learns; towards the end of a run a policy changes less."""
 
 EPISODES = {

@@ -83,6 +83,34 @@ class Thresholds:
             )
 
 
+class HealthyRange(NamedTuple):
+    """The healthy values of a metric, and its alert."""
+
+    low: float
+    high: float
+    alert: float
+
+    def judge(self, value: float) -> tuple[str, str]:
+        """Style and mark of a value: within the range, outside, or beyond the alert, above or below."""
+        if self.low <= value <= self.high:
+            return "green", ""
+        mark = "▲" if value > self.high else "▼"
+        alerts = value > self.alert if self.alert > self.high else value < self.alert
+        return ("bold red", f"!{mark}") if alerts else ("yellow", mark)
+
+    def __str__(self) -> str:
+        return f"{self.low:g}–{self.high:g}"
+
+
+def healthy_ranges(t: Thresholds) -> dict[str, HealthyRange]:
+    """By metric."""
+    return {
+        "train/approx_kl": HealthyRange(*t.approx_kl, t.approx_kl_alert),
+        "train/clip_fraction": HealthyRange(*t.clip_fraction, t.clip_fraction_alert),
+        "train/explained_variance": HealthyRange(t.explained_variance, 1.0, t.explained_variance_alert),
+    }
+
+
 class Diagnosis(NamedTuple):
     """A cause that the metrics of a window indicate."""
 
