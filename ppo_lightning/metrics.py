@@ -35,7 +35,7 @@ def iteration_metrics(
 
     Args:
         rollout: [T, N] with value targets.
-        update: what it led to.
+        update: result of the update on it.
         policy: after the update.
         episodes: those of this rank that ended in the rollout, and averages over the last ones.
         restarts: environments of this rank that were restarted so far.
@@ -80,7 +80,7 @@ def _rollout_statistics(
     """Sums and maxima of this rank's rollout, by metric."""
     valid, finished = rollout["valid"], episodes.finished
     reward = rollout["reward"][valid].double()
-    # Not all that is terminal for what is learnt ends an episode: a lost life does not.
+    # A lost life is terminal for learning, but does not end the episode.
     truncated = int((rollout["truncated"] & ~rollout["terminated"]).sum())
     successes, failures = finished[:, 2:].nansum(0)
     sums: dict[str, Any] = {

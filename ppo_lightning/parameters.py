@@ -91,7 +91,7 @@ RENAMED = {
     "log_info": "info_keys",
     "env_restarts": "max_env_restarts",
     "memory": "rnn",
-    "rnn_size": "rnn_size",
+    "memory_size": "rnn_size",
 }
 """Parameters by the names that they had before."""
 

@@ -1,4 +1,9 @@
-"""PPO as a LightningModule: Lightning's hooks in their order, then what users call."""
+"""PPO as a LightningModule: Lightning's hooks in their order, then what users call.
+
+train_dataloader: RolloutDataset.collect → Collector.collect (policy.act, step_async, step_wait). on_train_batch_start: rewards
+are normalised, advantages estimated. training_step: update → Updater.update → plan_minibatches, run_epochs (step.gradient →
+Objective → PPOLoss; step.apply → optimizer.step), then count and log_metrics (runs/module.py), metrics → iteration_metrics.
+"""
 
 import time
 import warnings
@@ -67,7 +72,7 @@ class PPO(RunModule):
     One epoch is one policy iteration: a rollout of ``num_steps`` steps in each environment, its advantages, and
     ``update_epochs`` epochs of shuffled minibatches over it. ``total_steps`` is the only budget.
 
-    Values have the types below; a bool is not a number, and a string is neither. A float that is whole is accepted as a whole
+    Values have the types below; bools and strings are not accepted as numbers. A float that is whole is accepted as a whole
     number (``total_steps=1e6``), and NumPy and torch scalars become plain numbers.
 
     Args:
@@ -95,7 +100,7 @@ class PPO(RunModule):
         gamma: discount factor (per environment step, 0 to 1).
         gae_lambda: how far advantages look ahead: 0 is the one-step TD error, 1 the whole return (dimensionless, 0 to 1).
         advantage_estimator: callable (rollout [T, N], *, gamma, gae_lambda) -> (advantage [T, N], value target [T, N]); in
-            YAML a function as package.module.name, or a class by class_path. ``reward`` is as it is learnt from.
+            YAML a function as package.module.name, or a class by class_path. Its ``reward`` is normalised or clipped already.
         update_epochs: epochs over each rollout (count).
         num_minibatches: minibatches of each epoch (count).
         gradient_accumulation_steps: microbatches over which the gradient of a minibatch is accumulated, where one does not fit
@@ -112,7 +117,7 @@ class PPO(RunModule):
             own samples, all_ranks over the samples of all ranks, which makes the result independent of their number.
         ent_coef: weight of the entropy bonus; a number, or {start, end} for a linear schedule over the run (advantage units
             per nat).
-        vf_coef: weight of the critic's mean squared error in the loss (dimensionless).
+        vf_coef: weight of the critic's mean squared error in the loss, which is not halved (dimensionless).
         max_grad_norm: gradients are scaled down to this Euclidean norm over all parameters; null does not clip.
         non_finite: on a gradient whose norm is not finite, raise ends the run, with unchanged parameters and a file to
             reproduce it; skip leaves the step out, 10 in a row at most.
@@ -305,8 +310,8 @@ class PPO(RunModule):
         self.rollouts.running_return = self.reward_normalizer.update(
             reward, done, batch["valid"], self.rollouts.running_return, self.ranks.gather
         )
-        learnt_from = batch.copy().set("reward", self.reward_normalizer(reward))
-        estimates = self.advantage_estimator(learnt_from, gamma=self.gamma, gae_lambda=self.gae_lambda)
+        scaled = batch.copy().set("reward", self.reward_normalizer(reward))
+        estimates = self.advantage_estimator(scaled, gamma=self.gamma, gae_lambda=self.gae_lambda)
         batch["advantage"], batch["value_target"] = check_estimates(estimates, reward)
         if self.policy.value_normalizer is not None:
             targets = RunningMoments.batch_moments(batch["value_target"][batch["valid"]])
@@ -345,11 +350,7 @@ class PPO(RunModule):
 
     @torch.no_grad()
     def training_samples(self, rollout: TensorDict) -> dict[str, Any]:
-        """Samples [T · N] of a rollout to update on, or sequences [B, L] for a recurrent policy.
-
-        ``observation`` and the values are normalised once, not per epoch. ``valid`` is present only where some samples do
-        not count.
-        """
+        """Samples [T · N] of a rollout, or sequences [B, L], normalised once; ``valid`` only where some do not count."""
         return training_samples(rollout, self.policy, self.rollouts.sequence_length)
 
     @property

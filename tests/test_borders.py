@@ -503,6 +503,7 @@ def test_what_makes_no_environment_is_refused(env, message):
     [
         (lambda observation_space: None, r"policy\(observation_space, action_space\) raised TypeError: "),
         (partial(ActorCritic, hidden=(8,)), r"ActorCritic has no parameter hidden: did you mean hidden_sizes\?"),
+        (partial(ActorCritic, memory_size=8), "ActorCritic has no parameter memory_size: it is called rnn_size"),
         (
             partial(ActorCritic, hidden_sizes=(10**12,)),
             r"policy\(observation_space, action_space\) raised RuntimeError: .*",

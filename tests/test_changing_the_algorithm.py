@@ -1,6 +1,7 @@
 """The algorithm's parts are values: a loss, an advantage estimator, keys of one's own, in every mode."""
 
 import ast
+import math
 import re
 import warnings
 from functools import partial
@@ -15,7 +16,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, InputError, PPOCallback, PPOLoss, gae
-from ppo_lightning.callbacks import Stage, Stages
+from ppo_lightning.callbacks import AdaptiveLearningRate, RolloutDetails, Stage, Stages
 
 SMALL = {"num_envs": 2, "num_steps": 16, "total_steps": 4 * 32, "update_epochs": 2, "num_minibatches": 2}
 
@@ -139,6 +140,32 @@ def only_value(batch, evaluate, coefficients):
     """A loss that is a plain function, and no PPOLoss."""
     _, _, value = evaluate(batch)
     return {"loss": (value - batch["value_target"]).square().mean()}
+
+
+class OwnLoss(nn.Module):
+    """A loss with a parameter that does not evaluate the minibatch."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, batch, evaluate, coefficients):
+        return {"loss": (self.scale * batch["advantage"]).square().mean()}
+
+
+def test_callbacks_do_without_the_diagnostics_of_a_loss_that_does_not_evaluate_or_ask_for_them():
+    trained(PPO("CartPole-v1", loss=OwnLoss(), **SMALL), RolloutDetails())
+    with pytest.raises(InputError, match="AdaptiveLearningRate needs the divergence"):
+        trained(PPO("CartPole-v1", loss=OwnLoss(), **SMALL), AdaptiveLearningRate())
+
+
+def test_the_file_of_a_gradient_that_is_not_finite_holds_the_parameters_of_the_loss(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = PPO("CartPole-v1", loss=OwnLoss(math.inf), **SMALL)
+    with pytest.raises(FloatingPointError):
+        model.learn(model.collect(), model.optimizer(model.parameters()))
+    left = torch.load("non_finite.pt", weights_only=True)
+    assert left["loss"]["scale"].isinf()
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -415,6 +442,7 @@ def test_an_estimator_of_the_documentation_is_its_formula():
     rollout["terminated"] = torch.rand(32, 2, generator=generator) < 0.1
     rollout["truncated"] = torch.rand(32, 2, generator=generator) < 0.1
     advantage, target = model.advantage_estimator(rollout, gamma=0.9, gae_lambda=0.5)
+    one_step = rollout["reward"] + 0.9 * rollout["next_state_value"] * ~rollout["terminated"]
     for env in range(2):
         for t in range(32):
             total, discount, step = 0.0, 1.0, t
@@ -422,7 +450,7 @@ def test_an_estimator_of_the_documentation_is_its_formula():
                 total += discount * float(rollout["reward"][step, env])
                 discount *= 0.9
                 over = rollout["terminated"][step, env] or rollout["truncated"][step, env] or step == 31
-                better = not over and target[step + 1, env] >= rollout["state_value"][step + 1, env]
+                better = not over and one_step[step + 1, env] >= rollout["state_value"][step + 1, env]
                 if not better:
                     value = rollout["next_state_value"][step, env] if over else rollout["state_value"][step + 1, env]
                     total += discount * float(value) * (not rollout["terminated"][step, env])

@@ -239,12 +239,16 @@ def test_non_finite_parts_are_named():
 
 
 def test_large_rollouts_of_images_pass_in_pieces_with_the_same_result():
-    model = PPO(partial(Spaces, "image"), **SMALL)
-    model.seed = 0
-    batch = model.rollouts.collect()
-    observation, action = batch["observation"].flatten(0, 1), batch["action"].flatten(0, 1)
-    whole = model.rollouts._scores(model.policy, observation, action, None)
-    model.rollouts.PIECE = 3 * 12 * 12 * 5
-    assert len(model.rollouts._pieces(observation)) == 7
-    for one, other in zip(whole, model.rollouts._scores(model.policy, observation, action, None), strict=True):
-        assert_close(one, other, atol=1e-6, rtol=1e-5)
+    results, sizes = [], []
+    for most in (None, 3 * 12 * 12 * 5):
+        torch.manual_seed(0)
+        model = PPO(partial(Spaces, "image"), **SMALL)
+        model.seed = 0
+        if most is not None:
+            model.rollouts.MAX_NUMEL = most
+            model.policy.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+        rollout = model.collect()
+        results.append([rollout[key].clone() for key in ("action_log_prob", "state_value", "next_state_value")])
+    assert len(sizes) == 7
+    assert max(sizes) == 5
+    assert_close(results[1], results[0], atol=1e-6, rtol=1e-5)

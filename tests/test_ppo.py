@@ -918,7 +918,7 @@ def test_refuses_fsdp(monkeypatch):
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
     monkeypatch.setattr(type(trainer), "strategy", FSDPStrategy.__new__(FSDPStrategy))
     monkeypatch.setattr(type(trainer), "precision", "32-true")
-    model._trainer = trainer
+    model.trainer = trainer
     with pytest.raises(InputError, match=r"FSDPStrategy.*use ddp"):
         validate_trainer(model.trainer, running_moments=False)
 

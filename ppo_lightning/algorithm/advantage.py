@@ -13,7 +13,7 @@ def gae(rollout: TensorDict, *, gamma: float, gae_lambda: float) -> tuple[Tensor
     """The default advantage estimator: :func:`generalized_advantage` of a rollout, and the λ-return.
 
     Args:
-        rollout: [T, N] with ``reward`` as it is learnt from, ``state_value``, ``next_state_value``, ``terminated`` and
+        rollout: [T, N] with ``reward`` after normalisation, ``state_value``, ``next_state_value``, ``terminated`` and
             ``truncated``. Rows that are not ``valid`` are reset steps of NEXT_STEP vectors: their advantages are not used.
         gamma: discount per environment step.
         gae_lambda: 0 gives the one-step TD error, 1 the discounted return minus V.
@@ -37,7 +37,7 @@ def check_estimates(estimates: Any, reward: Tensor) -> tuple[Tensor, Tensor]:
     """What an advantage estimator returned, without gradients.
 
     Args:
-        estimates: that it returned.
+        estimates: return value of the estimator.
         reward: [T, N] of the same rollout.
 
     Raises:
@@ -68,7 +68,7 @@ def generalized_advantage(
         δₜ = rₜ + γ (1 - terminatedₜ) V(s'ₜ) - V(sₜ)
         Aₜ = δₜ + γλ (1 - doneₜ) Aₜ₊₁,    A_T = 0
 
-    A time limit ends the episode, not the world: it sets ``done`` but not ``terminated``, so the sum stops there and
+    A time limit truncates: it sets ``done`` but not ``terminated``, so the sum stops there and
     V(s'ₜ) still counts.
 
     Args:

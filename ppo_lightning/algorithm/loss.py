@@ -20,23 +20,23 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LossCoefficients:
-    """Coefficients of the loss in one iteration, where their schedules are.
+    """Coefficients of the loss in one iteration, at the current point of their schedules.
 
-    In a compiled step, those that change over the run are tensors [].
+    In a compiled step, those that change over the run are 0-d tensors.
     """
 
     clip_range: float | Tensor = 0.2
-    """Change of an action's probability ratio beyond which the objective is constant (dimensionless)."""
+    """Clip range ε of the probability ratio: beyond it the objective is constant (dimensionless)."""
     clip_range_vf: float | None = None
     """Change of a value beyond which the critic's loss is constant, in value units; None does not clip."""
     vf_coef: float = 0.5
-    """Weight of the critic's mean squared error (dimensionless)."""
+    """Weight of the critic's mean squared error, which is not halved (dimensionless)."""
     ent_coef: float | Tensor = 0.0
     """Weight of the entropy bonus (advantage units per nat)."""
 
 
 class Evaluate:
-    """The present policy on stored actions, with gradients.
+    """Evaluates stored actions under the current policy, with gradients; all shapes are [B, L] for a recurrent policy.
 
     Args:
         policy: with the parameters of the current gradient step.
@@ -49,7 +49,7 @@ class Evaluate:
         """[B] of the minibatch's actions, as the loss has evaluated them."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probability and entropy (nats) of the batch's actions, and the value as ``value_target`` has it, each [B]."""
+        """Log-probability and entropy (nats) of the batch's actions, and the value in units of ``value_target``, each [B]."""
         log_prob, entropy, value = self._policy.evaluate_actions(batch)
         if batch is self._batch or self.log_prob is None:
             self.log_prob = log_prob
@@ -82,7 +82,7 @@ class PPOLoss(nn.Module):
             batch: [B], or sequences [B, L] of a recurrent policy. It has every key of the rollout, ``advantage`` (normalised
                 where ``normalize_advantage`` is on) and ``value_target``. ``observation`` is what the network sees.
                 ``valid`` is there only where some samples do not count; they are False.
-            evaluate: log-probability, entropy and value of the stored actions under the present policy.
+            evaluate: log-probability, entropy and value of the stored actions under the current policy.
             coefficients: of this iteration.
 
         Returns:
@@ -121,7 +121,7 @@ class PPOLoss(nn.Module):
 
 
 class Objective(nn.Module):
-    """The loss as a function of all parameters that it can depend on: the policy's and its own.
+    """Policy and loss as one module: the loss as a function of all parameters that it can depend on.
 
     Args:
         policy: that learns.
@@ -134,7 +134,7 @@ class Objective(nn.Module):
 
     @override
     def forward(self, batch: Batch, coefficients: LossCoefficients) -> Losses:
-        """Scalars of a minibatch by name; the diagnostics of :func:`policy_change` are there for any loss.
+        """Scalars of a minibatch by name, with those of :func:`policy_change` for a loss that evaluates the minibatch.
 
         Raises:
             InputError: the loss did not return scalars by name.
@@ -190,7 +190,7 @@ def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def policy_change(log_ratio: Tensor, ratio: Tensor, clip_range: float | Tensor, valid: Tensor | None) -> Losses:
-    """How far the policy is from the one that collected the rollout.
+    """Diagnostics of how far the policy is from the one that collected the rollout.
 
     Args:
         log_ratio: [B] log π_new(a|s) - log π_old(a|s).

@@ -1,4 +1,4 @@
-"""The gradient step of any optimizer, eagerly: backward passes, clipping, and the check that gradients are finite."""
+"""The eager gradient step, for any optimizer: backward passes, clipping, and the check that gradients are finite."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 class UpdateSettings(NamedTuple):
-    """What an update is made with, beside its samples."""
+    """Settings of one update."""
 
     coefficients: LossCoefficients
     normalize_advantage: bool
@@ -207,9 +207,11 @@ class EagerStep:
 
     def contents(self) -> dict[str, Any]:
         """What the last gradient was computed from, as plain tensors."""
+        loss = self.objective.loss
         return {
             "samples": map_samples(lambda leaf: leaf, self.minibatch),
             "policy": self.objective.policy.state_dict(),
+            "loss": loss.state_dict() if isinstance(loss, nn.Module) else {},
             "coefficients": asdict(self.settings.coefficients),
         }
 

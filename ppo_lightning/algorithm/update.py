@@ -35,7 +35,7 @@ class UpdateResult(NamedTuple):
     and of those that the value depends on."""
     coefficients: LossCoefficients
     epochs: int
-    """Epochs that were begun."""
+    """Epochs that were started (count)."""
     minibatches: int
     """Minibatches of the last epoch."""
     stopped: bool
@@ -263,7 +263,7 @@ def run_epochs(
 ) -> UpdateResult:
     """The epochs of an update, by one kind of gradient step.
 
-    Stable-Baselines3's rule ends it: before the first step after which the divergence exceeds 1.5 ``target_kl``.
+    As in Stable-Baselines3, it ends before the step of the first minibatch whose ``approx_kl`` exceeds 1.5 ``target_kl``.
     """
     step.begin(samples, plan, settings)
     limit = math.inf if settings.target_kl is None else 1.5 * settings.target_kl
@@ -277,7 +277,7 @@ def run_epochs(
                 value = kl.item()
                 if epoch == minibatch == 0 and not math.isfinite(value):
                     step.non_finite(value)  # no step was taken since the rollout: the policy itself is not finite
-                stopped = not value <= limit  # NaN has diverged too
+                stopped = not value <= limit  # NaN ends the update too
                 if stopped:
                     break
             step.apply()

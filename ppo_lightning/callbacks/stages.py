@@ -273,6 +273,10 @@ class AdaptiveLearningRate(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self.rate is not None
+        if "train/approx_kl" not in trainer.callback_metrics:
+            raise InputError(
+                "AdaptiveLearningRate needs the divergence: call evaluate(batch) in the loss, or return approx_kl"
+            )
         kl = float(trainer.callback_metrics["train/approx_kl"])
         if kl > 2 * self.desired_kl:
             self.rate = max(self.min_lr, self.rate / self.factor)

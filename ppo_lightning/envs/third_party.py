@@ -223,8 +223,8 @@ class AtariFullGames(VectorWrapper):
         begun = info["frame_number"] - info["episode_frame_number"]
         if (self._lost & (begun != self._begun)).any() and not self._same_step:
             raise EnvironmentFault(
-                "AtariVectorEnv started the game anew after a lost life, as episodic_life: true has it: leave that out, and "
-                "give life_loss_info: true, which makes lost lives terminal in a game that goes on"
+                "AtariVectorEnv restarted the game after a lost life, since episodic_life is true: leave that out, and "
+                "give life_loss_info: true, which makes lost lives terminal while the game continues"
             )
         self._lost = terminated
         if terminated.any():

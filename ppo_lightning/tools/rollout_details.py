@@ -97,8 +97,10 @@ class RolloutDetails(PPOCallback):
 
     @override
     def on_update_end(self, trainer: Trainer, pl_module: LightningModule, update: UpdateResult) -> None:
-        """Average the clip fraction of each epoch."""
+        """Average the clip fraction of each epoch, where the loss gives one."""
         module = cast(Any, pl_module)
+        if "clip_fraction" not in update.names:
+            return
         clipped = (
             module.ranks.gather(update.column("clip_fraction").double().cpu()).view(-1, len(update.losses)).mean(0)
         )
