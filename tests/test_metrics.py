@@ -30,7 +30,7 @@ from ppo_lightning.errors import InputError
 from ppo_lightning.metric_names import TABLES, from_names, to_names
 from ppo_lightning.metrics import iteration_metrics
 from ppo_lightning.policy import ActorCritic
-from ppo_lightning.rollout.dataset import EpisodeStatistics
+from ppo_lightning.rollout.episodes import EpisodeStatistics
 
 SMALL = {"env": "CartPole-v1", "num_envs": 4, "num_steps": 16, "total_steps": 4 * 64}
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, PPOLoss, generalized_advantage
 from ppo_lightning.rollout.collectors import EpisodeEnds
-from ppo_lightning.rollout.dataset import EpisodeStatistics
+from ppo_lightning.rollout.episodes import EpisodeStatistics
 from ppo_lightning.runs.ranks import Ranks
 
 MODES = list(AutoresetMode)

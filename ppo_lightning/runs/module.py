@@ -25,7 +25,8 @@ from ppo_lightning.evaluation.episodes import evaluate_over_ranks
 from ppo_lightning.metric_names import MetricNames
 from ppo_lightning.parameters import ONE_OR_MORE, checked
 from ppo_lightning.policy import Policy, RunningMoments, statistics_of
-from ppo_lightning.rollout.dataset import EpisodeStatistics, RolloutDataset
+from ppo_lightning.rollout.dataset import RolloutDataset
+from ppo_lightning.rollout.episodes import EpisodeStatistics
 from ppo_lightning.runs.checkpoint import (
     CHECKPOINT_KEY,
     check_checkpoint,

@@ -25,7 +25,7 @@ from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import Linear, checked
 from ppo_lightning.policy import ActorCritic, Policy
 from ppo_lightning.policy.distributions import Composite, DiagonalGaussian
-from ppo_lightning.rollout.dataset import EpisodeStatistics
+from ppo_lightning.rollout.episodes import EpisodeStatistics
 from ppo_lightning.runs.checkpoint import write_atomically
 from ppo_lightning.runs.ranks import fingerprint
 from ppo_lightning.spaces import action_dims, flatten_spaces
