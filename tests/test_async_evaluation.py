@@ -187,7 +187,7 @@ def test_best_ckpt_is_the_snapshot_that_was_evaluated_not_what_training_has_beco
 
 
 @pytest.mark.usefixtures("_here")
-def test_a_run_goes_on_from_the_best_snapshot_to_the_bit(fit, tmp_path):
+def test_a_run_resumes_from_the_best_snapshot_bit_for_bit(fit, tmp_path):
     """A snapshot is a whole checkpoint: optimiser, environments and random streams as they were."""
     straight = cartpole(total_steps=256, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.0))
     best = fit(straight, callbacks=[AsyncEvaluation(every=1), Wait()], enable_checkpointing=True).checkpoint_callback
@@ -273,7 +273,7 @@ def test_an_evaluation_without_result_costs_one_warning_and_the_next_has_a_new_p
 
 
 @pytest.mark.usefixtures("_here")
-def test_where_no_process_can_be_had_training_goes_on(fit, monkeypatch):
+def test_where_no_process_can_be_had_training_continues(fit, monkeypatch):
     begun = []
 
     class Full(Here):
@@ -471,14 +471,14 @@ def test_a_curriculum_and_a_sweep_hear_of_evaluations_beside_training_on_the_lev
 
 
 @pytest.mark.usefixtures("_here")
-def test_results_that_come_late_are_told_at_the_step_of_their_snapshot(fit, tmp_path, monkeypatch):
+def test_results_that_come_late_are_logged_at_the_step_of_their_snapshot(fit, tmp_path, monkeypatch):
     monkeypatch.setattr(fit_process, "exit_with_parent", lambda: None)
     told = tmp_path / "told.jsonl"
     fit(cartpole(), callbacks=[AsyncEvaluation(every=1), fit_process.Progress(str(told), "eval/mean_reward")])
     assert [json.loads(line)["steps"] for line in told.read_text().splitlines()] == [64, 256]
 
 
-def test_the_process_makes_environments_anew_on_another_level():
+def test_the_process_recreates_environments_on_another_level():
     evaluation, state = packed("none")
     evaluator = EvalProcess(evaluation, timeout_s=60.0)
     try:

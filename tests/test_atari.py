@@ -38,7 +38,7 @@ class Brightness(torch.nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
-def test_episodes_are_games_and_lost_lives_are_said(mode):
+def test_episodes_are_games_and_lost_lives_are_reported(mode):
     """In Breakout five lives are a game."""
     env = vector("breakout", 2, mode)
     assert isinstance(env, AtariFullGames)

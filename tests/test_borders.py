@@ -94,7 +94,7 @@ def test_halves_that_say_something_else_than_the_whole_are_refused():
 @pytest.mark.parametrize(
     "space", [Dict({"a.b": Box(-1, 1, (3,)), "a": Dict({"b": Discrete(3)})}), Dict({"": Discrete(2)})]
 )
-def test_parts_that_cannot_be_told_apart_are_refused(space):
+def test_parts_that_cannot_be_distinguished_are_refused(space):
     with pytest.raises(InputError, match="cannot be told apart"):
         flatten_spaces(space)
 
@@ -650,7 +650,7 @@ def test_atari_vectors_given_as_instances_keep_their_own_autoreset_mode():
         assert batch["terminated"].sum() > 2 * len(model.rollouts.episodes.finished)
 
 
-def test_games_that_begin_anew_with_each_life_are_refused():
+def test_games_that_restart_with_each_life_are_refused():
     options = {"game": "breakout", "episodic_life": True, "reward_clipping": False}
     model = PPO("ale_py.vector_env.AtariVectorEnv", options, num_envs=2, num_steps=400)
     model.seed = 0

@@ -85,7 +85,7 @@ def test_the_command_line_wins_over_the_checkpoint_and_the_checkpoint_over_defau
     assert model.num_env_steps == 640
 
 
-def test_a_resumed_run_goes_on_in_its_own_folder_and_loses_no_row():
+def test_a_resumed_run_resumes_in_its_own_folder_and_loses_no_row():
     fit()
     before, best = table(), torch.load(RUN / "checkpoints/best.ckpt")["callbacks"]["BestCheckpoint"]["best_model_score"]
     main(["fit", *SMALL, "--ckpt_path", "last", "--model.total_steps", "1024"])
@@ -146,7 +146,7 @@ def test_last_is_the_newest_checkpoint_that_can_be_read():
         assert newest_checkpoint(".").parts[-3:] == ("version_0", "checkpoints", "last.ckpt")
 
 
-def test_no_checkpoint_to_go_on_with_is_an_error():
+def test_no_checkpoint_to_resume_from_is_an_error():
     assert "there is no last.ckpt below" in fails("fit", *SMALL, "--ckpt_path", "last")
     assert "there is no checkpoint at nowhere.ckpt" in fails("fit", *SMALL, "--ckpt_path", "nowhere.ckpt")
     Path("text.ckpt").write_text("hello")
@@ -441,7 +441,7 @@ def test_threads_are_as_many_as_pay():
     assert num_threads_for(large, processes=2 * cores) == 1
 
 
-def test_a_logger_that_cannot_write_gives_up_and_training_goes_on(monkeypatch):
+def test_a_logger_that_cannot_write_gives_up_and_training_continues(monkeypatch):
     from lightning.pytorch.loggers import TensorBoardLogger
 
     def full(*_, **__):

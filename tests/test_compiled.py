@@ -116,7 +116,7 @@ def test_a_rollout_of_one_graph_is_that_of_single_steps():
         assert_close(one[key], other[key], atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_checkpoints_are_the_same_and_go_on_either_way(fit, tmp_path):
+def test_checkpoints_are_the_same_and_resume_either_way(fit, tmp_path):
     ends = []
     for first in (False, True):
         half = trained(fit, "CartPole-v1", 3, eager=first, lr_scheduler=constant)
@@ -196,7 +196,7 @@ def test_what_cannot_be_compiled_runs_eager_and_says_so(fit, options, trainer, r
     assert model.num_env_steps == 128
 
 
-def test_without_a_compiler_training_goes_on_as_without_compile(fit, monkeypatch, tmp_path):
+def test_without_a_compiler_training_continues_as_without_compile(fit, monkeypatch, tmp_path):
     import torch._inductor.config as inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -164,7 +164,7 @@ def test_a_usual_picture_fits_80_columns_and_24_lines():
     assert "✔ health: no alert" in picture
 
 
-def test_where_nobody_looks_nothing_is_said_about_health():
+def test_without_a_monitor_nothing_is_reported_about_health():
     assert "health:" not in drawn(Frame("CartPole-v1", "training", 1, 2, 3, 4.0), 80)
 
 
@@ -387,7 +387,7 @@ def test_without_psutil_only_the_hardware_is_missing(terminal, monkeypatch):
     assert "CPU" not in shown
 
 
-def test_training_is_the_same_to_the_bit_with_and_without(terminal):
+def test_training_is_the_same_bit_for_bit_with_and_without(terminal):
     first, second = (
         train(*callbacks).state_dict() for callbacks in ([Dashboard(), HardwareMonitor()], [StepProgressBar()])
     )

@@ -116,7 +116,7 @@ def test_fewer_episodes_than_ranks_and_spawned_processes(tmp_path, monkeypatch):
     assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
 
 
-def test_a_rank_whose_own_divergence_would_stop_it_hangs_nobody(tmp_path):
+def test_a_rank_whose_own_divergence_would_stop_it_hangs_no_other_rank(tmp_path):
     """The decision is made on the mean over ranks, so both take the same number of steps."""
     (first, second), _ = fit_forked(tmp_path, "--model.target_kl=0.002", "--model.optimizer.lr=0.003")
     assert first["updates"] == second["updates"]
@@ -183,7 +183,7 @@ def test_two_tasks_of_slurm_are_the_run_of_two_devices(plain, tmp_path, monkeypa
 # --- notebooks ---------------------------------------------------------------------------------------------------------
 
 
-def test_fitting_twice_with_ddp_notebook_goes_on_counting():
+def test_fitting_twice_with_ddp_notebook_continues_counting():
     """Processes are forked for each fit: what they learnt and counted comes back with the weights."""
     model = PPO("CartPole-v1", num_envs=2, num_steps=16, total_steps=10_000, normalize_observation=True)
     counted = []

@@ -79,7 +79,7 @@ def test_scale_says_what_values_are_divided_by():
     assert_close(raw((x > 127).to(torch.uint8)), floats((x > 127).float()), atol=1e-5, rtol=1e-4)
 
 
-def test_channels_are_told_or_seen_by_the_shape():
+def test_channels_are_given_or_inferred_from_the_shape():
     assert NatureCNN(pixels(64, 64, 3)).shape == (3, 64, 64)
     assert NatureCNN(pixels(3, 64, 64)).shape == (3, 64, 64)
     assert NatureCNN(pixels(40, 64, 3)).shape == (3, 40, 64)

@@ -549,7 +549,7 @@ def test_wrappers_go_around_single_environments():
     assert model.rollouts.collect()["truncated"].tolist() == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
 
 
-def test_no_vector_entry_point_is_said():
+def test_no_vector_entry_point_is_reported():
     with pytest.raises(InputError, match="Pendulum-v1 has no vector entry point"):
         PPO("Pendulum-v1", vectorization="vector_entry_point")
 
@@ -580,7 +580,7 @@ def test_same_step_without_final_observations_is_refused():
         PPO(make, num_steps=32).rollouts.collect()
 
 
-def test_a_callable_is_told_how_many_where_it_asks():
+def test_a_callable_gets_the_number_of_environments_where_it_asks():
     made = []
 
     def make(num_envs, limit):

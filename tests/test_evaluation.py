@@ -239,7 +239,7 @@ def test_episodes_that_were_cut_are_no_successes():
     assert statistics["eval/cut_episodes"] == 2
 
 
-def test_a_cut_is_said_once(fit):
+def test_a_cut_is_reported_once(fit):
     model = PPO(Corridor, num_envs=2, num_steps=8, total_steps=64, eval_interval=1, num_eval_episodes=2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

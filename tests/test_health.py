@@ -139,7 +139,7 @@ def test_a_policy_that_has_learnt_may_be_sure_of_itself():
     assert verdict(*always(std=1e-6)) is None
 
 
-def test_a_policy_that_an_update_broke_is_told_from_one_that_never_explored():
+def test_a_policy_that_an_update_broke_differs_from_one_that_never_explored():
     rows = always(entropy_loss=-1e-9, approx_kl=0.0, ep_return=9.0)
     assert verdict(*rows) == "entropy_collapsed"
     assert verdict(*rows, run=replace(RUN, worst_kl=5.0)) == "learning_rate_too_high"
@@ -535,7 +535,7 @@ def test_rollouts_are_looked_at_only_where_the_critic_explains_little(fit, monke
     assert len(looks) == 1  # every third, of four
 
 
-def test_a_finding_ends_and_may_come_back_and_is_said_once(fit, capsys):
+def test_a_finding_ends_and_may_come_back_and_is_reported_once(fit, capsys):
     def numbers(model):
         return kl(1.0 if model.policy_version in (1, 2, 9, 10) else 0.02)(model)
 
@@ -554,7 +554,7 @@ def test_a_finding_ends_and_may_come_back_and_is_said_once(fit, capsys):
     assert capsys.readouterr().out.count("found at step") == 1
 
 
-def test_the_run_folder_tensorboard_and_loggers_are_told(fit, tmp_path):
+def test_the_run_folder_tensorboard_and_loggers_are_printed(fit, tmp_path):
     board, rows = TensorBoardLogger(tmp_path), CSVLogger(tmp_path / "rows")
     watch = Planted(lambda model: kl(1.0 if model.policy_version < 4 else 0.02)(model), thresholds=SHORT)
     trainer = fit(small(8), callbacks=[watch], logger=[board, rows])
@@ -741,7 +741,7 @@ class HealthWatch(Planted):
     """Under one name in a checkpoint, whoever makes it."""
 
 
-def test_a_second_fit_goes_on_with_what_was_changed(fit):
+def test_a_second_fit_resumes_with_what_was_changed(fit):
     watch, model = Planted(kl(1.0), act=True, thresholds=replace(SHORT, lowest_lr=0.5)), small(8)
     fit(model, callbacks=[watch], max_epochs=4)
     model.total_steps = 16 * 12

@@ -72,7 +72,7 @@ def test_a_metric_may_come_later_and_go():
 
 
 @pytest.mark.parametrize("rows", [0, 5, 100])
-def test_a_history_survives_a_checkpoint_and_goes_on_as_if_it_had_never_stopped(rows):
+def test_a_history_survives_a_checkpoint_and_resumes_as_if_it_had_never_stopped(rows):
     history, again = filled(rows, limit=16), History("reward", 16)
     file = io.BytesIO()
     torch.save(history.state(), file)

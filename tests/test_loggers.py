@@ -212,7 +212,7 @@ def test_what_is_not_a_number_is_not_logged_and_callbacks_see_it(fit):
     assert "train/odd" not in columns
 
 
-def test_what_is_logged_is_written_while_the_run_goes_on(fit, monkeypatch):
+def test_what_is_logged_is_written_during_the_run(fit, monkeypatch):
     """A run that is killed leaves its rows, though Lightning's CSVLogger would keep them in memory to the end."""
     monkeypatch.setattr("ppo_lightning.runs.loggers.FLUSH_INTERVAL_S", 0.0)
     logger, rows = CSVLogger("."), []

@@ -107,7 +107,7 @@ def test_worker_processes_say_the_same(fit):
     assert values[0] == values[1]
 
 
-def test_a_run_that_goes_on_goes_on_with_the_sums(fit, tmp_path):
+def test_a_resumed_run_continues_the_sums(fit, tmp_path):
     """Nothing of an episode that is cut by the end of a run is lost to reward_components."""
     whole, second = [], []
     options = {"env": Talks, "num_envs": 2, "num_steps": 4, "num_minibatches": 1, "total_steps": 32}
@@ -286,7 +286,7 @@ ANYTHING = [
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_whatever_info_holds_training_goes_on(mode):
+def test_whatever_info_holds_training_continues(mode):
     together = tuple([{} for _ in range(4)] for _ in range(2))
     for number, both in enumerate(ANYTHING):
         for own, infos in zip(together, both, strict=True):
@@ -439,7 +439,7 @@ def test_a_vector_of_ones_own_says_as_much_in_training_and_in_evaluations(fit, t
 
 @pytest.mark.parametrize("tensors", [False, True])
 @pytest.mark.parametrize("memory", [None, "gru"])
-def test_sums_go_on_in_every_kind_of_vector(fit, tmp_path, tensors, memory):
+def test_sums_continue_in_every_kind_of_vector(fit, tmp_path, tensors, memory):
     whole, second = [], []
     options = {
         "env": partial(Native, tensors=tensors), "num_envs": 2, "num_steps": 4, "num_minibatches": 1, "total_steps": 32,
@@ -797,7 +797,7 @@ def test_loggers_receive_a_systems_names_and_monitors_keep_ours(fit, tmp_path, s
 
 
 @pytest.mark.parametrize("system", TABLES)
-def test_names_can_be_told_back(system):
+def test_names_can_be_translated_back(system):
     ours = [name for table in TABLES.values() for name in table if not name.endswith("/")]
     metrics = dict.fromkeys([*ours, "env/a", "reward/b", "eval/env/c", "eval/reward/d", "train/std"], 2.0)
     named = to_names(metrics, system)
@@ -832,7 +832,7 @@ def test_what_an_environment_says_takes_no_other_numbers_place():
     assert from_names(named, "pufferlib") == metrics
 
 
-def test_names_that_nobody_has_are_refused():
+def test_unknown_names_are_refused():
     with pytest.raises(InputError, match=r"metric_names must be one of .*sb3.* got 'rllib'"):
         PPO(**SMALL, metric_names="rllib")
 

@@ -490,7 +490,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_of_torch_go_on_where_they_were(fit, tmp_path, name):
+def test_schedulers_of_torch_resume_where_they_were(fit, tmp_path, name):
     kwargs = {**SMALL, "total_steps": 1024, "lr_scheduler": SCHEDULERS[name]}
     whole, first, second = Memory(), Memory(), Memory()
     fit(PPO("CartPole-v1", **kwargs), logger=whole)

@@ -414,7 +414,7 @@ def test_the_command_draws_the_page_of_one_run_in_its_folder():
     assert (run / "report.html").read_text() == run_page(read_run(run), run)
 
 
-def test_what_the_command_cannot_use_is_said_in_one_sentence(monkeypatch):
+def test_what_the_command_cannot_use_ends_in_one_sentence(monkeypatch):
     assert "nowhere is not the folder of a run" in fails("nowhere")
     run = leave("run")
     assert "--group gama: no run has such a setting" in fails(run, leave("other"), "--group", "gama")

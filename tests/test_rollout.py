@@ -289,7 +289,7 @@ def test_normalised_rewards_equal_gymnasiums_wrapper_on_the_moments():
     assert float(model.reward_normalizer.moments.variance) == pytest.approx(np.var(returns), rel=1e-5)
 
 
-def test_discounted_returns_go_on_from_rollout_to_rollout():
+def test_discounted_returns_continue_from_rollout_to_rollout():
     """The same moments, whether an endless episode is collected in one rollout or in four."""
     moments = []
     for steps, rollouts in ((80, 1), (20, 4)):

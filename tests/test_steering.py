@@ -109,7 +109,7 @@ def test_methods_are_called_and_arrays_filled(fit):
         assert env.unwrapped.table.tolist() == [5.0, 5.0]
 
 
-def test_a_metric_must_be_reached_so_often_in_a_row_and_begins_anew_with_the_level(fit):
+def test_a_metric_must_be_reached_so_often_in_a_row_and_restarts_with_the_level(fit):
     curriculum = Curriculum(
         [
             Level({"length": 2}),
@@ -146,7 +146,7 @@ def test_evaluations_may_decide_and_be_on_the_level(fit):
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_other_arguments_make_environments_anew(vectorization, fit):
+def test_other_arguments_recreate_environments(vectorization, fit):
     steps = [
         Level(env_kwargs={"difficulty": 1.0}),
         Level({"length": 3}, {"difficulty": 2.0, "length": 5}, from_steps=32),
@@ -167,7 +167,7 @@ def test_a_vector_by_a_callable_is_made_with_the_levels_arguments(fit):
     assert {episode[1] for episode in model.rollouts.episodes.ep_info_buffer} == {2.0}
 
 
-def test_an_environment_that_is_made_anew_after_a_crash_is_on_the_level(fit):
+def test_an_environment_that_is_recreated_after_a_crash_is_on_the_level(fit):
     Fragile.episodes = 0
     record = Record()
     model = PPO(Fragile, **{**SMALL, "num_envs": 1}, total_steps=32, max_env_restarts=1)
@@ -179,7 +179,7 @@ def test_an_environment_that_is_made_anew_after_a_crash_is_on_the_level(fit):
 
 @pytest.mark.parametrize("save_at", [3, 4])  # within a level, and just before another begins
 @pytest.mark.parametrize("kind", ["attributes", "gymnasium", "arguments", "metric", "tensors"])
-def test_a_curriculum_goes_on_to_the_bit(kind, save_at, fit):
+def test_a_curriculum_resumes_bit_exactly(kind, save_at, fit):
     early, late = ({"from_steps": steps} for steps in (2 * 96, 4 * 96))
     options, steps = {
         "attributes": ({"env": Hill}, [Level(), Level({"set_difficulty": 0.5}, **early), Level({"length": 7}, **late)]),
@@ -214,7 +214,7 @@ class Breaks(Hill):
         return super().step(action)
 
 
-def test_a_run_that_broke_within_a_rollout_goes_on_with_all_that_was_steered(fit, tmp_path):
+def test_a_run_that_broke_within_a_rollout_resumes_with_all_that_was_steered(fit, tmp_path):
     def run(**kwargs):
         model, record = PPO(Breaks, **SMALL, total_steps=100 * ITERATION), Record()
         steps = [Level(), Level({"difficulty": 3.0}, {"length": 7}, from_steps=32)]
@@ -236,7 +236,7 @@ def test_a_run_that_broke_within_a_rollout_goes_on_with_all_that_was_steered(fit
     assert min(record.column("train/learning_rate")) >= 1e-3  # the optimiser's own is 3e-4 at most
 
 
-def test_callbacks_that_have_steered_another_run_begin_anew_and_leave_no_number_behind(fit):
+def test_callbacks_that_have_steered_another_run_restart_and_leave_no_number_behind(fit):
     callbacks = [Curriculum(levels(1.0, 2.0)), Stages([Stage(), Stage(from_steps=32)])]
     adaptive, runs = AdaptiveLearningRate(), []
     for _ in range(2):
@@ -264,7 +264,7 @@ def test_monitors_outlive_a_level_on_which_no_episode_has_ended_yet(fit):
     assert record.column("curriculum/stage") == [1, 1, 1, 2, 2, 2, 2, 2, 3]
 
 
-def test_a_changed_level_is_put_on_when_a_run_goes_on(fit):
+def test_a_changed_level_is_put_on_when_a_run_resumes(fit):
     fit(PPO("CartPole-v1", **SMALL, total_steps=32), callbacks=[Curriculum([Level({"length": 0.3})]), Record(1)])
     model = PPO("CartPole-v1", **SMALL, total_steps=32)
     seen = []
@@ -290,13 +290,13 @@ def test_a_changed_level_is_put_on_when_a_run_goes_on(fit):
     ],
     ids=["attribute", "in workers", "nested", "spaces", "metric", "instance", "evaluations"],
 )  # fmt: skip
-def test_what_a_curriculum_cannot_do_is_said(options, steps, says, fit):
+def test_what_a_curriculum_cannot_do_is_reported(options, steps, says, fit):
     with pytest.raises(InputError, match=re.escape(says)) as caught:
         fit(PPO(**options, **SMALL, total_steps=64), callbacks=[Curriculum(steps)])
     assert "\n" not in str(caught.value)
 
 
-def test_a_metric_that_never_was_is_said_at_the_end(fit):
+def test_a_metric_that_never_was_is_reported_at_the_end(fit):
     curriculum = Curriculum([Level(), Level(metric="rollout/ep_rew_maen", at_least=0)])
     with pytest.warns(
         UserWarning, match="level 2 of the Curriculum waits for rollout/ep_rew_maen, which there never was"
@@ -472,11 +472,11 @@ STAGES = {
 @pytest.mark.parametrize("save_at", [2, 3, 4])
 @pytest.mark.parametrize("kind", STAGES)
 @pytest.mark.parametrize("env", ["CartPole-v1", "ppo_lightning.envs.classic_control.CartPole"])
-def test_stages_go_on_to_the_bit(env, kind, save_at, fit):
+def test_stages_resume_bit_exactly(env, kind, save_at, fit):
     resumes(fit, {**LEARNT, "env": env}, lambda: [Stages(STAGES[kind])], save_at)
 
 
-def test_rollouts_of_another_length_go_on_with_memory(fit):
+def test_rollouts_of_another_length_resume_with_memory(fit):
     policy = partial(ActorCritic, rnn="lstm", hidden_sizes=(16,))
     options = {**LEARNT, "env": "CartPole-v1", "policy": policy, "num_minibatches": 1}
     resumes(fit, options, lambda: [Stages([Stage(), Stage(from_steps=192, num_steps=20)])], 3)
@@ -503,7 +503,7 @@ def test_the_length_of_a_rollout_changes_no_step_that_is_taken():
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", STAGES)
-def test_compiled_stages_equal_eager_ones_and_go_on(kind, fit):
+def test_compiled_stages_equal_eager_ones_and_resume(kind, fit):
     def run(compile, **kwargs):
         torch.manual_seed(1)
         model = PPO("CartPole-v1", **LEARNT, compile=compile)
@@ -570,7 +570,7 @@ def test_a_compiled_rollout_sees_the_level(fit):
         "rollout",
     ],
 )
-def test_what_stages_cannot_do_is_said_before_training(options, callbacks, says, fit):
+def test_what_stages_cannot_do_is_reported_before_training(options, callbacks, says, fit):
     model = PPO(Hill, **{**SMALL, "num_envs": 1}, total_steps=64, **options)
     with pytest.raises(InputError, match=re.escape(says)) as caught:
         fit(model, callbacks=callbacks)
@@ -618,7 +618,7 @@ def test_each_iteration_learns_at_the_rate_that_the_one_before_has_set(fit):
     assert model.schedules["lr"] is None
 
 
-def test_the_adapted_rate_goes_on_to_the_bit(fit):
+def test_the_adapted_rate_resumes_bit_exactly(fit):
     record = resumes(fit, {**LEARNT, "env": "CartPole-v1"}, lambda: [AdaptiveLearningRate(desired_kl=1e-3)], 3)
     assert record.column("train/learning_rate")[0] != 3e-4
 
@@ -685,7 +685,7 @@ def tenfold_nearness(observation):
     return 10 * nearness(observation)
 
 
-def test_shaping_goes_on_to_the_bit(fit):
+def test_shaping_resumes_bit_exactly(fit):
     wrapper = partial(PotentialShaping, potential=nearness, gamma=0.99)
     resumes(fit, {**LEARNT, "env": Line, "wrappers": [wrapper]}, list, 3)
 

@@ -88,7 +88,7 @@ def test_the_seconds_of_a_run_add_up(logged):
     assert summary["training_fps"] == pytest.approx(512 / summary["elapsed_time_sec"])
 
 
-def test_the_summary_of_a_run_that_goes_on_is_whole(logged):
+def test_the_summary_of_a_resumed_run_is_whole(logged):
     logged(small())
     first = written()
     again = small(total_steps=1024)
@@ -101,7 +101,7 @@ def test_the_summary_of_a_run_that_goes_on_is_whole(logged):
     assert summary == {**summary, **json.loads(json.dumps(again.summary()))}
 
 
-def test_a_second_fit_of_a_model_goes_on_with_its_history(fit):
+def test_a_second_fit_of_a_model_resumes_with_its_history(fit):
     model = small(total_steps=256)
     fit(model)
     model.total_steps = 512

@@ -286,7 +286,7 @@ def test_several_objectives_give_a_front_and_the_first_chooses_the_best(fits, mo
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
-def test_a_trial_that_fails_is_counted_with_its_message_and_the_sweep_goes_on(fits, capsys):
+def test_a_trial_that_fails_is_counted_with_its_message_and_the_sweep_continues(fits, capsys):
     def told(model: dict, seed: int) -> list[tuple[int, float]]:
         if model["num_steps"] == 64:
             raise Luckless("no such luck")
@@ -333,7 +333,7 @@ open(file, "w").write('{"steps": 1, "seconds": 1, "value": NaN}\\n')
         (NOT_A_NUMBER, "the run reported no finite value of eval/mean_reward"),
     ],
 )
-def test_why_a_run_failed_is_found_in_what_it_said(monkeypatch, tmp_path, code, why):
+def test_why_a_run_failed_is_found_in_its_output(monkeypatch, tmp_path, code, why):
     monkeypatch.setattr(fit_process, "FIT", [sys.executable, "-c", code])
     run = FitProcess(tmp_path, 0, "eval/mean_reward")
     run.process.wait()
@@ -390,7 +390,7 @@ def test_fewer_steps_to_a_threshold_are_sought_downwards_and_pruned_upwards(fits
 
 
 @pytest.mark.parametrize("storage", ["sqlite:///shared.db", "shared.journal"])
-def test_a_sweep_goes_on_where_it_was_and_proposes_what_it_would_have(fits, storage):
+def test_a_sweep_resumes_where_it_was_and_proposes_what_it_would_have(fits, storage):
     fits(lambda model, seed: [(1000, -abs(model["gamma"] - 0.97))])
     whole = sweep(CONFIG, SPACE, trials=6, study="whole", storage=storage, quiet=True).study
     sweep(CONFIG, SPACE, trials=3, study="parts", storage=storage, quiet=True)
@@ -494,7 +494,7 @@ def test_processes_that_begin_a_study_at_the_same_moment_share_it(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_study_that_sought_something_else_does_not_go_on(fits):
+def test_a_study_that_sought_something_else_does_not_resume(fits):
     fits(lambda model, seed: [(1000, 1.0)])
     sweep(CONFIG, SPACE, trials=1, quiet=True)
     with pytest.raises(InputError, match="study sweep was begun with another space: give this one a name"):
@@ -593,7 +593,9 @@ def test_bad_input_ends_the_command_with_one_sentence(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("metric", ["eval/mean_reward", "rollout/ep_rew_mean"])
-def test_progress_is_told_where_the_metric_is_new_and_the_run_ends_at_the_threshold(fit, tmp_path, monkeypatch, metric):
+def test_progress_is_reported_where_the_metric_is_new_and_the_run_ends_at_the_threshold(
+    fit, tmp_path, monkeypatch, metric
+):
     monkeypatch.setattr(fit_process, "exit_with_parent", lambda: None)
     told = tmp_path / "told.jsonl"
 

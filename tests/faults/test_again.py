@@ -32,7 +32,7 @@ class Fails(Callback):
             raise self.error
 
 
-def test_a_third_fit_after_one_that_failed_goes_on_with_the_optimiser_and_no_old_episodes(fit):
+def test_a_third_fit_after_one_that_failed_resumes_with_the_optimiser_and_no_old_episodes(fit):
     torch.manual_seed(0)
     model = PPO("Pendulum-v1", **SMALL)
     fit(model, max_epochs=2)
@@ -57,7 +57,7 @@ def test_what_fails_between_iterations_keeps_the_environments(fit):
     same(outcome(model, fit(model, ckpt_path=last, **kwargs)), expected)
 
 
-def test_environments_that_a_callable_makes_otherwise_begin_anew(fit, caplog):
+def test_environments_that_a_callable_makes_otherwise_restart(fit, caplog):
     fit(PPO(partial(gym.make, "Pendulum-v1", g=10.0), **SMALL), callbacks=[SaveAt(3)])
     model = PPO(partial(gym.make, "Pendulum-v1", g=5.0, max_episode_steps=50), **SMALL)
     with caplog.at_level("INFO", logger="lightning.pytorch"):
@@ -84,7 +84,7 @@ class Drawing(Walk):
         self.place = state["place"]
 
 
-def test_shared_streams_go_on_even_where_resets_draw_from_them(fit):
+def test_shared_streams_resume_even_where_resets_draw_from_them(fit):
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
     model = PPO(Drawing, **SMALL)

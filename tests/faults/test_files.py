@@ -145,7 +145,7 @@ def test_no_flipped_bit_changes_what_is_read_and_truncations_are_refused(run, tm
         is_read(path, contents)
 
 
-def test_a_run_goes_on_from_the_previous_file_where_the_last_is_damaged(tmp_path):
+def test_a_run_resumes_from_the_previous_file_where_the_last_is_damaged(tmp_path):
     words = [
         "fit",
         "--model.env",
@@ -227,7 +227,7 @@ def trains(folder, words):
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)])
-def test_a_killed_run_goes_on_and_has_lost_one_save_interval_at_most(times, tmp_path):
+def test_a_killed_run_resumes_and_has_lost_one_save_interval_at_most(times, tmp_path):
     total, interval = 128 * 200, 128 * 5
     words = ["fit", "--model.env", "CartPole-v1", "--model.total_steps", str(total), "--model.eval_interval", "5"]
     words += [word for name, value in SMALL.items() for word in (f"--model.{name}", str(value))]

@@ -38,7 +38,7 @@ def run(client, code):
     return eval(expressions["said"]["data"]["text/plain"]) if expressions else None
 
 
-def test_the_stop_button_pauses_and_the_cell_run_again_goes_on():
+def test_the_stop_button_pauses_and_the_cell_run_again_resumes():
     manager, client = start_new_kernel(kernel_name="python3")
     try:
         run(client, SETUP)

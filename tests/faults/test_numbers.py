@@ -95,7 +95,7 @@ def test_an_observation_of_another_kind_is_named_in_the_step_that_gave_it(fault,
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_an_observation_out_of_bounds_is_said_once(vectorization, fit):
+def test_an_observation_out_of_bounds_is_reported_once(vectorization, fit):
     model = seeded(PPO(partial(Crash, "outside", at=3), vectorization=vectorization, **SMALL))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

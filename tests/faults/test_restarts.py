@@ -38,7 +38,7 @@ def collected(fault: str, **kwargs):
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_an_environment_that_raises_is_made_anew_alone(vectorization):
+def test_an_environment_that_raises_is_recreated_alone(vectorization):
     batch, told, model = collected("raise", vectorization=vectorization)
     healthy, *_ = collected("none", vectorization=vectorization)
     first = "environment 1 raised ZeroDivisionError in step: the pole is at infinity"
@@ -63,7 +63,7 @@ def test_an_environment_that_raises_is_made_anew_alone(vectorization):
         ("hang", "environment [1] did not answer within 0.5 s in step"),
     ],
 )
-def test_worker_processes_are_started_anew_with_their_half(fault, cause):
+def test_worker_processes_are_restarted_with_their_half(fault, cause):
     """Environments 0 and 1 share one half; 2 and 3 notice nothing."""
     batch, told, model = collected(fault, vectorization="async", env_timeout_s=0.5 if fault == "hang" else 60.0)
     assert [one.startswith(cause) and one.endswith("restarted (1 of 2)") for one in told] == [True]

@@ -65,7 +65,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_going_on_equals_never_having_stopped(name, fit):
+def test_a_resumed_run_equals_an_uninterrupted_one(name, fit):
     options = {**SMALL, **RUNS[name]}
     model = PPO(**options)
     trainer = fit(model, callbacks=[SaveAt(3)], enable_checkpointing=False)
@@ -77,7 +77,7 @@ def test_going_on_equals_never_having_stopped(name, fit):
     same(outcome(model, trainer), expected)
 
 
-def test_fitting_again_goes_on_where_the_last_fit_ended(fit):
+def test_fitting_again_resumes_where_the_last_fit_ended(fit):
     torch.manual_seed(0)
     model = PPO("CartPole-v1", **SMALL)
     expected = outcome(model, fit(model))
@@ -91,7 +91,7 @@ def test_fitting_again_goes_on_where_the_last_fit_ended(fit):
     same(found, expected)
 
 
-def test_other_environments_begin_anew_and_the_log_says_so(fit, caplog):
+def test_other_environments_restart_and_the_log_says_so(fit, caplog):
     fit(PPO("Pendulum-v1", **SMALL), callbacks=[SaveAt(3)])
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         fit(PPO("Pendulum-v1", env_kwargs={"g": 5.0}, **SMALL), ckpt_path="at.ckpt")
@@ -101,7 +101,7 @@ def test_other_environments_begin_anew_and_the_log_says_so(fit, caplog):
 # --- several processes --------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_go_on_to_the_bit_and_any_number_can_go_on_with_their_weights(tmp_path, monkeypatch):
+def test_two_processes_resume_bit_exactly_and_any_number_can_resume_with_their_weights(tmp_path, monkeypatch):
     from test_ddp import COMMAND, fit_forked
     from test_ddp import fit as fit_by_command
 
@@ -150,7 +150,7 @@ class Draws(gym.Env):
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_streams_that_environments_share_with_their_process_go_on_too(vectorization, fit):
+def test_streams_that_environments_share_with_their_process_resume_too(vectorization, fit):
     options = {**SMALL, "env": Draws, "vectorization": vectorization}
     torch.manual_seed(0), np.random.seed(0), random.seed(0)  # noqa: NPY002
     model = PPO(**options)
@@ -208,7 +208,7 @@ def test_an_environment_may_say_itself_what_its_state_is(fit, vectorization):
     same(outcome(model, fit(model, ckpt_path="at.ckpt")), expected)
 
 
-def test_one_that_does_not_begins_anew_and_the_log_says_so(fit, caplog):
+def test_one_that_does_not_restarts_and_the_log_says_so(fit, caplog):
     fit(PPO(Walk, **SMALL), callbacks=[SaveAt(3)])
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         model = PPO(Walk, **SMALL)
@@ -223,7 +223,7 @@ def test_a_state_that_no_file_can_hold_is_refused(fit):
 
 
 @pytest.mark.parametrize("compiles", [False, True])
-def test_environments_that_are_tensors_go_on_compiled_or_not(fit, compiles, monkeypatch):
+def test_environments_that_are_tensors_resume_compiled_or_not(fit, compiles, monkeypatch):
     monkeypatch.setattr(TensorCollector, "MAX_UNROLLED", 2)  # which compiles sooner
     options = {**SMALL, "env": CartPole, "compile": compiles, "num_minibatches": 2}
     model = PPO(**options)
@@ -232,7 +232,7 @@ def test_environments_that_are_tensors_go_on_compiled_or_not(fit, compiles, monk
     same(outcome(model, fit(model, ckpt_path="at.ckpt")), expected)
 
 
-def test_a_longer_run_goes_on_with_its_own_schedule(fit):
+def test_a_longer_run_resumes_with_its_own_schedule(fit):
     fit(PPO("CartPole-v1", **SMALL), callbacks=[SaveAt(3)])
     model = PPO("CartPole-v1", **{**SMALL, "total_steps": 1152})
     fit(model, ckpt_path="at.ckpt")

@@ -133,7 +133,7 @@ class Stops(Callback):
 SMALL = {"env": "CartPole-v1", "num_envs": 2, "num_steps": 16, "total_steps": 160, "num_minibatches": 2}
 
 
-def test_an_interrupted_fit_returns_and_another_goes_on_to_the_bit(fit):
+def test_an_interrupted_fit_returns_and_another_resumes_bit_exactly(fit):
     torch.manual_seed(0)
     whole = PPO(**SMALL)
     fit(whole)
@@ -150,7 +150,7 @@ def test_an_interrupted_fit_returns_and_another_goes_on_to_the_bit(fit):
     torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
-def test_a_script_does_not_go_on_after_sigterm(fit):
+def test_a_script_does_not_resume_after_sigterm(fit):
     model = PPO(**SMALL)
     with pytest.raises(SystemExit) as caught:
         fit(model, callbacks=[Stops(signal.SIGTERM)])
@@ -181,7 +181,7 @@ def test_a_second_signal_ends_an_update_at_once_and_takes_it_back(fit, monkeypat
     assert {int(one["step"]) for one in state["optimizer_states"][0]["state"].values()} == {16}
 
 
-def test_slurm_requeues_after_the_iteration_and_the_requeued_run_goes_on(fit, monkeypatch, tmp_path):
+def test_slurm_requeues_after_the_iteration_and_the_requeued_run_resumes(fit, monkeypatch, tmp_path):
     torch.manual_seed(0)
     whole = PPO(**SMALL)
     fit(whole)

@@ -143,7 +143,7 @@ def test_whatever_a_worker_raises_reaches_the_run(fault, says):
     assert not multiprocessing.active_children()
 
 
-def test_what_cannot_be_pickled_is_left_out_of_info_and_training_goes_on():
+def test_what_cannot_be_pickled_is_left_out_of_info_and_training_continues():
     environments = vector("info")
     step_until_it_fails(environments)
     environments.close()
