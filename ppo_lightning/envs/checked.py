@@ -39,7 +39,7 @@ def make_checked(make: Callable[[], Env], index: int, restarts: bool, entropy: i
         if entropy is not None:
             seed_shared(entropy, 1 + index)  # a seed that differs from those of resets
         return CheckedEnv(make(), index, make if restarts else None, has_process=entropy is not None)
-    except Exception as error:
+    except Exception as error:  # of the user's own environment
         lines = "".join(traceback.format_exception(error))
         raise EnvironmentFault(f"environment {index} could not be made: {error}\n\n{lines}") from error
 
@@ -126,7 +126,7 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
         """Step, and name the environment in errors."""
         try:
             given = self._step(action)
-        except Exception as error:
+        except Exception as error:  # of the user's own environment
             fault = self._fault("step", error)
             if self._make is None:
                 raise fault from error
@@ -187,7 +187,7 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
             seed_shared(seed)
         try:
             given: Any = self.env.reset(seed=seed, options=options)
-        except Exception as error:
+        except Exception as error:  # of the user's own environment
             raise self._fault("reset", error) from error
         if not isinstance(given, tuple | list) or len(given) != 2 or not isinstance(given[1], Mapping):
             raise EnvironmentFault(f"environment {self.index} {wrong_reset(given)}")
@@ -206,7 +206,7 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
         assert self._masks is not None
         try:
             return {MASK: np.asarray(self._masks()), **info}
-        except Exception as error:
+        except Exception as error:  # of the user's own environment
             raise self._fault(f"action_masks after {where}", error) from error
 
     def _fault(self, where: str, error: Exception) -> EnvironmentFault:

@@ -100,7 +100,7 @@ class Collector(ABC):
     def invalidate_graph(self) -> None:  # noqa: B027 - only graphs need it
         """Recompile the steps after the environments have changed, which a captured graph would not see."""
 
-    def collect(self, policy: Policy, noise: Tensor | None) -> CollectedSteps:
+    def collect(self, policy: Policy, noise: Tensor) -> CollectedSteps:
         """Take T steps.
 
         Args:
@@ -116,7 +116,7 @@ class Collector(ABC):
         return steps
 
     @abstractmethod
-    def _collect(self, policy: Policy, noise: Tensor | None) -> CollectedSteps:
+    def _collect(self, policy: Policy, noise: Tensor) -> CollectedSteps:
         """Take T steps from the first observations [0], and store them."""
 
 
@@ -182,7 +182,7 @@ class NumpyCollector(Collector):
             self._recurrent_state = state["recurrent_state"].to(self.device)
 
     @override
-    def _collect(self, policy: Policy, noise: Tensor | None) -> CollectedSteps:
+    def _collect(self, policy: Policy, noise: Tensor) -> CollectedSteps:
         finished: list[FinishedEpisodes] = []
         groups: list[list[PolicyOutput]] = [[] for _ in self.envs.groups]
         actor = policy.fast_actor()
@@ -215,7 +215,7 @@ class NumpyCollector(Collector):
         envs: VectorEnvAdapter,
         policy: Policy,
         actor: Callable[[Tensor], Tensor] | None,
-        noise: Tensor | None,
+        noise: Tensor,
         steps: list[PolicyOutput],
         finished: list[FinishedEpisodes],
     ) -> Iterator[None]:
@@ -227,7 +227,7 @@ class NumpyCollector(Collector):
         masks, starts = fields.get("action_mask"), fields.get("episode_start")
         observations = tree_map(lambda leaf: leaf[:, rows], self.observations)
         stored, inputs = tree_map(Tensor.numpy, observations), unbind_tree(observations)
-        drawn = [None] * self.num_steps if noise is None else noise[:, rows].unbind()
+        drawn = noise[:, rows].unbind()
         is_first, mask, start = self._is_first[rows], None, None
         state = None if self._recurrent_state is None else self._recurrent_state[rows]
         for step in range(self.num_steps):
@@ -319,7 +319,7 @@ class TensorCollector(Collector):
         self._graph = None
 
     @override
-    def _collect(self, policy: Policy, noise: Tensor | None) -> CollectedSteps:
+    def _collect(self, policy: Policy, noise: Tensor) -> CollectedSteps:
         if self.compiles:
             env: Any = self.envs.env
             random = env.generator.get_state()
@@ -342,15 +342,15 @@ class TensorCollector(Collector):
             )
         return not own
 
-    def _eager(self, policy: Policy, noise: Tensor | None) -> CollectedSteps:
+    def _eager(self, policy: Policy, noise: Tensor) -> CollectedSteps:
         envs, distribution = self.envs, policy.distribution
         reward, terminated, truncated = (self.fields[key] for key in ("reward", "terminated", "truncated"))
         stored, final = unbind_tree(self.observations), unbind_tree(self.final_observations)
-        drawn = [None] * self.num_steps if noise is None else noise.unbind()
+        drawn = noise.unbind()
         steps: list[PolicyOutput] = []
         outcomes: list[Tensor | None] = []
         act = partial(policy.act, actor=policy.fast_actor())
-        if self.uses_cuda_graphs and noise is not None:
+        if self.uses_cuda_graphs:
             act = self._act = self._act or CudaGraphCache(policy.act, policy)
         is_missing_final = torch.zeros((), dtype=torch.bool, device=self.device)
         for step in range(self.num_steps):
@@ -370,7 +370,7 @@ class TensorCollector(Collector):
             raise EnvironmentFault(envs.missing_final_obs_message)
         return CollectedSteps(*stack_steps([steps]), self._episode_ends(outcomes))
 
-    def _compiled(self, policy: Policy, noise: Tensor | None) -> CollectedSteps:
+    def _compiled(self, policy: Policy, noise: Tensor) -> CollectedSteps:
         env: Any = self.envs.env
         if self._graph is None or policy is not self._policy:
             self._graph = compile_function(lambda *args: unrolled_steps(env, policy, *args), policy)
@@ -380,11 +380,10 @@ class TensorCollector(Collector):
         size = next(size for size in sizes if self.num_steps % size == 0)
         reset_noise = env.reset_noise(self.num_steps)
         state, episode_step = env.state, env.episode_step
-        drawn = [None] * (self.num_steps // size) if noise is None else noise.split(size)
         actions, parameters, values = [], [], []
         stored = [self.observations, self.final_observations]
         stored += [self.fields[key] for key in ("reward", "terminated", "truncated")]
-        for chunk, (given, own) in enumerate(zip(drawn, reset_noise.split(size), strict=True)):
+        for chunk, (given, own) in enumerate(zip(noise.split(size), reset_noise.split(size), strict=True)):
             state, episode_step, results, action, *more = graph(state, episode_step, given, own)
             places = [tensor[chunk * size : (chunk + 1) * size] for tensor in stored]
             torch._foreach_copy_(places, results)  # pyright: ignore[reportPrivateImportUsage]
@@ -412,13 +411,13 @@ class TensorCollector(Collector):
 
 
 def unrolled_steps(
-    env: TensorEnv, policy: Policy, state: Tensor, episode_step: Tensor, noise: Tensor | None, reset_noise: Tensor
+    env: TensorEnv, policy: Policy, state: Tensor, episode_step: Tensor, noise: Tensor, reset_noise: Tensor
 ) -> tuple[Any, ...]:
     """K steps of environments and policy, for one graph: state, and the rollout's entries [K, N, …]."""
     steps, actions, parameters, values = [], [], [], []
-    for step, own in enumerate(reset_noise.unbind()):
+    for given, own in zip(noise.unbind(), reset_noise.unbind(), strict=True):
         observation = env.observe(state)
-        taken = policy.act(observation, None if noise is None else noise[step])
+        taken = policy.act(observation, given)
         after = env.functional_step(state, episode_step, policy.distribution.to_env_action(taken.action), own)
         state, episode_step = after.state, after.episode_step
         steps.append((observation, after.final_observation, after.reward, after.terminated, after.truncated))
