@@ -407,6 +407,12 @@ def physical_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def check_recompute(recompute_advantages: bool, *, is_recurrent: bool) -> None:
+    """Refuse to recompute the advantages of a recurrent policy, whose values depend on a whole episode."""
+    if recompute_advantages and is_recurrent:
+        raise InputError("recompute_advantages needs a network that is not recurrent: turn it off, or leave out rnn")
+
+
 def check_sequences(
     given: int | None, num_steps: int, num_envs: int, num_minibatches: int, *, is_recurrent: bool
 ) -> int | None:

@@ -8,6 +8,7 @@ Objective → PPOLoss; step.apply → optimizer.step), then count and log_metric
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,7 +25,7 @@ from typing_extensions import override
 
 from ppo_lightning.algorithm.advantage import check_estimates, gae
 from ppo_lightning.algorithm.loss import Loss, LossCoefficients, PPOLoss
-from ppo_lightning.algorithm.minibatches import training_samples
+from ppo_lightning.algorithm.minibatches import estimates, training_samples
 from ppo_lightning.algorithm.optimizer_step import Backend, NonFiniteGradient, NonFiniteGuard, write_dump
 from ppo_lightning.algorithm.reward_normalization import RewardNormalizer
 from ppo_lightning.algorithm.update import Updater, UpdateResult
@@ -41,6 +42,7 @@ from ppo_lightning.parameters import (
     check_callable,
     check_length,
     check_memory,
+    check_recompute,
     checked,
     make_optimizer,
     make_scheduler,
@@ -101,6 +103,7 @@ class PPO(RunModule):
         gae_lambda: how far advantages look ahead: 0 is the one-step TD error, 1 the whole return (dimensionless, 0 to 1).
         advantage_estimator: callable (rollout [T, N], *, gamma, gae_lambda) -> (advantage [T, N], value target [T, N]); in
             YAML a function as package.module.name, or a class by class_path. Its ``reward`` is normalised or clipped already.
+        recompute_advantages: estimate advantages again before each epoch but the first; not for recurrent networks.
         update_epochs: epochs over each rollout (count).
         num_minibatches: minibatches of each epoch (count).
         gradient_accumulation_steps: microbatches over which the gradient of a minibatch is accumulated, where one does not fit
@@ -162,6 +165,7 @@ class PPO(RunModule):
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         advantage_estimator: Callable[..., tuple[Tensor, Tensor]] = gae,
+        recompute_advantages: bool = False,
         update_epochs: int = 4,
         num_minibatches: int = 4,
         gradient_accumulation_steps: int = 1,
@@ -202,15 +206,9 @@ class PPO(RunModule):
             env_timeout_s=env_timeout_s,
         )
         seen = without_mask(self.observation_space)
-        check_memory(
-            {
-                **rollout_memory(seen, num_steps, self.num_envs),
-                f"update_epochs = {update_epochs}": update_epochs * num_steps * self.num_envs * 8,  # permutations
-                f"num_eval_episodes = {num_eval_episodes}": num_eval_episodes * 32,
-            }
-        )
+        check_memory(rollout_memory(seen, num_steps, self.num_envs, update_epochs, num_eval_episodes))
         self.gamma, self.gae_lambda, self.num_minibatches = gamma, gae_lambda, num_minibatches
-        self.clip_range_vf, self.vf_coef = clip_range_vf, vf_coef
+        self.clip_range_vf, self.vf_coef, self.recompute_advantages = clip_range_vf, vf_coef, recompute_advantages
         coefficients = schedule("clip_range", clip_range), schedule("ent_coef", ent_coef)
         self.schedules = Schedules(*coefficients, lr_scheduler=lr_scheduler is not None)
         self.optimizer, self.lr_scheduler = plain_factory(optimizer), plain_factory(lr_scheduler)
@@ -219,6 +217,7 @@ class PPO(RunModule):
         check_callable("loss", self.loss, "batch", "evaluate", "coefficients")
         self.advantage_estimator = plain_factory(advantage_estimator)
         check_callable("advantage_estimator", self.advantage_estimator, "rollout", gamma=gamma, gae_lambda=gae_lambda)
+        check_recompute(recompute_advantages, is_recurrent=bool(self.policy.state_size))
         self.reward_normalizer = RewardNormalizer(normalize=normalize_reward, sign=clip_reward, gamma=gamma)
         self.guard = NonFiniteGuard(non_finite)
         self.updater = Updater(
@@ -310,9 +309,7 @@ class PPO(RunModule):
         self.rollouts.running_return = self.reward_normalizer.update(
             reward, done, batch["valid"], self.rollouts.running_return, self.ranks.gather
         )
-        scaled = batch.copy().set("reward", self.reward_normalizer(reward))
-        estimates = self.advantage_estimator(scaled, gamma=self.gamma, gae_lambda=self.gae_lambda)
-        batch["advantage"], batch["value_target"] = check_estimates(estimates, reward)
+        self.estimate_advantages(batch)
         if self.policy.value_normalizer is not None:
             targets = RunningMoments.batch_moments(batch["value_target"][batch["valid"]])
             self.policy.value_normalizer.merge(self.ranks.gather(targets))
@@ -349,6 +346,18 @@ class PPO(RunModule):
     # --- steps of an iteration ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def estimate_advantages(self, rollout: TensorDict) -> None:
+        """Add ``advantage`` and ``value_target`` [T, N] to a rollout with values, in place."""
+        scaled = rollout.copy().set("reward", self.reward_normalizer(rollout["reward"]))
+        estimated = self.advantage_estimator(scaled, gamma=self.gamma, gae_lambda=self.gae_lambda)
+        rollout["advantage"], rollout["value_target"] = check_estimates(estimated, rollout["reward"])
+
+    def _recompute_advantages(self, rollout: TensorDict) -> dict[str, Any]:
+        again = self.rollouts.with_present_values(rollout)
+        self.estimate_advantages(again)
+        return estimates(again, self.policy)
+
+    @torch.no_grad()
     def training_samples(self, rollout: TensorDict) -> dict[str, Any]:
         """Samples [T · N] of a rollout, or sequences [B, L], normalised once; ``valid`` only where some do not count."""
         return training_samples(rollout, self.policy, self.rollouts.sequence_length)
@@ -370,8 +379,9 @@ class PPO(RunModule):
         """
         try:
             samples = self.training_samples(rollout)
+            recompute = partial(self._recompute_advantages, rollout) if self.recompute_advantages else None
             result = self.updater.update(
-                samples, self.coefficients, self.generator, self.ranks.gather, self.schedules.changing
+                samples, self.coefficients, self.generator, self.ranks.gather, self.schedules.changing, recompute
             )
         except NonFiniteGradient as error:
             folder = None if self._trainer is None else self.trainer.log_dir or self.trainer.default_root_dir
@@ -394,21 +404,14 @@ class PPO(RunModule):
             learning_rate: of the first parameter group.
         """
         episodes, restarts = self.rollouts.episodes, self.env_provider.restarts.count
-        metrics = {
+        return {
             **self.run_metrics(),
             **iteration_metrics(rollout, update, self.policy, episodes, restarts, self.ranks.gather),
             "time/update": seconds,
-            "train/clip_range": update.coefficients.clip_range,
             "train/learning_rate": learning_rate,
+            **self.updater.metrics(update),
             **self.schedule_metrics,
         }
-        if self.guard.skipped:
-            metrics["train/skipped_steps"] = self.guard.skipped
-        if self.clip_range_vf is not None:
-            metrics["train/clip_range_vf"] = self.clip_range_vf
-        if self.updater.target_kl is not None:
-            metrics["train/early_stopped"] = float(update.stopped)
-        return metrics
 
     # --- what users call ----------------------------------------------------------------------------------------------
 

@@ -137,6 +137,19 @@ def test_compiled_steps_reduce_gradients_and_agree_on_when_to_stop(tmp_path):
     assert updates < 4 * np.isfinite(table["train/n_updates"]).sum()  # or the stop was not tested
 
 
+@pytest.mark.parametrize("compile", ["true", "false"])
+def test_ranks_recompute_advantages_alike(compile, tmp_path):
+    """In each epoch by the moments of both ranks' new advantages: without them the run is another."""
+    flags = ["--model.normalize_advantage=all_ranks", "--model.optimizer.lr=0.003", f"--model.compile={compile}"]
+    parameters = []
+    for recomputed in ("true", "false"):
+        (tmp_path / recomputed).mkdir()
+        (first, second), _ = fit_forked(tmp_path / recomputed, *flags, f"--model.recompute_advantages={recomputed}")
+        assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
+        parameters.append(first["state_dict"]["policy.network.value_head.weight"])
+    assert not torch.equal(*parameters)
+
+
 # --- beyond one machine ------------------------------------------------------------------------------------------------
 
 NODES = [*COMMAND[1:], *NORMALIZED, "--trainer.devices=1", "--trainer.num_nodes=2"]

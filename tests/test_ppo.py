@@ -666,6 +666,7 @@ OPTIONS = {
     "popart": PopArt(),
     "gamma": 0.5,
     "gae_lambda": 0.5,
+    "recompute_advantages": True,
     "update_epochs": 2,
     "num_minibatches": 2,
     "sequence_length": 8,

@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, InputError, PPOLoss
+from ppo_lightning import PPO, ActorCritic, InputError, PopArt, PPOLoss
 from ppo_lightning.callbacks import AdaptiveLearningRate, PPOCallback, Stage, Stages
+from ppo_lightning.envs.classic_control import Pendulum
 
 SMALL = {"num_envs": 2, "num_steps": 16, "total_steps": 128, "update_epochs": 2, "num_minibatches": 2}
 
@@ -455,3 +456,98 @@ def test_an_optimizer_whose_state_the_checkpoint_lacks_is_refused(fit, tmp_path,
     fit(PPO("CartPole-v1", total_steps=32, optimizer=before, **options)).save_checkpoint(tmp_path / "at.ckpt")
     with pytest.raises(InputError, match=r"was trained without (amsgrad|centered|momentum), whose state"):
         fit(PPO("CartPole-v1", total_steps=64, optimizer=now, **options), ckpt_path=tmp_path / "at.ckpt")
+
+
+# --- advantages that are recomputed --------------------------------------------------------------------------------------
+
+
+class Recorded(PPOLoss):
+    """Keeps the estimates of each epoch of one minibatch, as a rollout has them, and what the critic said in it."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.epochs = shape, []
+
+    def forward(self, batch, evaluate, coefficients):
+        seen = {name: batch[name] for name in ("state_value", "advantage", "value_target")}
+        seen["value"] = evaluate(batch)[2].detach()
+        order = batch["place"].argsort()
+        self.epochs.append({name: one[order].view(self.shape).clone() for name, one in seen.items()})
+        return super().forward(batch, evaluate, coefficients)
+
+
+def recorded(fit, env, lr, **options):
+    """One iteration: the rollout, and the estimates of each of its epochs."""
+    options = {"num_envs": 3, "num_steps": 16, "total_steps": 48, "update_epochs": 3, "num_minibatches": 1, **options}
+    kept = {}
+
+    def number(trainer, module, rollout):
+        rollout["place"] = torch.arange(rollout.numel()).view(rollout.shape)
+
+    watch = PPOCallback(
+        on_rollout_end=number, on_update_start=lambda trainer, module, rollout: kept.update(rollout=rollout.clone())
+    )
+    optimizer = partial(torch.optim.SGD, lr=lr)
+    loss = Recorded((options["num_steps"], options["num_envs"]))
+    model = PPO(env, loss=loss, optimizer=optimizer, normalize_advantage=False, recompute_advantages=True, **options)
+    fit(model, callbacks=[watch])
+    return model, kept["rollout"], loss.epochs
+
+
+SHORT = {"env_kwargs": {"max_episode_steps": 5}}  # time limits bootstrap from final observations
+KINDS = {
+    "time limits": ("Pendulum-v1", SHORT),
+    "normalised": ("Pendulum-v1", {**SHORT, "normalize_observation": True, "normalize_reward": True}),
+    "tensors": (partial(Pendulum, max_episode_steps=5), {}),
+    "ends": ("CartPole-v1", {"num_steps": 64, "total_steps": 192}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_advantages_recomputed_with_an_unchanged_critic_are_the_same(fit, kind):
+    env, options = KINDS[kind]
+    _, rollout, epochs = recorded(fit, env, 0.0, **options)
+    assert (rollout["terminated"] | rollout["truncated"]).any()
+    assert len(epochs) == 3
+    for epoch in epochs:
+        for name in ("state_value", "advantage", "value_target"):
+            assert_close(epoch[name], rollout[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_epoch_has_the_advantages_of_the_critic_as_it_then_is(fit, kind):
+    env, options = KINDS[kind]
+    model, rollout, epochs = recorded(fit, env, 0.1, **options)
+    assert not torch.allclose(epochs[1]["state_value"], epochs[0]["state_value"], atol=1e-4)
+    for epoch in epochs:
+        assert_close(epoch["state_value"], epoch["value"], atol=1e-4, rtol=1e-4)
+        advantage = epoch["value_target"] - epoch["state_value"]
+        assert_close(epoch["advantage"], advantage, atol=1e-5, rtol=1e-5)
+        # Where no step of a rollout ended an episode and another follows, δ + γλ A holds by the new values alone.
+        reward, goes = model.reward_normalizer(rollout["reward"]), ~(rollout["terminated"] | rollout["truncated"])[:-1]
+        delta = reward[:-1] + model.gamma * epoch["state_value"][1:] - epoch["state_value"][:-1]
+        sums = delta + model.gamma * model.gae_lambda * epoch["advantage"][1:]
+        assert_close(epoch["advantage"][:-1][goes], sums[goes], atol=1e-4, rtol=1e-4)
+
+
+def test_a_rollout_keeps_the_values_that_it_was_collected_with(fit):
+    options = {"recompute_advantages": True, "optimizer": sgd, "clip_range_vf": 0.2, "popart": PopArt()}
+    model = PPO("Pendulum-v1", **options, **SMALL)
+    seen = []
+
+    class Watched(PPOCallback):
+        def on_update_start(self, trainer, module, rollout):
+            self.rollout, self.before = rollout, rollout.clone()
+
+        def on_update_end(self, trainer, module, update):
+            seen.append((self.rollout["state_value"], self.before["state_value"]))
+
+    fit(model, callbacks=[Watched()])
+    assert len(seen) == 4
+    for after, before in seen:
+        assert_close(after, before, atol=0, rtol=0)
+
+
+def test_advantages_of_a_recurrent_network_are_not_recomputed():
+    with pytest.raises(InputError, match="recompute_advantages needs a network that is not recurrent"):
+        PPO("CartPole-v1", policy=partial(ActorCritic, rnn="gru"), recompute_advantages=True)

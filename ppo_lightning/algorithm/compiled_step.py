@@ -1,7 +1,7 @@
 """The gradient step as one compiled graph: a small minibatch spends its time on dispatch, not on arithmetic."""
 
 from collections import UserDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -219,7 +219,7 @@ class CompiledStep:
         Shapes are fixed: where a NEXT_STEP vector leaves a varying number of valid samples, minibatches are padded with
         samples that do not count.
         """
-        self.plan, self.settings, self._before = plan, settings, None
+        self.settings, self._before = settings, None
         # A coefficient that changes is a tensor, so that a change does not recompile; others are Python numbers.
         before, self.coefficients = self._given, settings.coefficients
         self._given = settings.coefficients
@@ -229,8 +229,8 @@ class CompiledStep:
                 self.scheduled = (*self.scheduled, name)
         self.coefficients = replace(self.coefficients, **dict.fromkeys(self.scheduled, 0.0))
         valid = samples.get("valid")
-        self.samples = {name: leaf for name, leaf in samples.items() if name != "valid"}
         self.valid = None if valid is None else valid.nonzero().flatten()
+        self._set_samples(samples, plan)
         self.device = samples["advantage"].device
         self.size = split_sizes(len(samples["advantage"]), len(plan.sizes))[0]
         self.num_microbatches = settings.gradient_accumulation_steps
@@ -254,7 +254,16 @@ class CompiledStep:
         """The same of a step that is to be taken."""
         if self.names is None:
             self._find_names()
-        self.samples = {name: leaf for name, leaf in self.samples.items() if name in self.keys}
+            self._set_samples(samples, plan)
+
+    def _set_samples(self, samples: Samples, plan: MinibatchPlan) -> None:
+        keys = (self.keys or set(samples)) - {"valid"}
+        self.samples, self.plan = {name: leaf for name, leaf in samples.items() if name in keys}, plan
+
+    def recompute(self, samples: Callable[[], tuple[Samples, MinibatchPlan]]) -> None:
+        """Take the step that was accepted last, then continue with samples and a plan that the present policy computes."""
+        self._take_accepted()
+        self._set_samples(*samples())
 
     def _find_names(self) -> None:
         """Call the loss once, eagerly, for the names of its scalars and the keys that it reads."""
@@ -347,8 +356,7 @@ class CompiledStep:
             NonFiniteError: a gradient was not finite.
         """
         assert self.names is not None
-        if self.accepted is not None:
-            self.norms.append(self.step_graph(*self.accepted))
+        self._take_accepted()
         norms = torch.stack(self.norms) if self.norms else torch.zeros(0, 3)
         if not norms[:, 0].isfinite().all():
             raise NonFiniteError
@@ -363,6 +371,11 @@ class CompiledStep:
             now.copy_(before)
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _take_accepted(self) -> None:
+        accepted, self.accepted = self.accepted, None
+        if accepted is not None:
+            self.norms.append(self.step_graph(*accepted))
 
     def _accumulate_gradient(self, minibatch: CompiledMinibatch) -> tuple[Tensor, Tensor]:
         """Flat gradient [P] and scalars [K] of a minibatch, accumulated over its parts."""

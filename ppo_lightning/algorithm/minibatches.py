@@ -13,6 +13,8 @@ from ppo_lightning.spaces import index_rows, split_sizes
 Samples = Mapping[str, Any]
 """Tensors [S, …] by name, and nested mappings of them."""
 
+ESTIMATES = ("state_value", "advantage", "value_target")
+
 LARGE = 1 << 24
 """Bytes of samples from which minibatches are copied one at a time, so that each reuses the memory of the one before."""
 
@@ -51,16 +53,22 @@ def training_samples(rollout: TensorDict, policy: Policy, sequence_length: int |
         policy: whose normalisers are applied: to observations, and with PopArt to values and their targets.
         sequence_length: L; None for a policy that is not recurrent.
     """
-    keys = [key for key in rollout.keys() if key not in ("observation", "policy_version")]  # noqa: SIM118
-    samples = rollout.select(*keys).flatten().to_dict()
+    keys = [key for key in rollout.keys() if key not in ("observation", "policy_version", *ESTIMATES)]  # noqa: SIM118
+    samples = {**rollout.select(*keys).flatten().to_dict(), **estimates(rollout, policy)}
     samples["observation"] = policy.features(rollout["observation"].flatten(0, 1))
-    if policy.value_normalizer is not None:
-        for key in ("value_target", "state_value"):
-            samples[key] = policy.value_normalizer.normalize(samples[key])
     if bool(samples["valid"].all()):
         del samples["valid"]
     if sequence_length is not None:
         samples = map_samples(lambda leaf: to_sequences(leaf, sequence_length, rollout.shape[1]), samples)
+    return samples
+
+
+def estimates(rollout: TensorDict, policy: Policy) -> dict[str, Any]:
+    """The samples [T · N] that depend on the critic, :data:`ESTIMATES`, with PopArt normalised."""
+    samples = rollout.select(*ESTIMATES).flatten().to_dict()
+    if policy.value_normalizer is not None:
+        for key in ("value_target", "state_value"):
+            samples[key] = policy.value_normalizer.normalize(samples[key])
     return samples
 
 
@@ -92,8 +100,20 @@ def plan_minibatches(
     count = len(advantage)
     permutations = torch.stack([torch.randperm(count, generator=generator) for _ in range(epochs)])
     sizes = split_sizes(count, num_minibatches)
-    if world_size == 1:
-        return MinibatchPlan(permutations, sizes, [[1.0] * num_minibatches] * epochs, None)
+    plan = MinibatchPlan(permutations, sizes, [[1.0] * num_minibatches] * epochs, None)
+    return plan if world_size == 1 else plan_over_ranks(plan, samples, world_size, normalizes, gather)
+
+
+def plan_over_ranks(
+    plan: MinibatchPlan, samples: Samples, world_size: int, normalizes: bool, gather: Callable[[Tensor], Tensor]
+) -> MinibatchPlan:
+    """The plan with the weights and moments of all ranks' samples; parameters as of :func:`plan_minibatches`."""
+    permutations, sizes = plan.permutations, plan.sizes
+    epochs, num_minibatches = len(permutations), len(sizes)
+    advantage, valid = samples["advantage"], samples.get("valid")
+    if valid is not None and valid.ndim == 1:
+        advantage, valid = advantage[valid], None
+    count = len(advantage)
     value = advantage.detach().cpu().double().view(count, -1)
     counts = torch.ones_like(value) if valid is None else valid.cpu().view(count, -1).double()
     powers = [counts, counts * value, counts * value.square()] if normalizes else [counts]

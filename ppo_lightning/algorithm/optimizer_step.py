@@ -102,16 +102,24 @@ class EagerStep:
 
     def begin(self, samples: Samples, plan: MinibatchPlan, settings: UpdateSettings) -> None:
         """Prepare an update."""
+        self.settings = settings
+        self._set_samples(samples, plan)
+        self.permutations = plan.permutations.to(samples["advantage"].device)
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.norms_of_parameters: list[Tensor] = []
+
+    def _set_samples(self, samples: Samples, plan: MinibatchPlan) -> None:
         valid = samples.get("valid")
         if valid is not None and valid.ndim == 1:
             index = valid.nonzero().flatten()
             samples = {name: leaf for name, leaf in samples.items() if name != "valid"}
             samples = index_samples(samples, index)
-        self.samples, self.plan, self.settings = samples, plan, settings
-        self.permutations = plan.permutations.to(samples["advantage"].device)
-        self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.norms_of_parameters: list[Tensor] = []
+        self.samples, self.plan = samples, plan
+
+    def recompute(self, samples: Callable[[], tuple[Samples, MinibatchPlan]]) -> None:
+        """Continue, between two epochs, with samples and a plan that the present policy computes."""
+        self._set_samples(*samples())
 
     def minibatches(self, epoch: int) -> Iterator[tuple[Samples, float]]:
         """The minibatches of an epoch, with their weights in the loss."""

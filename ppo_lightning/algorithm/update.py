@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ppo_lightning.algorithm.compiled_step import CompiledStep, NonFiniteError, unsupported_reason
 from ppo_lightning.algorithm.loss import LossCoefficients, Objective
-from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, plan_minibatches
+from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, plan_minibatches, plan_over_ranks
 from ppo_lightning.algorithm.optimizer_step import (
     Backend,
     EagerStep,
@@ -166,6 +166,7 @@ class Updater:
         generator: torch.Generator,
         gather: Callable[[Tensor], Tensor],
         scheduled: frozenset[str] = frozenset(),
+        recompute: Callable[[], Samples] | None = None,
     ) -> UpdateResult:
         """Epochs of shuffled minibatches of the objective (Schulman et al. 2017, algorithm 1).
 
@@ -175,6 +176,7 @@ class Updater:
             generator: shuffles.
             gather: a row [P] of this rank -> the rows of all, [ranks, P].
             scheduled: names of the coefficients that change over the run.
+            recompute: samples that replace those of their names before each epoch but the first; None keeps them.
 
         Raises:
             InputError: the loss did not return what it has to, or compiling fails on one of several ranks alone.
@@ -193,12 +195,18 @@ class Updater:
         )
         normalizes = bool(self.normalize_advantage) and not over_ranks
         settings = UpdateSettings(coefficients, normalizes, self.gradient_accumulation_steps, self.target_kl, scheduled)
+
+        def recomputed() -> tuple[Samples, MinibatchPlan]:
+            again = {**samples, **({} if recompute is None else recompute())}
+            return again, plan_over_ranks(plan, again, self.world_size, True, gather) if over_ranks else plan
+
+        between = None if recompute is None else recomputed
         if self.compiled is not None:
-            result = self._compiled_epochs(self.compiled, samples, plan, settings, gather)
+            result = self._compiled_epochs(self.compiled, samples, plan, settings, between, gather)
             if result is not None:
                 self.guard.consecutive = 0
                 return result
-        return run_epochs(self.eager, samples, plan, settings)
+        return run_epochs(self.eager, samples, plan, settings, between)
 
     def _compiled_epochs(
         self,
@@ -206,6 +214,7 @@ class Updater:
         samples: Samples,
         plan: MinibatchPlan,
         settings: UpdateSettings,
+        recompute: Callable[[], tuple[Samples, MinibatchPlan]] | None,
         gather: Callable[[Tensor], Tensor],
     ) -> UpdateResult | None:
         """The update by compiled steps; None, with everything unchanged, where it has to be made eagerly."""
@@ -213,7 +222,7 @@ class Updater:
         try:
             if is_first and self.world_size > 1 and not self._all_ranks_compile(step, samples, plan, settings, gather):
                 return None
-            return run_epochs(step, samples, plan, settings)
+            return run_epochs(step, samples, plan, settings, recompute)
         except NonFiniteError:
             pass
         except CompilerError as error:
@@ -245,6 +254,17 @@ class Updater:
             self.compiled = None
         return not failed.any()
 
+    def metrics(self, update: UpdateResult) -> dict[str, float]:
+        """Metrics of an update beside its losses, of the options that are in use."""
+        metrics = {"train/clip_range": float(update.coefficients.clip_range)}
+        if self.guard.skipped:
+            metrics["train/skipped_steps"] = self.guard.skipped
+        if update.coefficients.clip_range_vf is not None:
+            metrics["train/clip_range_vf"] = update.coefficients.clip_range_vf
+        if self.target_kl is not None:
+            metrics["train/early_stopped"] = float(update.stopped)
+        return metrics
+
     def warn_of_unreached(self) -> None:
         """Warn once of trained modules beside the policy that the loss does not use."""
         if not self._unreached or not any(one.grad is not None for one in self.parameters):
@@ -259,17 +279,24 @@ class Updater:
 
 
 def run_epochs(
-    step: EagerStep | CompiledStep, samples: Samples, plan: MinibatchPlan, settings: UpdateSettings
+    step: EagerStep | CompiledStep,
+    samples: Samples,
+    plan: MinibatchPlan,
+    settings: UpdateSettings,
+    recompute: Callable[[], tuple[Samples, MinibatchPlan]] | None = None,
 ) -> UpdateResult:
     """The epochs of an update, by one kind of gradient step.
 
-    As in Stable-Baselines3, it ends before the step of the first minibatch whose ``approx_kl`` exceeds 1.5 ``target_kl``.
+    Before each epoch but the first, ``recompute`` gives its samples and plan. As in Stable-Baselines3, the update ends before
+    the step of the first minibatch whose ``approx_kl`` exceeds 1.5 ``target_kl``.
     """
     step.begin(samples, plan, settings)
     limit = math.inf if settings.target_kl is None else 1.5 * settings.target_kl
     epoch = minibatch = 0
     stopped = False
     for epoch in range(len(plan.permutations)):
+        if epoch and recompute is not None:
+            step.recompute(recompute)
         samples_of_steps: Iterator[Any] = step.minibatches(epoch)
         for minibatch, of_step in enumerate(samples_of_steps):
             kl = step.gradient(of_step)

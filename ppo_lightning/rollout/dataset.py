@@ -89,6 +89,8 @@ class RolloutDataset(IterableDataset[TensorDict]):
         """The saved state to resume from, as :meth:`state` returned it, until the environments are made."""
         self._has_warned = False
         self.collector: Collector | None = None
+        self._steps: CollectedSteps | None = None
+        """Of the last rollout."""
         self._score: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def __len__(self) -> int:
@@ -98,7 +100,8 @@ class RolloutDataset(IterableDataset[TensorDict]):
         yield self.collect()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "environments": None, "collector": None, "_score": None}  # simulators are not pickled
+        # Simulators are not pickled.
+        return {**vars(self), "environments": None, "collector": None, "_steps": None, "_score": None}
 
     def close(self) -> None:
         """Stop the simulators; the next rollout starts new ones."""
@@ -266,6 +269,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         with learner.autocast():
             steps = collector.collect(learner.policy, noise.to(learner.device))
             rollout = self._evaluate(learner.policy, collector, steps)
+        self._steps = steps
         if is_first:
             warn_of_bounds(collector.observations, self.observation_space)
         self.episodes.add(collector.fields["reward"], collector.fields["valid"], steps.ends)
@@ -282,7 +286,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
 
     def _evaluate(self, policy: Policy, collector: Collector, steps: CollectedSteps) -> TensorDict:
         """Log-probabilities and values of a whole rollout at once; exact, since normalisers are frozen during a rollout."""
-        device, ends = self.learner.device, steps.ends
+        device = self.learner.device
         fields = {key: tensor.to(device) for key, tensor in collector.fields.items()}
         observation = tree_map(lambda leaf: leaf.to(device), collector.observations)
         num_steps, num_envs = fields["reward"].shape
@@ -295,10 +299,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         else:
             log_prob, value = self._log_probs_and_values(policy, acted_on, action, mask)
         value = value.view(num_steps, num_envs)
-        # V(s'ₜ) is V(sₜ₊₁), except where an episode ended: there sₜ₊₁ belongs to the next one.
-        later = self._bootstrap_values(policy, observation, steps)
-        next_value = torch.cat([value[1:], later[None, :num_envs]])
-        next_value[ends.step, ends.env] = later[num_envs:]
+        next_value = self._next_values(policy, value, observation, steps)
         if steps.recurrent_states is not None:
             fields["recurrent_state"] = steps.recurrent_states
         batch = TensorDict(
@@ -334,6 +335,27 @@ class RolloutDataset(IterableDataset[TensorDict]):
         parameters, values = (torch.cat(part) for part in zip(*parts, strict=True))
         return _log_prob(policy, parameters, action, mask), values
 
+    @torch.no_grad()
+    def with_present_values(self, rollout: TensorDict) -> TensorDict:
+        """The last rollout [T, N] with the values of the present critic, which is not recurrent; the rollout is not changed."""
+        assert self.collector is not None
+        assert self._steps is not None
+        learner, again = self.learner, rollout.copy()
+        observation = tree_map(lambda leaf: leaf.to(learner.device), self.collector.observations)
+        acted_on = tree_map(lambda leaf: leaf[:-1].flatten(0, 1), observation)
+        with learner.autocast():
+            values = [learner.policy.critic(learner.policy.features(piece)) for piece in self._split(acted_on)]
+            value = torch.cat(values).view(rollout.shape)
+            next_value = self._next_values(learner.policy, value, observation, self._steps)
+        return again.update({"state_value": value, "next_state_value": next_value})
+
+    def _next_values(self, policy: Policy, value: Tensor, observation: Tree, steps: CollectedSteps) -> Tensor:
+        """V(s'ₜ) [T, N]: V(sₜ₊₁), except where an episode ended; there sₜ₊₁ belongs to the next one."""
+        later, num_envs = self._bootstrap_values(policy, observation, steps), value.shape[1]
+        next_value = torch.cat([value[1:], later[None, :num_envs]])
+        next_value[steps.ends.step, steps.ends.env] = later[num_envs:]
+        return next_value
+
     def _bootstrap_values(self, policy: Policy, observation: Tree, steps: CollectedSteps) -> Tensor:
         """Values [N + E] of the observations after the last step, and of the final ones of all finished episodes."""
         after = tree_map(
@@ -358,11 +380,17 @@ class RolloutDataset(IterableDataset[TensorDict]):
         return list(rows.split(size))
 
 
-def rollout_memory(observation_space: Space[Any], num_steps: int, num_envs: int) -> dict[str, int]:
-    """Bytes of a rollout's observations, by the parameters that they come from."""
+def rollout_memory(
+    observation_space: Space[Any], num_steps: int, num_envs: int, update_epochs: int = 0, num_eval_episodes: int = 0
+) -> dict[str, int]:
+    """Bytes of a rollout's observations, an update's permutations and an evaluation's episodes, by their parameters."""
     specs = [tensor_spec(leaf) for leaf in flatten_spaces(observation_space).values()]
     sample = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
-    return {f"num_steps · num_envs = {num_steps} · {num_envs}": num_steps * num_envs * sample}
+    return {
+        f"num_steps · num_envs = {num_steps} · {num_envs}": num_steps * num_envs * sample,
+        f"update_epochs = {update_epochs}": update_epochs * num_steps * num_envs * 8,
+        f"num_eval_episodes = {num_eval_episodes}": num_eval_episodes * 32,
+    }
 
 
 def check_rollout(batch: Any, policy_version: int) -> None:
