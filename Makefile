@@ -7,7 +7,7 @@ CONFIG ?= configs/cartpole.yaml
 XDIST ?= -n logical --maxprocesses 4 --dist worksteal
 ARGS ?=
 
-.PHONY: install train test test-faults test-long lint format benchmark clean
+.PHONY: install train test test-faults test-long lint format benchmark learning learning-quick clean
 
 install: $(VENV)/.installed            ## .venv with the package and what drawing needs
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -45,6 +45,13 @@ format: $(VENV)/.installed-test        ## let ruff rewrite what it can
 
 benchmark: $(VENV)/.installed-test     ## speed beside seven other libraries, each in an environment of its own: an hour
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+learning: export OMP_NUM_THREADS = 1
+learning: $(VENV)/.installed-test      ## returns of every task over ten seeds, beside published ones: a day on two cores, resumable
+	$(BIN)/python benchmarks/learning.py $(ARGS)
+
+learning-quick: $(VENV)/.installed-test ## the same of three tasks: under ten minutes
+	$(BIN)/python benchmarks/learning.py --quick $(ARGS)
 
 clean:
 	rm -rf $(VENV) lightning_logs

@@ -380,8 +380,12 @@ def num_threads_for(model: PPO, processes: int) -> int:
     return max(1, cores // processes) if products >= 10_000_000 else 1
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user error prints one sentence and exits with status 1."""
+def main(args: list[str] | None = None) -> PPOCLI:
+    """Run the command line; a user error prints one sentence and exits with status 1.
+
+    Returns:
+        The command line, with ``model`` and ``trainer``.
+    """
     torch.set_float32_matmul_precision("high")
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())  # as `python -m` does, so that configs can name modules that lie here
@@ -392,7 +396,7 @@ def main(args: list[str] | None = None) -> None:
     # Defaults of Lightning's callbacks are members of enumerations, for which YAML has no word.
     yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
     with exit_on_user_error(), finishing_wandb_run():
-        PPOCLI(PPO, **CLI_OPTIONS, args=args)
+        return PPOCLI(PPO, **CLI_OPTIONS, args=args)
 
 
 def _refuse_values_in_the_place_of_keys(config: Namespace) -> None:

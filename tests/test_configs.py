@@ -20,7 +20,7 @@ def test_trains_two_iterations_as_it_stands(config, tmp_path):
     main(
         f"fit --config {config} --trainer.max_epochs 2 --trainer.default_root_dir {tmp_path} --trainer.accelerator cpu "
         "--trainer.enable_progress_bar false --trainer.enable_model_summary false --model.num_eval_episodes 1 "
-        "--model.num_steps 64 --model.num_minibatches 4 --model.num_envs 4".split()
+        "--model.num_steps 64 --model.num_minibatches 4 --model.num_envs 4 --model.compile false".split()
     )
     assert (tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt").exists()
 

@@ -1,12 +1,17 @@
-"""Learning curves over three seeds, by the configs as they stand: minutes to an hour (``make test-long``)."""
+"""What learning.py trains, keeps and computes; and learning curves, which take minutes to an hour (``make test-long``)."""
 
-import statistics
+import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
-from benchmarks.learning import train
+from benchmarks import learning
+from benchmarks.learning import Task
 
 SEEDS = (1, 2, 3)
+TASKS, QUICK = learning.load_tasks()
 
 
 @pytest.fixture
@@ -16,30 +21,144 @@ def root(tmp_path, monkeypatch, request):
     return tmp_path
 
 
+# --- the benchmark -----------------------------------------------------------------------------------------------------
+
+SMALL = {"model.num_envs": 2, "model.num_steps": 32, "model.num_eval_episodes": 1}
+
+
+@pytest.fixture
+def results(root, monkeypatch):
+    """Files of results of its own."""
+    monkeypatch.setattr(learning, "ROWS", root / "rows.csv")
+    monkeypatch.setattr(learning, "CURVES", root / "curves.csv")
+    return root
+
+
+def test_a_run_is_a_row_and_a_curve_and_is_not_repeated(results, monkeypatch):
+    task = Task("small", "", 640, "train", config="cartpole", flags=SMALL)
+    assert learning.run_all([(task, 5)], results / "runs", 1) == []
+    (row,) = learning.current(learning.read_rows(results / "rows.csv"), task)
+    assert row["seed"] == 5
+    assert row["steps"] == "640"
+    assert 8 < row["train"] < 200
+    assert 8 <= row["eval"] <= 500
+    (curve,) = learning.current(learning.read_rows(results / "curves.csv"), task)
+    assert float(curve[f"p{learning.POINTS}"]) == pytest.approx(row["train"], rel=1e-4)
+    monkeypatch.setattr(learning, "train", None)
+    assert learning.run_all([(task, 5)], results / "runs", 1) == []
+    other = Task("small", "", 640, "train", config="cartpole", flags={**SMALL, "model.gamma": 0.9})
+    assert learning.current([row], other) == []
+
+
+def test_a_run_that_fails_is_named_with_its_log_and_the_others_run(results, monkeypatch):
+    bad = Task("bad", "", 64, "train", config="cartpole", flags={"model.gama": 0.9})
+    (message,) = learning.run_all([(bad, 1)], results, 1)
+    assert message.startswith("bad, seed 1: exit status 2, see ")
+    assert "gama" in Path(message.rpartition(" ")[2]).read_text()
+    assert not (results / "rows.csv").exists()
+
+
+def test_an_interrupted_run_resumes(results, monkeypatch):
+    """Its command is given the last checkpoint, and its curve has the points of both parts."""
+    task = Task("small", "", 640, "train", config="cartpole", flags=SMALL)
+    folder = results / "small" / f"{task.settings}_seed_1" / "lightning_logs/version_0"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/last.ckpt").touch()
+    (folder / "metrics.csv").write_text("step,rollout/ep_rew_mean\n64,20\n128,\n192,22\n")
+    commands = []
+
+    def run(command, **options):
+        if "benchmarks.one_run" not in command:
+            return subprocess.CompletedProcess(command, 0, stdout="")
+        commands.append(command)
+        later = folder.parent / "version_1"
+        later.mkdir()
+        (later / "metrics.csv").write_text("step,rollout/ep_rew_mean\n192,23\n640,30\n")
+        (folder.parents[1] / "result.json").write_text('{"train": 30, "eval": 1, "steps": 640, "seconds": 1}')
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    row, curve = learning.train(task, 1, results)
+    assert commands[0][-2:] == ["--ckpt_path", "last"]
+    assert (row["train"], curve["p40"], curve["p12"], curve["p1"]) == ("30", "30", "23", "")
+
+
+def test_settings_are_those_of_config_and_flags_alone(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    config = tmp_path / "configs/one.yaml"
+    monkeypatch.setattr(learning, "ROOT", tmp_path)
+    config.write_text("# good\nmodel: {env: CartPole-v1}\n")
+    before = Task("one", "", 10, "train").settings
+    config.write_text("# better\nmodel:\n  env: CartPole-v1\n")
+    assert Task("one", "", 10, "eval", at_least=3).settings == before
+    changed = [Task("one", "", 11, "train"), Task("one", "", 10, "train", flags={"model.gamma": 0.9})]
+    config.write_text("model: {env: CartPole-v0}\n")
+    assert len({before, Task("one", "", 10, "train").settings, *(task.settings for task in changed)}) == 4
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_has_a_config_and_a_source(name):
+    task = TASKS[name]
+    assert yaml.safe_load(task.path.read_text())["model"]["env"]
+    assert (task.published is None) == (task.source == "")
+
+
+# --- statistics --------------------------------------------------------------------------------------------------------
+
+
+def test_summaries_are_those_of_their_definitions():
+    values = [3.0, 1.0, 2.0, 100.0, 4.0, 5.0, 6.0, -50.0]
+    found = learning.summarize(values)
+    assert found.mean == pytest.approx(np.mean(values))
+    assert found.iqm == pytest.approx(np.mean([2.0, 3.0, 4.0, 5.0]))
+    assert (found.lowest, found.highest, found.count) == (-50.0, 100.0, 8)
+    rng = np.random.default_rng(1)
+    means = np.array(values)[rng.integers(8, size=(100_000, 8))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert (found.low, found.high) == (pytest.approx(low, abs=1.0), pytest.approx(high, abs=1.0))
+    assert learning.summarize([2.0]) == learning.Summary(2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1)
+
+
+def test_the_probability_of_improvement_counts_pairs():
+    better, low, high = learning.probability_of_improvement([1.0, 4.0, 3.0], [2.0, 3.0, 0.0])
+    assert better == pytest.approx((1 + 3 + 2.5) / 9)
+    assert 0 <= low < better < high <= 1
+    assert learning.probability_of_improvement([2.0, 3.0], [0.0, 1.0]) == (1.0, 1.0, 1.0)
+
+
+def test_documents_show_what_the_rows_say():
+    for path, text in learning.documents(TASKS, learning.read_rows(learning.ROWS)).items():
+        assert path.read_text() == text, (
+            f"{path.name} is older than learning.csv: python benchmarks/learning.py --tables"
+        )
+
+
+def test_every_row_is_of_one_run_and_of_a_seed_that_no_search_has_seen():
+    rows = learning.read_rows(learning.ROWS)
+    assert len({(row["task"], row["seed"], row["settings"]) for row in rows}) == len(rows)
+    assert all(row["seed"] <= 100 for row in rows)
+
+
+# --- learning curves ---------------------------------------------------------------------------------------------------
+
+
+def train(config, seed, root, steps=None, **flags) -> float:
+    """Mean return of the last 100 training episodes."""
+    given = {f"model.{name}": value for name, value in flags.items()}
+    task = Task(config, "", 0, "train", flags=given)
+    steps = steps or yaml.safe_load(task.path.read_text())["model"].get("total_steps", 1_000_000)
+    return float(learning.train(Task(config, "", steps, "train", flags=given), seed, root)[0]["train"])
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("config", "bound"), [("cartpole", 490), ("acrobot", -85), ("pendulum", -210)])
-def test_every_seed_reaches(config, bound, root):
-    assert min(train(config, seed, root, []) for seed in SEEDS) >= bound
-
-
-@pytest.mark.long
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize(
-    ("config", "bound"),
-    [
-        ("lunar_lander", 230),
-        ("half_cheetah", 1500),
-        ("mountain_car_continuous", 90),
-        ("hopper", 2000),
-        ("walker2d", 2000),
-    ],
-)
-def test_the_mean_of_the_seeds_reaches(config, bound, root):
-    assert statistics.mean(train(config, seed, root, []) for seed in SEEDS) >= bound
-
-
-NO_MEMORY = ["--model.policy.init_args.rnn", "null", "--model.sequence_length", "null"]
+@pytest.mark.parametrize("name", QUICK)
+def test_a_run_gives_what_the_table_says(name, root):
+    task = TASKS[name]
+    known = learning.summarize([row[task.counts] for row in learning.current(learning.read_rows(learning.ROWS), task)])
+    row, _ = learning.train(task, 11, root)
+    spread = known.highest - known.lowest
+    assert known.lowest - spread <= float(row[task.counts]) <= known.highest + spread
 
 
 @pytest.mark.long
@@ -47,30 +166,21 @@ NO_MEMORY = ["--model.policy.init_args.rnn", "null", "--model.sequence_length", 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["lstm", "gru", None])
 def test_what_only_memory_can_know_is_known_with_memory_alone(kind, masked, root):
-    flags = NO_MEMORY if kind is None else ["--model.policy.init_args.rnn", kind]
-    returns = [train("memory", seed, root, [*flags, "--model.env_kwargs.masked", str(masked)]) for seed in SEEDS]
+    flags = {"policy.init_args.rnn": kind, **({} if kind else {"sequence_length": None})}
+    returns = [train("memory", seed, root, **flags, **{"env_kwargs.masked": masked}) for seed in SEEDS]
     assert max(returns) <= 0.6 if kind is None else min(returns) >= 0.95
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_masks_reach_in_a_quarter_of_the_steps_what_is_not_reached_without(root):
-    masked = [train("masked", seed, root / "with", []) for seed in SEEDS]
-    flags = ["--model.env_kwargs.masked", "false", "--model.total_steps", "200000"]
-    unmasked = [train("masked", seed, root / "without", flags) for seed in SEEDS]
+    masked = [train("masked", seed, root / "with") for seed in SEEDS]
+    unmasked = [train("masked", seed, root / "without", 200_000, **{"env_kwargs.masked": False}) for seed in SEEDS]
     assert min(masked) > 9 > 8 > max(unmasked)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    ("config", "bound"), [("pendulum_gsde", -200), ("pendulum_tanh", -250), ("pendulum_beta", -250)]
-)
-def test_every_seed_of_every_family_reaches(config, bound, root):
-    assert min(train(config, seed, root, []) for seed in SEEDS) >= bound
-
-
-@pytest.mark.long
-@pytest.mark.timeout(7200)
-def test_pong_is_learnt(root):
-    assert train("atari", 1, root, ["--model.total_steps", "1000000"]) >= -19
+@pytest.mark.parametrize(("config", "bound"), [("pendulum", -210), ("pendulum_tanh", -250), ("pendulum_beta", -250)])
+def test_every_seed_of_every_distribution_reaches(config, bound, root):
+    assert min(train(config, seed, root) for seed in SEEDS) >= bound
