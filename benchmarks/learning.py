@@ -6,7 +6,7 @@
 Each run is ``python -m ppo_lightning fit`` on a config, in a process and a folder of its own, then 100 deterministic episodes.
 A run is a row of results/learning.csv, and its training curve one of learning_curves.csv. Runs that have a row by the same
 settings are not repeated; a run that was interrupted resumes. From the rows come the tables in README.md and docs/results.md,
-and the pictures there. Two runs at a time, each with one thread.
+and the pictures there; the best policy of each task is kept in policies/. Two runs at a time, each with one thread.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
+POLICIES = HERE / "policies"
 ROWS, CURVES = RESULTS / "learning.csv", RESULTS / "learning_curves.csv"
 COLUMNS = ("task", "seed", "settings", "steps", "train", "eval", "seconds", "commit", "torch", "gymnasium", "simulator")
 POINTS = 40
@@ -141,7 +142,7 @@ def train(task: Task, seed: int, root: Path) -> tuple[Row, Row]:
     Raises:
         RunError: the process ended with an error.
     """
-    folder = root / task.name / f"{task.settings}_seed_{seed}"
+    folder = run_folder(task, seed, root)
     folder.mkdir(parents=True, exist_ok=True)
     result, log = folder / "result.json", folder / "output.log"
     flags: dict[str, Any] = {
@@ -168,6 +169,11 @@ def train(task: Task, seed: int, root: Path) -> tuple[Row, Row]:
     numbers = {name: f"{contents[name]:.6g}" for name in ("train", "eval")} | {"seconds": round(contents["seconds"])}
     row = {**own, "steps": contents["steps"], **numbers, "commit": commit(), **installed, "simulator": task.simulator}
     return row, {**own, **thinned(read_curve(folder), task.steps)}
+
+
+def run_folder(task: Task, seed: int, root: Path) -> Path:
+    """Of a run below ``root``."""
+    return root / task.name / f"{task.settings}_seed_{seed}"
 
 
 def flag(value: Any) -> str:
@@ -398,6 +404,26 @@ def families(tasks: Iterable[Task]) -> Iterator[tuple[str, list[Task]]]:
     yield from grouped.items()
 
 
+def write_policy(task: Task, rows: list[Row], root: Path) -> None:
+    """Keep the weights of a task's best run among seeds 1 to 10, where this machine has trained it, to act by."""
+    own = [row for row in current(rows, task) if row["seed"] <= 10]
+    if not own:
+        return
+    best = max(own, key=lambda row: row[task.counts])
+    found = sorted(run_folder(task, best["seed"], root).glob("lightning_logs/version_*/checkpoints/last.ckpt"))
+    if not found:
+        return
+    import torch
+
+    contents = torch.load(found[-1], weights_only=True)
+    kept = {
+        name: contents[name] for name in ("pytorch-lightning_version", "state_dict", "hparams_name", "hyper_parameters")
+    }
+    kept["ppo_lightning"] = {**contents["ppo_lightning"], "processes": [], "episodes": []}
+    POLICIES.mkdir(exist_ok=True)
+    torch.save(kept, POLICIES / f"{task.name}.ckpt")
+
+
 # --- documents ---------------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +471,13 @@ def write_documents(tasks: dict[str, Task], rows: list[Row]) -> None:
         draw(own, RESULTS / f"learning_{family.lower().replace(' ', '_')}.png")
 
 
+def keep_policies(tasks: dict[str, Task], rows: list[Row], root: Path) -> None:
+    """Keep a policy of each task that has a published figure."""
+    for task in tasks.values():
+        if task.published is not None:
+            write_policy(task, rows, root)
+
+
 def main() -> None:
     tasks, quick = load_tasks()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -463,6 +496,7 @@ def main() -> None:
     failures = run_all(jobs, options.root, options.jobs)
     rows = read_rows(ROWS)
     write_documents(tasks, rows)
+    keep_policies(tasks, rows, options.root)
     print(table(chosen, rows))
     if failures:
         sys.exit("\n".join(failures))
