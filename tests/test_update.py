@@ -10,6 +10,9 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from stable_baselines3 import PPO as StableBaselines3PPO  # noqa: N811
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
 from torch import nn
 from torch.testing import assert_close
 
@@ -551,3 +554,69 @@ def test_a_rollout_keeps_the_values_that_it_was_collected_with(fit):
 def test_advantages_of_a_recurrent_network_are_not_recomputed():
     with pytest.raises(InputError, match="recompute_advantages needs a network that is not recurrent"):
         PPO("CartPole-v1", policy=partial(ActorCritic, rnn="gru"), recompute_advantages=True)
+
+
+# --- a second implementation ------------------------------------------------------------------------------------------
+
+
+def stable_baselines3s(model: PPO, rollout, env: str, **options):
+    """Its PPO with the same weights, whose buffer holds the same rollout."""
+    num_steps, num_envs = rollout.shape
+    theirs = StableBaselines3PPO(
+        "MlpPolicy", make_vec_env(env, num_envs), n_steps=num_steps, batch_size=num_steps * num_envs,
+        n_epochs=model.updater.update_epochs, gamma=model.gamma, gae_lambda=model.gae_lambda, device="cpu", **options,
+    )  # fmt: skip
+    theirs.set_logger(configure(None, []))
+    theirs.policy.load_state_dict(as_theirs(model))
+    buffer, done = theirs.rollout_buffer, rollout["terminated"] | rollout["truncated"]
+    starts = torch.cat([torch.zeros(1, num_envs, dtype=torch.bool), done[:-1]])
+    reward = rollout["reward"] + model.gamma * rollout["next_state_value"] * (
+        rollout["truncated"] & ~rollout["terminated"]
+    )
+    for step in range(num_steps):
+        buffer.add(
+            rollout["observation"][step].numpy(), rollout["action"][step].numpy(), reward[step].numpy(),
+            starts[step].numpy(), rollout["state_value"][step], rollout["action_log_prob"][step],
+        )  # fmt: skip
+    buffer.compute_returns_and_advantage(rollout["next_state_value"][-1], done[-1].numpy())
+    return theirs
+
+
+def as_theirs(model: PPO) -> dict[str, torch.Tensor]:
+    """The weights under Stable-Baselines3's names."""
+    parts = {
+        "mlp_extractor.policy_net": model.policy.network.actor_trunk.layers,
+        "mlp_extractor.value_net": model.policy.network.critic_trunk.layers,
+        "action_net": getattr(model.policy.network.action_head, "mean", model.policy.network.action_head),
+        "value_net": model.policy.network.value_head,
+    }
+    found = {f"{name}.{key}": one.clone() for name, part in parts.items() for key, one in part.state_dict().items()}
+    log_std = getattr(model.policy.network.action_head, "log_std", None)
+    return found if log_std is None else {**found, "log_std": log_std.detach().clone()}
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_ten_epochs_on_the_same_rollout_give_the_weights_of_stable_baselines3(env):
+    """Also across time limits: from advantages to the tenth step of the optimizer."""
+    torch.manual_seed(0)
+    options = {"ent_coef": 0.01, "vf_coef": 0.4, "max_grad_norm": 0.3}
+    model = PPO(
+        env,
+        num_envs=3,
+        num_steps=250,
+        num_minibatches=1,
+        update_epochs=10,
+        total_steps=10**9,
+        clip_range_vf=0.2,
+        **options,
+    )
+    rollout = model.collect()
+    theirs = stable_baselines3s(model, rollout, env, clip_range_vf=0.2, **options)
+    assert_close(torch.from_numpy(theirs.rollout_buffer.advantages), rollout["advantage"], atol=1e-5, rtol=1e-5)
+    assert (rollout["truncated"] if env == "Pendulum-v1" else rollout["terminated"]).any()
+    theirs.train()
+    before = as_theirs(model)
+    model.learn(rollout, torch.optim.Adam(model.parameters(), lr=3e-4, eps=1e-5))
+    for name, weight in as_theirs(model).items():
+        assert_close(weight, theirs.policy.state_dict()[name], atol=1e-6, rtol=1e-6)
+        assert not torch.equal(weight, before[name])
