@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -83,10 +83,30 @@ class Task:
         return f"{name} {importlib.metadata.version(name)}"
 
 
-def load_tasks() -> tuple[dict[str, Task], list[str]]:
-    """The tasks of learning.yaml by name, and the names of those that are quick."""
+@dataclass(frozen=True)
+class Suite:
+    """What learning.yaml holds."""
+
+    tasks: dict[str, Task]
+    quick: list[str]
+    """Names of tasks that take seconds."""
+    ablated: list[Task]
+    """Tasks whose settings are changed one at a time."""
+    changes: dict[str, list[Task]]
+    """By the change, each of these with it."""
+
+
+def load_suite() -> Suite:
+    """The tasks of learning.yaml."""
     contents = yaml.safe_load((HERE / "learning.yaml").read_text())
-    return {name: Task(name, **entry) for name, entry in contents["tasks"].items()}, contents["quick"]
+    tasks = {name: Task(name, **entry) for name, entry in contents["tasks"].items()}
+    ablation = contents["ablation"]
+    ablated = [replace(tasks[name], seeds=ablation["seeds"]) for name in ablation["of"]]
+    changes = {
+        change: [replace(task, name=f"{task.name}: {change}", config=task.path.stem, flags=flags) for task in ablated]
+        for change, flags in ablation["changes"].items()
+    }
+    return Suite(tasks, contents["quick"], ablated, changes)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -173,7 +193,7 @@ def train(task: Task, seed: int, root: Path) -> tuple[Row, Row]:
 
 def run_folder(task: Task, seed: int, root: Path) -> Path:
     """Of a run below ``root``."""
-    return root / task.name / f"{task.settings}_seed_{seed}"
+    return root / task.name.partition(":")[0] / f"{task.settings}_seed_{seed}"
 
 
 def flag(value: Any) -> str:
@@ -345,6 +365,32 @@ def table(tasks: Iterable[Task], rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def ablation_table(suite: Suite, rows: list[Row]) -> str:
+    """Markdown: a line per change, with the mean return of each task and the probability that it improves."""
+    names = [task.env or task.name for task in suite.ablated]
+    lines = [
+        "| change | " + " | ".join(names) + " | improves (95 % interval) |",
+        "|---|" + "---|" * (len(names) + 1),
+    ]
+    base = [returns(task, rows) for task in suite.ablated]
+    if not all(base):
+        return ""
+    lines.append("| none: mujoco.yaml | " + " | ".join(number(statistics.fmean(one)) for one in base) + " | |")
+    for change, tasks in suite.changes.items():
+        changed = [returns(task, rows) for task in tasks]
+        if all(changed):
+            better = [probability_of_improvement(*both) for both in zip(changed, base, strict=True)]
+            mean, low, high = (statistics.fmean(part) for part in zip(*better, strict=True))
+            cells = [number(statistics.fmean(one)) for one in changed]
+            lines.append(f"| {change} | " + " | ".join(cells) + f" | {mean:.2f} ({low:.2f} – {high:.2f}) |")
+    return "\n".join(lines) + "\n"
+
+
+def returns(task: Task, rows: list[Row]) -> list[float]:
+    """Of the task's own seeds, what counts."""
+    return [row[task.counts] for row in current(rows, task) if row["seed"] <= task.seeds]
+
+
 def versions(rows: list[Row]) -> str:
     """The versions that the rows were made with, in words."""
     names = {f"torch {row['torch']}, gymnasium {row['gymnasium']}" for row in rows}
@@ -436,13 +482,18 @@ def between(text: str, mark: str, contents: str) -> str:
     return f"{before}{start}\n{contents}\n{end}{after}"
 
 
-def documents(tasks: dict[str, Task], rows: list[Row]) -> dict[Path, str]:
+def documents(suite: Suite, rows: list[Row]) -> dict[Path, str]:
     """The documents that show results, as the rows have them."""
+    tasks = suite.tasks
     everything = [row for task in tasks.values() for row in current(rows, task)]
     said = f"Versions: {versions(everything)}.\n"
     results, readme = ROOT / "docs/results.md", ROOT / "README.md"
     return {
-        results: between(results.read_text(), "learning", table(tasks.values(), rows) + "\n" + said),
+        results: between(
+            between(results.read_text(), "learning", table(tasks.values(), rows) + "\n" + said),
+            "ablation",
+            ablation_table(suite, rows),
+        ),
         readme: between(readme.read_text(), "learning", short_table(tasks.values(), rows)),
     }
 
@@ -463,11 +514,11 @@ def short_table(tasks: Iterable[Task], rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_documents(tasks: dict[str, Task], rows: list[Row]) -> None:
+def write_documents(suite: Suite, rows: list[Row]) -> None:
     """Write the tables into the documents, and draw the pictures."""
-    for path, text in documents(tasks, rows).items():
+    for path, text in documents(suite, rows).items():
         path.write_text(text)
-    for family, own in families(tasks.values()):
+    for family, own in families(suite.tasks.values()):
         draw(own, RESULTS / f"learning_{family.lower().replace(' ', '_')}.png")
 
 
@@ -479,10 +530,12 @@ def keep_policies(tasks: dict[str, Task], rows: list[Row], root: Path) -> None:
 
 
 def main() -> None:
-    tasks, quick = load_tasks()
+    suite = load_suite()
+    tasks, quick = suite.tasks, suite.quick
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=sorted(tasks), metavar="TASK", help=", ".join(tasks))
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(quick)}: some minutes")
+    parser.add_argument("--ablation", action="store_true", help="the changes to mujoco.yaml, five seeds each")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 1 to 10, of Pong 1 to 3")
     parser.add_argument("--tables", action="store_true", help="train nothing, write the documents from the rows")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
@@ -491,13 +544,15 @@ def main() -> None:
     if any(not 1 <= seed <= 100 for seed in options.seeds or []):
         parser.error("--seeds are 1 to 100: 101 and up are those by which hyperparameters are chosen")
     chosen = [tasks[name] for name in options.tasks or (quick if options.quick else tasks)]
+    if options.ablation:
+        chosen = [*suite.ablated, *(task for changed in suite.changes.values() for task in changed)]
     jobs = [(task, seed) for task in chosen for seed in options.seeds or range(1, task.seeds + 1)]
     jobs = [] if options.tables else jobs
     failures = run_all(jobs, options.root, options.jobs)
     rows = read_rows(ROWS)
-    write_documents(tasks, rows)
+    write_documents(suite, rows)
     keep_policies(tasks, rows, options.root)
-    print(table(chosen, rows))
+    print(ablation_table(suite, rows) if options.ablation else table(chosen, rows))
     if failures:
         sys.exit("\n".join(failures))
 

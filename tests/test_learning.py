@@ -11,7 +11,8 @@ from benchmarks import learning
 from benchmarks.learning import Task
 
 SEEDS = (1, 2, 3)
-TASKS, QUICK = learning.load_tasks()
+SUITE = learning.load_suite()
+TASKS, QUICK = SUITE.tasks, SUITE.quick
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_the_probability_of_improvement_counts_pairs():
 
 
 def test_documents_show_what_the_rows_say():
-    for path, text in learning.documents(TASKS, learning.read_rows(learning.ROWS)).items():
+    for path, text in learning.documents(SUITE, learning.read_rows(learning.ROWS)).items():
         assert path.read_text() == text, (
             f"{path.name} is older than learning.csv: python benchmarks/learning.py --tables"
         )
