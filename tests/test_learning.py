@@ -5,10 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from torch.testing import assert_close
 
 from benchmarks import learning
 from benchmarks.learning import Task
+from benchmarks.variants import without_bootstrap
+from ppo_lightning import PPO, gae
+from ppo_lightning.cli import main
 
 SEEDS = (1, 2, 3)
 SUITE = learning.load_suite()
@@ -102,6 +107,38 @@ def test_every_task_has_a_config_and_a_source(name):
     task = TASKS[name]
     assert yaml.safe_load(task.path.read_text())["model"]["env"]
     assert (task.published is None) == (task.source == "")
+
+
+@pytest.mark.parametrize("change", SUITE.changes)
+def test_fit_takes_every_change_of_the_ablation(change, root, capsys):
+    task = SUITE.changes[change][0]
+    words = [word for name, value in task.all_flags.items() for word in (f"--{name}", learning.flag(value))]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(task.path), *words, "--print_config"])
+    assert ended.value.code == 0
+    changed = yaml.safe_load(capsys.readouterr().out)
+    for name, value in task.flags.items():
+        found = changed
+        for key in name.split("."):
+            found = found[key]
+        assert found == value or value.items() <= found.items() or found["class_path"] == value["class_path"]
+
+
+def test_the_change_of_time_limits_is_that_alone(fit):
+    estimates = []
+    for estimator in (without_bootstrap, gae):
+        torch.manual_seed(0)
+        model = PPO(
+            "Pendulum-v1", env_kwargs={"max_episode_steps": 7}, num_envs=2, num_steps=20, advantage_estimator=estimator
+        )
+        model.seed = 1
+        rollout = model.collect()
+        estimates.append(rollout["advantage"].clone())
+    ended = rollout["truncated"]
+    difference = model.gamma * rollout["next_state_value"]
+    assert_close(estimates[0][ended], (estimates[1] - difference)[ended])
+    after = torch.cat([ended[1:], torch.zeros(1, 2, dtype=torch.bool)])  # the step before an end
+    assert_close(estimates[0][after], (estimates[1] - 0.99 * 0.95 * difference.roll(-1, 0))[after])
 
 
 # --- statistics --------------------------------------------------------------------------------------------------------
