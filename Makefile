@@ -48,10 +48,10 @@ benchmark: $(VENV)/.installed-test     ## speed beside seven other libraries, ea
 
 learning: export OMP_NUM_THREADS = 1
 learning: $(VENV)/.installed-test      ## returns of every task over ten seeds, beside published ones: a day on two cores, resumable
-	$(BIN)/python benchmarks/learning.py $(ARGS)
+	$(BIN)/python -m benchmarks.learning $(ARGS)
 
 learning-quick: $(VENV)/.installed-test ## the same of three tasks: under ten minutes
-	$(BIN)/python benchmarks/learning.py --quick $(ARGS)
+	$(BIN)/python -m benchmarks.learning --quick $(ARGS)
 
 clean:
 	rm -rf $(VENV) lightning_logs

@@ -1,7 +1,7 @@
 """Returns over seeds, beside the best published ones.
 
-    python benchmarks/learning.py                                       # every task of learning.yaml, seeds 1 to 10
-    python benchmarks/learning.py --tasks half_cheetah hopper --seeds 1 2 3 --jobs 2
+    python -m benchmarks.learning                                       # every task of learning.yaml, seeds 1 to 10
+    python -m benchmarks.learning --tasks half_cheetah hopper --seeds 1 2 3 --jobs 2
 
 Each run is ``python -m ppo_lightning fit`` on a config, in a process and a folder of its own, then 100 deterministic episodes.
 A run is a row of results/learning.csv, and its training curve one of learning_curves.csv. Runs that have a row by the same
@@ -374,7 +374,7 @@ def ablation_table(suite: Suite, rows: list[Row]) -> str:
     ]
     base = [returns(task, rows) for task in suite.ablated]
     if not all(base):
-        return ""
+        return "No runs of it are recorded yet.\n"
     lines.append("| none: mujoco.yaml | " + " | ".join(number(statistics.fmean(one)) for one in base) + " | |")
     for change, tasks in suite.changes.items():
         changed = [returns(task, rows) for task in tasks]
@@ -435,7 +435,7 @@ def draw(tasks: Sequence[Task], path: Path) -> bool:
         axis.tick_params(labelsize=7)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k")
     figure.supxlabel("environment steps", fontsize=9)
-    figure.supylabel("mean return of the last 100 training episodes", fontsize=9)
+    figure.supylabel("mean training return", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

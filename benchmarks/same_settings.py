@@ -1,6 +1,6 @@
 """Stable-Baselines3 on the settings of one of our configs, beside our own runs of it in results/learning.csv.
 
-    python benchmarks/same_settings.py --task mujoco_half_cheetah --seeds 1 2 3 4 5
+    python -m benchmarks.same_settings --task mujoco_half_cheetah --seeds 1 2 3 4 5
 
 What both have in common is taken from the config; Stable-Baselines3's VecNormalize stands for normalize_observation and
 normalize_reward. A run is a row of results/same_settings.csv. The table in docs/results.md is written from the rows.
@@ -9,16 +9,13 @@ normalize_reward. A run is a row of results/same_settings.csv. The table in docs
 import argparse
 import importlib.metadata
 import statistics
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import learning
 from benchmarks.learning import RESULTS, Row, Task
 

@@ -167,7 +167,7 @@ def test_the_probability_of_improvement_counts_pairs():
 def test_documents_show_what_the_rows_say():
     for path, text in learning.documents(SUITE, learning.read_rows(learning.ROWS)).items():
         assert path.read_text() == text, (
-            f"{path.name} is older than learning.csv: python benchmarks/learning.py --tables"
+            f"{path.name} is older than learning.csv: python -m benchmarks.learning --tables"
         )
 
 
@@ -175,6 +175,31 @@ def test_every_row_is_of_one_run_and_of_a_seed_that_no_search_has_seen():
     rows = learning.read_rows(learning.ROWS)
     assert len({(row["task"], row["seed"], row["settings"]) for row in rows}) == len(rows)
     assert all(row["seed"] <= 100 for row in rows)
+
+
+# --- policies ----------------------------------------------------------------------------------------------------------
+
+POLICIES = sorted(learning.POLICIES.glob("*.ckpt"))
+LONG = {"bipedal_walker", "lunar_lander", "lunar_lander_continuous", "pong"} | {
+    name for name, task in TASKS.items() if task.family.startswith("MuJoCo") and name not in ("reacher",)
+}
+
+
+def test_policies_are_small():
+    assert sum(path.stat().st_size for path in POLICIES) <= 2_000_000
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.long] * (path.stem in LONG), id=path.stem) for path in POLICIES]
+)
+def test_a_policy_evaluates_to_its_figure(path):
+    """Within three standard errors of the difference of two means of 100 episodes; the episodes are others."""
+    model, seed = PPO.load_from_checkpoint(path), torch.load(path, weights_only=True)["ppo_lightning"]["seed"]
+    rows = learning.current(learning.read_rows(learning.ROWS), TASKS[path.stem])
+    (row,) = [row for row in rows if row["seed"] == seed]
+    found = model.evaluate(num_episodes=100, deterministic=True)
+    error = found["eval/std_reward"] / 10
+    assert abs(found["eval/mean_reward"] - row["eval"]) <= 3 * 2**0.5 * error + 1e-3
 
 
 # --- learning curves ---------------------------------------------------------------------------------------------------
