@@ -2,7 +2,7 @@
 
     python benchmarks/ddp.py [--iterations 20] [--rounds 3] [--collectives]
 
-Environment steps per second with training (configs/half_cheetah.yaml, one thread, no evaluations), after five iterations
+Environment steps per second with training (w4.yaml with normalisation, one thread, no evaluations), after five iterations
 of warm-up; one and two processes take turns. --collectives counts, instead, what one iteration sends.
 """
 
@@ -29,7 +29,7 @@ from torch.profiler import profile  # noqa: E402
 
 from ppo_lightning import PPO  # noqa: E402
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs/half_cheetah.yaml"
+CONFIG = Path(__file__).resolve().parent / "w4.yaml"
 WARM_UP = 5
 
 
@@ -67,8 +67,9 @@ def train(rank: int, world_size: int, port: int, compile: bool, options: argpars
     logging.getLogger("lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     lightning.seed_everything(0, verbose=False)
-    given = {**yaml.safe_load(CONFIG.read_text())["model"], "env": "HalfCheetah-v4", "total_steps": 10**9}
-    model, meter = PPO(**given, compile=compile), Meter(options.iterations, options.collectives)
+    given = {**yaml.safe_load(CONFIG.read_text())["model"], "total_steps": 10**9, "compile": compile}
+    model = PPO(**given, normalize_observation=True, normalize_reward=True)
+    meter = Meter(options.iterations, options.collectives)
     lightning.Trainer(
         accelerator="cpu",
         strategy="ddp" if world_size > 1 else "auto",

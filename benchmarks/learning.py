@@ -529,8 +529,8 @@ def keep_policies(tasks: dict[str, Task], rows: list[Row], root: Path) -> None:
             write_policy(task, rows, root)
 
 
-def main() -> None:
-    suite = load_suite()
+def parse(words: list[str], suite: Suite) -> argparse.Namespace:
+    """The options of the command line."""
     tasks, quick = suite.tasks, suite.quick
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=sorted(tasks), metavar="TASK", help=", ".join(tasks))
@@ -540,10 +540,16 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="train nothing, write the documents from the rows")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--root", type=Path, default=ROOT / "lightning_logs/learning", help="folder of the runs")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if any(not 1 <= seed <= 100 for seed in options.seeds or []):
         parser.error("--seeds are 1 to 100: 101 and up are those by which hyperparameters are chosen")
-    chosen = [tasks[name] for name in options.tasks or (quick if options.quick else tasks)]
+    return options
+
+
+def main() -> None:
+    suite = load_suite()
+    options, tasks = parse(sys.argv[1:], suite), suite.tasks
+    chosen = [tasks[name] for name in options.tasks or (suite.quick if options.quick else tasks)]
     if options.ablation:
         chosen = [*suite.ablated, *(task for changed in suite.changes.values() for task in changed)]
     jobs = [(task, seed) for task in chosen for seed in options.seeds or range(1, task.seeds + 1)]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import learning
 from ppo_lightning import PPO
 from ppo_lightning.__main__ import main as console_script
 from ppo_lightning.cli import main
@@ -31,7 +32,7 @@ METRICS = (ROOT / "docs/metrics.md").read_text()
 DOCUMENTS = {path.stem: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 FEW = shlex.split(
     "--trainer.max_epochs 1 --trainer.accelerator cpu --model.num_eval_episodes 1 "
-    "--model.num_steps 64 --model.num_minibatches 2 --model.num_envs 2"
+    "--model.num_steps 64 --model.num_minibatches 2 --model.num_envs 2 --model.compile false"
 )
 """Options that make a command of the documents short; the last value of an option wins."""
 FEW_TRIALS = shlex.split("--trials 1 --seeds 1 --workers 1 --model.total_steps 1024 --model.num_eval_episodes 1")
@@ -134,6 +135,8 @@ def test_each_block_of_commands_runs_by_itself(page, block, monkeypatch, capsys,
         elif words[:2] == ["pip", "install"]:
             (extra,) = re.findall(r"\[(\w+)\]", words[2])
             assert extra in EXTRAS
+        elif "benchmarks.learning" in words:
+            learning.parse(words[words.index("benchmarks.learning") + 1 :], learning.load_suite())
         elif words[0] == "tensorboard":
             assert find_spec("tensorboard")
         else:
