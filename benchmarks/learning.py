@@ -453,7 +453,7 @@ def families(tasks: Iterable[Task]) -> Iterator[tuple[str, list[Task]]]:
 def write_policy(task: Task, rows: list[Row], root: Path) -> None:
     """Keep the weights of a task's best run among seeds 1 to 10, where this machine has trained it, to act by."""
     own = [row for row in current(rows, task) if row["seed"] <= 10]
-    if not own:
+    if len(own) < task.seeds:
         return
     best = max(own, key=lambda row: row[task.counts])
     found = sorted(run_folder(task, best["seed"], root).glob("lightning_logs/version_*/checkpoints/last.ckpt"))
@@ -499,11 +499,11 @@ def documents(suite: Suite, rows: list[Row]) -> dict[Path, str]:
 
 
 def short_table(tasks: Iterable[Task], rows: list[Row]) -> str:
-    """Markdown for the README: mean and interval beside the published figure."""
+    """Markdown for the README: mean and interval beside the published figure, of tasks that have all their runs."""
     lines = ["| task | steps | mean over seeds (95 % interval) | published |", "|---|---|---|---|"]
     for task in tasks:
         own = current(rows, task)
-        if own and task.published is not None:
+        if len(own) >= task.seeds and task.published is not None:
             found = summarize([row[task.counts] for row in own])
             mean = (
                 f"{number(found.mean)} ({number(found.low)} – {number(found.high)}; {found.count} seeds, {task.counts})"
