@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -244,28 +243,29 @@ def run_all(jobs: list[tuple[Task, int]], root: Path, workers: int) -> list[str]
     jobs = [(task, seed) for task, seed in jobs if (task.name, seed, task.settings) not in done]
     expected = {task.name: expected_seconds(task, rows) for task, _ in jobs}
     failures: list[str] = []
-    lock = Lock()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
     with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(workers) as pool:
         bar = progress.add_task("training", total=len(jobs), left=time_left(jobs, expected, workers))
         futures: dict[Future[tuple[Row, Row]], tuple[Task, int]] = {
             pool.submit(train, task, seed, root): (task, seed) for task, seed in jobs
         }
-        for future in as_completed(futures):
-            task, seed = futures.pop(future)
-            try:
-                row, curve = future.result()
-            except RunError as error:
-                failures.append(str(error))
-                progress.console.print(f"failed: {error}")
-            else:
-                with lock:
+        try:
+            for future in as_completed(futures):
+                task, seed = futures.pop(future)
+                try:
+                    row, curve = future.result()
+                except RunError as error:
+                    failures.append(str(error))
+                    progress.console.print(f"failed: {error}")
+                else:
                     append(ROWS, COLUMNS, row)
                     append(CURVES, list(curve), curve)
-                said = f"{task.name}, seed {seed}: train {row['train']}, eval {row['eval']}, {row['seconds']} s"
-                progress.console.print(said)
-            left = time_left(list(futures.values()), expected, workers)
-            progress.update(bar, advance=1, left=left)
+                    said = f"{task.name}, seed {seed}: train {row['train']}, eval {row['eval']}, {row['seconds']} s"
+                    progress.console.print(said)
+                left = time_left(list(futures.values()), expected, workers)
+                progress.update(bar, advance=1, left=left)
+        finally:  # an interrupt would wait for all runs that have not begun
+            pool.shutdown(wait=False, cancel_futures=True)
     return failures
 
 

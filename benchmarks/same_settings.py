@@ -3,7 +3,7 @@
     python -m benchmarks.same_settings --task mujoco_half_cheetah --seeds 1 2 3 4 5
 
 What both have in common is taken from the config; Stable-Baselines3's VecNormalize stands for normalize_observation and
-normalize_reward. A run is a row of results/same_settings.csv. The table in docs/results.md is written from the rows.
+normalize_reward. A run is a row of results/same_settings.csv, from which the table is printed.
 """
 
 import argparse

@@ -64,6 +64,20 @@ def test_a_run_that_fails_is_named_with_its_log_and_the_others_run(results, monk
     assert not (results / "rows.csv").exists()
 
 
+def test_an_interrupt_starts_no_further_run(results, monkeypatch):
+    begun = []
+
+    def train(task, seed, root):
+        begun.append(seed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning, "train", train)
+    task = Task("small", "", 640, "train", config="cartpole")
+    with pytest.raises(KeyboardInterrupt):
+        learning.run_all([(task, seed) for seed in range(1, 500)], results, 1)
+    assert len(begun) < 499
+
+
 def test_an_interrupted_run_resumes(results, monkeypatch):
     """Its command is given the last checkpoint, and its curve has the points of both parts."""
     task = Task("small", "", 640, "train", config="cartpole", flags=SMALL)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from processes import fit as fit_in_process
+from processes import forked
 from stable_baselines3 import PPO as StableBaselines3PPO  # noqa: N811
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -531,6 +533,38 @@ def test_each_epoch_has_the_advantages_of_the_critic_as_it_then_is(fit, kind):
         delta = reward[:-1] + model.gamma * epoch["state_value"][1:] - epoch["state_value"][:-1]
         sums = delta + model.gamma * model.gae_lambda * epoch["advantage"][1:]
         assert_close(epoch["advantage"][:-1][goes], sums[goes], atol=1e-4, rtol=1e-4)
+
+
+class Seen(PPOLoss):
+    """Keeps the advantages of each minibatch."""
+
+    def __init__(self):
+        super().__init__()
+        self.advantages = []
+
+    def forward(self, batch, evaluate, coefficients):
+        self.advantages.append(batch["advantage"].clone())
+        return super().forward(batch, evaluate, coefficients)
+
+
+def test_recomputed_advantages_are_normalised_over_all_ranks():
+    """In each epoch by the moments of what both ranks have computed for it."""
+
+    def run(rank):
+        torch.manual_seed(0)
+        model = PPO(
+            "Pendulum-v1", loss=Seen(), optimizer=partial(torch.optim.SGD, lr=0.1), recompute_advantages=True,
+            normalize_advantage="all_ranks", num_envs=2, num_steps=16, num_minibatches=1, update_epochs=4, total_steps=64,
+        )  # fmt: skip
+        fit_in_process(model, strategy="ddp", devices=2)
+        return model.loss.advantages
+
+    epochs = [torch.cat(both) for both in zip(*forked(run), strict=True)]
+    assert len(epochs) == 4
+    for epoch in epochs:
+        assert epoch.mean().abs() < 1e-5
+        assert epoch.std() == pytest.approx(1.0, abs=1e-4)
+    assert not torch.allclose(epochs[0], epochs[1], atol=1e-3)
 
 
 def test_a_rollout_keeps_the_values_that_it_was_collected_with(fit):
