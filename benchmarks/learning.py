@@ -11,136 +11,39 @@ and the pictures there; the best policy of each task is kept in policies/. Two r
 
 import argparse
 import csv
-import hashlib
 import importlib.metadata
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-RESULTS = HERE / "results"
+from benchmarks.learning_report import ablation_table, table, write_documents
+from benchmarks.learning_tasks import (
+    COLUMNS,
+    CURVES,
+    HERE,
+    POINTS,
+    ROOT,
+    ROWS,
+    Row,
+    Suite,
+    Task,
+    append,
+    current,
+    load_suite,
+    read_rows,
+)
+
 POLICIES = HERE / "policies"
-ROWS, CURVES = RESULTS / "learning.csv", RESULTS / "learning_curves.csv"
-COLUMNS = ("task", "seed", "settings", "steps", "train", "eval", "seconds", "commit", "torch", "gymnasium", "simulator")
-POINTS = 40
-"""Points of a stored training curve, at equal distances in environment steps."""
-SIMULATORS = {"MuJoCo": "mujoco", "Box2D": "box2d", "MiniGrid": "minigrid", "Atari": "ale-py"}
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A config, what differs from it, and what it is compared with; fields as in learning.yaml."""
-
-    name: str
-    family: str
-    steps: int
-    counts: Literal["train", "eval"]
-    config: str = ""
-    env: str | None = None
-    at_least: float | None = None
-    published: float | None = None
-    source: str = ""
-    seeds: int = 10
-    flags: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        """Of the config."""
-        return ROOT / "configs" / f"{self.config or self.name}.yaml"
-
-    @property
-    def all_flags(self) -> dict[str, Any]:
-        """That differ from the config."""
-        env = {} if self.env is None else {"model.env": self.env}
-        return {"model.total_steps": self.steps, **env, **self.flags}
-
-    @property
-    def settings(self) -> str:
-        """Digest of all that a run depends on beside seed and versions; comments in the config do not count."""
-        contents = [yaml.safe_load(self.path.read_text()), self.all_flags]
-        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:8]
-
-    @property
-    def simulator(self) -> str:
-        """The library that simulates the environment, with its version."""
-        name = next((name for family, name in SIMULATORS.items() if self.family.startswith(family)), "gymnasium")
-        return f"{name} {importlib.metadata.version(name)}"
-
-
-@dataclass(frozen=True)
-class Suite:
-    """What learning.yaml holds."""
-
-    tasks: dict[str, Task]
-    quick: list[str]
-    """Names of tasks that take seconds."""
-    ablated: list[Task]
-    """Tasks whose settings are changed one at a time."""
-    changes: dict[str, list[Task]]
-    """By the change, each of these with it."""
-
-
-def load_suite() -> Suite:
-    """The tasks of learning.yaml."""
-    contents = yaml.safe_load((HERE / "learning.yaml").read_text())
-    tasks = {name: Task(name, **entry) for name, entry in contents["tasks"].items()}
-    ablation = contents["ablation"]
-    ablated = [replace(tasks[name], seeds=ablation["seeds"]) for name in ablation["of"]]
-    changes = {
-        change: [replace(task, name=f"{task.name}: {change}", config=task.path.stem, flags=flags) for task in ablated]
-        for change, flags in ablation["changes"].items()
-    }
-    return Suite(tasks, contents["quick"], ablated, changes)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file, numbers as numbers."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as lines:
-        rows: list[Row] = list(csv.DictReader(lines))
-    for row in rows:
-        row["seed"] = int(row["seed"])
-        for name in row.keys() & {"train", "eval", "seconds"}:
-            row[name] = float(row[name])
-    return rows
-
-
-def append(path: Path, columns: Sequence[str], row: Row) -> None:
-    """Add a row to a CSV file, with a header where it is new."""
-    is_new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def current(rows: Iterable[Row], task: Task) -> list[Row]:
-    """The rows of a task by its present settings, in the order of their seeds."""
-    return sorted(
-        (row for row in rows if (row["task"], row["settings"]) == (task.name, task.settings)),
-        key=lambda row: row["seed"],
-    )
-
-
-# --- runs --------------------------------------------------------------------------------------------------------------
 
 
 class RunError(Exception):
@@ -281,175 +184,6 @@ def time_left(jobs: Iterable[tuple[Task, int]], expected: dict[str, float], work
     return f"about {minutes:.0f} min left" if minutes < 90 else f"about {minutes / 60:.1f} h left"
 
 
-# --- what the rows say -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Returns over seeds."""
-
-    mean: float
-    iqm: float
-    """Mean of the middle half."""
-    low: float
-    high: float
-    """95 % interval of the mean, by 10,000 bootstrap samples of the seeds; the percentiles of the means."""
-    lowest: float
-    highest: float
-    count: int
-
-
-def summarize(values: Sequence[float]) -> Summary:
-    """Statistics of the returns of several seeds, as Agarwal et al. 2021 propose them."""
-    from scipy.stats import bootstrap, trim_mean
-
-    low = high = values[0]
-    if len(set(values)) > 1:
-        low, high = bootstrap(
-            (values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0)
-        ).confidence_interval
-    iqm = float(trim_mean(values, 0.25))
-    return Summary(statistics.fmean(values), iqm, float(low), float(high), min(values), max(values), len(values))
-
-
-def probability_of_improvement(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """That a run of ``one`` has a higher return than one of ``other``, ties count half, with its 95 % interval."""
-    from scipy.stats import bootstrap
-
-    def share(one: Any, other: Any) -> float:
-        difference = np.subtract.outer(np.asarray(one), np.asarray(other))
-        return float((difference > 0).mean() + (difference == 0).mean() / 2)
-
-    estimate = share(one, other)
-    if estimate in (0.0, 1.0):
-        return estimate, estimate, estimate
-    low, high = bootstrap(
-        (one, other), share, n_resamples=2000, method="percentile", vectorized=False, rng=np.random.default_rng(0)
-    ).confidence_interval
-    return estimate, float(low), float(high)
-
-
-def number(value: float | None) -> str:
-    """With the digits that matter."""
-    if value is None:
-        return ""
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-    return text.replace("-", "−")
-
-
-def table(tasks: Iterable[Task], rows: list[Row]) -> str:
-    """Markdown: a line per task that has runs."""
-    lines = [
-        "| task | steps | counts | mean | 95 % interval | IQM | lowest – highest | seeds | eval | minutes | published |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for task in tasks:
-        own = current(rows, task)
-        if not own:
-            continue
-        found, evaluated = (summarize([row[key] for row in own]) for key in (task.counts, "eval"))
-        cells = [
-            f"{task.name} ({task.env})" if task.env else task.name,
-            f"{task.steps:,}",
-            task.counts,
-            f"**{number(found.mean)}**",
-            f"{number(found.low)} – {number(found.high)}",
-            number(found.iqm),
-            f"{number(found.lowest)} – {number(found.highest)}",
-            f"{found.count}",
-            number(evaluated.mean),
-            f"{statistics.fmean(row['seconds'] for row in own) / 60:.1f}",
-            f"{number(task.published)} ({task.source})" if task.published is not None else "",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def ablation_table(suite: Suite, rows: list[Row]) -> str:
-    """Markdown: a line per change, with the mean return of each task and the probability that it improves."""
-    names = [task.env or task.name for task in suite.ablated]
-    lines = [
-        "| change | " + " | ".join(names) + " | improves (95 % interval) |",
-        "|---|" + "---|" * (len(names) + 1),
-    ]
-    base = [returns(task, rows) for task in suite.ablated]
-    if not all(base):
-        return "No runs of it are recorded yet.\n"
-    lines.append("| none: mujoco.yaml | " + " | ".join(number(statistics.fmean(one)) for one in base) + " | |")
-    for change, tasks in suite.changes.items():
-        changed = [returns(task, rows) for task in tasks]
-        if all(changed):
-            better = [probability_of_improvement(*both) for both in zip(changed, base, strict=True)]
-            mean, low, high = (statistics.fmean(part) for part in zip(*better, strict=True))
-            cells = [number(statistics.fmean(one)) for one in changed]
-            lines.append(f"| {change} | " + " | ".join(cells) + f" | {mean:.2f} ({low:.2f} – {high:.2f}) |")
-    return "\n".join(lines) + "\n"
-
-
-def returns(task: Task, rows: list[Row]) -> list[float]:
-    """Of the task's own seeds, what counts."""
-    return [row[task.counts] for row in current(rows, task) if row["seed"] <= task.seeds]
-
-
-def versions(rows: list[Row]) -> str:
-    """The versions that the rows were made with, in words."""
-    names = {f"torch {row['torch']}, gymnasium {row['gymnasium']}" for row in rows}
-    return "; ".join(sorted(names | {row["simulator"] for row in rows if not row["simulator"].startswith("gymnasium")}))
-
-
-def draw(tasks: Sequence[Task], path: Path) -> bool:
-    """One picture of a family: training curves, their mean and its 95 % interval over seeds, and the published figure.
-
-    Returns:
-        Whether there was anything to draw.
-    """
-    import matplotlib.pyplot as plt
-    from scipy.stats import bootstrap
-
-    curves = {task.name: current(read_rows(CURVES), task) for task in tasks}
-    tasks = [task for task in tasks if curves[task.name]]
-    if not tasks:
-        return False
-    columns = min(4, len(tasks))
-    figure, axes = plt.subplots(
-        -(-len(tasks) // columns), columns, figsize=(3.2 * columns, 2.6 * -(-len(tasks) // columns)), squeeze=False
-    )
-    for axis in axes.flat[len(tasks) :]:
-        axis.remove()
-    for task, axis in zip(tasks, axes.flat, strict=False):
-        rows = [[float(row[f"p{i}"] or "nan") for i in range(1, POINTS + 1)] for row in curves[task.name]]
-        values = np.array(rows)
-        steps = np.linspace(task.steps / POINTS, task.steps, POINTS)
-        known = ~np.isnan(values).any(0)
-        steps, values = steps[known], values[:, known]
-        axis.plot(steps, values.T, color="tab:blue", alpha=0.2, linewidth=0.7)
-        axis.plot(steps, values.mean(0), color="tab:blue")
-        if len(values) > 1:
-            interval = bootstrap(
-                (values,), np.mean, axis=0, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
-            ).confidence_interval
-            axis.fill_between(steps, interval.low, interval.high, color="tab:blue", alpha=0.3, linewidth=0)
-        if task.published is not None:
-            axis.axhline(task.published, color="black", linestyle="--", linewidth=0.8)
-        axis.set_title(f"{task.env or task.name} ({len(values)} seeds)", fontsize=9)
-        axis.tick_params(labelsize=7)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k")
-    figure.supxlabel("environment steps", fontsize=9)
-    figure.supylabel("mean training return", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return True
-
-
-def families(tasks: Iterable[Task]) -> Iterator[tuple[str, list[Task]]]:
-    """The tasks by their family."""
-    grouped: dict[str, list[Task]] = {}
-    for task in tasks:
-        grouped.setdefault(task.family, []).append(task)
-    yield from grouped.items()
-
-
 def write_policy(task: Task, rows: list[Row], root: Path) -> None:
     """Keep the weights of a task's best run among seeds 1 to 10, where this machine has trained it, to act by."""
     own = [row for row in current(rows, task) if row["seed"] <= 10]
@@ -468,58 +202,6 @@ def write_policy(task: Task, rows: list[Row], root: Path) -> None:
     kept["ppo_lightning"] = {**contents["ppo_lightning"], "processes": [], "episodes": []}
     POLICIES.mkdir(exist_ok=True)
     torch.save(kept, POLICIES / f"{task.name}.ckpt")
-
-
-# --- documents ---------------------------------------------------------------------------------------------------------
-
-
-def between(text: str, mark: str, contents: str) -> str:
-    """The text with other contents between ``<!-- mark -->`` and ``<!-- end of mark -->``."""
-    before, start, rest = text.partition(f"<!-- {mark} -->\n")
-    _, end, after = rest.partition(f"<!-- end of {mark} -->")
-    if not start or not end:
-        raise ValueError(f"the document has no marks for {mark}")
-    return f"{before}{start}\n{contents}\n{end}{after}"
-
-
-def documents(suite: Suite, rows: list[Row]) -> dict[Path, str]:
-    """The documents that show results, as the rows have them."""
-    tasks = suite.tasks
-    everything = [row for task in tasks.values() for row in current(rows, task)]
-    said = f"Versions: {versions(everything)}.\n"
-    results, readme = ROOT / "docs/results.md", ROOT / "README.md"
-    return {
-        results: between(
-            between(results.read_text(), "learning", table(tasks.values(), rows) + "\n" + said),
-            "ablation",
-            ablation_table(suite, rows),
-        ),
-        readme: between(readme.read_text(), "learning", short_table(tasks.values(), rows)),
-    }
-
-
-def short_table(tasks: Iterable[Task], rows: list[Row]) -> str:
-    """Markdown for the README: mean and interval beside the published figure, of tasks that have all their runs."""
-    lines = ["| task | steps | mean over seeds (95 % interval) | published |", "|---|---|---|---|"]
-    for task in tasks:
-        own = current(rows, task)
-        if len(own) >= task.seeds and task.published is not None:
-            found = summarize([row[task.counts] for row in own])
-            mean = (
-                f"{number(found.mean)} ({number(found.low)} – {number(found.high)}; {found.count} seeds, {task.counts})"
-            )
-            lines.append(
-                f"| {task.env or task.name} | {task.steps:,} | {mean} | {number(task.published)} ({task.source}) |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def write_documents(suite: Suite, rows: list[Row]) -> None:
-    """Write the tables into the documents, and draw the pictures."""
-    for path, text in documents(suite, rows).items():
-        path.write_text(text)
-    for family, own in families(suite.tasks.values()):
-        draw(own, RESULTS / f"learning_{family.lower().replace(' ', '_')}.png")
 
 
 def keep_policies(tasks: dict[str, Task], rows: list[Row], root: Path) -> None:

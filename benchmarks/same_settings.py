@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks import learning
-from benchmarks.learning import RESULTS, Row, Task
+from benchmarks import learning_report as report
+from benchmarks.learning_tasks import RESULTS, Row, Task, append, current, load_suite, read_rows
+from benchmarks.learning_tasks import ROWS as LEARNING_ROWS
 
 ROWS = RESULTS / "same_settings.csv"
 COLUMNS = ("task", "seed", "settings", "library", "train", "seconds")
@@ -84,23 +85,23 @@ def train(task: Task, seed: int) -> Row:
 
 def table(tasks: list[Task]) -> str:
     """Markdown: both libraries on each task that has rows of both."""
-    ours, theirs = learning.read_rows(learning.ROWS), learning.read_rows(ROWS)
+    ours, theirs = read_rows(LEARNING_ROWS), read_rows(ROWS)
     lines = ["| task | ppo_lightning | Stable-Baselines3 | ours is higher |", "|---|---|---|---|"]
     for task in tasks:
-        both = [[row["train"] for row in learning.current(rows, task)] for rows in (ours, theirs)]
+        both = [[row["train"] for row in current(rows, task)] for rows in (ours, theirs)]
         if all(both):
             cells = []
-            for found in map(learning.summarize, both):
-                interval = f"{learning.number(found.low)} – {learning.number(found.high)}; {found.count} seeds"
-                cells.append(f"{learning.number(found.mean)} ({interval})")
-            better = learning.probability_of_improvement(*both)
+            for found in map(report.summarize, both):
+                interval = f"{report.number(found.low)} – {report.number(found.high)}; {found.count} seeds"
+                cells.append(f"{report.number(found.mean)} ({interval})")
+            better = report.probability_of_improvement(*both)
             cells.append("{:.2f} ({:.2f} – {:.2f})".format(*better))
             lines.append(f"| {task.env or task.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    tasks = learning.load_suite().tasks
+    tasks = load_suite().tasks
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="mujoco_half_cheetah", choices=sorted(tasks))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
@@ -108,11 +109,11 @@ def main() -> None:
     options = parser.parse_args()
     task = tasks[options.task]
     settings(task)
-    known = {row["seed"] for row in learning.current(learning.read_rows(ROWS), task)}
+    known = {row["seed"] for row in current(read_rows(ROWS), task)}
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         for future in [pool.submit(train, task, seed) for seed in options.seeds if seed not in known]:
             row = future.result()
-            learning.append(ROWS, COLUMNS, row)
+            append(ROWS, COLUMNS, row)
             print(row, flush=True)
     print(table(list(tasks.values())))
 

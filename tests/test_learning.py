@@ -3,14 +3,15 @@
 import subprocess
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 import yaml
 from torch.testing import assert_close
 
-from benchmarks import learning
-from benchmarks.learning import Task
+from benchmarks import learning, learning_report, learning_tasks
+from benchmarks.learning_tasks import Task
 from benchmarks.variants import without_bootstrap
 from ppo_lightning import PPO, gae
 from ppo_lightning.cli import main
@@ -106,7 +107,7 @@ def test_an_interrupted_run_resumes(results, monkeypatch):
 def test_settings_are_those_of_config_and_flags_alone(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     config = tmp_path / "configs/one.yaml"
-    monkeypatch.setattr(learning, "ROOT", tmp_path)
+    monkeypatch.setattr(learning_tasks, "ROOT", tmp_path)
     config.write_text("# good\nmodel: {env: CartPole-v1}\n")
     before = Task("one", "", 10, "train").settings
     config.write_text("# better\nmodel:\n  env: CartPole-v1\n")
@@ -160,7 +161,7 @@ def test_the_change_of_time_limits_is_that_alone(fit):
 
 def test_summaries_are_those_of_their_definitions():
     values = [3.0, 1.0, 2.0, 100.0, 4.0, 5.0, 6.0, -50.0]
-    found = learning.summarize(values)
+    found = learning_report.summarize(values)
     assert found.mean == pytest.approx(np.mean(values))
     assert found.iqm == pytest.approx(np.mean([2.0, 3.0, 4.0, 5.0]))
     assert (found.lowest, found.highest, found.count) == (-50.0, 100.0, 8)
@@ -168,18 +169,66 @@ def test_summaries_are_those_of_their_definitions():
     means = np.array(values)[rng.integers(8, size=(100_000, 8))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     assert (found.low, found.high) == (pytest.approx(low, abs=1.0), pytest.approx(high, abs=1.0))
-    assert learning.summarize([2.0]) == learning.Summary(2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1)
+    assert learning_report.summarize([2.0]) == learning_report.Summary(2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1)
 
 
 def test_the_probability_of_improvement_counts_pairs():
-    better, low, high = learning.probability_of_improvement([1.0, 4.0, 3.0], [2.0, 3.0, 0.0])
+    better, low, high = learning_report.probability_of_improvement([1.0, 4.0, 3.0], [2.0, 3.0, 0.0])
     assert better == pytest.approx((1 + 3 + 2.5) / 9)
     assert 0 <= low < better < high <= 1
-    assert learning.probability_of_improvement([2.0, 3.0], [0.0, 1.0]) == (1.0, 1.0, 1.0)
+    assert learning_report.probability_of_improvement([2.0, 3.0], [0.0, 1.0]) == (1.0, 1.0, 1.0)
+
+
+def test_normalised_returns_are_0_at_random_actions_and_1_at_the_published_figure():
+    task = Task("one", "", 10, "train", config="cartpole", random=-100.0, published=100.0, seeds=3)
+    rows = [{"task": "one", "settings": task.settings, "seed": i, "train": 100.0 * i - 100.0} for i in range(3)]
+    unpublished = Task("one", "", 10, "train", config="cartpole", seeds=3)
+    assert learning_report.normalized([task, unpublished], rows) == [[0.0, 0.5, 1.0]]
+    assert learning_report.normalized([task], rows[:2]) == []
+
+
+def test_a_performance_profile_weighs_tasks_alike_and_samples_seeds_within_each():
+    scores = [[1.0, 1.0, 1.0], [0.0, 2.0]]
+    shares, low, high = learning_report.stratified(learning_report.performance_profile([0.5, 1.5]), scores)
+    assert shares.tolist() == [0.75, 0.25]
+    assert (low.tolist(), high.tolist()) == ([0.5, 0.0], [1.0, 0.5])
+    text = learning_report.table_over_tasks(scores)
+    assert "| mean | 1.00 | 0.60 – 1.40 |" in text
+    assert "| interquartile mean | 1.00 | 0.67 – 1.33 |" in text
+    assert "| runs that reach 75 % of the published figure | 75 % | 50 % – 100 % |" in text
+
+
+def test_a_config_says_what_it_reaches_once_all_its_runs_are_there():
+    task = Task("one", "", 5000, "eval", config="cartpole", env="Other-v0", seeds=2)
+    rows = [{"task": "one", "settings": task.settings, "seed": i, "eval": 10.0 * i, "seconds": 150.0} for i in (1, 2)]
+    config = "# A task.\n# Reaches 3.\nmodel:\n  env: One-v0  # here\n"
+    assert learning_report.with_figures(config, [task], rows[:1]) == "# A task.\nmodel:\n  env: One-v0  # here\n"
+    found = learning_report.with_figures(config, [task], rows).splitlines()
+    assert found[0] == "# A task."
+    assert found[1] == "# Reaches 15.0 (evaluation, mean of 2 seeds) in 5,000 steps of Other-v0, 2 min on one core."
+    assert found[2:] == ["model:", "  env: One-v0  # here"]
+
+
+@pytest.mark.parametrize("name", ["cartpole", "acrobot", "mountain_car", "mountain_car_continuous", "pendulum_gsde"])
+def test_random_actions_return_what_the_benchmark_says(name):
+    env = gymnasium.make(yaml.safe_load(TASKS[name].path.read_text())["model"]["env"])
+    env.action_space.seed(1)
+    returns = []
+    for seed in range(50):
+        env.reset(seed=seed)
+        rewards = [0.0]
+        ended = False
+        while not ended:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            rewards.append(float(reward))
+            ended = terminated or truncated
+        returns.append(sum(rewards))
+    assert TASKS[name].random is not None
+    assert abs(np.mean(returns) - TASKS[name].random) <= 4 * np.std(returns) / 50**0.5 + 0.05
 
 
 def test_documents_show_what_the_rows_say():
-    for path, text in learning.documents(SUITE, learning.read_rows(learning.ROWS)).items():
+    for path, text in learning_report.documents(SUITE, learning.read_rows(learning.ROWS)).items():
         assert path.read_text() == text, (
             f"{path.name} is older than learning.csv: python -m benchmarks.learning --tables"
         )
@@ -232,7 +281,9 @@ def train(config, seed, root, steps=None, **flags) -> float:
 @pytest.mark.parametrize("name", QUICK)
 def test_a_run_gives_what_the_table_says(name, root):
     task = TASKS[name]
-    known = learning.summarize([row[task.counts] for row in learning.current(learning.read_rows(learning.ROWS), task)])
+    known = learning_report.summarize(
+        [row[task.counts] for row in learning.current(learning.read_rows(learning.ROWS), task)]
+    )
     row, _ = learning.train(task, 11, root)
     spread = known.highest - known.lowest
     assert known.lowest - spread <= float(row[task.counts]) <= known.highest + spread
