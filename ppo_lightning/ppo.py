@@ -18,7 +18,6 @@ import torch
 from gymnasium.vector import VectorEnv
 from lightning import Callback
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from tensordict import TensorDict
 from torch import Tensor, nn
 from typing_extensions import override
@@ -50,8 +49,7 @@ from ppo_lightning.parameters import (
     schedule,
     try_schedule,
 )
-from ppo_lightning.policy import ActorCritic, Policy, RunningMoments, in_eval_mode
-from ppo_lightning.policy.prediction import predict
+from ppo_lightning.policy import ActorCritic, Policy, RunningMoments
 from ppo_lightning.rollout.dataset import RolloutDataset, check_rollout, rollout_memory
 from ppo_lightning.runs.hyperparameters import defaults_of
 from ppo_lightning.runs.module import RunModule
@@ -232,7 +230,6 @@ class PPO(RunModule):
         )
         try_schedule(*self._make_optimizer())  # refuses mistakes now; the run makes its own in configure_optimizers
         self.make_rollouts(num_steps, num_minibatches, sequence_length=sequence_length, compile=compile)
-        self._warned_of_masks = False
         # Lightning warns that it will train for 1,000 epochs; setup() replaces that limit by total_steps.
         warnings.filterwarnings("ignore", message="`max_epochs` was not set")
 
@@ -414,41 +411,6 @@ class PPO(RunModule):
         }
 
     # --- what users call ----------------------------------------------------------------------------------------------
-
-    def predict(self, observation: Any, deterministic: bool = True, state: Any = None, action_mask: Any = None) -> Any:
-        """Action for one observation, or actions for a batch; numpy in, numpy out, in the environment's units.
-
-        A recurrent policy returns the pair (action, state): pass the state with the next observation of the episode, and
-        None with the first.
-
-        Args:
-            observation: [*shape], or [B, *shape] of the observation space, unnormalised; for a Dict or Tuple its entries.
-            deterministic: the most probable action; else one is sampled with torch's global generator.
-            state: of the recurrent policy, from the previous call; None at the start of an episode.
-            action_mask: [M], or [B, M], 1 or True where an action is allowed, else 0 or False; one that is part of the
-                observation is read from there. Without one all actions are allowed, with one warning where the policy
-                was trained with masks.
-
-        Raises:
-            InputError: the observation, state or mask is not of its space, or fits neither.
-        """
-        is_masked = action_mask is not None or without_mask(self.observation_space) is not self.observation_space
-        if self.trained_with_masks and not is_masked and not self._warned_of_masks:
-            self._warned_of_masks = True
-            rank_zero_warn(
-                f"predict got no action_mask, though the policy was trained with masks of {self.env_factory.name}: all actions "
-                "are allowed, also those that are impossible; pass action_mask as the environment gives it"
-            )
-        with in_eval_mode(self.policy), self.autocast():
-            return predict(
-                self.policy,
-                self.observation_space,
-                self.action_space,
-                observation,
-                deterministic=deterministic,
-                state=state,
-                action_mask=action_mask,
-            )
 
     def collect(self) -> TensorDict:
         """One rollout [T, N] with its ``advantage`` and ``value_target``; the next call overwrites it.

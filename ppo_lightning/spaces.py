@@ -349,6 +349,15 @@ def flatten_mask(mask: Any, action_space: Space[Any]) -> Array:
         ) from error
 
 
+def flatten_mask_tensors(mask: Any, action_space: Space[Any]) -> Tensor:
+    """A batch of masks as one tensor [B, M] bool: concatenated already, or in the parts of a Dict or Tuple action space."""
+    if not isinstance(mask, Tensor):
+        paths = {name: path for name, (path, _) in _mask_sizes(action_space).items()}
+        mask = torch.cat([part.flatten(1) for part in _pick(mask, paths).values()], -1)
+    check_mask_length(mask.flatten(1).shape[1], action_space)
+    return mask.flatten(1).bool()
+
+
 def _mask_sizes(action_space: Space[Any]) -> dict[str, tuple[tuple[Any, ...], int]]:
     """The parts of an action space that have masks, by name: path, and entries of the mask."""
     sizes = {path: sum(tensor_spec(leaf).action_dims) for path, leaf in _paths(action_space).items()}

@@ -120,15 +120,15 @@ def check(cell, fit, tmp_path):
     actions = [answer[0] if cell[2] else answer for answer in answers]
     assert model.action_space.contains(actions[0]), actions[0]
     for action in actions[1:]:
-        assert_close(as_tensors(action), as_tensors(actions[0]), rtol=0, atol=0)
+        assert_close(tensors_of(action), tensors_of(actions[0]), rtol=0, atol=0)
     assert model.evaluate(num_episodes=2)["eval/mean_ep_length"] >= 3
 
 
-def as_tensors(action):
+def tensors_of(action):
     if isinstance(action, dict):
-        return {key: as_tensors(part) for key, part in action.items()}
+        return {key: tensors_of(part) for key, part in action.items()}
     if isinstance(action, tuple):
-        return [as_tensors(part) for part in action]
+        return [tensors_of(part) for part in action]
     return torch.as_tensor(np.asarray(action))
 
 

@@ -898,12 +898,6 @@ def test_searches_of_the_tuner_name_the_sweep_and_leave_the_trainer_usable(searc
     assert model.num_env_steps == 512
 
 
-def test_predict_of_the_trainer_names_that_of_the_model():
-    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    with pytest.raises(InputError, match=r"use model.predict\(observation\)"):
-        trainer.predict(PPO("CartPole-v1", **SMALL), torch.utils.data.DataLoader(torch.zeros(8, 4)))
-
-
 def test_batches_of_a_loader_of_ones_own_are_refused():
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(InputError, match="leave train_dataloaders out"):

@@ -49,6 +49,10 @@ class ActionDistribution(ABC):
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
         """Draw the noise [*shape, Z] that :meth:`sample` turns into actions; steps are the first of two dimensions."""
 
+    def noise_from_uniform(self, uniform: Tensor) -> Tensor:
+        """Noise [B, Z] as of :meth:`noise`, of numbers [B, 2 Z] uniform on [0, 1): for exports, which draw none themselves."""
+        return normal_from_uniform(uniform)
+
     @abstractmethod
     def sample(self, parameters: Tensor, noise: Tensor | None) -> Tree:
         """Actions [B, …] drawn from the distributions, the same ones for the same noise; without noise the most probable."""
@@ -94,6 +98,17 @@ def _to_numpy(tensor: Tensor) -> Array:
     return tensor.cpu().numpy()
 
 
+def normal_from_uniform(uniform: Tensor) -> Tensor:
+    """Standard normals [B, Z] of numbers [B, 2 Z] uniform on [0, 1) (Box & Muller 1958)."""
+    first, second = uniform.chunk(2, -1)
+    return (2 * exponential_from_uniform(first)).sqrt() * torch.cos(2 * math.pi * second)
+
+
+def exponential_from_uniform(uniform: Tensor) -> Tensor:
+    """Standard exponentials of numbers uniform on [0, 1); not by log1p, which other runtimes compute as log(1 + x)."""
+    return -(1 - uniform).log()
+
+
 # --- discrete ----------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +137,11 @@ class MultiCategorical(ActionDistribution):
         """
         exponential = torch.empty(*shape, self.num_noise).exponential_(generator=generator)
         return exponential.clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_()
+
+    @override
+    def noise_from_uniform(self, uniform: Tensor) -> Tensor:
+        exponential = exponential_from_uniform(uniform.chunk(2, -1)[0])
+        return -exponential.clamp_min(torch.finfo(torch.float32).tiny).log()
 
     @override
     def sample(self, parameters: Tensor, noise: Tensor | None) -> Tensor:
@@ -321,6 +341,11 @@ class Beta(ActionDistribution):
         )
 
     @override
+    def noise_from_uniform(self, uniform: Tensor) -> Tensor:
+        normal, rest = uniform.chunk(2, -1)
+        return torch.cat([normal_from_uniform(normal), -exponential_from_uniform(rest.chunk(2, -1)[0])], -1)
+
+    @override
     def sample(self, parameters: Tensor, noise: Tensor | None) -> Tensor:
         """X / (X + Y) of two gamma variables, each the first accepted proposal of Marsaglia & Tsang (2000).
 
@@ -474,6 +499,13 @@ class Composite(ActionDistribution):
     @override
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
         return torch.cat([part.noise(*shape, generator=generator) for part in self.parts.values()], -1)
+
+    @override
+    def noise_from_uniform(self, uniform: Tensor) -> Tensor:
+        parts = uniform.split([2 * size for size in self.noise_sizes], -1)
+        return torch.cat(
+            [part.noise_from_uniform(own) for part, own in zip(self.parts.values(), parts, strict=True)], -1
+        )
 
     def _split(self, tensor: Tensor, sizes: list[int]) -> dict[str, Tensor]:
         return dict(zip(self.parts, tensor.split(sizes, -1), strict=True))

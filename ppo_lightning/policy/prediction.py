@@ -1,4 +1,4 @@
-"""Acting outside of training: numpy in, numpy out, one observation or many."""
+"""Acting outside of training: NumPy or tensors in and out, in the environment's units."""
 
 from typing import Any
 
@@ -11,11 +11,13 @@ from ppo_lightning.errors import InputError
 from ppo_lightning.policy import Policy
 from ppo_lightning.spaces import (
     MASK,
+    TensorSpec,
     Tree,
     action_dims,
     check_mask_length,
     flatten_fn,
     flatten_mask,
+    flatten_mask_tensors,
     flatten_spaces,
     mask_error,
     mask_flags,
@@ -25,6 +27,72 @@ from ppo_lightning.spaces import (
     without_mask,
     wrong_values,
 )
+
+
+def act(
+    policy: Policy, observation: Tree, state: Tensor | None, mask: Tensor | None, noise: Tensor | None
+) -> tuple[Tree, Tensor | None]:
+    """Actions as the environment takes them, and the recurrent state after them: what exported policies compute.
+
+    Args:
+        policy: that acts.
+        observation: [B, …] as rollouts store it; of a Dict or Tuple its parts, by path.
+        state: [B, S] of a recurrent policy; rows of zeros are starts of episodes.
+        mask: [B, M] bool, what is allowed; None is everything.
+        noise: [B, Z] that draws the actions; None takes the most probable ones.
+
+    Returns:
+        Actions [B, …], of a Dict or Tuple by path; state [B, S], None where the policy is not recurrent.
+    """
+    start = None if state is None else (state == 0).all(-1)
+    step = policy.act(observation, noise, mask, state, start)
+    return policy.distribution.to_env_action(step.action), step.state
+
+
+def act_on_tensors(
+    policy: Policy,
+    observation_space: Space[Any],
+    action_space: Space[Any],
+    observation: Any,
+    state: Tensor | None,
+    action_mask: Any,
+    noise: Tensor | None,
+) -> Any:
+    """Actions for tensors that are nested as the spaces are (see :meth:`PPO.forward`)."""
+    space = without_mask(observation_space)
+    try:
+        tree = flatten_fn(space)(observation)
+        rows = tree_map(_stored, tree, _specs(space))
+        if space is not observation_space:
+            action_mask = observation[MASK]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        given = type(observation).__name__
+        raise InputError(f"forward needs tensors of {observation_space}, batched, got a {given}: {error}") from error
+    mask = None if action_mask is None else flatten_mask_tensors(action_mask, action_space)
+    count, device = len(next(iter(rows.values())) if isinstance(rows, dict) else rows), policy_device(policy)
+    if policy.state_size and state is None:
+        state = torch.zeros(count, policy.state_size, device=device)
+    elif state is not None and not policy.state_size:
+        raise InputError("forward was given a state, this policy is not recurrent: leave it out")
+    action, state = act(policy, rows, state, mask, noise)
+    action = policy.distribution.unflatten(action)
+    return action if state is None else (action, state)
+
+
+def _specs(space: Space[Any]) -> Tree:
+    specs: Any = {name: tensor_spec(leaf) for name, leaf in flatten_spaces(space).items()}
+    return specs.get("", specs)
+
+
+def _stored(leaf: Tensor, spec: TensorSpec) -> Tensor:
+    if leaf.shape[1:] != spec.shape:
+        raise InputError(f"forward needs a batch of observations {('B', *spec.shape)}, got {tuple(leaf.shape)}")
+    return leaf.to(spec.dtype)
+
+
+def policy_device(policy: Policy) -> torch.device:
+    """Of its parameters."""
+    return next(policy.parameters()).device
 
 
 @torch.no_grad()
@@ -39,7 +107,7 @@ def predict(
     action_mask: Any,
 ) -> Any:
     """Actions for observations, and the state of a recurrent policy (see :meth:`PPO.predict`)."""
-    device = next(policy.parameters()).device
+    device = policy_device(policy)
     space = without_mask(observation_space)
     rows, single = observations(observation, space, device)
     count = len(next(iter(rows.values())) if isinstance(rows, dict) else rows)
@@ -48,23 +116,20 @@ def predict(
             raise InputError(f"predict needs observations of {observation_space}, got one without {MASK}")
         action_mask = observation[MASK]
     mask = None if action_mask is None else masks(action_mask, action_space, count, single, device)
-    recurrent_state = start = None
+    recurrent_state = noise = None
     if policy.state_size:
         recurrent_state = recurrent_states(state, count, policy.state_size, device)
-        start = torch.full((count,), state is None, device=device)
     elif state is not None:
         raise InputError("predict was given a state, this policy is not recurrent: leave it out")
-    noise = None
     if not deterministic:
         noise = policy.distribution.noise(count, generator=torch.default_generator).to(device)
-    step = policy.act(rows, noise, mask, recurrent_state, start)
+    action, recurrent_state = act(policy, rows, recurrent_state, mask, noise)
 
     def out(leaf: Tensor) -> np.ndarray:
         return leaf.cpu().numpy()[0] if single else leaf.cpu().numpy()
 
-    distribution = policy.distribution
-    action = distribution.unflatten(tree_map(out, distribution.to_env_action(step.action)))
-    return action if step.state is None else (action, out(step.state))
+    action = policy.distribution.unflatten(tree_map(out, action))
+    return action if recurrent_state is None else (action, out(recurrent_state))
 
 
 def observations(observation: Any, space: Space[Any], device: torch.device) -> tuple[Tree, bool]:

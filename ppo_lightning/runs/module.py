@@ -3,14 +3,12 @@
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from signal import Signals
 from typing import Any, Self, cast
 
 import torch
-from gymnasium import Space
 from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -24,9 +22,10 @@ from ppo_lightning.envs.info import means, merge_sums
 from ppo_lightning.evaluation.episodes import evaluate_over_ranks
 from ppo_lightning.metric_names import MetricNames
 from ppo_lightning.parameters import ONE_OR_MORE, checked
-from ppo_lightning.policy import Policy, RunningMoments, statistics_of
+from ppo_lightning.policy import RunningMoments, statistics_of
 from ppo_lightning.rollout.dataset import RolloutDataset
 from ppo_lightning.rollout.episodes import EpisodeStatistics
+from ppo_lightning.runs.acting import ActingModule
 from ppo_lightning.runs.checkpoint import (
     CHECKPOINT_KEY,
     check_checkpoint,
@@ -52,7 +51,7 @@ from ppo_lightning.runs.trainer import (
 from ppo_lightning.spaces import check_mask
 
 
-class RunModule(LightningModule):
+class RunModule(ActingModule):
     """A LightningModule that trains on rollouts: it counts environment steps, evaluates, and resumes bit-exactly.
 
     A subclass sets :attr:`policy`, calls :meth:`make_rollouts`, and updates the policy.
@@ -71,13 +70,10 @@ class RunModule(LightningModule):
         env_timeout_s: of a step or reset of async environments (seconds).
     """
 
-    policy: Policy
     rollouts: RolloutDataset
     env_steps: Tensor
     iterations: Tensor
     n_updates: Tensor
-    observation_space: Space[Any]
-    action_space: Space[Any]
 
     def __init__(
         self,
@@ -117,7 +113,6 @@ class RunModule(LightningModule):
         """The signal that asked this rank to stop."""
         self.agreed_stop_signal: Signals | None = None
         """The signal by which the run stops, as all ranks have agreed."""
-        self.trained_with_masks = False
         self.run_folder: Path | None = None
         """Folder of the last fit, whose files another fit of this model may replace."""
 
@@ -470,17 +465,6 @@ class RunModule(LightningModule):
         """Stop all simulators and their worker processes; the next use starts new ones."""
         self.rollouts.close()
         self.env_provider.close_eval_envs()
-
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """The precision of updates, for computations outside of training_step that do not change weights."""
-        if self._trainer is None:
-            yield
-            return
-        with self.trainer.precision_plugin.forward_context():
-            # Lightning casts weights in every call; here they do not change between calls.
-            torch.set_autocast_cache_enabled(True)
-            yield
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:

@@ -206,11 +206,6 @@ def validate_trainer(trainer: Any, *, running_moments: bool) -> None:
 
 def check_supported_features(trainer: Any, module: LightningModule) -> None:
     """Refuse features of Lightning that PPO replaces, before Lightning checks them."""
-    if trainer.state.fn == TrainerFn.PREDICTING:
-        raise InputError(
-            "Trainer.predict needs a loader of batches, and PPO takes its observations from environments: use "
-            "model.predict(observation), or model.evaluate() for whole episodes"
-        )
     if module._compiler_ctx is not None or module._compiled_call_impl is not None:
         if module._compiler_ctx is not None:
             to_uncompiled(module)  # so that the same model can be trained

@@ -1,0 +1,102 @@
+"""``forward`` and ``Trainer.predict``: raw observations as tensors, actions as the environment takes them."""
+
+import gymnasium
+import lightning
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete
+from probes import Spaces
+from test_grid import SAMPLE, make, tensors_of
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from ppo_lightning import PPO, InputError
+from ppo_lightning.spaces import action_dims
+
+OBSERVATIONS = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model():
+    lightning.seed_everything(1, verbose=False)
+    return PPO("Pendulum-v1", num_envs=2, num_steps=8, total_steps=16, num_minibatches=2)
+
+
+@pytest.mark.parametrize("cell", SAMPLE, ids=lambda cell: "-".join(map(str, cell)))
+def test_forward_on_tensors_is_predict_on_arrays(cell):
+    """Over every space, mask, recurrent layer and distribution; with the state of the step before."""
+    model = make(cell)
+    space, dims = model.observation_space, action_dims(model.action_space)
+    space.seed(0)
+    rng = np.random.default_rng(0)
+    batch = gymnasium.vector.utils.concatenate(
+        space, [space.sample() for _ in range(5)], gymnasium.vector.utils.create_empty_array(space, 5)
+    )
+    mask = None
+    if cell[1]:
+        mask = np.concatenate([rng.permuted(np.tile(np.arange(size) > 0, (5, 1)), axis=1) for size in dims], 1)
+    state = None
+    for _ in range(2):
+        expected = model.predict(batch, action_mask=mask, state=state)
+        tensors = None if mask is None else torch.from_numpy(mask)
+        with torch.no_grad():
+            found = model(tensors_of(batch), None if state is None else torch.from_numpy(state), tensors)
+        assert_close(tensors_of(found), tensors_of(expected), rtol=0, atol=0)
+        state = expected[1] if cell[2] else None
+
+
+def test_noise_draws_the_actions_that_predict_draws(model):
+    torch.manual_seed(3)
+    expected = model.predict(OBSERVATIONS.numpy(), deterministic=False)
+    noise = model.policy.distribution.noise(10, generator=torch.Generator().manual_seed(3))
+    assert_close(model(OBSERVATIONS, noise=noise).detach(), torch.from_numpy(expected))
+
+
+def test_forward_has_gradients(model):
+    model(OBSERVATIONS).sum().backward()
+    assert model.policy.network.action_head.mean.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("loader", [DataLoader(TensorDataset(OBSERVATIONS), batch_size=4), DataLoader(OBSERVATIONS, 4)])
+def test_trainer_predict_takes_any_loader_of_observations(model, loader, tmp_path):
+    trainer = lightning.Trainer(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False, logger=False)
+    found = torch.cat(trainer.predict(model, loader))
+    assert_close(found, torch.from_numpy(model.predict(OBSERVATIONS.numpy())))
+    with pytest.raises(InputError, match=r"Trainer\.predict\(model, loader\)"):
+        trainer.predict(model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mask_in_the_observation_is_read_from_there_by_parts_too():
+    class InObservation(Spaces):
+        """A mask beside what is seen, in the parts of the action space."""
+
+        def __init__(self) -> None:
+            super().__init__("flat", "dict", False)
+            inner = Dict({"kind": Box(0, 1, (3,), np.int8)})
+            self.observation_space = Dict({"seen": Box(-1, 1, (2,), np.float32), "action_mask": inner})
+            self.action_space = Dict({"kind": Discrete(3), "push": Box(-1, 1, (1,), np.float32)})
+
+        def reset(self, *, seed=None, options=None):
+            return {"seen": np.zeros(2, np.float32), "action_mask": {"kind": np.ones(3, np.int8)}}, {}
+
+    model = PPO(InObservation, num_envs=2, num_steps=8, num_minibatches=2)
+    for allowed in range(3):
+        mask = {"kind": torch.eye(3, dtype=torch.int8)[[allowed]].expand(4, -1)}
+        assert (model({"seen": torch.randn(4, 2), "action_mask": mask})["kind"] == allowed).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3),), r"forward needs a batch of observations \('B', 3\), got \(3,\)"),
+        ((torch.zeros(2, 4),), r"forward needs a batch of observations \('B', 3\), got \(2, 4\)"),
+        (({"a": torch.zeros(2, 3)},), "forward needs tensors of Box"),
+        ((torch.zeros(2, 3), torch.zeros(2, 8)), "was given a state, this policy is not recurrent"),
+        ((torch.zeros(2, 3), None, torch.ones(2, 3)), "action_mask has 3 entries"),
+    ],
+)
+def test_forward_refuses_what_does_not_fit(model, arguments, message):
+    with pytest.raises(InputError, match=message):
+        model(*arguments)
