@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from math import ceil
 from pathlib import Path
 from signal import Signals
@@ -361,6 +362,22 @@ class RunModule(ActingModule):
             model = super().load_from_checkpoint(file, *args, **given)
             model.hyperparameters.unresolved.extend(unresolved)
         return cast(Self, model)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None, **hyperparameters: Any) -> Self:
+        """A model from the Hugging Face Hub, or from a folder with the same files (docs/hub.md).
+
+        Args:
+            source: user/repo, or the folder's path.
+            revision: branch, tag or commit of a repository; None is its newest.
+            hyperparameters: that replace those of the config.
+
+        Raises:
+            InputError: there is no such repository or folder, it holds no policy, needs something that no file can hold, or
+                names something that no file may.
+        """
+        tool = import_module("ppo_lightning.tools.hub")
+        return tool.load_pretrained(cls, source, revision, hyperparameters)
 
     @override
     def named_buffers(
