@@ -6,7 +6,13 @@ import sys
 from importlib import import_module
 from types import FrameType
 
-COMMANDS = {"export": "tools.export", "push": "tools.hub", "report": "tools.report", "sweep": "tools.sweep"}
+COMMANDS = {
+    "enjoy": "tools.enjoy",
+    "export": "tools.export",
+    "push": "tools.hub",
+    "report": "tools.report",
+    "sweep": "tools.sweep",
+}
 """Modules of commands of their own, whose ``main`` takes the rest of the words; all others are LightningCLI's."""
 
 

@@ -41,7 +41,10 @@ UNIONS = (Union, types.UnionType)
 
 
 class PlainParser(argparse.ArgumentParser):
-    """A parser of a command without config files."""
+    """A parser of a command without config files; options are not abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     @override
     def error(self, message: str) -> NoReturn:

@@ -21,6 +21,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from ppo_lightning.callbacks.processes import long_rank_zero_task
@@ -70,27 +71,82 @@ def record(
         EnvironmentFault: the environment raised, as MuJoCo does if it cannot render.
         OSError: the file cannot be written.
     """
+    module = cast(PPOModule, model)
+    file = Path(folder).resolve() / f"step_{module.num_env_steps}.mp4"
+    record_to(file, model, episodes=episodes, deterministic=deterministic, fps=fps)
+    return file
+
+
+def record_to(
+    file: Path, model: Any, *, episodes: int = 1, deterministic: bool | None = None, fps: int | None = None
+) -> Tensor:
+    """As :func:`record`, to this file.
+
+    Returns:
+        [episodes, 5], as of :func:`~ppo_lightning.evaluation.episodes.evaluate_episodes`.
+    """
     if importlib.util.find_spec("moviepy") is None:
         raise InputError('a video needs moviepy: pip install "ppo-lightning[video]"')
     module = cast(PPOModule, model)
-    file = Path(folder).resolve() / f"step_{module.num_env_steps}.mp4"
     file.parent.mkdir(parents=True, exist_ok=True)
     choose_renderer()
-    seed = module.evaluation_seed()
     with temporarily_seeded(module.seed or 0), tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as unfinished:
-        with _recorded_environment(module, f"{unfinished}/frames", fps) as environments, module.autocast():
-            evaluate_episodes(
-                module.policy,
-                environments,
-                without_mask(module.observation_space),
-                num_episodes=episodes,
-                seed=seed,
-                max_steps=module.steps_per_eval_episode,
-                deterministic=module.eval_deterministic if deterministic is None else deterministic,
-            )
+        with _recorded_environment(module, f"{unfinished}/frames", fps) as environments:
+            found = run_episodes(module, environments, episodes=episodes, deterministic=deterministic)
         (made,) = Path(unfinished, "frames").glob("*.mp4")
         made.replace(file)
-    return file
+    return found
+
+
+def run_episodes(
+    module: PPOModule,
+    environments: VectorEnvAdapter,
+    *,
+    episodes: int = 1,
+    deterministic: bool | None = None,
+    skip: int = 0,
+) -> Tensor:
+    """The first episodes that ``model.evaluate()`` would run now, or with ``skip`` others; [episodes, 5]."""
+    with module.autocast():
+        return evaluate_episodes(
+            module.policy,
+            environments,
+            without_mask(module.observation_space),
+            num_episodes=episodes,
+            seed=module.evaluation_seed() + skip,
+            max_steps=module.steps_per_eval_episode,
+            deterministic=module.eval_deterministic if deterministic is None else deterministic,
+        )
+
+
+def rendering_environment(
+    module: PPOModule, mode: str, wrap: Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]]
+) -> VectorEnvAdapter:
+    """One evaluation environment that renders.
+
+    Args:
+        module: whose environment it is.
+        mode: of rendering, rgb_array or human.
+        wrap: around it.
+
+    Raises:
+        InputError: the environment does not render so.
+        EnvironmentFault: it raised, as MuJoCo does if it cannot render.
+    """
+
+    def wrapped(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+        if env.render_mode != mode:
+            env.close()
+            what = "no images" if mode == "rgb_array" else "in no window"
+            raise InputError(f"{module.env_factory.name} renders {what}: it must take render_mode={mode}, and apply it")
+        return wrap(env)
+
+    try:
+        overrides = module.env_provider.eval_overrides
+        factory = overrides.apply_to(_rendering_factory(module.env_factory, mode, wrapped))
+        return VectorEnvAdapter(factory, 1, module.env_timeout_s, attributes=overrides.attributes)
+    except EnvironmentFault as fault:
+        raise fault.__cause__ if isinstance(fault.__cause__, InputError) else fault from None
 
 
 @contextmanager
@@ -99,21 +155,11 @@ def _recorded_environment(module: PPOModule, folder: str, fps: int | None) -> It
     recorders: list[RecordVideo] = []
 
     def recorded(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-        if env.render_mode != "rgb_array":
-            env.close()
-            raise InputError(
-                f"{module.env_factory.name} renders no images: it must take render_mode=rgb_array, and apply it"
-            )
         # One recording of all episodes, since only the length of a recording can be limited.
         recorders.append(RecordVideo(env, folder, lambda episode: episode == 0, video_length=MAX_FRAMES, fps=fps))
         return recorders[0]
 
-    try:
-        overrides = module.env_provider.eval_overrides
-        factory = overrides.apply_to(_recording_factory(module.env_factory, recorded))
-        environments = VectorEnvAdapter(factory, 1, module.env_timeout_s, attributes=overrides.attributes)
-    except EnvironmentFault as fault:
-        raise fault.__cause__ if isinstance(fault.__cause__, InputError) else fault from None
+    environments = rendering_environment(module, "rgb_array", recorded)
     try:
         yield environments
         if recorders[0].recording:
@@ -130,12 +176,12 @@ def _recorded_environment(module: PPOModule, folder: str, fps: int | None) -> It
                 recorder.recorded_frames = []
 
 
-def _recording_factory(maker: EnvFactory, recorded: Callable[[Any], Any]) -> EnvFactory:
-    """A factory of one environment that renders and is recorded, with the wrappers of evaluation."""
+def _rendering_factory(maker: EnvFactory, mode: str, wrap: Callable[[Any], Any]) -> EnvFactory:
+    """A factory of one environment that renders, with the wrappers of evaluation and one more."""
     again = maker.for_evaluation()
     if again is None:
         raise InputError(f"{maker.name} was given as a VectorEnv, which cannot be created again: give a callable")
-    draws = {**again.env_kwargs, "render_mode": "rgb_array"}
+    draws = {**again.env_kwargs, "render_mode": mode}
     if not isinstance(again.env, str):
         _, _, vector = again.infer_spaces(1)
         if vector is not None:
@@ -144,7 +190,7 @@ def _recording_factory(maker: EnvFactory, recorded: Callable[[Any], Any]) -> Env
         parameters = inspect.signature(cast(Any, again.env)).parameters
         if "render_mode" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             draws = again.env_kwargs  # it may render without the argument
-    return replace(again, env_kwargs=draws, wrappers=(*again.wrappers, recorded), vectorization="sync", restarts=False)
+    return replace(again, env_kwargs=draws, wrappers=(*again.wrappers, wrap), vectorization="sync", restarts=False)
 
 
 def choose_renderer() -> None:
