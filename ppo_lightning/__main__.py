@@ -6,6 +6,8 @@ import sys
 from importlib import import_module
 from types import FrameType
 
+from ppo_lightning.help import OVERVIEW
+
 COMMANDS = {
     "enjoy": "tools.enjoy",
     "export": "tools.export",
@@ -22,6 +24,9 @@ def run(words: list[str]) -> None:
     Args:
         words: of the command line, without the program's name.
     """
+    if words[:1] in (["-h"], ["--help"]):
+        print(OVERVIEW, end="")
+        sys.exit(0)
     module = COMMANDS.get(words[0]) if words else None
     main = import_module(f"ppo_lightning.{module or 'cli'}").main
     if signal.getsignal(signal.SIGINT) is _end:

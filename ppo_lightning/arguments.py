@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from ppo_lightning.errors import InputError, UsageError
+from ppo_lightning.help import PARTS, full_help, short_help
 
 OTHER_NAMES = {
     "batch_size": "model.num_minibatches",
@@ -57,10 +58,29 @@ class PlainParser(argparse.ArgumentParser):
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser; keys are not abbreviated."""
+    """LightningCLI's parser; keys are not abbreviated.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        help_part: what of a command's help is printed, a key of :data:`ppo_lightning.help.PARTS`; None is one line for each
+            option.
+    """
+
+    def __init__(self, *args: Any, help_part: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.help_part = help_part
+
+    @override
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The options of a command, shorter than jsonargparse has them; its own for anything else."""
+        if not any(action.dest == "model.env" for action in self._actions):
+            return super().format_help(*args, **kwargs)
+        if self.help_part is None:
+            return short_help(self, self.prog.rpartition(" ")[2])
+        if self.help_part == "policy":
+            options = _parser_of("ppo_lightning.ActorCritic")._actions
+            seen = [action for action in options if action.dest not in ("observation_space", "action_space")]
+            return full_help(seen, _kind_of, "model.policy.init_args.")
+        return full_help((one for one in self._actions if one.dest.startswith(f"{self.help_part}.")), _kind_of)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -93,6 +113,23 @@ class ConfigFile(ActionConfigFile):
         if "://" not in values:
             read_config(values)
         super().__call__(parser, cfg, values, option_string)
+
+
+def part_of_help(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What ``--help.PART`` among words asks for, and the words with ``--help`` in its place.
+
+    Raises:
+        UsageError: there is no such part.
+    """
+    found = next((word for word in words if word.startswith("--help.")), None)
+    if found is None:
+        return None, list(words)
+    part = found.removeprefix("--help.")
+    if part not in PARTS:
+        near = difflib.get_close_matches(part, PARTS, 1)
+        hint = f"did you mean --help.{near[0]}?" if near else f"there are {', '.join(f'--help.{one}' for one in PARTS)}"
+        raise UsageError(f"there is no {found}: {hint}")
+    return part, ["--help" if word == found else word for word in words]
 
 
 def read_config(given: str) -> dict[str, Any]:
@@ -264,7 +301,7 @@ SENTENCES: dict[str, Callable[[re.Match[str], _Line], str]] = {
 """How messages of argparse and jsonargparse begin, and what makes a sentence of them; the first that fits."""
 
 KINDS = {"int": "a whole number", "float": "a number"}
-COMMANDS = ("fit", "validate", "test", "report", "sweep")
+COMMANDS = ("fit", "validate", "test", "enjoy", "export", "push", "report", "sweep")
 """Of ``python -m ppo_lightning``."""
 
 
@@ -299,6 +336,11 @@ def _parser_of(class_path: str) -> Any:
 
 def _parameters_of(class_path: str) -> list[str]:
     return [action.dest for action in _parser_of(class_path)._actions if action.dest != "help"]
+
+
+def _kind_of(action: argparse.Action) -> str:
+    """The type of an option in words."""
+    return describe(getattr(action, "_typehint", None) or action.type or str)
 
 
 def describe(kind: Any) -> str:

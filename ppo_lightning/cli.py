@@ -25,7 +25,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from ppo_lightning.arguments import ConfigFile, Parser
+from ppo_lightning.arguments import ConfigFile, Parser, part_of_help
 from ppo_lightning.callbacks import has_tools, load_tools
 from ppo_lightning.compiler import MAX_SAMPLES
 from ppo_lightning.errors import InputError, UsageError, exit_on_user_error, refused_settings
@@ -130,10 +130,11 @@ class PPOCLI(LightningCLI):
 
     @override
     def __init__(self, *classes: Any, args: ArgsType = None, **options: Any) -> None:
-        self._given = sys.argv[1:] if args is None else args
+        given = sys.argv[1:] if args is None else args
+        self._help_part, self._given = part_of_help(given) if isinstance(given, list) else (None, given)
         first = next(iter(self._given), None) if isinstance(self._given, list) else self._given.get("subcommand")
         self._command = first if first in self.subcommands() else None
-        super().__init__(*classes, args=args, **options)
+        super().__init__(*classes, args=self._given, **options)
 
     @staticmethod
     @override
@@ -145,7 +146,7 @@ class PPOCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose errors are one sentence."""
         load_tools()
-        parser = Parser(**kwargs)
+        parser = Parser(**kwargs, help_part=self._help_part)
         parser.add_argument("-c", "--config", action=ConfigFile, help="path of a YAML file; later ones win")
         return parser
 

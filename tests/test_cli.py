@@ -12,6 +12,9 @@ import pytest
 import torch
 import yaml
 
+from ppo_lightning import PPO
+from ppo_lightning.__main__ import run
+from ppo_lightning.arguments import COMMANDS
 from ppo_lightning.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -268,7 +271,7 @@ FILES = {
             "sweep has no option --trails: did you mean --trials?",
         ),
         ("sweep --config typo.yaml --space space.yaml --sampler tpee", "got 'tpee': did you mean tpe?"),
-        ("", "there is no command: give one of fit, validate, test, report, sweep"),
+        ("", "there is no command: give one of fit, validate, test, enjoy, export, push, report, sweep"),
     ],
 )
 def test_a_mistake_is_one_sentence_on_stderr(line, sentence, capsys, monkeypatch, tmp_path):
@@ -321,16 +324,40 @@ def test_a_wrong_type_is_refused(capsys):
     assert "gamma" in capsys.readouterr().err
 
 
-def test_help_gives_type_default_unit_and_meaning(capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "discount factor (per environment step, 0 to 1). (type: float, default: 0.99)" in text
-    assert "a step or reset of async environments that takes longer is an error (seconds)" in text
-    from ppo_lightning import PPO
+def printed_help(words, capsys) -> str:
+    with pytest.raises(SystemExit) as ended:
+        run(words)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
 
-    for name in inspect.signature(PPO).parameters:
-        assert f"--model.{name}" in text
+
+def test_the_overview_names_every_command_in_under_40_lines(capsys):
+    text = printed_help(["--help"], capsys)
+    assert len(text.splitlines()) < 40
+    for command in COMMANDS:
+        assert f"\n  {command} " in text
+    assert text.count("\n  ppo-lightning ") >= 3
+
+
+def test_help_of_fit_has_every_parameter_of_the_model_in_one_line_in_their_order(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = printed_help(["fit", "--help"], capsys).splitlines()
+    assert len(lines) < 120
+    assert max(map(len, lines)) <= 104
+    own = [line.split()[0].removeprefix("--model.") for line in lines if line.startswith("  --model.")]
+    assert own == list(inspect.signature(PPO).parameters)
+    (gamma,) = [line for line in lines if "--model.gamma " in line]
+    assert gamma.split(maxsplit=1)[1] == "discount factor (per environment step, 0 to 1) [0.99]"
+
+
+def test_help_of_a_part_has_type_default_unit_and_meaning(capsys):
+    text = " ".join(printed_help(["fit", "--help.model"], capsys).split())
+    assert "--model.gamma (a number; default: 0.99) discount factor (per environment step, 0 to 1)." in text
+    assert "a step or reset of async environments that takes longer is an error (seconds)" in text
+    text = printed_help(["fit", "--help.policy"], capsys)
+    assert "--model.policy.init_args.log_std_init  (a number; default: 0.0)" in text
+    assert "observation_space" not in text.split("\n", 1)[0]
+    assert "--trainer.accumulate_grad_batches" in printed_help(["fit", "--help.trainer"], capsys)
 
 
 def test_print_config_prints_what_is_not_complete(capsys):

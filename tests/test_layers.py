@@ -26,7 +26,7 @@ LAYERS = [
     {"envs", "policy"},
     {"spaces"},
     {"parameters", "arguments", "module", "compiler"},
-    {"metric_names"},
+    {"metric_names", "help"},
     {"errors"},
 ]
 HEIGHT = {room: -depth for depth, rooms in enumerate(LAYERS) for room in rooms}
