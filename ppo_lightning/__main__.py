@@ -9,6 +9,7 @@ from types import FrameType
 from ppo_lightning.help import OVERVIEW
 
 COMMANDS = {
+    "configs": "shipped",
     "enjoy": "tools.enjoy",
     "export": "tools.export",
     "push": "tools.hub",

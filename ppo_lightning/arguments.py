@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from ppo_lightning.errors import InputError, UsageError
 from ppo_lightning.help import PARTS, full_help, short_help
+from ppo_lightning.shipped import located, near_name
 
 OTHER_NAMES = {
     "batch_size": "model.num_minibatches",
@@ -110,6 +111,7 @@ class ConfigFile(ActionConfigFile):
         Raises:
             InputError: it cannot be read, or holds something else than keys.
         """
+        values = located(values)
         if "://" not in values:
             read_config(values)
         super().__call__(parser, cfg, values, option_string)
@@ -133,12 +135,12 @@ def part_of_help(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def read_config(given: str) -> dict[str, Any]:
-    """The mapping that a YAML file, or a text in its place, holds.
+    """The mapping that a YAML file, a config that comes with the package, or a text in its place, holds.
 
     Raises:
         InputError: there is no such file, it cannot be read, or holds something else.
     """
-    path, text = Path(given), given
+    path, text = Path(located(given)), given
     given = _joined(given) if len(given) <= LONGEST else f"{_joined(given)[:LONGEST]}…"
     try:
         if path.is_dir():
@@ -160,7 +162,9 @@ def read_config(given: str) -> dict[str, Any]:
     if not is_file:
         there = (file.name for file in path.parent.iterdir()) if path.parent.is_dir() else ()
         near = difflib.get_close_matches(path.name, there, 1, cutoff=0.75)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
+        shipped = near_name(given)
+        hint = f"did you mean {path.parent / near[0]}?" if near else f"did you mean {shipped}?" if shipped else ""
+        hint = hint or "give the path of a YAML file, or a name of `ppo-lightning configs`"
         raise InputError(f"there is no config file {given}: {hint}")
     what = "nothing" if read is None else "other things" if isinstance(read, dict) else f"a {type(read).__name__}"
     raise InputError(f"config {given} holds {what} instead of keys and values, such as model: {{env: CartPole-v1}}")
@@ -301,7 +305,7 @@ SENTENCES: dict[str, Callable[[re.Match[str], _Line], str]] = {
 """How messages of argparse and jsonargparse begin, and what makes a sentence of them; the first that fits."""
 
 KINDS = {"int": "a whole number", "float": "a number"}
-COMMANDS = ("fit", "validate", "test", "enjoy", "export", "push", "report", "sweep")
+COMMANDS = ("fit", "validate", "test", "enjoy", "export", "push", "report", "sweep", "configs")
 """Of ``python -m ppo_lightning``."""
 
 

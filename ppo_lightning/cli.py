@@ -147,7 +147,12 @@ class PPOCLI(LightningCLI):
         """A parser whose errors are one sentence."""
         load_tools()
         parser = Parser(**kwargs, help_part=self._help_part)
-        parser.add_argument("-c", "--config", action=ConfigFile, help="path of a YAML file; later ones win")
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=ConfigFile,
+            help="path of a YAML file, or a name that `ppo-lightning configs` lists; later ones win",
+        )
         return parser
 
     @override

@@ -21,9 +21,10 @@ commands:
   push       upload a policy to the Hugging Face Hub, or write its files to a folder
   report     draw a page about one run, or compare several
   sweep      search for hyperparameters with Optuna
+  configs    list the configs that --config finds by name, with what they reach
 
 examples:
-  ppo-lightning fit --config configs/cartpole.yaml --seed_everything 1
+  ppo-lightning fit --config cartpole --seed_everything 1
   ppo-lightning fit --model.env Pendulum-v1 --model.total_steps 200000 --model.normalize_observation true
   ppo-lightning enjoy lightning_logs/version_0/checkpoints/best.ckpt
 

@@ -271,7 +271,7 @@ FILES = {
             "sweep has no option --trails: did you mean --trials?",
         ),
         ("sweep --config typo.yaml --space space.yaml --sampler tpee", "got 'tpee': did you mean tpe?"),
-        ("", "there is no command: give one of fit, validate, test, enjoy, export, push, report, sweep"),
+        ("", "there is no command: give one of fit, validate, test, enjoy, export, push, report, sweep, configs"),
     ],
 )
 def test_a_mistake_is_one_sentence_on_stderr(line, sentence, capsys, monkeypatch, tmp_path):

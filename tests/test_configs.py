@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from ppo_lightning import PPO
+from ppo_lightning.__main__ import run
 from ppo_lightning.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -60,3 +61,43 @@ def test_the_readmes_yaml_trains(tmp_path, monkeypatch):
     flags = "--trainer.max_epochs 1 --model.num_envs 2 --trainer.accelerator cpu --trainer.enable_progress_bar false"
     main(["fit", "--config", "readme.yaml", *flags.split(), "--model.num_eval_episodes", "1"])
     assert (tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt").exists()
+
+
+def test_a_config_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for given in ("pendulum", str(ROOT / "configs/pendulum.yaml")):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", given, "--print_config"])
+    by_name, by_path = capsys.readouterr().out.split("seed_everything", 2)[1:]
+    assert by_name.splitlines()[1:] == by_path.splitlines()[1:]
+    (tmp_path / "pendulum").write_text("model: {env: Acrobot-v1}")  # a file of that name wins
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "pendulum", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["env"] == "Acrobot-v1"
+
+
+def test_configs_are_listed_with_what_they_reach_and_printed(capsys):
+    run(["configs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == sorted(path.stem for path in CONFIGS)
+    place = next(place for place, line in enumerate(lines) if line.startswith("mountain_car "))
+    assert lines[place + 1].strip().startswith("Reaches −99")
+    run(["configs", "hopper"])
+    assert capsys.readouterr().out == (ROOT / "configs/hopper.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["configs", "hoper"], "there is no config hoper: did you mean hopper?"),
+        (["configs", "xyz"], "there is no config xyz: `ppo-lightning configs` lists them"),
+        (["fit", "--config", "half_cheeta"], "there is no config file half_cheeta: did you mean half_cheetah?"),
+        (["fit", "--config", "xyz"], "give the path of a YAML file, or a name of `ppo-lightning configs`"),
+    ],
+)
+def test_a_wrong_name_is_one_sentence(words, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(words)
+    said = capsys.readouterr().err or str(ended.value.code)
+    assert sentence in said
+    assert len(said.strip().splitlines()) == 1

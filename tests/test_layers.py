@@ -26,6 +26,7 @@ LAYERS = [
     {"envs", "policy"},
     {"spaces"},
     {"parameters", "arguments", "module", "compiler"},
+    {"shipped"},
     {"metric_names", "help"},
     {"errors"},
 ]

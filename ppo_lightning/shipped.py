@@ -1,0 +1,60 @@
+"""The configs that come with the package, by their names without a path: ``--config cartpole``, ``ppo-lightning configs``."""
+
+import difflib
+import re
+from pathlib import Path
+
+from ppo_lightning.errors import InputError
+
+PACKAGE = Path(__file__).parent
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Paths by name: a wheel has them within the package, a checkout beside it."""
+    folder = next((one for one in (PACKAGE / "configs", PACKAGE.parent / "configs") if one.is_dir()), PACKAGE)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def located(given: str) -> str:
+    """The path of the config with this name, where there is no file of that name; else what was given."""
+    if not re.fullmatch(r"[\w-]+", given) or Path(given).is_file():
+        return given
+    return str(shipped_configs().get(given, given))
+
+
+def near_name(given: str) -> str | None:
+    """The name of a config that is most like what was given; None where none is."""
+    return next(iter(difflib.get_close_matches(given, shipped_configs(), 1, cutoff=0.7)), None)
+
+
+def description(path: Path) -> list[str]:
+    """Sentences of a config's first comment, without what it needs or derives from, and the lines of what it reaches."""
+    comment = re.match(r"(?:#.*\n)*", path.read_text(encoding="utf-8"))
+    lines = [line.removeprefix("# ") for line in (comment[0] if comment else "").splitlines()]
+    reached = [line for line in lines if line.startswith("Reaches ")]
+    text = " ".join(line for line in lines if line not in reached)
+    return [re.split(r"(?<=[\w)])\. (?=[A-Z])", text, maxsplit=1)[0].rstrip("."), *reached]
+
+
+def main(words: list[str]) -> None:
+    """Run ``ppo-lightning configs``: list the configs, or print one."""
+    from ppo_lightning.arguments import PlainParser
+    from ppo_lightning.errors import exit_on_user_error
+
+    parser = PlainParser(
+        prog="ppo-lightning configs",
+        description="List the configs that --config finds by name, or print one, to change a copy of it.",
+    )
+    parser.add_argument("name", nargs="?", help="of the config to print")
+    with exit_on_user_error():
+        given, known = parser.parse_args(words), shipped_configs()
+        if given.name is None:
+            for name, path in known.items():
+                first, *rest = description(path)
+                print("\n".join([f"{name:<26}{first}", *(f"{'':<26}{line}" for line in rest)]))
+        elif given.name in known:
+            print(known[given.name].read_text(encoding="utf-8"), end="")
+        else:
+            near = near_name(given.name)
+            hint = f"did you mean {near}?" if near else "`ppo-lightning configs` lists them"
+            raise InputError(f"there is no config {given.name}: {hint}")
