@@ -7,7 +7,7 @@ CONFIG ?= configs/cartpole.yaml
 XDIST ?= -n logical --maxprocesses 4 --dist worksteal
 ARGS ?=
 
-.PHONY: install train test test-faults test-long lint format benchmark learning learning-quick clean
+.PHONY: install train test test-faults test-long lint format dist benchmark learning learning-quick clean
 
 install: $(VENV)/.installed            ## .venv with the package and what drawing needs
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,6 +43,10 @@ format: $(VENV)/.installed-test        ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+dist: $(VENV)/.installed-test          ## a wheel and an sdist, in dist/
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+
 benchmark: $(VENV)/.installed-test     ## speed beside seven other libraries, each in an environment of its own: an hour
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
@@ -54,4 +58,4 @@ learning-quick: $(VENV)/.installed-test ## the same of three tasks: under ten mi
 	$(BIN)/python -m benchmarks.learning --quick $(ARGS)
 
 clean:
-	rm -rf $(VENV) lightning_logs
+	rm -rf $(VENV) lightning_logs dist
