@@ -20,7 +20,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 train: install                         ## train CONFIG (CartPole-v1), then say where everything is
-	$(BIN)/python -m ppo_lightning fit --config $(CONFIG) $(ARGS)
+	$(BIN)/python -m ppo_lightning fit --config $(CONFIG) --seed_everything 1 $(ARGS)
 
 # Two threads on two busy cores are twenty times slower than one.
 test: export OMP_NUM_THREADS = 1

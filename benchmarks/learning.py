@@ -76,7 +76,7 @@ def train(task: Task, seed: int, root: Path) -> tuple[Row, Row]:
         "trainer.limit_val_batches": 0,
         **task.all_flags,
     }
-    if any(folder.glob("lightning_logs/version_*/checkpoints/last.ckpt")):
+    if any(folder.glob("lightning_logs/*/checkpoints/last.ckpt")):
         flags["ckpt_path"] = "last"
     words = [word for name, value in flags.items() for word in (f"--{name}", flag(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -114,7 +114,7 @@ def commit() -> str:
 def read_curve(folder: Path) -> list[tuple[float, float]]:
     """Environment steps and mean return of the last 100 episodes, of each iteration of a run and its resumptions."""
     points: dict[float, float] = {}
-    for path in sorted(folder.glob("lightning_logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(folder.glob("lightning_logs/*/metrics.csv"), key=lambda path: path.stat().st_mtime):
         with path.open(newline="") as lines:
             for row in csv.DictReader(lines):
                 if row.get("rollout/ep_rew_mean"):
@@ -190,7 +190,7 @@ def write_policy(task: Task, rows: list[Row], root: Path) -> None:
     if len(own) < task.seeds:
         return
     best = max(own, key=lambda row: row[task.counts])
-    found = sorted(run_folder(task, best["seed"], root).glob("lightning_logs/version_*/checkpoints/last.ckpt"))
+    found = sorted(run_folder(task, best["seed"], root).glob("lightning_logs/*/checkpoints/last.ckpt"))
     if not found:
         return
     import torch

@@ -4,6 +4,7 @@ import copy
 import inspect
 import os
 import random
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -158,9 +159,17 @@ class PPOCLI(LightningCLI):
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """A subcommand's parser: without arguments, which take half a second, where another subcommand is given first."""
-        if self._command in (None, subcommand):
-            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        return self.init_parser(**kwargs)
+        if self._command not in (None, subcommand):
+            return self.init_parser(**kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--name",
+                type=str | None,
+                default=None,
+                help="what the run's folder is called, with a number behind it; null is the task and the seed",
+            )
+        return parser
 
     def _used_parsers(self) -> list[LightningArgumentParser]:
         """The parsers of the subcommands that the arguments may name."""
@@ -304,12 +313,18 @@ class PPOCLI(LightningCLI):
             return False
         checkpoint = self._get(self.config_init, "ckpt_path")
         run = Path(checkpoint).resolve().parent.parent if checkpoint and Path(checkpoint).is_file() else None  # no URL
-        if run is not None and run.name.startswith("version_"):  # a resumed run keeps its folder
-            place: dict[str, Any] = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
-        else:
-            place = {"save_dir": root, "name": "lightning_logs"}
-        board = RunTensorBoardLogger(**place, default_hp_metric=False)
-        return [board, RunCSVLogger(place["save_dir"], place["name"], board.version)]
+        if run is None or run.parent.name != LOGS:
+            name = self._get(self.config, "name")
+            run = free_folder(Path(root) / LOGS, self.run_name() if name is None else name)
+        place: dict[str, Any] = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
+        return [RunTensorBoardLogger(**place, default_hp_metric=False), RunCSVLogger(*place.values())]
+
+    def run_name(self) -> str:
+        """What a run's folder is called, before its number: the task and the seed; an override may choose other words."""
+        seed = self._get(self.config, "seed_everything")
+        task = cast(PPO, self.model).env_factory.name.rpartition(":")[2]
+        slug = re.sub(r"[^a-z0-9._-]+", "-", task.lower()).strip("-") or "run"
+        return slug if seed is False else f"{slug}_s{seed}"
 
     def before_fit(self) -> None:
         """Set the number of threads by the size of the update."""
@@ -348,6 +363,24 @@ class PPOCLI(LightningCLI):
             print(f"  watch        tensorboard --logdir {run.parent}")
         if signalled is not None:
             sys.exit(128 + signalled)
+
+
+LOGS = "lightning_logs"
+"""Folder of runs."""
+
+
+def free_folder(root: Path, name: str) -> Path:
+    """The first of ``name_0``, ``name_1`` … below a folder that does not exist.
+
+    Raises:
+        InputError: the name is none.
+    """
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+        raise InputError(f"name must be letters, digits, dots and dashes, got {name!r}")
+    number = 0
+    while (root / f"{name}_{number}").exists():
+        number += 1
+    return root / f"{name}_{number}"
 
 
 def draw_learning_curve(run: Path) -> Path | None:

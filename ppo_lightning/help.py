@@ -26,7 +26,7 @@ commands:
 examples:
   ppo-lightning fit --config cartpole --seed_everything 1
   ppo-lightning fit --model.env Pendulum-v1 --model.total_steps 200000 --model.normalize_observation true
-  ppo-lightning enjoy lightning_logs/version_0/checkpoints/best.ckpt
+  ppo-lightning enjoy best
 
 ppo-lightning COMMAND --help lists a command's options.
 """
@@ -73,7 +73,9 @@ def short_help(parser: argparse.ArgumentParser, command: str) -> str:
         "A later file or flag wins. VALUE is YAML: 3, 1e-4, true, null, [64, 64]. KEY+ VALUE appends to a list.",
         "",
         *_lines(
-            options[name] for name in ("config", "seed_everything", "ckpt_path", "print_config") if name in options
+            options[name]
+            for name in ("config", "seed_everything", "name", "ckpt_path", "print_config")
+            if name in options
         ),
     ]
     for name, action in options.items():

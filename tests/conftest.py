@@ -11,6 +11,10 @@ from commands import save_empty
 from matplotlib.figure import Figure
 
 from ppo_lightning import PPO
+from ppo_lightning.cli import PPOCLI
+
+RUN_NAME = PPOCLI.run_name
+"""What names runs outside of these tests."""
 
 # Python's own thresholds look for garbage so often that it takes a seventh of the time of a command.
 gc.set_threshold(100_000, 20, 20)
@@ -31,6 +35,7 @@ def _alone(request, monkeypatch, tmp_path):
     if request.node.get_closest_marker("paints") is None:
         monkeypatch.setattr(Figure, "savefig", save_empty)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PPOCLI, "run_name", lambda cli: "version")  # not by task and seed, which differ between tests
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # as seed_everything(0) leaves it; monkeypatch takes back what tests set
     torch.manual_seed(0)
     torch.set_num_threads(1)

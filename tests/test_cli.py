@@ -431,7 +431,16 @@ def test_rows_are_on_disk_before_the_end():
 
 
 def test_an_interrupt_ends_the_run_with_a_checkpoint_and_no_process_left(tmp_path):
-    command = [sys.executable, "-m", "ppo_lightning", "fit", *SMALL, "--model.total_steps", "100000000"]
+    command = [
+        sys.executable,
+        "-m",
+        "ppo_lightning",
+        "fit",
+        *SMALL,
+        "--model.total_steps",
+        "100000000",
+        "--name=version",
+    ]
     command += ["--model.vectorization", "async", "--model.num_envs", "2", "--trainer.limit_val_batches", "0"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -607,3 +616,52 @@ def test_random_command_lines_succeed_or_end_in_one_sentence():
     from random_command_lines import faults
 
     assert [fault for fault in faults(seed=11, count=15) if fault is not None] == []
+
+
+# --- names of runs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_called_by_its_task_and_seed(tmp_path):
+    words = [*SMALL, "--model.total_steps", "128", "--seed_everything", "7", "--trainer.limit_val_batches", "0"]
+    for _ in range(2):  # in a process of its own: here a fixture names runs
+        subprocess.run([sys.executable, "-m", "ppo_lightning", "fit", *words], check=True, capture_output=True)
+    names = sorted(path.name for path in Path("lightning_logs").iterdir())
+    assert names == ["cartpole-v1_s7_0", "cartpole-v1_s7_1"]
+
+
+def test_a_name_is_chosen_and_numbered_and_a_resumed_run_keeps_its_own(monkeypatch):
+    for _ in range(2):
+        fit("--name", "lr.high")
+    assert sorted(path.name for path in Path("lightning_logs").iterdir()) == ["lr.high_0", "lr.high_1"]
+    fit("--name", "other", "--ckpt_path", "last", "--model.total_steps", "640")
+    assert sorted(path.name for path in Path("lightning_logs").iterdir()) == ["lr.high_0", "lr.high_1"]
+    assert yaml.safe_load(Path("lightning_logs/lr.high_0/config.yaml").read_text())["name"] == "lr.high"
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "a b"])
+def test_a_name_that_is_none_is_refused(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        fit("--name", name)
+    assert "name must be letters, digits, dots and dashes, got" in str(ended.value.code)
+    assert not Path("lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ("CartPole-v1", "cartpole-v1_s3"),
+        ("ppo_lightning.envs.small.Recall", "recall_s3"),
+        ("minigrid:MiniGrid-Empty-5x5-v0", "minigrid-empty-5x5-v0_s3"),
+        ("ALE/Pong-v5", "ale-pong-v5_s3"),
+    ],
+)
+def test_names_of_tasks_are_names_of_folders(env, expected):
+    from types import SimpleNamespace
+
+    from conftest import RUN_NAME
+
+    from ppo_lightning.envs import EnvFactory, resolve
+
+    factory = EnvFactory(resolve(env), {}, (), "sync", restarts=False)
+    cli = SimpleNamespace(model=SimpleNamespace(env_factory=factory), config={"seed_everything": 3}, _get=dict.get)
+    assert RUN_NAME(cli) == expected

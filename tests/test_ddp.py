@@ -21,6 +21,7 @@ COMMAND = [
     "--model.num_steps", "32", "--model.total_steps", "2000", "--trainer.accelerator", "cpu",
     "--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.enable_progress_bar", "false",
     "--trainer.callbacks+=dump.Dump", "--seed_everything", "3", "--model.num_eval_episodes", "5",
+    "--name", "version",
 ]  # fmt: skip
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import RUN_NAME
 
 from benchmarks import learning
 from ppo_lightning import PPO
 from ppo_lightning.__main__ import main as console_script
-from ppo_lightning.cli import main
+from ppo_lightning.cli import PPOCLI, main
 from ppo_lightning.rollout.collectors import TensorCollector
 from ppo_lightning.tools import video
 from ppo_lightning.tools.sweep import fit_process
@@ -108,6 +109,7 @@ def two_runs(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             patch.setenv("PL_GLOBAL_SEED", "0")
+            patch.setattr(PPOCLI, "run_name", RUN_NAME)
             for _ in range(2):
                 main(["fit", "--config", str(ROOT / config), *FEW])
         return folder
@@ -124,7 +126,7 @@ def two_runs(tmp_path_factory):
 def test_each_block_of_commands_runs_by_itself(page, block, monkeypatch, capsys, two_runs):
     """In a folder where one run was trained; of commands for several ranks what they are given is parsed."""
     earlier = "configs/hopper.yaml" if "hopper" in block else "configs/cartpole.yaml"
-    if any(word in block for word in ("report", "validate", "last")):
+    if any(word in block for word in ("report", "validate", "last", "best")):
         shutil.copytree(two_runs(earlier), Path.cwd(), symlinks=True, dirs_exist_ok=True)
     if "--config sweeps/" in block:  # what the sweep above it on the page leaves
         Path("sweeps/cartpole").mkdir(parents=True)

@@ -252,7 +252,7 @@ def test_two_processes_leave_one_summary_of_both():
             "--trainer.enable_progress_bar",
             "false",
         ]
-        words += ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+        words += ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--name=version"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         subprocess.run(
             [sys.executable, "-m", "ppo_lightning", "fit", *words], check=True, env=environment, capture_output=True

@@ -222,13 +222,18 @@ def newest_checkpoint(root: str | Path, choice: str = "last") -> Path:
         try:
             read_checkpoint(path)
         except InputError as error:
-            rank_zero_warn(f"--ckpt_path {choice} passes over a file: {error}")
+            rank_zero_warn(f"{choice} passes over a file: {error}")
         else:
             return path
     raise InputError(
-        f"--ckpt_path {choice}: there is no {names[0]} below {Path(root).resolve()} that can be read; "
+        f"{choice}: there is no {names[0]} below {Path(root).resolve()} that can be read; "
         "give the path of a checkpoint, or train first"
     )
+
+
+def located_checkpoint(given: str) -> Path:
+    """The path that was given, or of ``best`` and ``last`` the file of the newest run below this folder."""
+    return newest_checkpoint(".", given) if given in CHOICES else Path(given)
 
 
 def _modified(path: Path) -> int:

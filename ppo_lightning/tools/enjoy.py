@@ -7,6 +7,7 @@ from pathlib import Path
 from ppo_lightning.arguments import PlainParser
 from ppo_lightning.errors import InputError, exit_on_user_error
 from ppo_lightning.ppo import PPO
+from ppo_lightning.runs.checkpoint import located_checkpoint
 from ppo_lightning.tools.video import record_to, rendering_environment, run_episodes
 
 
@@ -22,7 +23,7 @@ def main(words: list[str]) -> None:
         description="Watch a checkpoint's policy in a window; without a display, or with --out, as a video.",
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="such as lightning_logs/version_0/checkpoints/best.ckpt")
+    add("checkpoint", help="path of a checkpoint, or best or last: of the newest run below this folder")
     add("--episodes", type=int, default=1, help="how many (default: 1)")
     add("--stochastic", action="store_true", help="draw actions, instead of taking the most probable ones")
     add(
@@ -37,7 +38,8 @@ def main(words: list[str]) -> None:
             raise InputError(f"--episodes must be 1 or more, got {given.episodes}")
         if given.out is not None and given.out.suffix != ".mp4":
             raise InputError(f"--out {given.out} is no video: give a name that ends in .mp4")
-        model, deterministic = PPO.load_from_checkpoint(given.checkpoint), not given.stochastic
+        checkpoint, deterministic = located_checkpoint(given.checkpoint), not given.stochastic
+        model = PPO.load_from_checkpoint(checkpoint)
         if given.out is None and has_display():
             environments = rendering_environment(model, "human", lambda env: env)
             try:
@@ -47,7 +49,7 @@ def main(words: list[str]) -> None:
             finally:
                 environments.close()
         else:
-            file = given.out or given.checkpoint.with_suffix(".mp4")
+            file = given.out or checkpoint.with_suffix(".mp4")
             episodes = record_to(file.resolve(), model, episodes=given.episodes, deterministic=deterministic)
             print(f"video  {file}")
             for number, episode in enumerate(episodes.tolist()):

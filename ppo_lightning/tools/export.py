@@ -34,6 +34,7 @@ from ppo_lightning.policy import Policy
 from ppo_lightning.policy.distributions import Composite, MultiCategorical
 from ppo_lightning.policy.prediction import act
 from ppo_lightning.ppo import PPO
+from ppo_lightning.runs.checkpoint import located_checkpoint
 from ppo_lightning.spaces import (
     MASK,
     action_dims,
@@ -386,7 +387,7 @@ def main(words: list[str]) -> None:
         description="Write a checkpoint's policy as one file: observations in, actions out, everything between inside.",
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="such as lightning_logs/version_0/checkpoints/best.ckpt")
+    add("checkpoint", help="path of a checkpoint, or best or last: of the newest run below this folder")
     add("--format", choices=sorted(FORMATS.values()), help="onnx (default), or pt2 of torch.export")
     add("--out", type=Path, help="file to write (default: the checkpoint's name with the format's suffix)")
     add("--stochastic", action="store_true", help="draw actions, by an input of random numbers")
@@ -394,8 +395,9 @@ def main(words: list[str]) -> None:
     with exit_on_user_error():
         given = parser.parse_args(words)
         suffix = f".{given.format}" if given.format else given.out.suffix if given.out else ".onnx"
-        path = given.out or given.checkpoint.with_suffix(suffix)
+        checkpoint = located_checkpoint(given.checkpoint)
+        path = given.out or checkpoint.with_suffix(suffix)
         if path.suffix != suffix:
             raise InputError(f"--out {path} has another suffix than --format {given.format}: leave one of them out")
-        worst = export(PPO.load_from_checkpoint(given.checkpoint), path, stochastic=given.stochastic, force=given.force)
+        worst = export(PPO.load_from_checkpoint(checkpoint), path, stochastic=given.stochastic, force=given.force)
         print(f"policy  {path}  ({path.stat().st_size / 1000:.0f} kB, differs from predict by at most {worst:.1g})")

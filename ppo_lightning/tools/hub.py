@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ppo_lightning.arguments import PlainParser
 from ppo_lightning.errors import EnvironmentFault, InputError, exit_on_user_error
 from ppo_lightning.ppo import PPO
-from ppo_lightning.runs.checkpoint import CHECKPOINT_KEY, read_checkpoint
+from ppo_lightning.runs.checkpoint import CHECKPOINT_KEY, located_checkpoint, read_checkpoint
 from ppo_lightning.runs.hyperparameters import LIGHTNING_KEYS, tuples_to_lists
 
 WEIGHTS, CONFIG, CARD, CURVE, VIDEO = (
@@ -294,7 +294,7 @@ def main(words: list[str]) -> None:
     )
     add = parser.add_argument
     add("repository", metavar="USER/REPO", help="created if it is missing")
-    add("checkpoint", type=Path, help="such as lightning_logs/version_0/checkpoints/best.ckpt")
+    add("checkpoint", help="path of a checkpoint, or best or last: of the newest run below this folder")
     add("--local-folder", type=Path, metavar="FOLDER", help="write the files there, and upload nothing")
     add("--private", action="store_true", help="create a private repository")
     add("--episodes", type=int, default=100, help="episodes of the evaluation on the card (default: 100)")
@@ -304,7 +304,7 @@ def main(words: list[str]) -> None:
         given = parser.parse_args(words)
         place, mean = push(
             given.repository,
-            given.checkpoint,
+            located_checkpoint(given.checkpoint),
             local_folder=given.local_folder,
             private=given.private,
             episodes=given.episodes,

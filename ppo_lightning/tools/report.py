@@ -1,6 +1,7 @@
 """``report.html``: a page about one run, drawn after training, and the command ``ppo-lightning report``."""
 
 import base64
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,11 @@ def run_folders(place: Path) -> list[Path]:
     if not found:
         raise InputError(
             f"{place} is not the folder of a run, and contains none: give one with {SUMMARY} or {METRICS}, such as "
-            "lightning_logs/version_0"
+            "lightning_logs/cartpole-v1_s1_0"
         )
-    return sorted(found, key=lambda folder: (len(folder.name), folder.name))  # version_2 before version_10
+    return sorted(
+        found, key=lambda folder: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", folder.name)]
+    )
 
 
 def _is_run(folder: Path) -> bool:

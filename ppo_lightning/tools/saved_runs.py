@@ -68,7 +68,9 @@ def read_run(folder: Path) -> SavedRun:
     """
     summary, table = folder / SUMMARY, folder / METRICS
     if not (summary.is_file() or table.is_file()):
-        raise InputError(f"{folder} has neither {SUMMARY} nor {METRICS}: give the folder of a run, such as version_0")
+        raise InputError(
+            f"{folder} has neither {SUMMARY} nor {METRICS}: give the folder of a run, such as cartpole-v1_s1_0"
+        )
     found = _json(summary) if summary.is_file() else None
     if (folder / "config.yaml").is_file():
         config = _yaml(folder / "config.yaml")

@@ -106,7 +106,7 @@ def test_any_damage_is_refused_in_one_way_and_the_previous_file_taken(run, tmp_p
             continue
         with pytest.raises(InputError, match=r"last\.ckpt is no checkpoint that can be read .*use an older checkpoint"):
             PPO.load_from_checkpoint(last)
-        with pytest.warns(UserWarning, match=r"--ckpt_path last passes over a file: .*last\.ckpt"):
+        with pytest.warns(UserWarning, match=r"last passes over a file: .*last\.ckpt"):
             assert newest_checkpoint(tmp_path) == tmp_path / "previous.ckpt", name
         refused += 1
     assert refused >= 37

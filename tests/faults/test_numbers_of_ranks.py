@@ -14,6 +14,7 @@ COMMAND = [
     "--model.num_steps", "16", "--model.total_steps", "256", "--model.num_minibatches", "2", "--model.policy", "poison.Poison",
     "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--seed_everything", "3",
     "--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "0", "--trainer.callbacks+=dump.Dump",
+    "--name", "version",
 ]  # fmt: skip
 
 

@@ -62,6 +62,7 @@ FLAGS = [
     "fit", "--model.env", "CartPole-v1", "--model.num_envs", "2", "--model.num_steps", "16", "--seed_everything", "1",
     "--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false", "--trainer.enable_progress_bar", "false",
     "--model.total_steps", "100000", "--model.eval_interval", "3", "--model.num_minibatches", "2",
+    "--name", "version",
 ]  # fmt: skip
 
 
