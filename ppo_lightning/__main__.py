@@ -29,6 +29,8 @@ def run(words: list[str]) -> None:
         print(OVERVIEW, end="")
         sys.exit(0)
     module = COMMANDS.get(words[0]) if words else None
+    if words[:1] == ["fit"] and any(word.partition("=")[0] == "--seeds" for word in words):
+        module = "tools.seeds"
     main = import_module(f"ppo_lightning.{module or 'cli'}").main
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)

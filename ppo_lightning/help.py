@@ -72,6 +72,7 @@ def short_help(parser: argparse.ArgumentParser, command: str) -> str:
         "",
         "A later file or flag wins. VALUE is YAML: 3, 1e-4, true, null, [64, 64]. KEY+ VALUE appends to a list.",
         "",
+        *[f"  {'--seeds':<38} runs on so many seeds, side by side, and one report of all"] * (command == "fit"),
         *_lines(
             options[name]
             for name in ("config", "seed_everything", "name", "ckpt_path", "print_config")

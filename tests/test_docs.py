@@ -20,7 +20,7 @@ from ppo_lightning import PPO
 from ppo_lightning.__main__ import main as console_script
 from ppo_lightning.cli import PPOCLI, main
 from ppo_lightning.rollout.collectors import TensorCollector
-from ppo_lightning.tools import video
+from ppo_lightning.tools import seeds, video
 from ppo_lightning.tools.sweep import fit_process
 from ppo_lightning.tools.sweep.space import read_space
 
@@ -67,9 +67,10 @@ def commands(block: str) -> list[list[str]]:
 
 @pytest.fixture
 def _at_home(monkeypatch):
-    """Nothing leaves this folder, what a page leaves open is closed, videos are short, and trials of sweeps train nothing."""
+    """Nothing leaves this folder, what a page leaves open is closed, videos are short, trials and runs on several seeds empty."""
     monkeypatch.setattr(video, "MAX_FRAMES", 20)
     monkeypatch.setattr(fit_process, "FIT", [sys.executable, "-c", MEASURED])
+    monkeypatch.setattr(seeds, "FIT", [sys.executable, "-c", ""])  # what they leave is tested in test_seeds.py
     Path("configs").symlink_to(ROOT / "configs")
     monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -14,7 +14,14 @@ from ppo_lightning.tools.charts import CHARTS, COLORS, Curve, draw, to_svg
 from ppo_lightning.tools.page import duration, link, number, render
 from ppo_lightning.tools.saved_runs import REPORT, SavedRun
 
-IGNORED_SETTINGS = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "trainer.logger", "trainer.enable_")
+IGNORED_SETTINGS = (
+    "seed_everything",
+    "name",
+    "ckpt_path",
+    "trainer.default_root_dir",
+    "trainer.logger",
+    "trainer.enable_",
+)
 """Prefixes of settings that do not distinguish experiments."""
 
 POINTS = 200
