@@ -67,7 +67,7 @@ def commands(block: str) -> list[list[str]]:
 
 @pytest.fixture
 def _at_home(monkeypatch):
-    """Nothing leaves this folder, what a page leaves open is closed, videos are short, trials and runs on several seeds empty."""
+    """Nothing leaves this folder, what a page leaves open is closed, videos are short, trials and runs on seeds empty."""
     monkeypatch.setattr(video, "MAX_FRAMES", 20)
     monkeypatch.setattr(fit_process, "FIT", [sys.executable, "-c", MEASURED])
     monkeypatch.setattr(seeds, "FIT", [sys.executable, "-c", ""])  # what they leave is tested in test_seeds.py

@@ -1,4 +1,4 @@
-"""A page about several runs side by side: groups of repetitions, means over seeds and their intervals."""
+"""A page about several runs side by side: groups of repetitions, interquartile means over seeds and their intervals."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -27,11 +27,8 @@ IGNORED_SETTINGS = (
 POINTS = 200
 """Environment steps of the common grid (count)."""
 
-T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""97.5 % quantile of Student's t with 1, 2, … degrees of freedom."""
+RESAMPLES = 1000
+"""Samples of the bootstrap (count)."""
 
 
 @dataclass(frozen=True)
@@ -100,28 +97,36 @@ def _label(found: dict[str, str], differing: list[str], first: SavedRun) -> str:
     return ", ".join(parts[:3]) + (f", … ({first.folder})" if len(parts) > 3 else "")
 
 
+def middle_mean(values: Any) -> Any:
+    """Interquartile mean over the first axis: without the lowest and the highest quarter, rounded down to whole runs."""
+    cut = len(values) // 4
+    return np.sort(values, 0)[cut : len(values) - cut].mean(0)
+
+
 def interval(values: Any) -> tuple[Any, Any, Any]:
-    """Mean over runs and its 95 % interval by Student's t, without NaN.
+    """Interquartile mean over runs, and its 95 % interval by the percentiles of a bootstrap (Agarwal et al. 2021), without NaN.
 
     Args:
         values: [runs, P].
 
     Returns:
-        Three arrays [P]: mean, lower and upper end. They are NaN without runs, and the ends also with one run.
+        Three arrays [P]: interquartile mean, lower and upper end. They are NaN without runs, and the ends also with one run.
     """
+    found = np.full((3, values.shape[1]), np.nan)
     there = ~np.isnan(values)
-    count = there.sum(0)
-    mean = np.where(count > 0, np.where(there, values, 0.0).sum(0) / count.clip(1), np.nan)
-    squares = np.where(there, values - mean, 0.0) ** 2
-    deviation = np.sqrt(squares.sum(0) / (count - 1).clip(1))
-    known = np.array([np.nan, np.nan, *T_975])[count.clip(0, len(T_975) + 1)]
-    quantile = np.where(count <= len(T_975) + 1, known, 1.96 + 2.372 / (count - 1).clip(1))  # its expansion in 1/n
-    half = quantile * deviation / np.sqrt(count.clip(1))
-    return mean, mean - half, mean + half
+    for known in np.unique(there, axis=1).T if values.shape[1] else ():
+        points, count = (there == known[:, None]).all(0), int(known.sum())
+        own = values[np.ix_(known, points)]
+        if count:
+            found[0, points] = middle_mean(own)
+        if count > 1:
+            drawn = np.random.default_rng(0).integers(count, size=(count, RESAMPLES))
+            found[1:, points] = np.percentile(middle_mean(own[drawn]), (2.5, 97.5), axis=0)
+    return found[0], found[1], found[2]
 
 
 def curves_of(group: Group, metric: str, color: int) -> list[Curve]:
-    """The mean of a metric over a group's runs with its interval, on a common grid, and the runs as faint curves.
+    """The interquartile mean of a metric over a group's runs with its interval, on a common grid, and the runs as faint curves.
 
     Each grid point takes the runs that got that far, linearly interpolated between their own points.
     """
@@ -152,7 +157,8 @@ def comparison(groups: Sequence[Group], place: Path) -> str:
         environments.setdefault(", ".join(names), []).append((index, group))
     several = any(len(group.runs) > 1 for group in groups)
     caption = (
-        "Thick: the mean over the runs of a group that got so far, with its 95 % interval (Student's t); thin: each run."
+        "Thick: the interquartile mean over the runs of a group that got so far, with its 95 % interval (bootstrap); "
+        "thin: each run."
         if several
         else "Each curve is one run."
     )
@@ -196,7 +202,7 @@ def _group_row(index: int, group: Group) -> list[str]:
 
 
 def _estimate(values: Iterable[float | None]) -> str:
-    """Mean over runs, and its interval if there are several."""
+    """Interquartile mean over runs, and its interval if there are several."""
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     if not len(known):
         return number(None)

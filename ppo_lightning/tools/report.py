@@ -73,7 +73,7 @@ def main(words: list[str]) -> None:
     parser = PlainParser(
         prog="ppo-lightning report",
         description="Draw a page about one run, or about several side by side. Runs that differ only in their seed share one "
-        "curve, the mean over seeds with its 95 % interval.",
+        "curve, the interquartile mean over seeds with its 95 % interval.",
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of several runs (lightning_logs)")
