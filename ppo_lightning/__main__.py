@@ -9,7 +9,7 @@ from types import FrameType
 from ppo_lightning.help import OVERVIEW
 
 COMMANDS = {
-    "configs": "shipped",
+    "configs": "tools.configs",
     "enjoy": "tools.enjoy",
     "export": "tools.export",
     "push": "tools.hub",

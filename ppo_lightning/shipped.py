@@ -4,8 +4,6 @@ import difflib
 import re
 from pathlib import Path
 
-from ppo_lightning.errors import InputError
-
 PACKAGE = Path(__file__).parent
 
 
@@ -34,27 +32,3 @@ def description(path: Path) -> list[str]:
     reached = [line for line in lines if line.startswith("Reaches ")]
     text = " ".join(line for line in lines if line not in reached)
     return [re.split(r"(?<=[\w)])\. (?=[A-Z])", text, maxsplit=1)[0].rstrip("."), *reached]
-
-
-def main(words: list[str]) -> None:
-    """Run ``ppo-lightning configs``: list the configs, or print one."""
-    from ppo_lightning.arguments import PlainParser
-    from ppo_lightning.errors import exit_on_user_error
-
-    parser = PlainParser(
-        prog="ppo-lightning configs",
-        description="List the configs that --config finds by name, or print one, to change a copy of it.",
-    )
-    parser.add_argument("name", nargs="?", help="of the config to print")
-    with exit_on_user_error():
-        given, known = parser.parse_args(words), shipped_configs()
-        if given.name is None:
-            for name, path in known.items():
-                first, *rest = description(path)
-                print("\n".join([f"{name:<26}{first}", *(f"{'':<26}{line}" for line in rest)]))
-        elif given.name in known:
-            print(known[given.name].read_text(encoding="utf-8"), end="")
-        else:
-            near = near_name(given.name)
-            hint = f"did you mean {near}?" if near else "`ppo-lightning configs` lists them"
-            raise InputError(f"there is no config {given.name}: {hint}")

@@ -71,6 +71,18 @@ CASES = {
             "ent_coef": 0.01,
         },
     ),
+    "std of each state": (
+        "Pendulum-v1",
+        {
+            "policy": partial(ActorCritic, state_dependent_std=True, log_std_init=-1.0),
+            "normalize_observation": True,
+            "ent_coef": 0.01,
+        },
+    ),
+    "gsde beyond the bounds": (
+        "Pendulum-v1",
+        {"policy": partial(ActorCritic, distribution="gsde", log_std_range=(-1e-3, 1e-3)), "ent_coef": 0.01},
+    ),
     "recomputed": ("Pendulum-v1", {"recompute_advantages": True, "clip_range_vf": 0.2, "num_minibatches": 3}),
     "recomputed between halves": (
         "CartPole-v1",

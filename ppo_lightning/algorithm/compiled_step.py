@@ -14,7 +14,6 @@ from ppo_lightning.algorithm.loss import LossCoefficients, Objective, normalize_
 from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, index_samples
 from ppo_lightning.algorithm.optimizer_step import Backend, StepRecord, UpdateSettings
 from ppo_lightning.compiler import MAX_SAMPLES, CompilerError, compile_function
-from ppo_lightning.policy.actor_critic import GaussianHead, GSDEHead, without_outward
 from ppo_lightning.spaces import split_sizes
 
 STEP_SCALARS = (
@@ -51,8 +50,6 @@ def unsupported_reason(objective: Objective, optimizer: torch.optim.Optimizer, p
         return "parameters have hooks on their gradients"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return "the optimizer has hooks on its steps"
-    if any(isinstance(module, GaussianHead) and module.log_std is None for module in policy.modules()):
-        return "the standard deviation is an output of the network"
     return None
 
 
@@ -123,12 +120,6 @@ class CompiledStep:
         self.shapes: dict[str, torch.Size] = {}
         self.flat = self.moments = self.masks = torch.zeros(0)
         self.steps: list[Tensor] = []
-        self.bounds = {
-            f"{name}.log_std": (module.low, module.high)
-            for name, module in objective.named_modules()
-            if isinstance(module, GaussianHead | GSDEHead)
-        }
-        """Of log standard deviations: beyond them only gradients that lead back count."""
         own = [parameter for module in objective.modules() for parameter in module._parameters.values()]
         # One parameter in two modules; of one module under two names torch would refuse to tie the weights.
         self.tied = len([one for one in own if one is not None]) > len(list(objective.parameters()))
@@ -168,8 +159,6 @@ class CompiledStep:
 
         parameters = self._parameters(flat)
         gradients, (_, losses) = grad_and_value(score, has_aux=True)(parameters)
-        for name in self.bounds.keys() & gradients.keys():
-            gradients[name] = without_outward(gradients[name], parameters[name], *self.bounds[name])
         return torch.cat([gradients[name].flatten() for name in self.shapes]), losses
 
     def _parameters(self, flat: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, singledispatch
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from gymnasium import Space
@@ -411,17 +411,29 @@ class CompositeHead(nn.Module):
 
 def clamp_with_pullback(log_std: Any, low: float, high: float) -> Tensor:
     """``log_std`` between its bounds; beyond them the gradient can still pull it back, which torch.clamp prevents."""
-    clamped = log_std.clamp(low, high)
     if not torch.is_grad_enabled():
-        return clamped
-    clamped = log_std + (clamped - log_std).detach()
-    if clamped.requires_grad and not torch.compiler.is_compiling():  # a compiled step drops these gradients itself
-        values = log_std.detach()
-        clamped.register_hook(lambda gradient: without_outward(gradient, values, low, high))
-    return clamped
+        return log_std.clamp(low, high)
+    # A view: torch 2.13 compiles the custom gradient of an intermediate, and drops that of a parameter itself.
+    return cast(Tensor, _ClampWithPullback.apply(log_std.view_as(log_std), low, high))
 
 
-def without_outward(gradient: Tensor, values: Tensor, low: float, high: float) -> Tensor:
-    """The gradient, 0 where a step against it leads values further beyond their bounds."""
-    outward = ((values > high) & (gradient < 0)) | ((values < low) & (gradient > 0))
-    return gradient.masked_fill(outward, 0.0)
+class _ClampWithPullback(torch.autograd.Function):
+    """Passes a gradient on, except where a step against it leads values further beyond their bounds."""
+
+    @staticmethod
+    @override
+    def forward(values: Tensor, low: float, high: float) -> Tensor:
+        return values.clamp(low, high)
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        values, ctx.low, ctx.high = inputs
+        ctx.save_for_backward(values)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,), (values,) = grad_outputs, ctx.saved_tensors
+        outward = ((values > ctx.high) & (gradient < 0)) | ((values < ctx.low) & (gradient > 0))
+        return gradient.masked_fill(outward, 0.0), None, None
