@@ -1,5 +1,6 @@
 """What is released: a wheel that works in an environment of its own, one version, workflows that name actions by commit."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import tarfile
 import tomllib
 import venv
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,29 +60,31 @@ def installed(dist, tmp_path_factory) -> Path:
 
 
 def test_the_wheel_trains_exports_and_reports_from_any_folder(installed, tmp_path):
-    def run(*words: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(program: str, *words: str) -> str:
         done = subprocess.run(
-            [installed / "ppo-lightning", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+            [installed / program, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = [installed / "python", "-c", "import ppo_lightning; print(ppo_lightning.__file__)"]
-    found = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+    command = partial(run, "ppo-lightning")
+    found = run("python", "-c", "import ppo_lightning; print(ppo_lightning.__file__)").strip()
     assert Path(found).is_relative_to(installed.parent)
     assert (Path(found).parent / "py.typed").exists()
-    assert "half_cheetah " in run("configs")
+    assert "half_cheetah " in command("configs")
     small = [
         "--model.total_steps=512",
         "--model.num_steps=16",
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
     ]
-    assert "trained 512 environment steps" in run("fit", "--config", "cartpole", *small)
+    assert "trained 512 environment steps" in command("fit", "--config", "cartpole", *small)
     (checkpoint,) = tmp_path.rglob("last.ckpt")
-    run("export", str(checkpoint))
+    command("export", str(checkpoint))
     assert checkpoint.with_suffix(".onnx").exists()
-    assert "report of 1 run" in run("report", "lightning_logs")
+    assert "report of 1 run" in command("report", "lightning_logs")
 
 
 def test_the_wheel_has_every_module_template_and_config_and_nothing_else(dist):

@@ -562,7 +562,8 @@ def test_a_sweep_on_the_command_line_leaves_a_config_that_fit_takes_a_table_and_
     assert "trial config (" in said
     assert f"fit --config {place / 'best.yaml'}" in said
     seeds = [
-        yaml.safe_load(path.read_text())["seed_everything"] for path in sorted(place.rglob("version_0/config.yaml"))
+        yaml.safe_load(path.read_text())["seed_everything"]
+        for path in sorted(place.rglob("lightning_logs/*/config.yaml"))
     ]
     assert seeds == [5, 6]
     best = search.full_config(place / "best.yaml")

@@ -88,7 +88,7 @@ def cartpole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("PL_GLOBAL_SEED", "0")
-        main(CARTPOLE)
+        main([*CARTPOLE, "--name=version"])
     return folder
 
 

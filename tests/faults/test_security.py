@@ -47,7 +47,7 @@ def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        main(["fit", "--model.env", "CartPole-v1", "--model.total_steps", "64", *FLAGS])
+        main(["fit", "--model.env", "CartPole-v1", "--model.total_steps", "64", "--name", "version", *FLAGS])
         return torch.load("lightning_logs/version_0/checkpoints/last.ckpt")
 
 
