@@ -74,7 +74,7 @@ def normalized(tasks: Iterable[Task], rows: list[Row]) -> list[list[float]]:
 def stratified(
     statistic: Callable[[list[NDArray[Any]]], Any], scores: list[list[float]], samples: int = 2000
 ) -> tuple[Any, Any, Any]:
-    """A statistic of all tasks' scores, with its 95 % interval: seeds are sampled anew within each task (Agarwal et al. 2021).
+    """A statistic of all tasks' scores, with its 95 % interval: seeds are resampled within each task (Agarwal et al. 2021).
 
     Args:
         statistic: of one array of scores per task.

@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from gymnasium.spaces import Box
+from probes import Probe
 from test_grid import GRID, make, pairwise_sample
 from torch import nn
 
@@ -169,6 +171,22 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(model, fit, tmp_path, caps
             model.export(tmp_path / "policy.onnx")
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "there.onnx").read_text() == "kept"
+
+
+def test_integers_of_any_width_are_sampled_within_their_bounds():
+    for dtype in (np.uint8, np.int64, np.uint64):
+        info = np.iinfo(dtype)
+
+        class Wide(Probe):
+            def __init__(self, dtype=dtype, info=info):
+                super().__init__()
+                self.observation_space = Box(info.min, info.max, (3,), dtype)
+
+        model = PPO(Wide, **SMALL)
+        found = tool.sample_inputs(tool.PolicyGraph(model, stochastic=False), model)["observation"]
+        assert found.shape == (256, 3)
+        assert (found.astype(np.float64) >= info.min).all()
+        assert (found.astype(np.float64) <= info.max).all()
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ class PolicyGraph(nn.Module):
         self.is_stochastic = stochastic
         if stochastic:
             size = [2 * distribution.num_noise]
-            self.inputs.append(Port("random", "float32", size, "uniform on [0, 1), drawn anew in every call"))
+            self.inputs.append(Port("random", "float32", size, "uniform on [0, 1), different in every call"))
 
     @override
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -228,8 +228,11 @@ def sample_inputs(graph: PolicyGraph, model: PPO, samples: int = SAMPLES) -> dic
                 values = mean.reshape(spec.shape) + variance.reshape(spec.shape) ** 0.5 * values
             found[name] = values.clip(space.low, space.high).astype(dtype)
         else:
-            low, high = (np.broadcast_to(bound, (samples, *spec.shape)) for bound in (spec.low, spec.high))
-            found[name] = rng.integers(low.astype(np.int64), high.astype(np.int64), endpoint=True).astype(dtype)
+            bounds = (
+                np.broadcast_to(bound, (samples, *spec.shape)).astype(np.float64) for bound in (spec.low, spec.high)
+            )
+            low, high = (bound.clip(-(2**31), 2**31).astype(np.int64) for bound in bounds)  # as 64 bits have room for
+            found[name] = rng.integers(low, high, endpoint=True).astype(dtype)
     if policy.state_size:
         found["state"] = rng.standard_normal((samples, policy.state_size)).astype(np.float32)
         found["state"][::2] = 0.0
@@ -266,23 +269,29 @@ def _traced(graph: PolicyGraph, tensors: list[Tensor]) -> torch.export.ExportedP
             return torch.export.export(
                 graph, tuple(tensors), dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False
             )
-    except Exception as error:
-        network = type(graph.policy.network).__name__
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"the network {network} cannot be exported, torch.export stops with {type(error).__name__}: {reason}; write its "
-            "forward without Python control flow that depends on values, and without numbers taken out of tensors"
-        ) from error
+    except (RuntimeError, ValueError, TypeError) as error:  # the compiler's own errors are RuntimeErrors
+        raise _untraceable(graph, "torch.export", error) from error
+
+
+def _untraceable(graph: PolicyGraph, tool: str, error: Exception) -> InputError:
+    network, reason = type(graph.policy.network).__name__, str(error).strip().partition("\n")[0]
+    return InputError(
+        f"the network {network} cannot be exported, {tool} stops with {type(error).__name__}: {reason}; write its forward "
+        "without Python control flow that depends on values, and without numbers taken out of tensors"
+    )
 
 
 def _write_onnx(program: torch.export.ExportedProgram, graph: PolicyGraph, file: Path, text: str) -> None:
     import onnx
 
     names = [port.name for port in graph.inputs], [port.name for port in graph.outputs]
-    with _quiet():
-        exported = torch.onnx.export(
-            program, input_names=names[0], output_names=names[1], opset_version=OPSET, dynamo=True, verbose=False
-        )
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program, input_names=names[0], output_names=names[1], opset_version=OPSET, dynamo=True, verbose=False
+            )
+    except torch.onnx.OnnxExporterError as error:  # an operation that ONNX does not have
+        raise _untraceable(graph, "torch.onnx", error) from error
     assert exported is not None
     contents = exported.model_proto
     del contents.metadata_props[:]
