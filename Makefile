@@ -7,7 +7,7 @@ CONFIG ?= configs/cartpole.yaml
 XDIST ?= -n logical --maxprocesses 4 --dist worksteal
 ARGS ?=
 
-.PHONY: install train test test-faults test-long lint format dist benchmark learning learning-quick clean
+.PHONY: install train test test-faults test-long lint format docs docs-serve dist benchmark learning learning-quick clean
 
 install: $(VENV)/.installed            ## .venv with the package and what drawing needs
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,6 +43,17 @@ format: $(VENV)/.installed-test        ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed-docs          ## the documentation as a site, in site/; a broken link is an error
+	$(BIN)/mkdocs build --strict $(ARGS)
+
+docs-serve: $(VENV)/.installed-docs    ## the same on http://127.0.0.1:8000, built again after each change
+	$(BIN)/mkdocs serve $(ARGS)
+
 dist: $(VENV)/.installed-test          ## a wheel and an sdist, in dist/
 	rm -rf dist
 	$(BIN)/python -m hatchling build -d dist
@@ -58,4 +69,4 @@ learning-quick: $(VENV)/.installed-test ## the same of three tasks: under ten mi
 	$(BIN)/python -m benchmarks.learning --quick $(ARGS)
 
 clean:
-	rm -rf $(VENV) lightning_logs dist
+	rm -rf $(VENV) lightning_logs dist site

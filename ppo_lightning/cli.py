@@ -322,7 +322,9 @@ class PPOCLI(LightningCLI):
     def run_name(self) -> str:
         """What a run's folder is called, before its number: the task and the seed; an override may choose other words."""
         seed = self._get(self.config, "seed_everything")
-        task = cast(PPO, self.model).env_factory.name.rpartition(":")[2]
+        factory = cast(PPO, self.model).env_factory
+        named = (factory.env_kwargs.get(key) for key in ("task", "game"))  # of simulators that have several
+        task = next((name for name in named if isinstance(name, str)), factory.name.rpartition(":")[2])
         slug = re.sub(r"[^a-z0-9._-]+", "-", task.lower()).strip("-") or "run"
         return slug if seed is False else f"{slug}_s{seed}"
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import simulators
 import yaml
 
 from ppo_lightning import PPO
@@ -17,7 +18,9 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 @pytest.mark.paints
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_trains_two_iterations_as_it_stands(config, tmp_path):
+def test_trains_two_iterations_as_it_stands(config, tmp_path, monkeypatch):
+    """Simulators of robots are stood in for."""
+    simulators.install(monkeypatch)
     main(
         f"fit --config {config} --trainer.max_epochs 2 --trainer.default_root_dir {tmp_path} --trainer.accelerator cpu "
         "--trainer.enable_progress_bar false --trainer.enable_model_summary false --model.num_eval_episodes 1 "

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from processes import fit as train
 from processes import forked, free_port
 from torch.testing import assert_close
@@ -181,6 +182,29 @@ def test_two_nodes_of_torchrun_are_the_run_of_two_devices(plain, tmp_path):
     told = [agent.communicate(timeout=200)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], told
     assert_same_run(tmp_path, plain)
+
+
+def test_the_documents_job_of_kubeflow_trains_on_two_nodes(tmp_path):
+    """What its runtime does: the job's command on each node, with torchrun's options in variables."""
+    text = (Path(__file__).parent.parent / "docs/recipes/kubeflow.md").read_text()
+    job = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["spec"]["trainer"]
+    few = "--trainer.max_epochs=1 --trainer.accelerator=cpu --model.num_steps=64 --model.num_minibatches=2 --model.num_envs=2"
+    few += f" --model.compile=false --model.num_eval_episodes=1 --trainer.default_root_dir={tmp_path} --name=job"
+    rendezvous = {"PET_NNODES": str(job["numNodes"]), "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1"}
+    rendezvous["PET_MASTER_PORT"] = str(free_port())
+    assert job["command"][0] == "torchrun"
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *job["command"][1:], *job["args"], *few.split()],
+            env={**environment(), **rendezvous, "PET_NODE_RANK": str(node)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(job["numNodes"])
+    ]  # fmt: skip
+    told = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told
+    checkpoint = torch.load(tmp_path / "lightning_logs/job_0/checkpoints/last.ckpt", weights_only=True)
+    assert int(checkpoint["state_dict"]["env_steps"]) == 2 * 2 * 64
 
 
 def test_two_tasks_of_slurm_are_the_run_of_two_devices(plain, tmp_path, monkeypatch):

@@ -30,7 +30,10 @@ SPEED = (ROOT / "docs/speed.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 METRICS = (ROOT / "docs/metrics.md").read_text()
-DOCUMENTS = {path.stem: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {
+    path.relative_to(ROOT / "docs").with_suffix("").as_posix(): path for path in sorted((ROOT / "docs").rglob("*.md"))
+}
+DOCUMENTS = {"README": README, **{name: path.read_text() for name, path in PAGES.items()}}
 FEW = shlex.split(
     "--trainer.max_epochs 1 --trainer.accelerator cpu --model.num_eval_episodes 1 "
     "--model.num_steps 64 --model.num_minibatches 2 --model.num_envs 2 --model.compile false"
@@ -43,19 +46,20 @@ import sys
 open(file, "w").write('{"steps": 1024, "seconds": 1, "value": 20}\\n')
 """
 """Stands for the run of a trial: that a trial trains is tested in test_sweep.py, which needs three processes."""
-BY_RAY = "from ray"
-"""A block that :mod:`faults.test_ray` runs."""
+ELSEWHERE = ("from ray", "kind: TrainJob")
+"""Blocks that :mod:`faults.test_ray` and :mod:`test_ddp` run."""
 
 
 def blocks(page: str, language: str) -> list[str]:
     """The blocks of a language in a document, those inside lists included."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", DOCUMENTS[page], re.DOTALL | re.MULTILINE)
+    found = re.findall(rf"^( *)```{language}(?: [^\n]*)?\n(.*?)^\1```", DOCUMENTS[page], re.DOTALL | re.MULTILINE)
     return [textwrap.dedent(code) for _, code in found]
 
 
 def each_block(language: str) -> list[Any]:
     """Parameters (page, block) for a test of all blocks of a language."""
-    every = [(page, block) for page in DOCUMENTS for block in blocks(page, language) if BY_RAY not in block]
+    every = [(page, block) for page in DOCUMENTS for block in blocks(page, language)]
+    every = [(page, block) for page, block in every if not any(mark in block for mark in ELSEWHERE)]
     names = [page for page, _ in every]
     ids = [f"{page}-{names[:index].count(page)}" for index, page in enumerate(names)]
     return [pytest.param(*one, id=name) for one, name in zip(every, ids, strict=True)]
@@ -63,6 +67,13 @@ def each_block(language: str) -> list[Any]:
 
 def commands(block: str) -> list[list[str]]:
     return [words for line in block.replace("\\\n", "").splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def write_modules(page: str) -> None:
+    """The blocks of a page that are files, which begin with a name, into this folder."""
+    for module in blocks(page, "python"):
+        if name := re.match(r"# (\w+\.py)\n", module):
+            Path(name[1]).write_text(module)
 
 
 @pytest.fixture
@@ -87,6 +98,7 @@ def _at_home(monkeypatch):
 def test_each_block_of_python_runs_by_itself(page, code, monkeypatch):
     if "NotebookDisplay" in code:
         monkeypatch.setenv("MPLBACKEND", "agg")
+    write_modules(page)
     # A hundredth of the steps, in shorter iterations.
     code = re.sub(r"total_steps=(\d+)_000\b", lambda match: f"total_steps={int(match[1]) * 10}", code)
     code = code.replace("num_steps=1024", "num_steps=128").replace("num_minibatches=64", "num_minibatches=4")
@@ -161,9 +173,7 @@ def test_each_block_of_yaml_is_a_config_that_trains_or_a_space_that_can_be_searc
         Path("space.yaml").write_text(text)
         assert len(read_space("space.yaml")) == len(text.splitlines())
         return
-    for module in blocks(page, "python"):
-        if name := re.match(r"# (\w+\.py)\n", module):
-            Path(name[1]).write_text(module)
+    write_modules(page)
     Path("page.yaml").write_text(text.replace("sqlite:///mlflow.db", f"file:{tmp_path}/mlruns"))
     env = [] if "model:" in text and "env:" in text else ["--model.env", "CartPole-v1"]
     main(["fit", "--config", "page.yaml", *env, *FEW])
@@ -193,17 +203,18 @@ def test_every_place_in_the_code_that_the_documents_name_exists():
             assert re.search(rf"(class|def) {name}\b", (ROOT / "ppo_lightning" / file).read_text()), name
 
 
-@pytest.mark.parametrize("text", DOCUMENTS.values(), ids=DOCUMENTS)
-def test_links_lead_somewhere(text):
-    for link, anchor in re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]+))?\)", text):
-        assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_links_lead_somewhere(page):
+    folder = PAGES.get(page, ROOT / "README.md").parent
+    for link, anchor in re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]+))?\)", DOCUMENTS[page]):
+        assert (folder / link).exists(), link
         if anchor:
-            headings = re.findall("^#+ (.*)$", DOCUMENTS[Path(link).stem], re.MULTILINE)
+            headings = re.findall("^#+ (.*)$", (folder / link).read_text(), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], link
 
 
 def test_the_example_network_is_short_and_trains(fit):
-    code = next(block for block in re.findall(r"```python\n(.*?)```", POLICIES, re.DOTALL) if "MyNetwork" in block)
+    code = next(block for block in blocks("own_network", "python") if "MyNetwork" in block)
     body = code.split("class MyNetwork")[1].split("model =")[0]
     assert len(body.strip().splitlines()) <= 15
     space: dict = {}
@@ -213,6 +224,17 @@ def test_the_example_network_is_short_and_trains(fit):
     assert int(model.iterations) == 2
     action = model.predict(np.zeros(3, np.float32))
     assert model.action_space.contains(action)
+
+
+def test_every_public_name_is_in_the_reference():
+    """make docs fails where such a name has no docstring."""
+    import ppo_lightning
+    from ppo_lightning import callbacks
+
+    public = {*ppo_lightning.MODULES, *callbacks.TOOLS}
+    public |= {name for name, value in vars(callbacks).items() if isinstance(value, type) and name != "Callback"}
+    pages = "".join(text for page, text in DOCUMENTS.items() if page.startswith("api/"))
+    assert public <= {name.rpartition(".")[2] for name in re.findall("^::: (.*)$", pages, re.MULTILINE)}
 
 
 def test_every_option_of_the_network_is_in_the_documents():

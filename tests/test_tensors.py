@@ -8,6 +8,7 @@ import gymnasium as gym
 import lightning
 import numpy as np
 import pytest
+import simulators
 import torch
 from gymnasium.spaces import Box, Dict
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -409,6 +410,55 @@ def test_isaac_labs_environments_are_vectors(fit):
     fit(model)
     assert made[0].seeds == [0]
     assert [episode[1] for episode in model.rollouts.episodes.ep_info_buffer][:4] == [4.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("env", "task", "final"),
+    [("mjlab_env", simulators.MJLAB_TASKS[0], 3.0), ("isaac_lab_env", simulators.ISAAC_TASK, 4.0)],
+)
+def test_tasks_of_simulators_train_by_name(env, task, final, fit, monkeypatch):
+    """Isaac Lab gives the observation at which a time limit cuts; mjlab's values bootstrap from the one before."""
+    started = simulators.install(monkeypatch)
+    model = PPO(f"ppo_lightning.envs.{env}", {"task": task}, total_steps=256, **SIZE)
+    rollout = model.rollouts.collect()
+    assert rollout["truncated"][3].all()
+    group = next(iter(model.observation_space))
+    observation = {name: torch.full((4, 2), final) for name in model.observation_space}
+    assert_close(rollout["observation"][group][:5, 0, 0], torch.tensor([0.0, 1, 2, 3, 0]))
+    assert_close(rollout["next_state_value"][3], model.policy.critic(observation))
+    assert model.rollouts.info_sums.keys() == {"env/Metrics/speed"}
+    fit(model)
+    fit(model)  # with a simulation of its own, in the same app
+    assert [start["headless"] for start in started] == [True] * (env == "isaac_lab_env")
+
+
+@pytest.mark.parametrize(
+    ("env", "task", "sentence"),
+    [
+        ("mjlab_env", "Mjlab-Cartpole-Balanc", "Mjlab-Cartpole-Balanc: did you mean Mjlab-Cartpole-Balance?"),
+        ("mjlab_env", "xyz", "mjlab has no task xyz: it has Mjlab-Cartpole-Balance, Mjlab-Velocity-Flat-Unitree-Go1"),
+        ("isaac_lab_env", "Isaac-Velocity-Flat-Anymal-C", "did you mean Isaac-Velocity-Flat-Anymal-C-v0?"),
+    ],
+)
+def test_a_wrong_task_is_one_sentence(env, task, sentence, monkeypatch):
+    simulators.install(monkeypatch)
+    with pytest.raises(InputError, match=sentence):
+        PPO(f"ppo_lightning.envs.{env}", {"task": task})
+
+
+@pytest.mark.parametrize(("env", "install"), [("mjlab_env", "pip install mjlab"), ("isaac_lab_env", "isaaclab.sh -p")])
+def test_a_simulator_that_is_not_installed_is_one_sentence(env, install, monkeypatch):
+    simulators.hide(monkeypatch)
+    with pytest.raises(InputError, match=f"xyz needs .*{install}"):
+        PPO(f"ppo_lightning.envs.{env}", {"task": "xyz"})
+
+
+def test_mjlab_itself_trains(fit):
+    pytest.importorskip("mjlab")
+    model = PPO("ppo_lightning.envs.mjlab_env", {"task": "Mjlab-Cartpole-Balance"}, total_steps=256, **SIZE)
+    fit(model)
+    assert model.num_env_steps == 256
+    assert model.observation_space.keys() == {"actor", "critic"}
 
 
 def test_jax_environments_come_by_dlpack(fit):

@@ -21,10 +21,12 @@ class PPOCallback(Callback):
     one ends the run.
 
     Args:
-        functions: called for each event by name, with the same arguments as the method.
-
-    Raises:
-        TypeError: there is no such event.
+        on_iteration_start: function that is called instead of the method of that name, with its arguments but ``self``.
+        on_rollout_start: the same, and so on.
+        on_rollout_end: the same.
+        on_update_start: the same.
+        on_update_end: the same.
+        on_iteration_end: the same.
     """
 
     def __init__(

@@ -1,12 +1,16 @@
 """Vector environments of other packages behind Gymnasium's interface."""
 
+import difflib
+import functools
 import importlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Dict
+from gymnasium.spaces import Box, Dict, Space
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
@@ -69,8 +73,8 @@ class IsaacLabVectorEnv(VectorEnv):
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
         self._is_gymnasium = hasattr(simulator, "single_action_space")
         if self._is_gymnasium:
-            self.single_observation_space = simulator.single_observation_space
-            self.single_action_space = simulator.single_action_space
+            self.single_observation_space = _gymnasium_space(simulator.single_observation_space)
+            self.single_action_space = _gymnasium_space(simulator.single_action_space)
         else:
             self.single_action_space = _unbounded((int(simulator.num_actions),))
             given = _groups(simulator.get_observations())
@@ -186,8 +190,82 @@ def _space(groups: dict[str, Any]) -> Dict:
     )
 
 
+def _gymnasium_space(space: Any) -> Space[Any]:
+    """A space as Gymnasium's: mjlab has classes of its own, with the same fields."""
+    if isinstance(space, Space):
+        return space
+    if hasattr(space, "spaces"):
+        return Dict({name: _gymnasium_space(part) for name, part in space.spaces.items()})
+    low, high = (np.broadcast_to(np.asarray(bound, space.dtype), space.shape) for bound in (space.low, space.high))
+    return Box(low, high, dtype=np.dtype(space.dtype).type)
+
+
 def _unbounded(shape: Any) -> Box:
     return Box(-np.inf, np.inf, tuple(shape), dtype=np.float32)
+
+
+def mjlab_env(task: str, num_envs: int, *, device: str | None = None) -> IsaacLabVectorEnv:
+    """A task of mjlab, simulated by MuJoCo Warp.
+
+    Args:
+        task: its name, such as ``Mjlab-Velocity-Flat-Unitree-Go1`` (``list_tasks`` of ``mjlab.tasks.registry``).
+        num_envs: how many environments.
+        device: of the simulation; null is this rank's GPU, or the CPU where there is none.
+
+    Raises:
+        InputError: mjlab is not installed, or has no such task.
+    """
+    try:
+        importlib.import_module("mjlab.tasks")  # which registers them
+    except ImportError as error:
+        raise InputError(f"{task} needs mjlab: pip install mjlab ({error})") from error
+    registry: Any = importlib.import_module("mjlab.tasks.registry")
+    envs: Any = importlib.import_module("mjlab.envs")
+    _known_task(task, registry.list_tasks(), "mjlab")
+    config = registry.load_env_cfg(task)
+    config.scene.num_envs = num_envs
+    return IsaacLabVectorEnv(envs.ManagerBasedRlEnv(config, device=device or _device()))
+
+
+def isaac_lab_env(task: str, num_envs: int, *, device: str | None = None) -> IsaacLabVectorEnv:
+    """A task of Isaac Lab. The first call starts Isaac Sim without a window; a process has one simulation.
+
+    Args:
+        task: its id, such as ``Isaac-Velocity-Flat-Anymal-C-v0``.
+        num_envs: how many environments.
+        device: of the simulation; null is this rank's GPU, or the CPU where there is none.
+
+    Raises:
+        InputError: Isaac Lab is not installed, or has no such task.
+    """
+    device = device or _device()
+    try:
+        _start_isaac_sim(device)
+    except ImportError as error:
+        raise InputError(f"{task} needs Isaac Lab, and to be run by its Python (isaaclab.sh -p): {error}") from error
+    tasks: Any = importlib.import_module("isaaclab_tasks.utils")
+    _known_task(task, gym.registry, "Isaac Lab")
+    config = tasks.parse_env_cfg(task, device=device, num_envs=num_envs)
+    config.compute_final_obs = True  # so that time limits bootstrap from the observation at which they cut
+    return IsaacLabVectorEnv(gym.make(task, cfg=config).unwrapped)
+
+
+@functools.cache
+def _start_isaac_sim(device: str) -> Any:
+    """Start it once in a process: all other modules of Isaac Lab can be imported only after it."""
+    app: Any = importlib.import_module("isaaclab.app")
+    return app.AppLauncher(headless=True, device=device)
+
+
+def _known_task(task: str, known: Iterable[str], package: str) -> None:
+    if task not in (names := list(known)):
+        near = difflib.get_close_matches(task, names, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(names)[:5])} …"
+        raise InputError(f"{package} has no task {task}: {hint}")
+
+
+def _device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 class AtariFullGames(VectorWrapper):

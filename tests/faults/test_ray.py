@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def test_the_documents_example_with_ray_trains_in_two_workers(tmp_path):
     pytest.importorskip("ray.train.lightning")
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/distributed.md").read_text(), re.DOTALL)[0]
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/recipes/ray.md").read_text(), re.DOTALL)[0]
     (tmp_path / "example.py").write_text(code)
     quiet = {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
