@@ -22,19 +22,32 @@ from ppo_lightning.errors import InputError, UsageError
 from ppo_lightning.help import PARTS, full_help, short_help
 from ppo_lightning.shipped import located, near_name
 
+NETWORK = "model.policy.init_args"
 OTHER_NAMES = {
+    "activation_fn": f"{NETWORK}.activation",
+    "anneal_lr": "model.lr_scheduler",
     "batch_size": "model.num_minibatches",
+    "clip_coef": "model.clip_range",
+    "clip_vloss": "model.clip_range_vf",
     "env_id": "model.env",
     "env_restarts": "model.max_env_restarts",
+    "hidden_dims": f"{NETWORK}.hidden_sizes",
+    "init_noise_std": f"{NETWORK}.log_std_init",
+    "lam": "model.gae_lambda",
     "learning_rate": "model.optimizer.lr",
     "log_info": "model.info_keys",
     "max_steps": "model.total_steps",
-    "memory": "model.policy.init_args.rnn",
-    "rnn_size": "model.policy.init_args.rnn_size",
+    "memory": f"{NETWORK}.rnn",
     "minibatch_chunks": "model.gradient_accumulation_steps",
     "n_envs": "model.num_envs",
     "n_epochs": "model.update_epochs",
+    "net_arch": f"{NETWORK}.hidden_sizes",
+    "norm_adv": "model.normalize_advantage",
+    "num_learning_epochs": "model.update_epochs",
+    "num_steps_per_env": "model.num_steps",
+    "rnn_size": f"{NETWORK}.rnn_size",
     "total_timesteps": "model.total_steps",
+    "use_sde": f"{NETWORK}.distribution",
 }
 """Keys of other libraries, and earlier names of our own, whose nearest key here has a different spelling."""
 
@@ -259,7 +272,8 @@ def _wrong_value(found: re.Match[str], line: _Line) -> str:
     unknown = re.search(r"Option '([^']+)' is not accepted", message)
     if unknown:
         known = [] if owner is None else _parameters_of(owner)
-        near = difflib.get_close_matches(unknown[1], known, 1)
+        other = OTHER_NAMES.get(unknown[1], "").rpartition(".")[2]
+        near = [other] if other in known else difflib.get_close_matches(unknown[1], known, 1)
         hint = (
             f"did you mean {key}.{near[0]}?" if near else f"there are {', '.join(known)}" if known else "leave it out"
         )
@@ -339,7 +353,10 @@ def _parser_of(class_path: str) -> Any:
 
 
 def _parameters_of(class_path: str) -> list[str]:
-    return [action.dest for action in _parser_of(class_path)._actions if action.dest != "help"]
+    """That may be given: neither help nor what the caller gives."""
+    given = ("help", "params", "optimizer", "observation_space", "action_space")
+    options = (action.dest for action in _parser_of(class_path)._actions)
+    return [name for name in options if name not in given and not name.endswith(".help")]
 
 
 def _kind_of(action: argparse.Action) -> str:
@@ -427,15 +444,17 @@ def _subclasses(kind: type) -> Iterator[type]:
 
 def _did_you_mean(key: str, parser: argparse.ArgumentParser, dashes: str = "") -> str:
     """The nearest key of a parser, with what is written before it; a way to see all where none is near."""
-    known = [action.dest for action in parser._actions if action.dest not in ("help", argparse.SUPPRESS)]
+    options = [action for action in parser._actions if action.dest not in ("help", argparse.SUPPRESS)]
+    known = [next((word for word in one.option_strings if len(word) > 2), one.dest).lstrip("-") for one in options]
     for action in parser._actions:
         class_path = action.default.get("class_path") if isinstance(action.default, dict) else None
         if class_path is not None and isinstance(parser, Parser):
             known += [f"{action.dest}.{name}" for name in _parameters_of(class_path)]
     last = key.rpartition(".")[2]
     near = [one for one in known if one.rpartition(".")[2] == last]
-    if OTHER_NAMES.get(last) in known:
-        near = near or [OTHER_NAMES[last]]
+    other = OTHER_NAMES.get(last, "")
+    if other in known or (other.startswith(NETWORK) and "model.policy" in known):
+        near = near or [other]
     near = near or difflib.get_close_matches(key, known, 1, cutoff=0.8)
     if not near:
         ends = {one.rpartition(".")[2]: one for one in reversed(known)}

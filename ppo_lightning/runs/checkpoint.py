@@ -1,5 +1,6 @@
 """Contents of a checkpoint beyond weights, and the checks of a file."""
 
+import difflib
 import io
 import os
 import zipfile
@@ -144,7 +145,9 @@ def read_verified(source: str | Path | IO[bytes]) -> bytes:
         else:
             data = source.read()
     except FileNotFoundError as error:
-        raise InputError(f"there is no checkpoint at {source}: give the path of a .ckpt file") from error
+        near = difflib.get_close_matches(str(source), ("best", "last"), 1)
+        hint = f"did you mean {near[0]}?" if near else "give the path of a .ckpt file"
+        raise InputError(f"there is no checkpoint at {source}: {hint}") from error
     except Exception as error:  # every file system and protocol has its own errors
         raise InputError(
             f"{source} is no checkpoint that can be read ({type(error).__name__}: {error}): give the path or URL of a .ckpt "
