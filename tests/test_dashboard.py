@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import pickle
 import re
 import sys
@@ -91,6 +92,7 @@ FRAME = Frame(
     remaining=3725.3,
     phases={"collect": 5.0, "update": 4.0, "evaluate": 0.6, "other": 0.4},
     metrics=METRICS,
+    returns=[20.0, 22.0, 31.0, 48.0, 40.0, 90.0, 180.0, 170.0, 260.0, 312.42],
     hardware={
         "hardware/cpu_percent": 52.3,
         "hardware/ram_percent": 41.0,
@@ -107,6 +109,19 @@ def drawn(frame: Frame, width: int) -> str:
     console = Console(width=300, file=io.StringIO(), color_system=None)
     console.print(render(frame, width))
     return console.file.getvalue()
+
+
+def test_a_curve_rises_where_the_values_rise():
+    assert dashboard.curve_line(range(8), 19) == "return 0 ▁▂▃▄▅▆▇█ 7"
+    assert dashboard.curve_line([0.0, 1.0, 0.0], 14) == "return 0 ▁█▁ 1"
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [([1.0], ""), ([], ""), ([math.nan, 1.0], ""), ([3.0, 3.0], "return 3 ▁▁▁▁ 3"), ([1e9, math.nan, 2e9], "")],
+)
+def test_curves_of_few_or_equal_values_or_without_room(values, line):
+    assert dashboard.curve_line(values, 15) == line
 
 
 @pytest.mark.parametrize("width", [80, 60, 40])
@@ -151,6 +166,7 @@ def test_no_line_is_wider_than_the_terminal(width):
             {**METRICS, **long, **odd},
             FRAME.hardware,
             [finding] * 9,
+            [-1e30, 1e30],
         ),
         width,
     )
@@ -159,7 +175,9 @@ def test_no_line_is_wider_than_the_terminal(width):
 
 def test_a_usual_picture_fits_80_columns_and_24_lines():
     usual = {name: value for name, value in METRICS.items() if not name.startswith("reward/")}
-    picture = drawn(Frame("CartPole-v1", "training", 1, 2, 3, 4.0, 5.0, FRAME.phases, usual, FRAME.hardware, []), 80)
+    picture = drawn(
+        Frame("CartPole-v1", "training", 1, 2, 3, 4.0, 5.0, FRAME.phases, usual, FRAME.hardware, [], [0, 1]), 80
+    )
     assert len(picture.splitlines()) < 24  # one is the cursor's
     assert "✔ health: no alert" in picture
 

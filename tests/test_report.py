@@ -109,7 +109,7 @@ def fails(*words: object) -> str:
     return str(caught.value.code)
 
 
-@pytest.mark.parametrize("runs", [2, 3, 4, 5, 10])
+@pytest.mark.parametrize("runs", [3, 4, 5, 10])
 def test_the_middle_of_runs_is_the_mean_without_the_outer_quarters(runs):
     values = np.random.default_rng(runs).normal(size=(runs, 7)) ** 3
     middle, low, high = interval(values)
@@ -129,9 +129,9 @@ def test_the_ends_of_an_interval_are_percentiles_of_the_bootstrap():
     )
 
 
-def test_one_run_has_a_mean_and_no_interval_and_none_has_neither():
-    mean, low, high = interval(np.array([[1.0, np.nan], [np.nan, np.nan]]))
-    np.testing.assert_equal([mean, low, high], [[1.0, np.nan], [np.nan, np.nan], [np.nan, np.nan]])
+def test_one_or_two_runs_have_a_mean_and_no_interval_and_none_has_neither():
+    mean, low, high = interval(np.array([[1.0, np.nan, 1.0], [np.nan, np.nan, 3.0]]))
+    np.testing.assert_equal([mean, low, high], [[1.0, np.nan, 2.0], [np.nan] * 3, [np.nan] * 3])
 
 
 def test_the_interval_of_ten_normal_numbers_holds_the_mean_in_nine_of_ten_cases():
@@ -141,13 +141,14 @@ def test_the_interval_of_ten_normal_numbers_holds_the_mean_in_nine_of_ten_cases(
 
 
 def test_a_point_of_a_group_takes_the_runs_that_got_there():
-    """Two lines of slope 1 and 3: their mean has slope 2 up to where the shorter one ends, then 3."""
-    runs = [read_run(leave("a", slope=1.0, rows=10)), read_run(leave("b", seed=2, slope=3.0, rows=20))]
+    """Lines of slope 1, 3 and 5: their mean has slope 3 up to where the first one ends, then 4, and no interval."""
+    lines = [(1.0, 10), (3.0, 20), (5.0, 20)]
+    runs = [read_run(leave(f"run_{slope}", seed=int(slope), slope=slope, rows=rows)) for slope, rows in lines]
     (group,) = grouped(runs)
     *faint, curve = curves_of(group, "rollout/ep_rew_mean", 0)
     assert [line.values for line in faint] == [run.column("rollout/ep_rew_mean")[1] for run in runs]
     steps, mean = np.array(curve.steps), np.array(curve.values)
-    np.testing.assert_allclose(mean, np.where(steps <= 1000, 2.0, 3.0) * steps / 100)
+    np.testing.assert_allclose(mean, np.where(steps <= 1000, 3.0, 4.0) * steps / 100)
     np.testing.assert_array_equal(np.isnan(curve.low), steps > 1000)
     np.testing.assert_array_less(curve.low[:10], mean[:10])
 

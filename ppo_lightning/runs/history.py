@@ -55,6 +55,11 @@ class History:
         rows = self._kept if self.last is None or self.count % self.every == 0 else [*self._kept, self.last]
         return [{name: value for name, value in row.items() if value == value} for row in rows]
 
+    def values(self, metric: str) -> list[float]:
+        """A metric of the records that are kept, oldest first, without NaN."""
+        values = (row.get(metric, math.nan) for row in self._kept)
+        return [value for value in values if value == value]
+
     def state(self) -> dict[str, Any]:
         """All of it as plain data and one tensor [1 + metrics, R] of float64, which is faster to save than the records."""
         names = ["step", *dict.fromkeys(name for row in self._kept for name in row if name != "step")]

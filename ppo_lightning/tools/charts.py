@@ -211,7 +211,7 @@ def draw_learning_curve(run: Path | str) -> Path | None:
     except InputError:
         return None
     figure = draw(RETURN, RETURN.curves(found), (7, 4))
-    figure.axes[0].set_ylabel("return")
+    figure.axes[0].set(ylabel="return", title=f"{found.environment} · {Path(run).resolve().name}")
     file = Path(run) / "learning_curve.png"
     try:
         write_atomically(file, to_png(figure, 150))

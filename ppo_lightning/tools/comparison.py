@@ -110,7 +110,8 @@ def interval(values: Any) -> tuple[Any, Any, Any]:
         values: [runs, P].
 
     Returns:
-        Three arrays [P]: interquartile mean, lower and upper end. They are NaN without runs, and the ends also with one run.
+        Three arrays [P]: interquartile mean, lower and upper end. They are NaN without runs, and the ends also with two runs,
+        of which a bootstrap gives nothing but the two values.
     """
     found = np.full((3, values.shape[1]), np.nan)
     there = ~np.isnan(values)
@@ -119,7 +120,7 @@ def interval(values: Any) -> tuple[Any, Any, Any]:
         own = values[np.ix_(known, points)]
         if count:
             found[0, points] = middle_mean(own)
-        if count > 1:
+        if count > 2:
             drawn = np.random.default_rng(0).integers(count, size=(count, RESAMPLES))
             found[1:, points] = np.percentile(middle_mean(own[drawn]), (2.5, 97.5), axis=0)
     return found[0], found[1], found[2]
@@ -157,8 +158,8 @@ def comparison(groups: Sequence[Group], place: Path) -> str:
         environments.setdefault(", ".join(names), []).append((index, group))
     several = any(len(group.runs) > 1 for group in groups)
     caption = (
-        "Thick: the interquartile mean over the runs of a group that got so far, with its 95 % interval (bootstrap); "
-        "thin: each run."
+        "Thick: the interquartile mean over the runs of a group that got so far, from three runs on with its 95 % interval "
+        "(bootstrap); thin: each run."
         if several
         else "Each curve is one run."
     )
@@ -202,12 +203,12 @@ def _group_row(index: int, group: Group) -> list[str]:
 
 
 def _estimate(values: Iterable[float | None]) -> str:
-    """Interquartile mean over runs, and its interval if there are several."""
+    """Interquartile mean over runs, and its interval from three runs on."""
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     if not len(known):
         return number(None)
     mean, low, high = interval(known[:, None])
-    return number(mean[0]) + (f" ({number(low[0])} to {number(high[0])})" if len(known) > 1 else "")
+    return number(mean[0]) + (f" ({number(low[0])} to {number(high[0])})" if low[0] == low[0] else "")
 
 
 def _run_row(index: int, group: Group, run: SavedRun, place: Path) -> list[str]:

@@ -99,6 +99,8 @@ class Frame:
     hardware: Mapping[str, float] = field(default_factory=dict)
     findings: Sequence[Mapping[str, Any]] | None = None
     """Of HealthMonitor; None without one."""
+    returns: Sequence[float] = ()
+    """``rollout/ep_rew_mean`` of the run's iterations so far, oldest first."""
 
 
 class MetricRow(NamedTuple):
@@ -138,6 +140,32 @@ def phase_rows(phases: Mapping[str, float]) -> list[MetricRow]:
     return [MetricRow(name, f"{100 * share:.0f} %", note="▇" * round(10 * share)) for name, share in shares.items()]
 
 
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def curve_line(values: Sequence[float], width: int) -> str:
+    """The curve of the return as one line of blocks, between its lowest and highest value.
+
+    Args:
+        values: at equal distances.
+        width: of the line (columns).
+
+    Returns:
+        The line; empty for fewer than two values, or without room.
+    """
+    values = [value for value in values if math.isfinite(value)]
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    begin, end = f"return {number(low)} ", f" {number(high)}"
+    columns = width - len(begin) - len(end)
+    if columns < 2:
+        return ""
+    chosen = [values[round(place * (len(values) - 1) / (columns - 1))] for place in range(columns)]
+    span = high - low or 1.0
+    return begin + "".join(BLOCKS[round((len(BLOCKS) - 1) * (value - low) / span)] for value in chosen) + end
+
+
 def status_items(frame: Frame) -> list[str]:
     """Status, progress, speed and times."""
     items = [
@@ -166,6 +194,9 @@ def render(frame: Frame, width: int) -> Panel:
     bar = ProgressBar(total=frame.total_steps, completed=frame.env_steps, complete_style="green")
     progress.add_row(bar, f"{math.floor(100 * min(1.0, frame.env_steps / frame.total_steps)):>3} %")
     parts: list[RenderableType] = [progress, _line(status_items(frame), width)]
+    curve = curve_line(frame.returns, width - 4)
+    if curve or frame.findings is not None:  # an empty line before findings where there is no curve
+        parts.append(Text(curve, "cyan", no_wrap=True))
     shown, more = own[:MAX_USER_METRICS], len(own) - MAX_USER_METRICS
     episodes = _section("Episodes", metric_rows(frame.metrics, EPISODES))
     update = _section("Update", metric_rows(frame.metrics, UPDATE), "healthy" if wide else None)
@@ -197,7 +228,6 @@ def _health(findings: Sequence[Mapping[str, Any]] | None) -> Iterator[Text]:
     if findings is None:
         return
     alerts = [finding for finding in findings if finding["until_step"] is None]
-    yield Text()
     if not alerts:
         yield Text("✔ health: no alert", "green")
     for finding in alerts[:MAX_FINDINGS]:
@@ -384,6 +414,7 @@ class Dashboard(StepProgressBar):
             remaining=remaining,
             phases=phases,
             metrics={name: value.item() for name, value in self.trainer.callback_metrics.items()},
+            returns=module.records.train.values("rollout/ep_rew_mean"),
             hardware={} if self._hardware is None else self._hardware.read(),
             findings=None if self._findings is None else self._findings.findings,
         )
