@@ -13,9 +13,10 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelSummary
 from probes import ActionMustMatch, Faulty
 
-from ppo_lightning import PPO
+from ppo_lightning import PPO, PPOLoss
 from ppo_lightning.callbacks import RunReport, RunSummary
 from ppo_lightning.cli import RunCSVLogger, main
 from ppo_lightning.errors import EnvironmentFault
@@ -262,3 +263,36 @@ def test_two_processes_leave_one_summary_of_both():
     assert (summary["num_processes"], summary["global_step"], summary["status"]) == (2, 256, "finished")
     assert [row["global_step"] for row in summary["train_history"]] == [128, 256]
     assert (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ([], ["policy.network.actor_trunk", "policy.network.action_head", "policy.network.critic_trunk",
+              "policy.network.value_head", "loss.head", "all"]),
+        ([ModelSummary(max_depth=2)], None),
+    ],
+    ids=["default", "given"],
+)  # fmt: skip
+def test_a_run_begins_with_the_parts_that_have_parameters(given, names, capsys):
+    class Own(PPOLoss):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(3, 1)
+
+        def forward(self, batch, evaluate, coefficients):
+            losses = super().forward(batch, evaluate, coefficients)
+            return {**losses, "loss": losses["loss"] + self.head(batch["observation"]).square().mean()}
+
+    model = PPO("Pendulum-v1", loss=Own(), num_envs=2, num_steps=8, total_steps=16)
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0,
+        callbacks=given,
+    )  # fmt: skip
+    trainer.fit(model)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = [row[0] for row in rows if len(row) > 1 and ("." in row[0] or row[0] == "all")]
+    assert found == (names or [])
+    if names:
+        (total,) = [row[1] for row in rows if row[:1] == ["all"]]
+        assert total == f"{sum(one.numel() for one in model.parameters()):,}"

@@ -21,6 +21,7 @@ from ppo_lightning.callbacks.shutdown import GracefulShutdown as GracefulShutdow
 from ppo_lightning.callbacks.stages import AdaptiveLearningRate as AdaptiveLearningRate
 from ppo_lightning.callbacks.stages import Stage as Stage
 from ppo_lightning.callbacks.stages import Stages as Stages
+from ppo_lightning.callbacks.summary import ParameterSummary as ParameterSummary
 from ppo_lightning.callbacks.summary import RunSummary as RunSummary
 
 if TYPE_CHECKING:

@@ -4,7 +4,15 @@ import inspect
 from typing import Any
 
 from lightning import Callback
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelSummary,
+    RichModelSummary,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 
 from ppo_lightning.callbacks import default_tools
 from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation
@@ -15,11 +23,11 @@ from ppo_lightning.callbacks.processes import RankFailureReporter
 from ppo_lightning.callbacks.progress import StepProgressBar
 from ppo_lightning.callbacks.run_folder import DeferredLoggers, RunFolder
 from ppo_lightning.callbacks.shutdown import CloseEnvironments, FinalEvaluation, GracefulShutdown
-from ppo_lightning.callbacks.summary import RunSummary
+from ppo_lightning.callbacks.summary import ParameterSummary, RunSummary
 
 
 def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> None:
-    """Replace Lightning's default progress bar and checkpoint by ours; the user's callbacks stay.
+    """Replace Lightning's default progress bar, model summary and checkpoint by ours; the user's callbacks stay.
 
     Args:
         trainer: of the run.
@@ -32,6 +40,8 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
     needed += default_tools()  # before the progress bar, and before the callbacks that save their state
     if any(isinstance(callback, RichProgressBar | TQDMProgressBar) for callback in defaults):
         needed.append(StepProgressBar())
+    if any(isinstance(callback, ModelSummary) for callback in defaults):
+        needed.append(ParameterSummary())
     evaluates = evaluates and bool(callbacks_of(trainer, AsyncEvaluation) or trainer.limit_val_batches != 0)
     if not evaluates and not trainer.fast_dev_run:
         check_evaluation_monitors(trainer.callbacks)
@@ -61,7 +71,7 @@ def is_default(callback: Callback) -> bool:
     Only arguments of the constructor are compared. Other attributes change during a run, or between ranks.
     """
     kind = type(callback)
-    if kind not in (RichProgressBar, TQDMProgressBar, ModelCheckpoint):
+    if kind not in (RichProgressBar, TQDMProgressBar, ModelSummary, RichModelSummary, ModelCheckpoint):
         return False
     parameters, fresh = inspect.signature(kind.__init__).parameters, vars(kind())
     names = [name for name in fresh if name.lstrip("_") in parameters]

@@ -1,4 +1,4 @@
-"""The summary of a run: ``summary.json``."""
+"""The summaries of a run: of its model before it, and ``summary.json`` after it."""
 
 import json
 import time
@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from rich import box, get_console
+from rich.table import Table
 from typing_extensions import override
 
 from ppo_lightning.module import PPOModule
@@ -117,3 +120,29 @@ class RunSummary(Callback):
             write_atomically(self._folder / SUMMARY, json.dumps(contents, allow_nan=False).encode())
         except OSError as error:
             rank_zero_warn(f"{self._folder / SUMMARY} could not be written ({error})")
+
+
+class ParameterSummary(ModelSummary):
+    """Lightning's summary of the model as one table of the parts that have parameters, three levels deep.
+
+    Lightning's own counts floating-point operations of an example input, which are 0 without one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(max_depth=3)
+
+    @staticmethod
+    @override
+    def summarize(summary_data: list[tuple[str, list[str]]], total_parameters: int, *args: Any, **kwargs: Any) -> None:
+        """Print it: names, types and numbers of parameters."""
+        columns = dict(summary_data)
+        names = columns["Name"]
+        whole = {name for name in names if any(other.startswith(f"{name}.") for other in names)}
+        table = Table(box=box.SIMPLE_HEAD, show_footer=True)
+        table.add_column("Name", footer="all")
+        table.add_column("Type")
+        table.add_column("Parameters", justify="right", footer=f"{total_parameters:,}")
+        for name, kind, count in zip(names, columns["Type"], columns["Params"], strict=True):
+            if name not in whole and count.strip() != "0":
+                table.add_row(name, kind, count)
+        get_console().print(table)
