@@ -56,6 +56,11 @@ def flatten_spaces(space: Space[Any]) -> dict[str, Space[Any]]:
     return named
 
 
+def flat_specs(space: Space[Any]) -> "dict[str, TensorSpec]":
+    """How the basic spaces within a space become tensors, by path."""
+    return {name: tensor_spec(leaf) for name, leaf in flatten_spaces(space).items()}
+
+
 def _paths(space: Space[Any]) -> dict[tuple[Any, ...], Space[Any]]:
     inner = subspaces(space)
     if inner is None:
@@ -208,7 +213,7 @@ def signature(space: Space[Any]) -> str:
     """One line that two spaces, basic or nested, share exactly when a policy for one fits the other."""
     if subspaces(space) is None:
         return tensor_spec(space).signature
-    parts = (f"{name}: {tensor_spec(leaf).signature}" for name, leaf in flatten_spaces(space).items())
+    parts = (f"{name}: {spec.signature}" for name, spec in flat_specs(space).items())
     return f"{{{', '.join(parts)}}}"
 
 
@@ -217,7 +222,7 @@ def action_dims(space: Space[Any]) -> tuple[int, ...]:
 
     A Box has none, and a Dict or Tuple those of its parts in the order of :func:`flatten_spaces`.
     """
-    return tuple(size for leaf in flatten_spaces(space).values() for size in tensor_spec(leaf).action_dims)
+    return tuple(size for spec in flat_specs(space).values() for size in spec.action_dims)
 
 
 def channels_are_last(image: Sequence[int]) -> bool:
@@ -291,7 +296,7 @@ def to_tensor(given: Any, dtype: torch.dtype) -> Tensor:
 
 def to_tensors_fn(space: Space[Any], device: torch.device) -> Callable[[Tree], Tree]:
     """Function from observations of Gymnasium to what a rollout stores: tensors of the right dtype, on ``device``."""
-    dtypes = {name: tensor_spec(leaf).dtype for name, leaf in flatten_spaces(space).items()}
+    dtypes = {name: spec.dtype for name, spec in flat_specs(space).items()}
 
     def to_tensors(tree: Tree) -> Tree:
         if "" in dtypes:

@@ -15,14 +15,14 @@ from ppo_lightning.spaces import (
     Tree,
     action_dims,
     check_mask_length,
+    flat_specs,
     flatten_fn,
     flatten_mask,
     flatten_mask_tensors,
     flatten_spaces,
     mask_error,
     mask_flags,
-    tensor_spec,
-    to_tensors_fn,
+    to_tensor,
     tree_map,
     without_mask,
     wrong_values,
@@ -62,7 +62,8 @@ def act_on_tensors(
     space = without_mask(observation_space)
     try:
         tree = flatten_fn(space)(observation)
-        rows = tree_map(_stored, tree, _specs(space))
+        specs: Any = flat_specs(space)
+        rows = tree_map(_stored, tree, specs.get("", specs))
         if space is not observation_space:
             action_mask = observation[MASK]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -77,11 +78,6 @@ def act_on_tensors(
     action, state = act(policy, rows, state, mask, noise)
     action = policy.distribution.unflatten(action)
     return action if state is None else (action, state)
-
-
-def _specs(space: Space[Any]) -> Tree:
-    specs: Any = {name: tensor_spec(leaf) for name, leaf in flatten_spaces(space).items()}
-    return specs.get("", specs)
 
 
 def _stored(leaf: Tensor, spec: TensorSpec) -> Tensor:
@@ -138,7 +134,7 @@ def observations(observation: Any, space: Space[Any], device: torch.device) -> t
     Raises:
         InputError: they are not of the space.
     """
-    spaces = flatten_spaces(space)
+    spaces, specs = flatten_spaces(space), flat_specs(space)
     try:
         tree = flatten_fn(space)(observation)
         arrays = {name: np.asarray(tree[name] if name else tree) for name in spaces}
@@ -146,7 +142,7 @@ def observations(observation: Any, space: Space[Any], device: torch.device) -> t
         raise InputError(f"predict needs observations of {space}, got {observation!r}") from error
     counts: set[int | None] = set()
     for name, leaf in spaces.items():
-        shape, array = tensor_spec(leaf).shape, arrays[name]
+        shape, array = specs[name].shape, arrays[name]
         if array.shape != shape and array.shape[1:] != shape:
             raise InputError(
                 f"predict needs an observation of shape {shape} or a batch of them, got {array.shape}"
@@ -163,7 +159,8 @@ def observations(observation: Any, space: Space[Any], device: torch.device) -> t
         raise InputError(f"predict needs as many of each part of an observation, got {observation!r}")
     single = counts == {None}
     arrays = {name: (array[None] if single else array).copy() for name, array in arrays.items()}
-    return to_tensors_fn(space, device)(arrays.get("", arrays)), single
+    tensors = {name: to_tensor(array, specs[name].dtype).to(device) for name, array in arrays.items()}
+    return tensors.get("", tensors), single
 
 
 def masks(given: Any, action_space: Space[Any], count: int, single: bool, device: torch.device) -> Tensor:

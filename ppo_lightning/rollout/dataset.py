@@ -29,7 +29,7 @@ from ppo_lightning.rollout.collectors import (
     warn_of_bounds,
 )
 from ppo_lightning.rollout.episodes import EpisodeStatistics
-from ppo_lightning.spaces import Tree, flatten_spaces, split_sizes, tensor_spec, tree_map, without_mask
+from ppo_lightning.spaces import Tree, flat_specs, split_sizes, tree_map, without_mask
 
 WARN_WITHOUT_EPISODE_END = 10_000
 """Steps of each environment after which a run warns that no episode has ended."""
@@ -384,7 +384,7 @@ def rollout_memory(
     observation_space: Space[Any], num_steps: int, num_envs: int, update_epochs: int = 0, num_eval_episodes: int = 0
 ) -> dict[str, int]:
     """Bytes of a rollout's observations, an update's permutations and an evaluation's episodes, by their parameters."""
-    specs = [tensor_spec(leaf) for leaf in flatten_spaces(observation_space).values()]
+    specs = list(flat_specs(observation_space).values())
     sample = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
     return {
         f"num_steps · num_envs = {num_steps} · {num_envs}": num_steps * num_envs * sample,
