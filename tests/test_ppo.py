@@ -235,7 +235,7 @@ def test_configured_callbacks_are_the_users_too(tmp_path):
     mine = [ModelCheckpoint(save_top_k=-1, every_n_epochs=2), TQDMProgressBar(refresh_rate=0)]
     trainer = lightning.Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=mine, logger=False)
     trainer.fit(PPO("CartPole-v1", **SMALL))
-    assert set(mine) <= set(trainer.callbacks)
+    assert set(mine[:2]) <= set(trainer.callbacks)  # Lightning appends its own to the list
     assert StepProgressBar not in map(type, trainer.callbacks)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 5  # theirs after iterations 2 and 4, best, last, previous
 
