@@ -1,4 +1,4 @@
-"""Stand-ins with the interfaces of mjlab 1.6 and Isaac Lab 2.3, where neither is installed."""
+"""Stand-ins with the interfaces of mjlab 1.6 and Isaac Lab 3.0, where neither is installed."""
 
 import sys
 from dataclasses import dataclass, field
@@ -68,6 +68,7 @@ class Simulation:
 class Mjlab(Simulation):
     def __init__(self, cfg, device):
         super().__init__(cfg.scene.num_envs, device)
+        self.cfg = cfg
         self.single_observation_space = OwnDict(spaces={name: OwnBox((2,)) for name in self.groups})
         self.single_action_space = OwnBox((3,))
 
@@ -82,6 +83,7 @@ class IsaacLab(Simulation, gym.Env):
 
     def __init__(self, cfg):
         Simulation.__init__(self, cfg.num_envs, cfg.device)
+        self.cfg = cfg
         self.shows_final = cfg.compute_final_obs
         self.single_observation_space = Dict({"policy": Box(-np.inf, np.inf, (2,), np.float32)})
         self.single_action_space = Box(-np.inf, np.inf, (3,), np.float32)
@@ -115,7 +117,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     module(
         "mjlab.tasks.registry",
         list_tasks=lambda: list(MJLAB_TASKS),
-        load_env_cfg=lambda task: SimpleNamespace(scene=SimpleNamespace(num_envs=1)),
+        load_env_cfg=lambda task: SimpleNamespace(
+            scene=SimpleNamespace(num_envs=1), seed=None, is_finite_horizon=False
+        ),
     )
     module("mjlab.envs", ManagerBasedRlEnv=Mjlab)
     module("isaaclab")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict, Discrete
 from probes import Probe
 from test_grid import GRID, make, pairwise_sample
 from torch import nn
@@ -93,6 +93,23 @@ def test_the_file_says_what_goes_in_and_out(model, fit, tmp_path):
     extra = {"ppo_lightning.json": ""}
     torch.export.load(tmp_path / "policy.pt2", extra_files=extra)
     assert json.loads(extra["ppo_lightning.json"]) == said
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_the_file_needs_what_the_actor_sees_alone(suffix, stochastic, tmp_path):
+    policy = partial(ActorCritic, actor_keys=["place"], critic_keys=["place", "wind", "kind"])
+
+    class Parts(Probe):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = Dict(kind=Discrete(3), place=Box(-1, 1, (2,)), wind=Box(-1, 1, (3,)))
+
+    model = PPO(Parts, policy=policy, normalize_observation=True)
+    assert model.export(tmp_path / f"policy.{suffix}", stochastic=stochastic) <= 1e-5
+    if suffix == "onnx":
+        inputs = [one.name for one in onnx.load(tmp_path / "policy.onnx").graph.input]
+        assert inputs == ["observation.place"] + ["random"] * stochastic
 
 
 def test_noise_of_uniform_numbers_has_the_distribution_of_noise():

@@ -2,7 +2,7 @@
 
 import sys
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import gymnasium as gym
 import lightning
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError
-from ppo_lightning.envs import VectorEnvAdapter
+from ppo_lightning.envs import IsaacLabVectorEnv, VectorEnvAdapter, mjlab_env
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.rollout.collectors import NumpyCollector, TensorCollector
@@ -428,8 +428,30 @@ def test_tasks_of_simulators_train_by_name(env, task, final, fit, monkeypatch):
     assert_close(rollout["next_state_value"][3], model.policy.critic(observation))
     assert model.rollouts.info_sums.keys() == {"env/Metrics/speed"}
     fit(model)
-    fit(model)  # with a simulation of its own, in the same app
+    trainer = fit(model)  # with a simulation of its own, in the same app
+    trainer.save_checkpoint("last.ckpt")
+    assert PPO.load_from_checkpoint("last.ckpt").env_factory.env_kwargs == {"task": task}
     assert [start["headless"] for start in started] == [True] * (env == "isaac_lab_env")
+
+
+def test_simulators_differ_between_ranks_from_the_start(monkeypatch):
+    simulators.install(monkeypatch)
+    torch.manual_seed(3)
+    seeds = []
+    for name, rank in (("RANK", "0"), ("RANK", "1"), ("SLURM_PROCID", "2")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, rank)
+            seeds.append(mjlab_env(simulators.MJLAB_TASKS[0], 2).simulator.cfg.seed)
+    assert seeds == [3, 4, 5]
+
+
+def test_a_time_limit_of_a_finite_task_is_terminal():
+    simulator = simulators.Mjlab(SimpleNamespace(scene=SimpleNamespace(num_envs=2), is_finite_horizon=True), "cpu")
+    env = IsaacLabVectorEnv(simulator)
+    env.reset(seed=2**40)
+    ends = [env.step(torch.zeros(2, 3))[2:4] for _ in range(4)]
+    assert [terminated.all() for terminated, _ in ends] == [False] * 3 + [True]
+    assert not any(truncated.any() for _, truncated in ends)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class IsaacLabVectorEnv(VectorEnv):
 
     They reset in the same step. An episode's last observation is ``extras["final_obs"]``, which Isaac Lab's environments give
     with ``cfg.compute_final_obs = True``, or ``extras["final_observation"]``. Without it, as in rsl_rl, a time limit bootstraps
-    from the value of the previous observation, which counts one step twice.
+    from the value of the previous observation, which counts one step twice. Where ``cfg.is_finite_horizon``, it is terminal.
 
     ``extras["log"]``, and rsl_rl's older ``extras["episode"]``, are logged as those of any environment; other extras are
     its ``info``. A value that is not one number per environment is replaced by its mean, as in rsl_rl.
@@ -72,6 +72,7 @@ class IsaacLabVectorEnv(VectorEnv):
         self.num_envs = int(simulator.num_envs)
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
         self._is_gymnasium = hasattr(simulator, "single_action_space")
+        self._is_finite = bool(getattr(getattr(simulator, "cfg", None), "is_finite_horizon", False))
         if self._is_gymnasium:
             self.single_observation_space = _gymnasium_space(simulator.single_observation_space)
             self.single_action_space = _gymnasium_space(simulator.single_action_space)
@@ -94,6 +95,7 @@ class IsaacLabVectorEnv(VectorEnv):
     @override
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin all episodes; rsl_rl's interface has no seed: give it to the simulator itself."""
+        seed = seed % 2**31 if isinstance(seed, int) else seed  # as their generators take it
         self._before = _groups(self.simulator.reset(seed=seed) if self._is_gymnasium else self.simulator.reset())
         if self._before is None:  # some resets return nothing
             self._before = _groups(self.simulator.get_observations())
@@ -104,6 +106,8 @@ class IsaacLabVectorEnv(VectorEnv):
         """Step all environments."""
         if self._is_gymnasium:
             given, reward, terminated, truncated, extras = self.simulator.step(actions)
+            if self._is_finite:
+                terminated, truncated = terminated | truncated, torch.zeros_like(truncated)
         else:
             given, reward, done, extras = self.simulator.step(actions)
             done = done.bool()
@@ -223,7 +227,7 @@ def mjlab_env(task: str, num_envs: int, *, device: str | None = None) -> IsaacLa
     envs: Any = importlib.import_module("mjlab.envs")
     _known_task(task, registry.list_tasks(), "mjlab")
     config = registry.load_env_cfg(task)
-    config.scene.num_envs = num_envs
+    config.scene.num_envs, config.seed = num_envs, _seed()
     return IsaacLabVectorEnv(envs.ManagerBasedRlEnv(config, device=device or _device()))
 
 
@@ -240,21 +244,25 @@ def isaac_lab_env(task: str, num_envs: int, *, device: str | None = None) -> Isa
     """
     device = device or _device()
     try:
-        _start_isaac_sim(device)
+        _start_isaac_sim()
     except ImportError as error:
         raise InputError(f"{task} needs Isaac Lab, and to be run by its Python (isaaclab.sh -p): {error}") from error
     tasks: Any = importlib.import_module("isaaclab_tasks.utils")
     _known_task(task, gym.registry, "Isaac Lab")
     config = tasks.parse_env_cfg(task, device=device, num_envs=num_envs)
-    config.compute_final_obs = True  # so that time limits bootstrap from the observation at which they cut
+    config.seed = _seed()
+    if hasattr(
+        config, "compute_final_obs"
+    ):  # from 3.0 on: time limits bootstrap from the observation at which they cut
+        config.compute_final_obs = True
     return IsaacLabVectorEnv(gym.make(task, cfg=config).unwrapped)
 
 
 @functools.cache
-def _start_isaac_sim(device: str) -> Any:
+def _start_isaac_sim() -> Any:
     """Start it once in a process: all other modules of Isaac Lab can be imported only after it."""
     app: Any = importlib.import_module("isaaclab.app")
-    return app.AppLauncher(headless=True, device=device)
+    return app.AppLauncher(headless=True, device=_device())
 
 
 def _known_task(task: str, known: Iterable[str], package: str) -> None:
@@ -265,7 +273,17 @@ def _known_task(task: str, known: Iterable[str], package: str) -> None:
 
 
 def _device() -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{_rank('LOCAL_RANK', 'SLURM_LOCALID')}" if torch.cuda.is_available() else "cpu"
+
+
+def _seed() -> int:
+    """For what a simulator draws while it is made, before its first reset: another one on each rank."""
+    return (torch.initial_seed() + _rank("RANK", "SLURM_PROCID", "LOCAL_RANK")) % 2**31
+
+
+def _rank(*variables: str) -> int:
+    """From the first variable that the launcher of ranks has set: environments are made before ranks are connected."""
+    return int(next((os.environ[name] for name in variables if name in os.environ), 0))
 
 
 class AtariFullGames(VectorWrapper):

@@ -19,6 +19,7 @@ from lightning import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
 from ppo_lightning.algorithm.advantage import gae
+from ppo_lightning.envs import isaac_lab_env, mjlab_env
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import Linear, PopArt
 from ppo_lightning.runs.checkpoint import CHECKPOINT_KEY, read_verified, validated_contents
@@ -27,7 +28,7 @@ LIGHTNING_KEYS = ("_instantiator", "_class_path")
 """Lightning's internal entries among the hyperparameters."""
 
 ALLOWED_CLASSES = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, gym.Env, VectorEnv)
-ALLOWED_FUNCTIONS = (gae,)
+ALLOWED_FUNCTIONS = (gae, mjlab_env, isaac_lab_env)
 TRUSTED_PACKAGES = ("ppo_lightning", "torch", "gymnasium", "ale_py", "minigrid")
 """Kinds of classes and the functions that a checkpoint may name, and the packages that it may import."""
 

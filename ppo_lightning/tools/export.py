@@ -112,6 +112,8 @@ class PolicyGraph(nn.Module):
         if self.is_masked:
             meaning = f"true where an action is allowed; alternatives of each choice: {list(dims)}, concatenated"
             self.inputs.append(Port(MASK, "bool", [sum(dims)], meaning))
+        self.unused: dict[str, Port] = {}
+        """Inputs that the actions do not depend on, by name: parts of the observation that only the critic sees."""
         self.is_stochastic = stochastic
         if stochastic:
             size = [2 * distribution.num_noise]
@@ -121,11 +123,39 @@ class PolicyGraph(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The outputs in their order, for the inputs in theirs."""
         given = dict(zip((port.name for port in self.inputs), tensors, strict=True))
-        rows: Any = {path: given[name] for name, path in self.observations.items()}
+        rows = self.rows(given)
         noise = self.policy.distribution.noise_from_uniform(given["random"]) if self.is_stochastic else None
-        action, state = act(self.policy, rows.get("", rows), given.get("state"), given.get(MASK), noise)
+        action, state = act(self.policy, rows, given.get("state"), given.get(MASK), noise)
         actions = list(action.values()) if isinstance(action, dict) else [action]
         return tuple(actions if state is None else [*actions, state])
+
+    def rows(self, given: Mapping[str, Tensor]) -> Any:
+        """Observations as rollouts store them, from inputs by name; zeros for unused parts."""
+        batch = next(iter(given.values())).shape[0]  # len would make it a constant of the trace
+        zeros = {
+            name: torch.zeros(batch, *port.shape, dtype=getattr(torch, port.dtype))
+            for name, port in self.unused.items()
+        }
+        rows = {path: {**given, **zeros}[name] for name, path in self.observations.items()}
+        return rows.get("", rows)
+
+    def leave_out_unused(self, program: torch.export.ExportedProgram) -> bool:
+        """Take observations that a trace does not use out of the inputs; whether there were any."""
+        functional = program.run_decompositions()  # without changes in place, all that outputs depend on are arguments
+        nodes, used = list(functional.graph_module.graph.nodes)[-1:], set()
+        while nodes:
+            node = nodes.pop()
+            if node not in used:
+                used.add(node)
+                nodes += node.all_input_nodes
+        used = {node.name for node in used}
+        names = dict(zip((port.name for port in self.inputs), functional.graph_signature.user_inputs, strict=True))
+        unused = {name for name in self.observations if names[name] not in used}
+        if len(unused) == len(self.observations):  # without inputs there would be no batch
+            return False
+        self.unused = {port.name: port for port in self.inputs if port.name in unused}
+        self.inputs = [port for port in self.inputs if port.name not in unused]
+        return bool(unused)
 
 
 def _port_name(kind: str, path: str) -> str:
@@ -170,7 +200,10 @@ def export(model: PPO, path: str | Path, *, stochastic: bool = False, force: boo
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         tensors = [torch.from_numpy(inputs[port.name]) for port in graph.inputs]
         expected = graph(*tensors)  # also fills caches of constants with tensors that are not the tracer's
-        program = _traced(graph, tensors[: len(graph.inputs)])
+        program = _traced(graph, tensors)
+        if graph.leave_out_unused(program):
+            tensors = [torch.from_numpy(inputs[port.name]) for port in graph.inputs]
+            program = _traced(graph, tensors)
         file = Path(folder) / path.name
         write = _write_onnx if FORMATS[path.suffix] == "onnx" else _write_pt2
         write(program, graph, file, json.dumps(metadata(model, graph), indent=1))
@@ -364,11 +397,10 @@ def largest_difference(
 def _missed_logits(graph: PolicyGraph, inputs: list[Tensor], name: str, chosen: Tensor) -> float:
     """By how much the logits of chosen actions, with their noise, are below the highest ones."""
     policy, given = graph.policy, dict(zip((port.name for port in graph.inputs), inputs, strict=True))
-    rows: Any = {path: given[port] for port, path in graph.observations.items()}
     noise = policy.distribution.noise_from_uniform(given["random"]) if graph.is_stochastic else None
     state = given.get("state")
     start = None if state is None else (state == 0).all(-1)
-    logits = policy.act(rows.get("", rows), noise, given.get(MASK), state, start).parameters
+    logits = policy.act(graph.rows(given), noise, given.get(MASK), state, start).parameters
     distribution = policy.distribution
     parts = distribution.parts if isinstance(distribution, Composite) else {"": distribution}
     begin_logit = begin_noise = 0
