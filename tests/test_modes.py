@@ -8,6 +8,7 @@ from torch import nn
 
 from ppo_lightning import PPO, ActorCritic
 from ppo_lightning.callbacks import AsyncEvaluation
+from ppo_lightning.policy import in_eval_mode
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found . module.s. in eval mode at the start of training")
 
@@ -168,3 +169,27 @@ def test_an_evaluation_in_another_process_is_without_dropout(fit):
     fit(model, callbacks=[AsyncEvaluation()], check_val_every_n_epoch=4)
     mean = float(model.trainer.callback_metrics["eval/mean_reward"])
     assert mean < 11  # always right: the pole falls at once
+
+
+class Counts(nn.Dropout):
+    """Keeps its mode in a way of its own."""
+
+    switched = 0
+
+    def train(self, mode=True):
+        self.switched += 1
+        return super().train(mode)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning", "ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Dropout(0.5), lambda: Counts(0.5), lambda: torch.jit.script(nn.Dropout(0.5))]
+)
+def test_every_kind_of_module_is_in_evaluation_mode_and_comes_back(make):
+    network = nn.Sequential(nn.Linear(4, 4), make(), nn.Sequential(nn.Dropout(0.5)).eval())
+    given = torch.ones(64, 4)
+    with in_eval_mode(network):
+        assert torch.equal(network(given), network[0](given))
+    assert (network[1].training, network[2].training, network[2][0].training) == (True, False, False)
+    assert not torch.equal(network(given), network[0](given))
+    assert getattr(network[1], "switched", 1) == 1

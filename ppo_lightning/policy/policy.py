@@ -334,7 +334,7 @@ class Policy(nn.Module):
 
 
 def _with_descendants(module: nn.Module) -> Iterator[nn.Module]:
-    """What ``modules()`` gives, in a tenth of its time: acting on one observation asks for it in every call."""
+    """What ``modules()`` gives, in less time: acting on one observation asks for it in every call."""
     yield module
     for child in module._modules.values():
         if child is not None:
@@ -345,19 +345,32 @@ def _with_descendants(module: nn.Module) -> Iterator[nn.Module]:
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode, and restore each submodule's mode afterwards.
 
-    Where no submodule has a method of its own for it, the flags are written directly: ``eval()`` takes longer than a small
+    Where no submodule has a way of its own to do so, the flags are written directly: ``eval()`` takes longer than a small
     network's action.
     """
     training = [one for one in _with_descendants(module) if one.training]
-    if any(type(one).train is not nn.Module.train or type(one).eval is not nn.Module.eval for one in training):
+    if all(_has_plain_mode(one) for one in training):
+        flags = [vars(one) for one in training]
+        for own in flags:
+            own["training"] = False
+        try:
+            yield
+        finally:
+            for own in flags:
+                own["training"] = True
+    else:
         module.eval()
-    for one in training:
-        vars(one)["training"] = False
-    try:
-        yield
-    finally:
-        for one in training:
-            vars(one)["training"] = True
+        try:
+            yield
+        finally:
+            for one in training:
+                one.training = True
+
+
+def _has_plain_mode(module: nn.Module) -> bool:
+    """Whether its mode is torch's flag: scripted modules keep theirs elsewhere, others override ``train`` or ``eval``."""
+    kind = type(module)
+    return kind.train is nn.Module.train and kind.eval is nn.Module.eval and "training" in vars(module)
 
 
 def _make_network(network: Network, observation_space: Space[Any], action_space: Space[Any]) -> nn.Module:

@@ -141,7 +141,8 @@ class PolicyGraph(nn.Module):
 
     def leave_out_unused(self, program: torch.export.ExportedProgram) -> bool:
         """Take observations that a trace does not use out of the inputs; whether there were any."""
-        functional = program.run_decompositions()  # without changes in place, all that outputs depend on are arguments
+        with _quiet():  # without changes in place, all that outputs depend on are arguments
+            functional = program.run_decompositions()
         nodes, used = list(functional.graph_module.graph.nodes)[-1:], set()
         while nodes:
             node = nodes.pop()
