@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tensordict.nn import CudaGraphModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -23,6 +25,55 @@ the transposed product, which has the same sums. Without this rewrite benchmarks
 MAX_SAMPLES = 2048
 """Samples of one graph on a CPU: what is in between stays in its cache, and 8,192 samples in four parts take two thirds
 of the time."""
+
+
+PAYS_OFF_FROM = 50_000
+"""Gradient steps of a run from which compiling pays off: it saves 0.3 to 0.9 ms in each, of small networks, and takes 10 to 40
+seconds on a machine that has not compiled the same before (docs/speed.md)."""
+
+
+MAX_GRAPHS = 16
+"""Graphs of one function, before the run continues in eager mode: a loss that reads a Python number which changes in each
+iteration would be compiled again each time."""
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """Whether a run compiles, and why."""
+
+    enabled: bool
+    decision: str = ""
+    """What was decided, and why; empty where the user decided."""
+
+    @classmethod
+    def of(cls, choice: bool | Literal["auto"], gradient_steps: int, network: nn.Module) -> Self:
+        """The decision for a run. It depends on size and network alone, so that the same command repeats bit for bit.
+
+        Args:
+            choice: the user's.
+            gradient_steps: of the run, on one rank.
+            network: that is trained; convolutions gain nothing, since their time is arithmetic.
+        """
+        if choice != "auto":
+            return cls(choice)
+        if any(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in network.modules()):
+            return cls(False, "trains in eager mode: convolutions are not faster compiled")
+        number = f"{gradient_steps:,} gradient steps"
+        if gradient_steps < PAYS_OFF_FROM:
+            return cls(False, f"trains in eager mode: compiling {number} takes longer than it saves")
+        return cls(True, f"compiles {number}")
+
+    def report(self) -> None:
+        """Report what was decided, unless by the user."""
+        if self.decision:
+            rank_zero_info(f"compile: auto {self.decision}")
+
+    def report_eager(self, part: str, reason: Any) -> None:
+        """Report what cannot be compiled: a warning where the user asked for it."""
+        if self.decision:
+            rank_zero_info(f"compile: auto has no effect on {part}, since {reason}")
+        else:
+            rank_zero_warn(f"compile: true has no effect on {part}, since {reason}")
 
 
 class CompilerError(Exception):
@@ -45,7 +96,7 @@ def compile_function(function: Callable[..., Any], module: nn.Module) -> Callabl
     options = {} if cuda else {**OPTIONS, **_matmul_pass()}
     # Models of one process have the same functions: each counts its own graphs.
     graph = torch.compile(  # pyright: ignore[reportCallIssue]
-        function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True, recompile_limit=64
+        function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True, recompile_limit=MAX_GRAPHS
     )
     if cuda:
         graph = CudaGraphCache(graph, module)

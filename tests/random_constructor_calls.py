@@ -188,7 +188,7 @@ GOOD: dict[str, list[Callable[[], Any]]] = {
     "info_keys": [lambda: ["lap"], tuple, lambda: ["none"], lambda: [np.str_("lap")]],
     "metric_names": [lambda: "sb3", lambda: "cleanrl", lambda: "apexrl"],
     "env_timeout_s": [lambda: 30, lambda: np.float32(30)],
-    "compile": [lambda: False, lambda: True],
+    "compile": [lambda: False, lambda: True, lambda: "auto"],
 }  # fmt: skip
 
 NETWORK: dict[str, list[Callable[[], Any]]] = {
@@ -275,7 +275,7 @@ def call(draw: random.Random) -> tuple[str, Callable[[], Any]]:
 def is_quick(model: PPO) -> bool:
     """Whether two iterations and an evaluation take no longer than a moment."""
     sizes = model.num_steps * model.num_envs * model.updater.update_epochs <= 500 and model.num_eval_episodes <= 5
-    return sizes and not model.updater.compile and model.env_factory.vectorization != "async"
+    return sizes and not model.updater.compilation.enabled and model.env_factory.vectorization != "async"
 
 
 def used(model: PPO, again: dict[str, Any], folder: Path) -> None:

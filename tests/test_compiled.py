@@ -9,7 +9,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from lightning import Callback
-from probes import ConstantReward, Uneven
+from probes import ConstantReward, Spaces, Uneven
 from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError, PopArt, PPOLoss
@@ -314,8 +314,8 @@ def test_an_environment_with_a_step_of_its_own_is_stepped_by_it():
     assert (batch["reward"] == 2).all()
 
 
-def test_compile_is_a_yes_or_no():
-    with pytest.raises(InputError, match="compile must be true or false, got 'no'"):
+def test_compile_is_true_false_or_auto():
+    with pytest.raises(InputError, match="compile must be true, false or auto, got 'no'"):
         PPO("CartPole-v1", compile="no")
 
 
@@ -401,3 +401,76 @@ def test_products_of_graphs_are_those_of_torch(monkeypatch, tmp_path):
         assert_close(one, other, atol=1e-3, rtol=1e-4)
         assert_close(third, other, atol=1e-3, rtol=1e-4)
     assert code != as_written
+
+
+@pytest.mark.parametrize(
+    ("options", "enabled"),
+    [
+        ({"total_steps": 3_000_000}, False),
+        ({"total_steps": 4_000_000}, True),
+        ({"total_steps": 4_000_000, "num_envs": 16}, False),  # half as many iterations
+        ({"total_steps": 1_000_000, "update_epochs": 16}, True),
+        ({"total_steps": 128, "compile": True}, True),
+        ({"total_steps": 4_000_000, "compile": False}, False),
+    ],
+)
+def test_auto_compiles_runs_of_fifty_thousand_gradient_steps(options, enabled):
+    assert PPO("CartPole-v1", **options).updater.compilation.enabled is enabled
+
+
+def test_auto_does_not_compile_convolutions():
+    model = PPO(partial(Spaces, "image"), total_steps=10_000_000)
+    assert not model.updater.compilation.enabled
+    assert "convolutions" in model.updater.compilation.decision
+
+
+@pytest.fixture
+def reported(monkeypatch):
+    """What the run reports of compiling, beside warnings."""
+    messages: list[str] = []
+    monkeypatch.setattr("ppo_lightning.compiler.rank_zero_info", messages.append)
+    return messages
+
+
+def test_auto_is_the_compiled_run_bit_for_bit_and_reports_its_decision(fit, monkeypatch, reported):
+    compiled = trained(fit, "CartPole-v1", 3)
+    assert reported == []
+    monkeypatch.setattr("ppo_lightning.compiler.PAYS_OFF_FROM", 48)
+    lightning.seed_everything(1, verbose=False)
+    model = PPO("CartPole-v1", total_steps=3 * 128, **SIZE)
+    fit(model)
+    assert torch.equal(parameters(model), parameters(compiled))
+    assert reported == ["compile: auto compiles 48 gradient steps"]
+
+
+def test_auto_leaves_what_cannot_be_compiled_in_eager_mode_without_a_warning(fit, monkeypatch, reported):
+    monkeypatch.setattr("ppo_lightning.compiler.PAYS_OFF_FROM", 1)
+    model = PPO("CartPole-v1", policy=partial(ActorCritic, rnn="gru"), total_steps=128, **SIZE)
+    fit(model)
+    assert model.num_env_steps == 128
+    assert reported[-1] == "compile: auto has no effect on the update, since the policy is recurrent"
+
+
+def test_a_loss_that_is_compiled_anew_in_each_iteration_goes_on_in_eager_mode(fit, monkeypatch):
+    class Annealed(PPOLoss):
+        weight = 1.0
+
+        def forward(self, batch, evaluate, coefficients):
+            losses = super().forward(batch, evaluate, coefficients)
+            return {**losses, "loss": losses["loss"] * self.weight}
+
+    class Anneal(Callback):
+        def on_train_batch_start(self, trainer, model, batch, batch_idx):
+            model.loss.weight *= 0.9
+
+    def train(**options):
+        lightning.seed_everything(1, verbose=False)
+        model = PPO("CartPole-v1", total_steps=5 * 128, loss=Annealed(), **SIZE, **options)
+        fit(model, callbacks=[Anneal()])
+        return model
+
+    monkeypatch.setattr("ppo_lightning.compiler.MAX_GRAPHS", 3)
+    with pytest.warns(UserWarning, match="compile: true has no effect on the update, since"):
+        model = train(compile=True)
+    assert model.updater.compiled is None
+    assert_close(parameters(model), parameters(train(compile=False)), rtol=1e-4, atol=1e-5)

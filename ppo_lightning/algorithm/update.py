@@ -19,7 +19,7 @@ from ppo_lightning.algorithm.optimizer_step import (
     UpdateSettings,
     parameters_of,
 )
-from ppo_lightning.compiler import CompilerError
+from ppo_lightning.compiler import Compilation, CompilerError
 from ppo_lightning.errors import InputError
 
 
@@ -58,14 +58,14 @@ class Updater:
     max_grad_norm: float | None
     guard: NonFiniteGuard
     """Checks gradients."""
-    compile: bool
-    """Make each gradient step one compiled graph, where that is possible."""
+    compilation: Compilation
+    """Whether each gradient step is one compiled graph, where that is possible."""
     world_size: int = field(default=1, init=False)
     parameters: list[nn.Parameter] = field(default_factory=list, init=False)
     """Of the optimizer: an update clips and checks them."""
     eager: EagerStep | None = field(default=None, init=False)
     compiled: CompiledStep | None = field(default=None, init=False)
-    """The step as one graph, where ``compile`` is on and nothing prevents it."""
+    """The step as one graph, where that is asked for and nothing prevents it."""
     _run: Any = field(default=None, init=False)
     _untrained: set[int] = field(default_factory=set, init=False)
     """Of the parameters that require gradients and that the optimizer does not train."""
@@ -101,6 +101,7 @@ class Updater:
         self._untrained = {id(one) for one in self._not_trained(module, optimizer)}
         if self._untrained:
             rank_zero_info(f"the optimizer does not train {self._names(self._untrained)}")
+        self.compilation.report()
         self._make_steps()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class Updater:
         masks = policy.masks_of(self.parameters)
         self.eager = EagerStep(objective, optimizer, backend, masks, self.max_grad_norm, self.guard)
         self.compiled = None
-        if not self.compile:
+        if not self.compilation.enabled:
             return
         reason = unsupported_reason(objective, optimizer, precision)
         if hooks:
@@ -157,7 +158,7 @@ class Updater:
                 raise CompilerError(reason)
             self.compiled = CompiledStep(objective, optimizer, backend, self.world_size, self.max_grad_norm)
         except CompilerError as error:
-            _warn_of_eager(error)
+            self.compilation.report_eager("the update", error)
 
     def update(
         self,
@@ -227,8 +228,8 @@ class Updater:
             pass
         except CompilerError as error:
             if self.world_size > 1:
-                raise InputError(f"compile: true fails on this rank, since {error}: turn it off") from error
-            _warn_of_eager(error)
+                raise InputError(f"compiling fails on this rank, since {error}: give compile: false") from error
+            self.compilation.report_eager("the update", error)
             self.compiled = None
         step.restore()
         return None
@@ -250,7 +251,7 @@ class Updater:
             failure = error
         failed = gather(torch.tensor([float(failure is not None)])).view(-1)
         if failed.any():
-            _warn_of_eager(failure or CompilerError("another rank cannot compile it"))
+            self.compilation.report_eager("the update", failure or "another rank cannot compile it")
             self.compiled = None
         return not failed.any()
 
@@ -311,7 +312,3 @@ def run_epochs(
         if stopped:
             break
     return UpdateResult(*step.end(), settings.coefficients, epoch + 1, minibatch + 1, stopped)
-
-
-def _warn_of_eager(reason: Any) -> None:
-    rank_zero_warn(f"compile: true has no effect on the update, since {reason}")

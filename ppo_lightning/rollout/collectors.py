@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from ppo_lightning.compiler import CompilerError, CudaGraphCache, compile_function
+from ppo_lightning.compiler import Compilation, CompilerError, CudaGraphCache, compile_function
 from ppo_lightning.envs import TensorEnv, VectorEnvAdapter, VectorEnvs
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy, PolicyOutput, stack
@@ -289,7 +289,7 @@ class TensorCollector(Collector):
         num_steps: T.
         observation_space: of one environment.
         device: where the policy is.
-        compiles: a :class:`TensorEnv` and the policy take several steps in one compiled graph.
+        compilation: whether a :class:`TensorEnv` and the policy take several steps in one compiled graph.
     """
 
     MAX_UNROLLED = 16
@@ -302,7 +302,7 @@ class TensorCollector(Collector):
         observation_space: Space[Any],
         device: torch.device,
         *,
-        compiles: bool,
+        compilation: Compilation,
     ) -> None:
         super().__init__(envs.tensor_observation, envs.num_envs, num_steps, observation_space, device)
         self.envs, self.device = envs, device
@@ -311,8 +311,9 @@ class TensorCollector(Collector):
         self._graph: Callable[..., Any] | None = None
         self._policy: Policy | None = None
         self._act: Callable[..., Any] | None = None
-        self.uses_cuda_graphs = compiles and device.type == "cuda"
-        self.compiles = compiles and self._can_compile(envs.env)
+        self.compilation = compilation
+        self.uses_cuda_graphs = compilation.enabled and device.type == "cuda"
+        self.compiles = compilation.enabled and self._can_compile(envs.env)
 
     @override
     def invalidate_graph(self) -> None:
@@ -326,7 +327,7 @@ class TensorCollector(Collector):
             try:
                 return self._compiled(policy, noise)
             except CompilerError as error:
-                rank_zero_warn(f"compile: true has no effect on rollouts, since {error}")
+                self.compilation.report_eager("rollouts", error)
                 self.compiles = False
                 env.generator.set_state(random)
         return self._eager(policy, noise)
@@ -337,9 +338,7 @@ class TensorCollector(Collector):
             return False
         own = [name for name in ("step", "reset") if getattr(type(env), name) is not getattr(TensorEnv, name)]
         if own:
-            rank_zero_warn(
-                f"compile: true has no effect on rollouts, since {type(env).__name__} has {' and '.join(own)} of its own"
-            )
+            self.compilation.report_eager("rollouts", f"{type(env).__name__} has {' and '.join(own)} of its own")
         return not own
 
     def _eager(self, policy: Policy, noise: Tensor) -> CollectedSteps:

@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ppo_lightning.compiler import MAX_SAMPLES, CompilerError, compile_function
+from ppo_lightning.compiler import MAX_SAMPLES, Compilation, CompilerError, compile_function
 from ppo_lightning.envs import EnvOverrides, EnvProvider, VectorEnvAdapter, VectorEnvs
 from ppo_lightning.envs.info import SumsAndCounts
 from ppo_lightning.envs.streams import get_rng_state, set_rng_state
@@ -53,7 +53,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         num_steps: T, steps of each environment per rollout.
         num_minibatches: that a rollout must suffice for (count).
         sequence_length: of a recurrent policy, into which rollouts are split (steps); None is num_steps.
-        compile: compile the computation of values, and the steps of tensor environments.
+        compilation: whether the computation of values, and the steps of tensor environments, are compiled.
     """
 
     MAX_NUMEL = 1 << 23
@@ -67,9 +67,9 @@ class RolloutDataset(IterableDataset[TensorDict]):
         num_steps: int,
         num_minibatches: int,
         sequence_length: int | None,
-        compile: bool,
+        compilation: Compilation,
     ) -> None:
-        self.learner, self.provider, self.compile = learner, provider, compile
+        self.learner, self.provider, self.compilation = learner, provider, compilation
         self.num_steps, self.num_minibatches = num_steps, num_minibatches
         self.environments: VectorEnvs | None = None
         self.observation_space = without_mask(provider.observation_space)
@@ -136,7 +136,9 @@ class RolloutDataset(IterableDataset[TensorDict]):
             and environments.tensor_observation is not None
             and not state_size
         ):
-            return TensorCollector(environments, self.num_steps, self.observation_space, device, compiles=self.compile)
+            return TensorCollector(
+                environments, self.num_steps, self.observation_space, device, compilation=self.compilation
+            )
         return NumpyCollector(environments, first, self.num_steps, self.observation_space, state_size, device)
 
     def _make_environments(self) -> VectorEnvs:
@@ -321,13 +323,13 @@ class RolloutDataset(IterableDataset[TensorDict]):
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and values [T · N] in one pass."""
         pieces = self._split(observation)
-        if self.compile and len(pieces) == 1:
+        if self.compilation.enabled and len(pieces) == 1:
             score = self._score = self._score or compile_function(policy.log_prob_and_value, policy)
             try:
                 parts = [score(*part) for part in _split_samples((observation, action, mask))]
                 return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
             except CompilerError as error:
-                rank_zero_warn(f"compile: true has no effect on values, since {error}")
+                self.compilation.report_eager("values", error)
                 self._score = policy.log_prob_and_value
         if len(pieces) == 1:
             return policy.log_prob_and_value(observation, action, mask)

@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ppo_lightning.algorithm.optimizer_step import parameters_of
+from ppo_lightning.compiler import Compilation
 from ppo_lightning.envs import EnvFactory, EnvProvider
 from ppo_lightning.envs.info import means, merge_sums
 from ppo_lightning.evaluation.episodes import evaluate_over_ranks
@@ -118,7 +119,7 @@ class RunModule(ActingModule):
         """Folder of the last fit, whose files another fit of this model may replace."""
 
     def make_rollouts(
-        self, num_steps: int, num_minibatches: int, *, sequence_length: int | None, compile: bool
+        self, num_steps: int, num_minibatches: int, *, sequence_length: int | None, compilation: Compilation
     ) -> None:
         """Train on rollouts of the environments; arguments as of :class:`RolloutDataset`. The policy is set."""
         self.rollouts = RolloutDataset(
@@ -127,7 +128,7 @@ class RunModule(ActingModule):
             num_steps=num_steps,
             num_minibatches=num_minibatches,
             sequence_length=sequence_length,
-            compile=compile,
+            compilation=compilation,
         )
         signature = env_signature(self.hparams, self.num_envs)
         self.run_state = RunState(self.rollouts, self.generator, signature, self.env_factory.name)
