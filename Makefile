@@ -7,7 +7,7 @@ CONFIG ?= configs/cartpole.yaml
 XDIST ?= -n logical --maxprocesses 4 --dist worksteal
 ARGS ?=
 
-.PHONY: install train test test-faults test-long lint format docs docs-serve dist benchmark learning learning-quick clean
+.PHONY: install train test test-faults test-long lint format docs docs-serve dist benchmark benchmark-quick learning learning-quick clean
 
 install: $(VENV)/.installed            ## .venv with the package and what drawing needs
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -60,6 +60,10 @@ dist: $(VENV)/.installed-test          ## a wheel and an sdist, in dist/
 
 benchmark: $(VENV)/.installed-test     ## speed beside seven other libraries, each in an environment of its own: an hour
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+benchmark-quick: export OMP_NUM_THREADS = 1
+benchmark-quick: $(VENV)/.installed-test ## speed over a plain torch loop: fails where a change made it slower, some minutes
+	$(BIN)/python benchmarks/quick.py $(ARGS)
 
 learning: export OMP_NUM_THREADS = 1
 learning: $(VENV)/.installed-test      ## returns of every task over ten seeds, beside published ones: a day on two cores, resumable

@@ -1,6 +1,7 @@
 """The benchmarks run, and print what their driver reads."""
 
 import contextlib
+import importlib
 import io
 import json
 import runpy
@@ -93,3 +94,16 @@ def test_a_trial_into_a_folder_of_its_own_leaves_the_documents_alone(monkeypatch
     driver.main()
     assert (ROOT / "README.md").read_bytes() == before
     assert json.loads((tmp_path / "trial/results.json").read_text()) == {"w1": measured}
+
+
+def test_the_guard_measures_ours_and_the_plain_loop_and_names_what_is_slower(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT.parent)
+    quick = importlib.import_module("benchmarks.quick")
+    assert quick.rate("peers/cleanrl.py", "w1", 1024) > 0
+    rates = {"ours.py": 300.0, "peers/cleanrl.py": 100.0}
+    monkeypatch.setattr(quick, "rate", lambda script, workload, steps: rates[script])
+    ratios = quick.measure(2)
+    assert ratios == dict.fromkeys(["w1", "w1t", "w2", "w4"], 3.0)
+    assert quick.slower(ratios, {"w1": 3.0, "w1t": 3.3, "w2": 3.4, "w4": 2.0}) == [
+        "w2: 3.00 times the plain loop, 88% of the recorded 3.40"
+    ]
