@@ -199,6 +199,12 @@ def write_policy(task: Task, rows: list[Row], root: Path) -> None:
     kept = {
         name: contents[name] for name in ("pytorch-lightning_version", "state_dict", "hparams_name", "hyper_parameters")
     }
+    # Copies, since compiled parameters are views of one tensor; half precision, since all policies together have 2 MB.
+    weights: dict[str, torch.Tensor] = kept["state_dict"]
+    kept["state_dict"] = {
+        name: one.half() if one.ndim > 1 and one.dtype == torch.float32 else one.clone()
+        for name, one in weights.items()
+    }
     kept["ppo_lightning"] = {**contents["ppo_lightning"], "processes": [], "episodes": []}
     POLICIES.mkdir(exist_ok=True)
     torch.save(kept, POLICIES / f"{task.name}.ckpt")
