@@ -234,6 +234,13 @@ def test_documents_show_what_the_rows_say():
         )
 
 
+def test_the_page_of_results_shows_every_picture():
+    text = (learning.ROOT / "docs/results.md").read_text()
+    pictures = sorted(path.name for path in (learning.ROOT / "benchmarks/results").glob("learning_*.png"))
+    assert pictures
+    assert [name for name in pictures if f"results/{name})" not in text] == []
+
+
 def test_every_row_is_of_one_run_and_of_a_seed_that_no_search_has_seen():
     rows = learning.read_rows(learning.ROWS)
     assert len({(row["task"], row["seed"], row["settings"]) for row in rows}) == len(rows)
