@@ -29,7 +29,8 @@ def run(words: list[str]) -> None:
         print(OVERVIEW, end="")
         sys.exit(0)
     module = COMMANDS.get(words[0]) if words else None
-    if words[:1] == ["fit"] and any(word.partition("=")[0] == "--seeds" for word in words):
+    asks = any(word in ("-h", "--print_config") or word.startswith(("--help", "--print_config=")) for word in words)
+    if words[:1] == ["fit"] and not asks and any(word.partition("=")[0] == "--seeds" for word in words):
         module = "tools.seeds"
     main = import_module(f"ppo_lightning.{module or 'cli'}").main
     if signal.getsignal(signal.SIGINT) is _end:
@@ -44,6 +45,8 @@ def main() -> None:
         signal.signal(
             signal.SIGINT, _end
         )  # imports have nothing to clean up, and some libraries catch KeyboardInterrupt
+    if sys.argv[1:2] and sys.argv[1] in ("enjoy", "export", "push"):  # they remove what they have begun to write
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         run(sys.argv[1:])
     except KeyboardInterrupt:

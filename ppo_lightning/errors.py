@@ -43,6 +43,10 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(f"error: {error}")
     except MisconfigurationException as error:  # of Lightning, about the Trainer, in lines of its own
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except OSError as error:  # of a file that cannot be read or written
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {(error.strerror or str(error)).lower()}")
     except ValueError as error:  # jsonargparse wraps what a class said that a config names
         said = _cause(error)
         if said is None:

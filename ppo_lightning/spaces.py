@@ -206,7 +206,8 @@ def _one_hot(observation: Tensor, start: int, n: int) -> Tensor:
 def _multi_hot(observation: Tensor, start: Array, nvec: Array) -> Tensor:
     offset = np.cumsum(nvec) - nvec - start
     index = observation.flatten(1) + torch.from_numpy(offset).to(observation.device)
-    return torch.zeros(len(index), int(nvec.sum()), device=observation.device).scatter_(1, index, 1.0)
+    # shape[0], since len() would make the batch a constant of an export
+    return torch.zeros(index.shape[0], int(nvec.sum()), device=observation.device).scatter_(1, index, 1.0)
 
 
 def signature(space: Space[Any]) -> str:

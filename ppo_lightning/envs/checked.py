@@ -213,6 +213,8 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
         old = old_api(error)
         if old is not None:
             return EnvironmentFault(f"environment {self.index} {old}")
+        if isinstance(error, gym.error.DependencyNotInstalled):  # it names the command that installs it
+            return EnvironmentFault(f"environment {self.index} needs a package in {where}: {error}")
         # The traceback goes into the text, since a worker process can only send text.
         lines = "".join(traceback.format_exception(error))
         return EnvironmentFault(

@@ -169,8 +169,21 @@ def check_names(hparams: Mapping[str, Any], given: Container[str] = ()) -> None:
         if name not in given:
             raise InputError(
                 f"the checkpoint's {name} is {strings[0]!r}, which no checkpoint may choose: if you trust it, give {name} "
-                f"again, by --model.{name}, in a config, or to load_from_checkpoint"
+                f"again, by --model.{name}, in a config, or to load_from_checkpoint; export, enjoy and push take --trust"
             )
+
+
+def names_to_trust(path: Any) -> dict[str, Any]:
+    """The hyperparameters of a checkpoint that no checkpoint may choose, to be given again by a user who trusts it.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        InputError: the file is damaged or not ours.
+    """
+    saved = validated_contents(read_verified(path), path)["hyper_parameters"]
+    return {name: saved[name] for name in disallowed_names(saved)}
 
 
 def disallowed_names(hparams: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ppo_lightning.arguments import PlainParser
 from ppo_lightning.errors import InputError, exit_on_user_error
-from ppo_lightning.ppo import PPO
-from ppo_lightning.runs.checkpoint import located_checkpoint
+from ppo_lightning.tools.trained_policy import add_checkpoint, check_output, checkpoint_path, load
 from ppo_lightning.tools.video import record_to, rendering_environment, run_episodes
 
 
@@ -23,7 +22,7 @@ def main(words: list[str]) -> None:
         description="Watch a checkpoint's policy in a window; without a display, or with --out, as a video.",
     )
     add = parser.add_argument
-    add("checkpoint", help="path of a checkpoint, or best or last: of the newest run below this folder")
+    add_checkpoint(parser)
     add("--episodes", type=int, default=1, help="how many (default: 1)")
     add("--stochastic", action="store_true", help="draw actions, instead of taking the most probable ones")
     add(
@@ -32,14 +31,17 @@ def main(words: list[str]) -> None:
         metavar="FILE.mp4",
         help="write a video there (default without a display: beside the checkpoint)",
     )
+    add("--force", action="store_true", help="replace an existing file")
     with exit_on_user_error():
         given = parser.parse_args(words)
         if given.episodes < 1:
             raise InputError(f"--episodes must be 1 or more, got {given.episodes}")
         if given.out is not None and given.out.suffix != ".mp4":
             raise InputError(f"--out {given.out} is no video: give a name that ends in .mp4")
-        checkpoint, deterministic = located_checkpoint(given.checkpoint), not given.stochastic
-        model = PPO.load_from_checkpoint(checkpoint)
+        if given.out is not None:
+            check_output(given.out, force=given.force)
+        checkpoint, deterministic = checkpoint_path(given), not given.stochastic
+        model = load(given, checkpoint)
         if given.out is None and has_display():
             environments = rendering_environment(model, "human", lambda env: env)
             try:

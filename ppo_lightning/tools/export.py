@@ -7,16 +7,18 @@ distribution, scaling and clipping. It is compared with :meth:`PPO.predict` befo
 import copy
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +36,6 @@ from ppo_lightning.policy import Policy
 from ppo_lightning.policy.distributions import Composite, MultiCategorical
 from ppo_lightning.policy.prediction import act
 from ppo_lightning.ppo import PPO
-from ppo_lightning.runs.checkpoint import located_checkpoint
 from ppo_lightning.spaces import (
     MASK,
     action_dims,
@@ -44,10 +45,12 @@ from ppo_lightning.spaces import (
     tensor_spec,
     without_mask,
 )
+from ppo_lightning.tools.trained_policy import add_checkpoint, check_output, checkpoint_path, load
 
 FORMATS = {".onnx": "onnx", ".pt2": "pt2"}
 OPSET = 20
 """Of ONNX."""
+INPUT_DTYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 METADATA = "ppo_lightning"
 """Key of the JSON in the file: ONNX's metadata, or a further file within a .pt2."""
 SAMPLES = 256
@@ -84,11 +87,13 @@ class PolicyGraph(nn.Module):
         space = without_mask(model.observation_space)
         distribution, dims = self.policy.distribution, action_dims(model.action_space)
         self.observations = {_port_name("observation", path): path for path in flatten_spaces(space)}
+        self.stored = {path: tensor_spec(leaf).dtype for path, leaf in flatten_spaces(space).items()}
+        """Types of the observations in a rollout; inputs have those of the environment."""
         self.is_masked = bool(dims) and (model.trained_with_masks or space is not model.observation_space)
         self.inputs = [
             Port(
                 _port_name("observation", path),
-                str(numpy_dtype(tensor_spec(leaf).dtype)),
+                _input_dtype(leaf),
                 list(tensor_spec(leaf).shape),
                 f"observation as the environment gives it, {_range(leaf)}",
             )
@@ -136,7 +141,7 @@ class PolicyGraph(nn.Module):
             name: torch.zeros(batch, *port.shape, dtype=getattr(torch, port.dtype))
             for name, port in self.unused.items()
         }
-        rows = {path: {**given, **zeros}[name] for name, path in self.observations.items()}
+        rows = {path: {**given, **zeros}[name].to(self.stored[path]) for name, path in self.observations.items()}
         return rows.get("", rows)
 
     def leave_out_unused(self, program: torch.export.ExportedProgram) -> bool:
@@ -157,6 +162,12 @@ class PolicyGraph(nn.Module):
         self.unused = {port.name: port for port in self.inputs if port.name in unused}
         self.inputs = [port for port in self.inputs if port.name not in unused]
         return bool(unused)
+
+
+def _input_dtype(space: Any) -> str:
+    """The environment's own type of observations, so that they need no conversion; what rollouts store where torch lacks it."""
+    name = str(space.dtype)
+    return name if name in INPUT_DTYPES else str(numpy_dtype(tensor_spec(space).dtype))
 
 
 def _port_name(kind: str, path: str) -> str:
@@ -190,10 +201,7 @@ def export(model: PPO, path: str | Path, *, stochastic: bool = False, force: boo
     path = Path(path)
     if path.suffix not in FORMATS:
         raise InputError(f"{path} has no suffix of a format: name it {path.stem}.onnx or {path.stem}.pt2")
-    if path.exists() and not force:
-        raise InputError(f"{path} exists: give another name, or force (--force) to replace it")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"the folder {path.parent} does not exist or cannot be written to: create it")
+    check_output(path, force=force)
     if FORMATS[path.suffix] == "onnx":
         _check_installed("onnx", "onnxscript", "onnxruntime")
     graph = PolicyGraph(model, stochastic=stochastic)
@@ -252,8 +260,7 @@ def sample_inputs(graph: PolicyGraph, model: PPO, samples: int = SAMPLES) -> dic
     for (name, path), space in zip(
         graph.observations.items(), flatten_spaces(without_mask(model.observation_space)).values(), strict=True
     ):
-        spec = tensor_spec(space)
-        dtype = numpy_dtype(spec.dtype)
+        spec, dtype = tensor_spec(space), np.dtype(_input_dtype(space))
         if isinstance(space, Box) and np.issubdtype(space.dtype, np.floating):
             values = rng.standard_normal((samples, *spec.shape))
             if policy.moments is not None and path in policy.normalized:
@@ -284,16 +291,18 @@ def sample_inputs(graph: PolicyGraph, model: PPO, samples: int = SAMPLES) -> dic
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks on what is not installed or will be renamed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without the exporters' remarks on what is not installed or will be renamed, and the graphs that they print on errors."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _traced(graph: PolicyGraph, tensors: list[Tensor]) -> torch.export.ExportedProgram:
@@ -303,15 +312,23 @@ def _traced(graph: PolicyGraph, tensors: list[Tensor]) -> torch.export.ExportedP
             return torch.export.export(
                 graph, tuple(tensors), dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False
             )
-    except (RuntimeError, ValueError, TypeError) as error:  # the compiler's own errors are RuntimeErrors
-        raise _untraceable(graph, "torch.export", error) from error
+    except Exception as error:  # whatever the compiler's parts and the network's code raise
+        raise _not_exported(
+            graph,
+            error,
+            "write its forward without Python control flow that depends on values, and without numbers taken out of tensors",
+        ) from error
 
 
-def _untraceable(graph: PolicyGraph, tool: str, error: Exception) -> InputError:
-    network, reason = type(graph.policy.network).__name__, str(error).strip().partition("\n")[0]
+def _not_exported(graph: PolicyGraph, error: BaseException, advice: str) -> InputError:
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    reason = re.sub(r"\x1b\[[\d;]*m", "", str(cause)).strip().partition("\n")[0].rstrip(".")
+    if "specialized it to be a constant" in str(cause):
+        reason = "the size of the batch becomes a constant, as len(tensor) makes it, where tensor.shape[0] does not"
     return InputError(
-        f"the network {network} cannot be exported, {tool} stops with {type(error).__name__}: {reason}; write its forward "
-        "without Python control flow that depends on values, and without numbers taken out of tensors"
+        f"the network {type(graph.policy.network).__name__} cannot be exported ({type(cause).__name__}: {reason}): {advice}"
     )
 
 
@@ -324,8 +341,8 @@ def _write_onnx(program: torch.export.ExportedProgram, graph: PolicyGraph, file:
             exported = torch.onnx.export(
                 program, input_names=names[0], output_names=names[1], opset_version=OPSET, dynamo=True, verbose=False
             )
-    except torch.onnx.OnnxExporterError as error:  # an operation that ONNX does not have
-        raise _untraceable(graph, "torch.onnx", error) from error
+    except torch.onnx.OnnxExporterError as error:
+        raise _not_exported(graph, error, "ONNX lacks an operation; replace it, or export a .pt2 file") from error
     assert exported is not None
     contents = exported.model_proto
     del contents.metadata_props[:]
@@ -429,7 +446,7 @@ def main(words: list[str]) -> None:
         description="Write a checkpoint's policy as one file: observations in, actions out, everything between inside.",
     )
     add = parser.add_argument
-    add("checkpoint", help="path of a checkpoint, or best or last: of the newest run below this folder")
+    add_checkpoint(parser)
     add("--format", choices=sorted(FORMATS.values()), help="onnx (default), or pt2 of torch.export")
     add("--out", type=Path, help="file to write (default: the checkpoint's name with the format's suffix)")
     add("--stochastic", action="store_true", help="draw actions, by an input of random numbers")
@@ -437,9 +454,9 @@ def main(words: list[str]) -> None:
     with exit_on_user_error():
         given = parser.parse_args(words)
         suffix = f".{given.format}" if given.format else given.out.suffix if given.out else ".onnx"
-        checkpoint = located_checkpoint(given.checkpoint)
+        checkpoint = checkpoint_path(given)
         path = given.out or checkpoint.with_suffix(suffix)
         if path.suffix != suffix:
             raise InputError(f"--out {path} has another suffix than --format {given.format}: leave one of them out")
-        worst = export(PPO.load_from_checkpoint(checkpoint), path, stochastic=given.stochastic, force=given.force)
+        worst = export(load(given, checkpoint), path, stochastic=given.stochastic, force=given.force)
         print(f"policy  {path}  ({path.stat().st_size / 1000:.0f} kB, differs from predict by at most {worst:.1g})")

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +22,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ppo_lightning.arguments import PlainParser
 from ppo_lightning.errors import EnvironmentFault, InputError, exit_on_user_error
 from ppo_lightning.ppo import PPO
-from ppo_lightning.runs.checkpoint import CHECKPOINT_KEY, located_checkpoint, read_checkpoint
+from ppo_lightning.runs.checkpoint import CHECKPOINT_KEY, read_checkpoint
 from ppo_lightning.runs.hyperparameters import LIGHTNING_KEYS, tuples_to_lists
+from ppo_lightning.tools.trained_policy import add_checkpoint, checkpoint_path, trusted
 
 WEIGHTS, CONFIG, CARD, CURVE, VIDEO = (
     "model.safetensors",
@@ -31,33 +33,44 @@ WEIGHTS, CONFIG, CARD, CURVE, VIDEO = (
     "learning_curve.png",
     "replay.mp4",
 )
+FILES = (WEIGHTS, CONFIG, CARD, CURVE, VIDEO)
 NOT_KEPT = ("processes", "episodes")
 """Of our entries in a checkpoint: what only resuming needs."""
 
 Module = TypeVar("Module", bound=PPO)
 
 
-def save_folder(checkpoint: str | Path, folder: Path, name: str, *, episodes: int = 100, video: bool = True) -> float:
+def save_folder(
+    checkpoint: str | Path,
+    folder: Path,
+    name: str,
+    *,
+    episodes: int = 100,
+    video: bool = True,
+    hyperparameters: Mapping[str, Any] | None = None,
+) -> float:
     """Write a checkpoint's policy as the files of a model repository.
 
     Args:
         checkpoint: path of the file.
-        folder: that is created; nothing is in it if anything fails.
+        folder: that is created; a file of the same name in it is replaced, and nothing is written if anything fails before.
         name: of the repository, for the card.
         episodes: deterministic ones, whose return the card states.
         video: record an episode, where the environment renders images.
+        hyperparameters: that replace the checkpoint's, or that it cannot hold.
 
     Returns:
         Mean return of the episodes.
 
     Raises:
-        InputError: the checkpoint cannot be loaded, or a library is missing.
+        InputError: the checkpoint cannot be loaded, the folder cannot be written to, or a library is missing.
     """
     _check_installed()
+    _check_folder(folder)
     from safetensors.torch import save_file
 
     contents = read_checkpoint(checkpoint)
-    model = PPO.load_from_checkpoint(checkpoint)
+    model = PPO.load_from_checkpoint(checkpoint, **(hyperparameters or {}))
     try:
         found = model.evaluate(num_episodes=episodes, deterministic=True)
         with tempfile.TemporaryDirectory() as place:
@@ -75,10 +88,23 @@ def save_folder(checkpoint: str | Path, folder: Path, name: str, *, episodes: in
             (written / CARD).write_text(_card(model, name, found, episodes, written))
             (written / WEIGHTS).chmod(0o644)  # safetensors gives it to the user alone
             folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
+            for file in FILES:  # those of an earlier policy, too
+                (folder / file).unlink(missing_ok=True)
             shutil.copytree(written, folder, dirs_exist_ok=True)
     finally:
         model.close_environments()
     return found["eval/mean_reward"]
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"{folder} cannot be written: {there} is no folder that can be written to; give another one")
+    blocked = [name for name in FILES if (folder / name).is_dir()]
+    if blocked:
+        raise InputError(f"{folder / blocked[0]} is a folder, and a file of this name is to be written: remove it")
 
 
 def _check_installed() -> None:
@@ -180,18 +206,18 @@ def load_pretrained(kind: type[Module], source: str | Path, revision: str | None
 
     folder = Path(source) if Path(source).is_dir() else _downloaded(str(source), revision)
     try:
-        config = yaml.safe_load((folder / CONFIG).read_text())["model"]
+        config = dict(yaml.safe_load((folder / CONFIG).read_text())["model"])
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             entries = json.loads(file.metadata()[CHECKPOINT_KEY])
         instantiator = entries.pop("instantiator")
+        entries[CHECKPOINT_KEY] = {**entries[CHECKPOINT_KEY], **{name: [] for name in NOT_KEPT}}
     except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{source} holds no policy of ppo_lightning ({type(error).__name__}: {error}): it needs {CONFIG} and {WEIGHTS} as "
             "`ppo-lightning push` writes them"
         ) from error
     noted = {} if instantiator is None else {"_instantiator": instantiator}
-    entries[CHECKPOINT_KEY] = {**entries[CHECKPOINT_KEY], **{name: [] for name in NOT_KEPT}}
     data = _NamedBytes()
     data.name = str(source)
     torch.save({**entries, "state_dict": weights, "hyper_parameters": {**config, **noted}}, data)
@@ -231,6 +257,7 @@ def push(
     episodes: int = 100,
     video: bool = True,
     force: bool = False,
+    **hyperparameters: Any,
 ) -> tuple[str, float]:
     """Evaluate a checkpoint's policy, and upload it with a model card, or write the same files to a folder.
 
@@ -242,6 +269,7 @@ def push(
         episodes: deterministic ones, whose return the card states.
         video: record an episode, where the environment renders images.
         force: write into a folder that holds something.
+        hyperparameters: that replace the checkpoint's, or that it cannot hold, such as ``env=MyEnv``.
 
     Returns:
         Where it is, and the mean return of the episodes.
@@ -262,18 +290,19 @@ def push(
         is_name = False
     if not is_name:
         raise InputError(f"{repository!r} is no name of a repository: give user/name")
+    options: dict[str, Any] = {"episodes": episodes, "video": video, "hyperparameters": hyperparameters}
     if local_folder is not None:
         local_folder = Path(local_folder)
         if local_folder.exists() and (not local_folder.is_dir() or any(local_folder.iterdir())) and not force:
             raise InputError(f"{local_folder} holds something: give another folder, or --force to write into it")
-        return str(local_folder), save_folder(checkpoint, local_folder, repository, episodes=episodes, video=video)
+        return str(local_folder), save_folder(checkpoint, local_folder, repository, **options)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "files"
         api = HfApi()
         try:
             if api.token is None and not os.environ.get("HF_TOKEN"):
                 api.whoami()  # reads the stored token, and raises where there is none
-            mean = save_folder(checkpoint, folder, repository, episodes=episodes, video=video)
+            mean = save_folder(checkpoint, folder, repository, **options)
             api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message="PPO by ppo_lightning")
         except LocalTokenNotFoundError:
@@ -294,7 +323,7 @@ def main(words: list[str]) -> None:
     )
     add = parser.add_argument
     add("repository", metavar="USER/REPO", help="created if it is missing")
-    add("checkpoint", help="path of a checkpoint, or best or last: of the newest run below this folder")
+    add_checkpoint(parser)
     add("--local-folder", type=Path, metavar="FOLDER", help="write the files there, and upload nothing")
     add("--private", action="store_true", help="create a private repository")
     add("--episodes", type=int, default=100, help="episodes of the evaluation on the card (default: 100)")
@@ -302,13 +331,15 @@ def main(words: list[str]) -> None:
     add("--force", action="store_true", help="write into a local folder that holds something")
     with exit_on_user_error():
         given = parser.parse_args(words)
+        checkpoint = checkpoint_path(given)
         place, mean = push(
             given.repository,
-            located_checkpoint(given.checkpoint),
+            checkpoint,
             local_folder=given.local_folder,
             private=given.private,
             episodes=given.episodes,
             video=not given.no_video,
             force=given.force,
+            **trusted(given, checkpoint),
         )
         print(f"policy  {place}  (mean return {mean:.2f} over {given.episodes} episodes)")
