@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from types import FrameType
 
 from ppo_lightning.help import OVERVIEW
@@ -27,6 +28,9 @@ def run(words: list[str]) -> None:
     """
     if words[:1] in (["-h"], ["--help"]):
         print(OVERVIEW, end="")
+        sys.exit(0)
+    if words[:1] == ["--version"]:
+        print(f"ppo-lightning {version('ppo-lightning')}")
         sys.exit(0)
     module = COMMANDS.get(words[0]) if words else None
     asks = any(word in ("-h", "--print_config") or word.startswith(("--help", "--print_config=")) for word in words)

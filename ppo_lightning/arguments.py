@@ -467,9 +467,10 @@ def _did_you_mean(key: str, parser: argparse.ArgumentParser, dashes: str = "") -
 
 
 def _origin(key: str, words: Iterable[str]) -> str:
-    """The last config file of the command line that has the key, where no flag gives it; else nothing."""
+    """The last config file of the command line that has the key, where no flag gives it or a part of it; else nothing."""
     words = list(words)
-    if any(word.partition("=")[0].removesuffix("+").removeprefix("--") == key for word in words):
+    flags = [word.partition("=")[0].removesuffix("+").removeprefix("--") for word in words if word.startswith("--")]
+    if any(flag == key or flag.startswith(f"{key}.") for flag in flags):
         return ""
     given = [words[place + 1] for place, word in enumerate(words[:-1]) if word in ("--config", "-c")]
     given += [word.partition("=")[2] for word in words if word.startswith(("--config=", "-c="))]

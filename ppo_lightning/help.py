@@ -28,7 +28,7 @@ examples:
   ppo-lightning fit --model.env Pendulum-v1 --model.total_steps 200000 --model.normalize_observation true
   ppo-lightning enjoy best
 
-ppo-lightning COMMAND --help lists a command's options.
+ppo-lightning COMMAND --help lists a command's options; --version prints the version.
 """
 
 HEADINGS = {

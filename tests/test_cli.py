@@ -282,6 +282,9 @@ FILES = {
         ("fit --model.use_sde true", "did you mean --model.policy.init_args.distribution?"),
         ("fit --model.optimizer.learning_rate 0.1", "(torch.optim.Adam): did you mean model.optimizer.lr?"),
         ("fit --model.optimizer.xyz 0.1", "has no key xyz (torch.optim.Adam): there are lr, betas, eps"),
+        ("fit --model.discount 0.9", "fit has no option --model.discount: did you mean --model.gamma?"),
+        ("fit --model.horizon 64", "fit has no option --model.horizon: did you mean --model.num_steps?"),
+        ("fit --config cartpole --model.optimizer.learning_rate 0.1", "error: model.optimizer has no key learning_rate"),
         ("fit --seed_everythin 1", "did you mean --seed_everything?"),
         ("fit --trainer.callback+=X", "did you mean --trainer.callbacks?"),
         ("fit --trainer.max_step 3", "did you mean --trainer.max_steps?"),
@@ -329,6 +332,15 @@ def test_an_error_in_a_users_own_callback_keeps_its_traceback(monkeypatch, tmp_p
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="mine"):
         main(["fit", *SMALL, "--trainer.callbacks+=mine.Mine"])
+
+
+def test_the_version_is_printed(capsys):
+    from ppo_lightning.__main__ import run
+
+    with pytest.raises(SystemExit) as ended:
+        run(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("ppo-lightning 0.")
 
 
 def test_a_wrong_type_is_refused(capsys):
