@@ -284,7 +284,10 @@ FILES = {
         ("fit --model.optimizer.xyz 0.1", "has no key xyz (torch.optim.Adam): there are lr, betas, eps"),
         ("fit --model.discount 0.9", "fit has no option --model.discount: did you mean --model.gamma?"),
         ("fit --model.horizon 64", "fit has no option --model.horizon: did you mean --model.num_steps?"),
-        ("fit --config cartpole --model.optimizer.learning_rate 0.1", "error: model.optimizer has no key learning_rate"),
+        (
+            "fit --config cartpole --model.optimizer.learning_rate 0.1",
+            "error: model.optimizer has no key learning_rate",
+        ),
         ("fit --seed_everythin 1", "did you mean --seed_everything?"),
         ("fit --trainer.callback+=X", "did you mean --trainer.callbacks?"),
         ("fit --trainer.max_step 3", "did you mean --trainer.max_steps?"),

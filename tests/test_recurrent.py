@@ -187,6 +187,8 @@ def test_predict_takes_and_gives_the_state(kind):
     assert env.action_space.contains(action)
     with pytest.raises(InputError, match="needs a state"):
         model.predict(observation, state=np.zeros(3))
+    with pytest.raises(InputError, match=r"forward needs a state of \(1, \d+\), got \(1, 3\)"):
+        model(torch.from_numpy(observation)[None], torch.zeros(1, 3))
     with pytest.raises(InputError, match="not recurrent"):
         PPO("CartPole-v1", **SMALL).predict(np.zeros(4, np.float32), state=np.zeros(3))
 

@@ -45,6 +45,25 @@ def test_as_many_run_at_a_time_as_are_asked_for(monkeypatch):
     assert "PL_GLOBAL_SEED" not in environment
 
 
+def test_a_name_has_the_seed_so_that_runs_side_by_side_have_folders_of_their_own(monkeypatch):
+    named = []
+    monkeypatch.setattr(
+        seeds, "fit_seed", lambda words, seed, name: named.append((seed, name)) or seeds.Ended(seed, 0, "", None)
+    )
+    seeds.main([*SMALL, "--seeds", "2", "--name", "mine", "--jobs", "1"])
+    assert named == [(1, "mine"), (2, "mine")]
+    monkeypatch.undo()
+    commands = []
+
+    def started(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", started)
+    seeds.fit_seed([], 7, "mine")
+    assert commands[0][commands[0].index("--name") + 1] == "mine_s7"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -53,6 +72,7 @@ def test_as_many_run_at_a_time_as_are_asked_for(monkeypatch):
         (["--seeds=2", "--jobs=0"], "--jobs must be 1 or more, got 0"),
         (["--seeds=2", "--seed_everything=-1"], "--seed_everything must be 0 or more"),
         (["--seeds=2", "--ckpt_path=last"], "--seeds begins new runs: leave --ckpt_path out"),
+        (["--seeds=2", "--trainer.logger", "false"], "--trainer.logger false makes none: leave it out"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_runs(words, message, capsys, monkeypatch):
@@ -65,7 +85,7 @@ def test_bad_input_is_one_sentence_before_anything_runs(words, message, capsys, 
 
 
 def test_what_a_run_refuses_is_said_once_with_its_seeds(monkeypatch):
-    def refused(words, seed):
+    def refused(words, seed, name):
         return seeds.Ended(seed, 2, "error: there is no key model.gama", None)
 
     monkeypatch.setattr(seeds, "fit_seed", refused)

@@ -75,6 +75,9 @@ def act_on_tensors(
         state = torch.zeros(count, policy.state_size, device=device)
     elif state is not None and not policy.state_size:
         raise InputError("forward was given a state, this policy is not recurrent: leave it out")
+    if state is not None and state.shape != (count, policy.state_size):
+        needed = (count, policy.state_size)
+        raise InputError(f"forward needs a state of {needed}, got {tuple(state.shape)}: pass on what it returned")
     action, state = act(policy, rows, state, mask, noise)
     action = policy.distribution.unflatten(action)
     return action if state is None else (action, state)

@@ -37,24 +37,32 @@ class Ended:
     """Of the run; None where it has none."""
 
 
-def fit_seed(words: Sequence[str], seed: int) -> Ended:
-    """Train on a seed, in a process of its own, on one thread unless OMP_NUM_THREADS is set."""
+def fit_seed(words: Sequence[str], seed: int, name: str | None = None) -> Ended:
+    """Train on a seed, in a process of its own, on one thread unless OMP_NUM_THREADS is set.
+
+    Args:
+        words: of ``fit``.
+        seed: of the run.
+        name: of the run's folder, which also has the seed, so that runs side by side do not choose the same one.
+    """
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     environment.pop("PL_GLOBAL_SEED", None)
-    command = [*FIT, *words, "--seed_everything", str(seed), *QUIET]
+    named = [] if name is None else ["--name", f"{name}_s{seed}"]
+    command = [*FIT, *words, *named, "--seed_everything", str(seed), *QUIET]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     found = re.search(r"^  logs +(.+)$", done.stdout, re.MULTILINE)
     said = next(iter(done.stderr.strip().splitlines()[-1:]), "")
     return Ended(seed, done.returncode, said, Path(found[1]) if found else None)
 
 
-def fit_seeds(words: Sequence[str], seeds: Sequence[int], jobs: int) -> list[Path]:
+def fit_seeds(words: Sequence[str], seeds: Sequence[int], jobs: int, name: str | None = None) -> list[Path]:
     """Train on each seed, and print each run's return.
 
     Args:
         words: of ``fit``.
         seeds: one run for each.
         jobs: runs at a time.
+        name: of the runs' folders, before the seed; None is the task's.
 
     Returns:
         The runs' folders, in the order of the seeds.
@@ -66,7 +74,7 @@ def fit_seeds(words: Sequence[str], seeds: Sequence[int], jobs: int) -> list[Pat
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(jobs) as pool:
         bar = progress.add_task("seeds", total=len(seeds))
-        futures = [pool.submit(fit_seed, words, seed) for seed in seeds]
+        futures = [pool.submit(fit_seed, words, seed, name) for seed in seeds]
         try:
             for future in as_completed(futures):
                 run = future.result()
@@ -97,12 +105,13 @@ def main(words: list[str]) -> None:
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--seed_everything", type=int, default=1)
     parser.add_argument("--ckpt_path")
+    parser.add_argument("--name")
     with exit_on_user_error():
         given, rest = parser.parse_known_args(words)
-        _check(given)
+        _check(given, rest)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         seeds = range(given.seed_everything, given.seed_everything + given.seeds)
-        folders = fit_seeds(rest, seeds, given.jobs or min(len(seeds), cores))
+        folders = fit_seeds(rest, seeds, given.jobs or min(len(seeds), cores), given.name)
         if not folders or not can_draw():
             return
         name = re.sub(r"(_s\d+)?_\d+$", "", folders[0].name)
@@ -116,7 +125,7 @@ def main(words: list[str]) -> None:
         print(f"  report       {page}")
 
 
-def _check(given: argparse.Namespace) -> None:
+def _check(given: argparse.Namespace, rest: Sequence[str]) -> None:
     for name in ("seeds", "jobs"):
         value = getattr(given, name)
         if value is not None and value < 1:
@@ -125,5 +134,7 @@ def _check(given: argparse.Namespace) -> None:
         raise InputError(
             f"--seed_everything must be 0 or more beside --seeds, whose first it is, got {given.seed_everything}"
         )
+    if re.search(r"--trainer\.logger[ =](false|False)\b", " ".join(rest)):
+        raise InputError("--seeds reports from the runs' folders, and --trainer.logger false makes none: leave it out")
     if given.ckpt_path is not None:
         raise InputError("--seeds begins new runs: leave --ckpt_path out, or resume each run by itself")
