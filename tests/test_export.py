@@ -155,6 +155,19 @@ def test_inputs_are_what_the_environment_returns(space, tmp_path):
     np.testing.assert_allclose(action[0], model.predict(sample), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("space", "bounds"),
+    [
+        (Box(-1.0, 1.0, (40,)), "-1 to 1"),
+        (Box(np.array([-2.0, 0.0]), np.array([1.0, 3.0]), dtype=np.float64), "[-2, 0] to [1, 3]"),
+        (Box(np.full(40, -1.0), np.arange(40.0), dtype=np.float64), "bounds that differ"),
+    ],
+)
+def test_metadata_has_the_bounds_of_each_element(space, bounds):
+    graph = tool.PolicyGraph(PPO(partial(Returns, space), **SMALL), stochastic=False)
+    assert graph.inputs[0].meaning.endswith(f", {bounds}")
+
+
 def test_noise_of_uniform_numbers_has_the_distribution_of_noise():
     uniform = torch.rand(200_000, 2, generator=torch.Generator().manual_seed(0))
     normal = normal_from_uniform(uniform)

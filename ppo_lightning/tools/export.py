@@ -51,6 +51,8 @@ FORMATS = {".onnx": "onnx", ".pt2": "pt2"}
 OPSET = 20
 """Of ONNX."""
 INPUT_DTYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+MAX_BOUNDS = 32
+"""Elements of a Box up to which its bounds are listed where they differ."""
 METADATA = "ppo_lightning"
 """Key of the JSON in the file: ONNX's metadata, or a further file within a .pt2."""
 SAMPLES = 256
@@ -178,8 +180,13 @@ def _range(space: Any) -> str:
     """The space, and its range where that is short."""
     if not isinstance(space, Box):
         return str(space)
-    lowest, highest = float(space.low.min()), float(space.high.max())
-    return f"{signature(space)}, {lowest:g} to {highest:g}"
+    bounds = []
+    for bound in (space.low.flatten(), space.high.flatten()):
+        values = [f"{value:g}" for value in bound.astype(float)]
+        several = len(set(values)) > 1 and len(values) <= MAX_BOUNDS
+        bounds.append(f"[{', '.join(values)}]" if several else values[0])
+    alike = all(len(np.unique(bound)) == 1 or bound.size <= MAX_BOUNDS for bound in (space.low, space.high))
+    return f"{signature(space)}, {' to '.join(bounds) if alike else 'bounds that differ'}"
 
 
 def export(model: PPO, path: str | Path, *, stochastic: bool = False, force: bool = False) -> float:
