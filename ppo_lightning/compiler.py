@@ -47,7 +47,7 @@ class Compilation:
 
     @classmethod
     def of(cls, choice: bool | Literal["auto"], gradient_steps: int, network: nn.Module) -> Self:
-        """The decision for a run. It depends on size and network alone, so that the same command repeats bit for bit.
+        """The decision for a run. It depends on the command alone, so that the same one repeats bit for bit.
 
         Args:
             choice: the user's.
@@ -63,9 +63,15 @@ class Compilation:
             return cls(False, f"trains in eager mode: compiling {number} takes longer than it saves")
         return cls(True, f"compiles {number}")
 
-    def report(self) -> None:
+    def is_on(self, device: torch.device) -> bool:
+        """Whether what runs on a device is compiled: on a CPU alone, unless the user asks for it; CUDA graphs need memory."""
+        return self.enabled and (not self.decision or device.type == "cpu")
+
+    def report(self, device: torch.device) -> None:
         """Report what was decided, unless by the user."""
-        if self.decision:
+        if self.enabled and not self.is_on(device):
+            rank_zero_info(f"compile: auto trains in eager mode on {device.type}: compile: true compiles there, too")
+        elif self.decision:
             rank_zero_info(f"compile: auto {self.decision}")
 
     def report_eager(self, part: str, reason: Any) -> None:

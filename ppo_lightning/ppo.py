@@ -141,7 +141,7 @@ class PPO(RunModule):
         env_timeout_s: a step or reset of async environments that takes longer is an error (seconds).
         compile: run each gradient step, and the rollouts of environments that are tensors, as one compiled graph: several
             times as fast for small networks, after some ten seconds of compilation. auto does so where that is possible and
-            pays off: in runs of 50,000 gradient steps or more, without convolutions.
+            pays off: on a CPU, in runs of 50,000 gradient steps or more, without convolutions.
 
     Raises:
         InputError: a value cannot be used; the message names it, and what to do.

@@ -424,6 +424,15 @@ def test_auto_does_not_compile_convolutions():
     assert "convolutions" in model.updater.compilation.decision
 
 
+def test_auto_compiles_on_a_cpu_alone_and_reports_so(reported):
+    compilation = PPO("CartPole-v1", total_steps=4_000_000).updater.compilation
+    assert compilation.is_on(torch.device("cpu"))
+    assert not compilation.is_on(torch.device("cuda"))
+    compilation.report(torch.device("cuda"))
+    assert reported == ["compile: auto trains in eager mode on cuda: compile: true compiles there, too"]
+    assert PPO("CartPole-v1", compile=True).updater.compilation.is_on(torch.device("cuda"))
+
+
 @pytest.fixture
 def reported(monkeypatch):
     """What the run reports of compiling, beside warnings."""

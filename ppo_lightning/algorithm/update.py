@@ -101,7 +101,7 @@ class Updater:
         self._untrained = {id(one) for one in self._not_trained(module, optimizer)}
         if self._untrained:
             rank_zero_info(f"the optimizer does not train {self._names(self._untrained)}")
-        self.compilation.report()
+        self.compilation.report(next(module.policy.parameters()).device)
         self._make_steps()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Updater:
         masks = policy.masks_of(self.parameters)
         self.eager = EagerStep(objective, optimizer, backend, masks, self.max_grad_norm, self.guard)
         self.compiled = None
-        if not self.compilation.enabled:
+        if not self.compilation.is_on(self.parameters[0].device):
             return
         reason = unsupported_reason(objective, optimizer, precision)
         if hooks:

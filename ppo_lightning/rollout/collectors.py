@@ -312,8 +312,8 @@ class TensorCollector(Collector):
         self._policy: Policy | None = None
         self._act: Callable[..., Any] | None = None
         self.compilation = compilation
-        self.uses_cuda_graphs = compilation.enabled and device.type == "cuda"
-        self.compiles = compilation.enabled and self._can_compile(envs.env)
+        self.uses_cuda_graphs = compilation.is_on(device) and device.type == "cuda"
+        self.compiles = compilation.is_on(device) and self._can_compile(envs.env)
 
     @override
     def invalidate_graph(self) -> None:

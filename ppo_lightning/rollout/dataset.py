@@ -323,7 +323,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and values [T · N] in one pass."""
         pieces = self._split(observation)
-        if self.compilation.enabled and len(pieces) == 1:
+        if self.compilation.is_on(self.learner.device) and len(pieces) == 1:
             score = self._score = self._score or compile_function(policy.log_prob_and_value, policy)
             try:
                 parts = [score(*part) for part in _split_samples((observation, action, mask))]
