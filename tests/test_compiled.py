@@ -460,7 +460,7 @@ def test_auto_leaves_what_cannot_be_compiled_in_eager_mode_without_a_warning(fit
     assert reported[-1] == "compile: auto has no effect on the update, since the policy is recurrent"
 
 
-def test_a_loss_that_is_compiled_anew_in_each_iteration_goes_on_in_eager_mode(fit, monkeypatch):
+def test_a_loss_that_is_recompiled_in_each_iteration_continues_in_eager_mode(fit, monkeypatch):
     class Annealed(PPOLoss):
         weight = 1.0
 

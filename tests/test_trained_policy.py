@@ -45,7 +45,7 @@ def refused(words, capsys) -> str:
 
 @pytest.fixture
 def forget(monkeypatch, tmp_path):
-    """Work in an empty folder, and import the user's module anew at each call."""
+    """Work in an empty folder, and import the user's module again at each call."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 

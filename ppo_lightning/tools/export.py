@@ -50,6 +50,8 @@ from ppo_lightning.tools.trained_policy import add_checkpoint, check_output, che
 FORMATS = {".onnx": "onnx", ".pt2": "pt2"}
 OPSET = 20
 """Of ONNX."""
+TRACING_ERRORS = RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError
+"""Of torch.export, and of a network's code that it traces; the compiler's own are RuntimeErrors."""
 INPUT_DTYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 MAX_BOUNDS = 32
 """Elements of a Box up to which its bounds are listed where they differ."""
@@ -319,7 +321,7 @@ def _traced(graph: PolicyGraph, tensors: list[Tensor]) -> torch.export.ExportedP
             return torch.export.export(
                 graph, tuple(tensors), dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False
             )
-    except Exception as error:  # whatever the compiler's parts and the network's code raise
+    except TRACING_ERRORS as error:
         raise _not_exported(
             graph,
             error,
