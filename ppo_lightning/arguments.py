@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -52,6 +53,15 @@ OTHER_NAMES = {
     "use_sde": f"{NETWORK}.distribution",
 }
 """Keys of other libraries, and earlier names of our own, whose nearest key here has a different spelling."""
+
+OTHER_VALUES = {
+    "CnnPolicy": "ActorCritic",
+    "MlpPolicy": "ActorCritic",
+    "MultiInputPolicy": "ActorCritic",
+    "gaussian": "normal",
+    "squashed": "tanh",
+}
+"""The same for values."""
 
 PLACES = {list, tuple, set, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection}
 UNIONS = (Union, types.UnionType)
@@ -288,14 +298,17 @@ def _wrong_value(found: re.Match[str], line: _Line) -> str:
         named = _got(message) if failed[2] is None else f"{failed[2]}.{failed[3]}"
         inner = re.search(rf"(\w+)='{re.escape(named)}'", message)
         key = f"{key}.{inner[1]}" if inner and inner[1] != "class_path" else key
-        there = [] if failed[2] is None else dir(importlib.import_module(failed[2]))
-        near = difflib.get_close_matches(failed[3] or "", there, 1)
-        hint = f"did you mean {failed[2]}.{near[0]}?" if near else "correct the path, or install its package"
+        there = {} if failed[2] is None else {name.lower(): name for name in dir(importlib.import_module(failed[2]))}
+        near = difflib.get_close_matches((failed[3] or "").lower(), there, 1)
+        hint = f"did you mean {failed[2]}.{there[near[0]]}?" if near else "correct the path, or install its package"
         return f"{where}{key}: cannot import {named} ({failed[1]}): {hint}"
     kind, got = _type_of(keys, owner, line.parser), _got(message)
     if kind is None:
         return f"{where}{_joined(message.partition(':')[2])}"
-    near = [name for name in difflib.get_close_matches(got, _names(kind), 1) if name != got]
+    names = {name.rpartition(".")[2].lower(): name for name in _names(kind)}
+    names |= {other.lower(): names[name.lower()] for other, name in OTHER_VALUES.items() if name.lower() in names}
+    last = got.rpartition(".")[2].lower()
+    near = [names[name] for name in difflib.get_close_matches(last, names, 1) if names[name] != got]
     hint = f": did you mean {near[0]}?" if near else ""
     return f"{where}{key} must be {describe(kind)}, got {got!r}{hint}"
 
@@ -434,7 +447,17 @@ def _names(kind: Any) -> list[str]:
         return [name for one in inner for name in _names(one)]
     if inspect.isclass(kind) and kind not in WORDS and kind.__module__ != "builtins":
         return [sub.__name__ for sub in _subclasses(kind)]
+    if origin is type:
+        return [_import_path(sub) for sub in _subclasses(inner[0])]
     return []
+
+
+def _import_path(kind: type) -> str:
+    """The shortest path that a class can be imported by, such as torch.nn.ReLU."""
+    parts = kind.__module__.split(".")
+    packages = (".".join(parts[: end + 1]) for end in range(len(parts)))
+    exporting = (one for one in packages if getattr(sys.modules.get(one), kind.__name__, None) is kind)
+    return f"{next(exporting, kind.__module__)}.{kind.__name__}"
 
 
 def _subclasses(kind: type) -> Iterator[type]:
@@ -446,7 +469,9 @@ def _subclasses(kind: type) -> Iterator[type]:
 
 def _did_you_mean(key: str, parser: argparse.ArgumentParser, dashes: str = "") -> str:
     """The nearest key of a parser, with what is written before it; a way to see all where none is near."""
-    options = [action for action in parser._actions if action.dest not in ("help", argparse.SUPPRESS)]
+    options = [
+        action for action in parser._actions if action.dest != argparse.SUPPRESS and not action.dest.endswith(".help")
+    ]
     known = [next((word for word in one.option_strings if len(word) > 2), one.dest).lstrip("-") for one in options]
     for action in parser._actions:
         class_path = action.default.get("class_path") if isinstance(action.default, dict) else None

@@ -216,6 +216,15 @@ FILES = {
             "fit --model.optimizer Adamm",
             "model.optimizer must be the import path of an Optimizer, got 'Adamm': did you mean Adam?",
         ),
+        (
+            "fit --model.optimizer sgd",
+            "model.optimizer must be the import path of an Optimizer, got 'sgd': did you mean SGD?",
+        ),
+        ("fit --model.policy MlpPolicy", "got 'MlpPolicy': did you mean ActorCritic?"),
+        ("fit --model.policy.activation relu", "got 'relu': did you mean torch.nn.ReLU?"),
+        ("fit --model.policy.activation torch.nn.relu", "no attribute 'relu'): did you mean torch.nn.ReLU?"),
+        ("fit --model.policy.distribution gausian", "got 'gausian': did you mean normal?"),
+        ("fit --hepl", "fit has no option --hepl: did you mean --help?"),
         ("fit --model.policy no.module.Net", "model.policy: cannot import no.module.Net (No module named 'no'"),
         ("fit --model.policy ppo_lightning.ActorCriti", "did you mean ppo_lightning.ActorCritic?"),
         ("fit --trainer.callbacks Foo", "trainer.callbacks must be a list of import paths or"),
@@ -264,6 +273,7 @@ FILES = {
         ("report", "report needs RUN"),
         ("report . --ot page.html", "report has no option --ot: did you mean --out?"),
         ("sweep --config typo.yaml", "sweep needs --space"),
+        ("sweep --config typo.yaml --spce space.yaml", "sweep has no option --spce: did you mean --space?"),
         ("sweep --config typo.yaml --space space.yaml", "typo.yaml: there is no key model.num_env"),
         ("sweep --config typo.yaml --space bytes.yaml", "bytes.yaml cannot be read as YAML"),
         (

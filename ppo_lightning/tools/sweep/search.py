@@ -87,8 +87,8 @@ def main(words: list[str]) -> None:
         text = item.metadata["help"] + default
         parser.add_argument(f"--{item.name}", default=item.default, help=text, **kinds.get(item.name, {}))
     with exit_on_user_error():
+        _check_spelling(words, [action.option_strings[-1] for action in parser._actions])
         given, flags = parser.parse_known_args(words)
-        _check_spelling(flags, [action.option_strings[-1] for action in parser._actions])
         given.config, flags = given.config[0], [*(f"--config={file}" for file in given.config[1:]), *flags]
         before = signal.signal(signal.SIGTERM, _exit)
         try:
@@ -100,16 +100,16 @@ def main(words: list[str]) -> None:
             signal.signal(signal.SIGTERM, before)
 
 
-def _check_spelling(flags: list[str], options: list[str]) -> None:
+def _check_spelling(words: Sequence[str], options: list[str]) -> None:
     """Check the options of the sweep, before ``fit`` suggests keys of its own for a misspelt one.
 
     Raises:
         InputError: an argument is nearly an option of the sweep; those of ``fit`` have dots, or are --seed_everything.
     """
-    for flag in flags:
-        name = flag.partition("=")[0]
+    for word in words:
+        name = word.partition("=")[0]
         near = difflib.get_close_matches(name, options, 1, cutoff=0.75)
-        if name.startswith("--") and "." not in name and near:
+        if name.startswith("--") and "." not in name and near and name not in options:
             raise InputError(f"sweep has no option {name}: did you mean {near[0]}?")
 
 
