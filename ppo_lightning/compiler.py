@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Self
@@ -86,36 +87,65 @@ class CompilerError(Exception):
     """torch could not compile a function; nothing was computed."""
 
 
-def compile_function(function: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+class CompiledFunction:
     """A function of tensors as one graph for each combination of shapes; on CUDA captured, so that one call launches it.
 
     Args:
         function: pure, but for tensors of its own that it writes to.
         module: whose parameters it reads.
-
-    Raises:
-        CompilerError: from each call, where there is no compiler, or the function is not one graph.
     """
-    # Constants of spaces are cached; the compiler sees through that, and says so.
-    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    cuda = next(module.parameters()).is_cuda
-    options = {} if cuda else {**OPTIONS, **_matmul_pass()}
-    # Models of one process have the same functions: each counts its own graphs.
-    graph = torch.compile(  # pyright: ignore[reportCallIssue]
-        function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True, recompile_limit=MAX_GRAPHS
-    )
-    if cuda:
-        graph = CudaGraphCache(graph, module)
 
-    def call(*args: Any) -> Any:
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        # Constants of spaces are cached; the compiler sees through that, and says so.
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+        self.graphs = 0
+        """That were compiled so far (count)."""
+        cuda = next(module.parameters()).is_cuda
+        options = {} if cuda else {**OPTIONS, **_matmul_pass()}
+
+        def counted(*args: Any) -> Any:
+            self._count()
+            return function(*args)
+
+        # Models of one process have the same functions: each counts its own graphs.
+        self._graph: Callable[..., Any] = torch.compile(  # pyright: ignore[reportCallIssue]
+            counted, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True, recompile_limit=MAX_GRAPHS
+        )
+        if cuda:
+            self._graph = CudaGraphCache(self._graph, module)
+
+    @torch.compiler.assume_constant_result
+    def _count(self) -> None:
+        """Runs when the compiler traces the function, not when its graph runs."""
+        self.graphs += 1
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns.
+
+        Raises:
+            CompilerError: there is no compiler, or the function is not one graph.
+        """
         try:
-            return graph(*args)
+            return self._graph(*args)
         except Exception as error:  # the compiler raises whatever its parts raise; errors of user code pass through
             if not _is_compilers(error):
                 raise
             raise CompilerError(f"torch could not compile it: {first_line_of_compiler_error(error)}") from error
 
-    return call
+
+def repeated_calls(after: int, *functions: CompiledFunction) -> AbstractContextManager[Any]:
+    """Within it, calls do not check again what the graphs depend on, a sixth of the time of a small network's gradient step.
+
+    Each function must have been called just before with the same shapes. Functions that were compiled meanwhile may depend on
+    something that changes, such as a number that they count up themselves: their calls are checked.
+
+    Args:
+        after: graphs of the functions before those calls (count).
+        functions: that are called.
+    """
+    if sum(function.graphs for function in functions) > after:
+        return nullcontext()
+    return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
 
 
 def _is_compilers(error: BaseException) -> bool:

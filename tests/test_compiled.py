@@ -394,9 +394,9 @@ def test_products_of_graphs_are_those_of_torch(monkeypatch, tmp_path):
 
     arguments = torch.randn(2048, 64), torch.randn(2048, 64), torch.randn(64, 64), torch.randn(64)
     with torch.no_grad():
-        results, code = run_and_get_code(compiler.compile_function(products, model.policy), *arguments)
+        results, code = run_and_get_code(compiler.CompiledFunction(products, model.policy), *arguments)
         monkeypatch.setattr(compiler, "NARROW", 0)
-        untouched, as_written = run_and_get_code(compiler.compile_function(products, model.policy), *arguments)
+        untouched, as_written = run_and_get_code(compiler.CompiledFunction(products, model.policy), *arguments)
     for one, other, third in zip(results, products(*arguments), untouched, strict=True):
         assert_close(one, other, atol=1e-3, rtol=1e-4)
         assert_close(third, other, atol=1e-3, rtol=1e-4)
@@ -483,3 +483,27 @@ def test_a_loss_that_is_recompiled_in_each_iteration_continues_in_eager_mode(fit
         model = train(compile=True)
     assert model.updater.compiled is None
     assert_close(parameters(model), parameters(train(compile=False)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [{}, {"target_kl": 1.0}])
+def test_a_loss_that_counts_its_calls_is_not_taken_for_the_same(fit, own):
+    """Later epochs do not check what graphs depend on, unless the loss has changed it: here the third call doubles the loss."""
+
+    class Third(PPOLoss):
+        calls = 0
+
+        def forward(self, batch, evaluate, coefficients):
+            self.calls = (self.calls + 1) % 3
+            losses = super().forward(batch, evaluate, coefficients)
+            return {**losses, "loss": losses["loss"] * 2} if self.calls == 0 else losses
+
+    def train(*, compile):
+        lightning.seed_everything(1, verbose=False)
+        options = {**SIZE, "num_minibatches": 1, "update_epochs": 4, **own}  # an epoch is one call
+        model = PPO("CartPole-v1", total_steps=4 * 128, loss=Third(), compile=compile, **options)
+        fit(model)
+        return model
+
+    compiled = train(compile=True)
+    assert compiled.updater.compiled is not None
+    assert_close(parameters(compiled), parameters(train(compile=False)), rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from typing_extensions import override
 from ppo_lightning.algorithm.loss import LossCoefficients, Objective, normalize_advantages
 from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, index_samples
 from ppo_lightning.algorithm.optimizer_step import Backend, StepRecord, UpdateSettings
-from ppo_lightning.compiler import MAX_SAMPLES, CompilerError, compile_function
+from ppo_lightning.compiler import MAX_SAMPLES, CompiledFunction, CompilerError, repeated_calls
 from ppo_lightning.spaces import split_sizes
 
 STEP_SCALARS = (
@@ -132,10 +133,11 @@ class CompiledStep:
     def _make_graphs(self) -> None:
         # What graphs write to is not an argument: a captured graph copies its arguments.
         flat, moments, module = self.flat, self.moments, self.objective
-        self.gradient_graph = compile_function(lambda *batch: self._gradient(flat, *batch), module)
-        self.step_graph = compile_function(lambda gradient, row: self._step(flat, moments, gradient, row), module)
-        self.fused_graph = compile_function(lambda *batch: self._fused_step(flat, moments, *batch), module)
-        self.next_graph = compile_function(lambda *both: self._step_and_gradient(flat, moments, *both), module)
+        self.gradient_graph = CompiledFunction(lambda *batch: self._gradient(flat, *batch), module)
+        self.step_graph = CompiledFunction(lambda gradient, row: self._step(flat, moments, gradient, row), module)
+        self.fused_graph = CompiledFunction(lambda *batch: self._fused_step(flat, moments, *batch), module)
+        self.next_graph = CompiledFunction(lambda *both: self._step_and_gradient(flat, moments, *both), module)
+        self.functions = self.gradient_graph, self.step_graph, self.fused_graph, self.next_graph
 
     # --- the graphs ---------------------------------------------------------------------------------------------------
 
@@ -233,6 +235,7 @@ class CompiledStep:
         if not self._is_flat(trained):  # since a checkpoint was loaded, or the module moved
             self._flatten_parameters(trained)
             self._make_graphs()
+        self._graphs_before = sum(function.graphs for function in self.functions)
         self.scalars = iter(self._scalars([weight for weights in plan.loss_weights for weight in weights]).unbind())
         self._before = self.flat.clone(), self.moments.clone(), *(step.clone() for step in self.steps)
         self.losses: list[Tensor] = []
@@ -292,6 +295,13 @@ class CompiledStep:
                 counts = torch.arange(self.size, device=self.device) < len(index)
                 index = torch.cat([index, index[:1].expand(self.size - len(index))])
             yield CompiledMinibatch(samples, index, counts, next(self.scalars), weight)
+
+    def repeats(self, epoch: int) -> AbstractContextManager[Any]:
+        """Within it are the gradient steps of an epoch; those of the first one check what the graphs depend on."""
+        repeats = epoch >= (
+            1 if self.is_fused else 2
+        )  # where steps are not fused, two epochs have other calls than the rest
+        return repeated_calls(self._graphs_before, *self.functions) if repeats else nullcontext()
 
     def gradient(self, minibatch: CompiledMinibatch) -> Tensor | None:
         """Take the step that was accepted before, if any, and compute the next gradient.

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from ppo_lightning.compiler import Compilation, CompilerError, CudaGraphCache, compile_function
+from ppo_lightning.compiler import Compilation, CompiledFunction, CompilerError, CudaGraphCache, repeated_calls
 from ppo_lightning.envs import TensorEnv, VectorEnvAdapter, VectorEnvs
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy, PolicyOutput, stack
@@ -308,7 +309,7 @@ class TensorCollector(Collector):
         self.envs, self.device = envs, device
         self.final_observations = tree_map(lambda leaf: torch.zeros_like(leaf[1:]), self.observations)
         """[T, N, …] observations after each step."""
-        self._graph: Callable[..., Any] | None = None
+        self._graph: CompiledFunction | None = None
         self._policy: Policy | None = None
         self._act: Callable[..., Any] | None = None
         self.compilation = compilation
@@ -372,7 +373,7 @@ class TensorCollector(Collector):
     def _compiled(self, policy: Policy, noise: Tensor) -> CollectedSteps:
         env: Any = self.envs.env
         if self._graph is None or policy is not self._policy:
-            self._graph = compile_function(lambda *args: unrolled_steps(env, policy, *args), policy)
+            self._graph = CompiledFunction(lambda *args: unrolled_steps(env, policy, *args), policy)
             self._policy = policy
         graph = self._graph
         sizes = range(min(self.MAX_UNROLLED, self.num_steps), 0, -1)
@@ -382,8 +383,10 @@ class TensorCollector(Collector):
         actions, parameters, values = [], [], []
         stored = [self.observations, self.final_observations]
         stored += [self.fields[key] for key in ("reward", "terminated", "truncated")]
+        before = graph.graphs
         for chunk, (given, own) in enumerate(zip(noise.split(size), reset_noise.split(size), strict=True)):
-            state, episode_step, results, action, *more = graph(state, episode_step, given, own)
+            with repeated_calls(before, graph) if chunk else nullcontext():
+                state, episode_step, results, action, *more = graph(state, episode_step, given, own)
             places = [tensor[chunk * size : (chunk + 1) * size] for tensor in stored]
             torch._foreach_copy_(places, results)  # pyright: ignore[reportPrivateImportUsage]
             actions.append(action)

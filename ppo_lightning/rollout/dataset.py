@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ppo_lightning.compiler import MAX_SAMPLES, Compilation, CompilerError, compile_function
+from ppo_lightning.compiler import MAX_SAMPLES, Compilation, CompiledFunction, CompilerError
 from ppo_lightning.envs import EnvOverrides, EnvProvider, VectorEnvAdapter, VectorEnvs
 from ppo_lightning.envs.info import SumsAndCounts
 from ppo_lightning.envs.streams import get_rng_state, set_rng_state
@@ -324,7 +324,7 @@ class RolloutDataset(IterableDataset[TensorDict]):
         """Log-probabilities and values [T · N] in one pass."""
         pieces = self._split(observation)
         if self.compilation.is_on(self.learner.device) and len(pieces) == 1:
-            score = self._score = self._score or compile_function(policy.log_prob_and_value, policy)
+            score = self._score = self._score or CompiledFunction(policy.log_prob_and_value, policy)
             try:
                 parts = [score(*part) for part in _split_samples((observation, action, mask))]
                 return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
