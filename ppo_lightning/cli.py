@@ -152,7 +152,7 @@ class PPOCLI(LightningCLI):
             "-c",
             "--config",
             action=ConfigFile,
-            help="path of a YAML file, or a name that `ppo-lightning configs` lists; later ones win",
+            help="YAML file, or a name of `ppo-lightning configs`; later ones win",
         )
         return parser
 
@@ -167,7 +167,7 @@ class PPOCLI(LightningCLI):
                 "--name",
                 type=str | None,
                 default=None,
-                help="what the run's folder is called, with a number behind it; null is the task and the seed",
+                help="name of the run's folder; a number is appended, and null is the task and the seed",
             )
         return parser
 

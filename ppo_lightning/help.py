@@ -44,11 +44,29 @@ HEADINGS = {
 }
 """First parameter of the model under each heading of the help."""
 
-TRAINER_KEYS = (
-    *("accelerator", "devices", "num_nodes", "strategy", "precision", "max_time"),
-    *("callbacks", "logger", "default_root_dir", "enable_progress_bar", "limit_val_batches", "profiler"),
-)
+TRAINER_KEYS = {
+    "accelerator": "cpu, gpu or mps",
+    "devices": "devices, or processes on CPUs (count)",
+    "num_nodes": "machines (count)",
+    "strategy": "ddp for several devices",
+    "precision": "32-true, bf16-mixed, 16-mixed or 64-true",
+    "max_time": "the run stops after it, such as 00:12:00:00",
+    "callbacks": "callbacks by class_path",
+    "logger": "loggers by class_path, or false",
+    "default_root_dir": "folder below which the run's folder is made",
+    "enable_progress_bar": "show the progress bar",
+    "limit_val_batches": "0 makes no evaluations",
+    "profiler": "simple, advanced or pytorch",
+}
 """Of Lightning's Trainer, those that the help of ``fit`` lists."""
+
+LIGHTNINGS = {
+    "seed_everything": "seed of all random numbers; true draws one",
+    "ckpt_path": "checkpoint: a file, last or best",
+    "print_config": "print the configuration, and end",
+    **{f"trainer.{name}": text for name, text in TRAINER_KEYS.items()},
+}
+"""What the help says of Lightning's own options, whose descriptions are longer than a line."""
 
 PARTS = {
     "model": "every parameter of PPO, with unit and meaning",
@@ -120,7 +138,7 @@ def _lines(actions: Iterable[argparse.Action]) -> Iterator[str]:
     for action in actions:
         name = f"  --{action.dest:<36}"
         default = "" if action.default == argparse.SUPPRESS else f" [{_default(action.default)}]"
-        text = re.split(r"[;:.] ", _plain(action.help), maxsplit=1)[0].rstrip(".")
+        text = LIGHTNINGS.get(action.dest) or re.split(r"[;:.] ", _plain(action.help), maxsplit=1)[0].rstrip(".")
         yield name + " " + textwrap.shorten(text, _width() - len(name) - len(default) - 1, placeholder="…") + default
 
 

@@ -77,71 +77,74 @@ class PPO(RunModule):
     number (``total_steps=1e6``), and NumPy and torch scalars become plain numbers.
 
     Args:
-        env: Gymnasium id ("module:Id-v0" imports the module first), a VectorEnv, or a callable that makes one (or one
-            single environment); in YAML a class by class_path, or a function as package.module.name. A VectorEnv's own
-            number of environments wins over num_envs.
+        env: Gymnasium id, VectorEnv, or callable that makes one; "module:Id-v0" imports the module first, and a callable may
+            also make one single environment: in YAML a class by class_path, or a function as package.module.name. A
+            VectorEnv's own number of environments wins over num_envs.
         env_kwargs: arguments for gymnasium.make, or for the callable.
-        wrappers: Gymnasium wrappers by class_path, around each environment, innermost first.
+        wrappers: Gymnasium wrappers of each environment; innermost first, in YAML by class_path.
         num_envs: environments per rank that are stepped together (count).
         vectorization: how environments run: sync (one after another, in this process), async (one worker process
             each), vector_entry_point (the environment's own vectorised version).
         num_steps: steps of each environment per rollout (steps).
-        total_steps: environment steps to train for, over all environments and ranks, rounded up to whole
-            iterations; every schedule runs on it (steps).
-        policy: class_path or callable (observation_space, action_space) -> network, whose forward maps observations
-            [B, …] to distribution parameters [B, P] and values [B]. The default, ActorCritic, has encoders for images
-            and Dict observations, recurrent layers, and several distributions as options.
-        normalize_observation: subtract the running mean of observations, divide by their standard deviation, clip at
-            ±10; of a Dict the numeric entries, never images.
-        normalize_reward: divide rewards by the standard deviation of the discounted return, clip at ±10; reported
-            returns stay in the environment's units.
-        clip_reward: learn from the sign of rewards, -1, 0 or 1, as usual for Atari; reported returns stay in the
-            environment's units.
-        popart: {beta} normalises the critic's targets while preserving its output; null does not.
+        total_steps: environment steps to train for; of all ranks together, rounded up to whole iterations. Every schedule
+            runs on it (steps).
+        policy: class_path or callable that makes the network; given (observation_space, action_space), it returns one whose
+            forward maps observations [B, …] to distribution parameters [B, P] and values [B]. The default, ActorCritic, has
+            encoders for images and Dict observations, recurrent layers, and several distributions as options.
+        normalize_observation: normalise observations by running moments; subtract their mean, divide by their standard
+            deviation, clip at ±10: of a Dict the numeric entries, never images.
+        normalize_reward: divide rewards by the discounted return's deviation; that is its running standard deviation, and
+            the quotient is clipped at ±10. Reported returns stay in the environment's units.
+        clip_reward: learn from the sign of rewards, as usual for Atari; reported returns stay in the environment's units.
+        popart: {beta} normalises the critic's targets; its outputs are preserved (PopArt). null does not.
         gamma: discount factor (per environment step, 0 to 1).
         gae_lambda: how far advantages look ahead: 0 is the one-step TD error, 1 the whole return (dimensionless, 0 to 1).
-        advantage_estimator: callable (rollout [T, N], *, gamma, gae_lambda) -> (advantage [T, N], value target [T, N]); in
-            YAML a function as package.module.name, or a class by class_path. Its ``reward`` is normalised or clipped already.
-        recompute_advantages: estimate advantages again before each epoch but the first; not for recurrent networks.
+        advantage_estimator: function of rollouts; a callable (rollout [T, N], *, gamma, gae_lambda) -> (advantage [T, N],
+            value target [T, N]), in YAML a function as package.module.name, or a class by class_path. The rollout's
+            ``reward`` is normalised or clipped already.
+        recompute_advantages: estimate advantages again before each later epoch; not for recurrent networks.
         update_epochs: epochs over each rollout (count).
         num_minibatches: minibatches of each epoch (count).
-        gradient_accumulation_steps: microbatches over which the gradient of a minibatch is accumulated, where one does not fit
-            into memory; the optimizer step is the same (count).
-        sequence_length: of a recurrent policy, the steps of the sequences into which rollouts are split; null is num_steps
-            (steps).
-        loss: module or callable (batch, evaluate, coefficients) -> scalars by name, of which loss is minimised and all are
-            logged as train/…; null is PPOLoss. Its parameters are trained with the policy's (docs/changing_the_algorithm.md).
-        clip_range: change of an action's probability ratio beyond which the objective is constant; a number, or
-            {start, end} for a linear schedule over the run (dimensionless).
-        clip_range_vf: change of a value beyond which the critic's loss is constant, in (normalised) reward units; null does
-            not clip.
-        normalize_advantage: give the advantages of each minibatch mean 0 and standard deviation 1: true over each rank's
-            own samples, all_ranks over the samples of all ranks, which makes the result independent of their number.
+        gradient_accumulation_steps: microbatches of each minibatch; its gradient is accumulated over them, where a minibatch
+            does not fit into memory. The optimizer step is the same (count).
+        sequence_length: steps of a recurrent policy's sequences; rollouts are split into them. null is num_steps (steps).
+        loss: module or callable that returns scalars; given (batch, evaluate, coefficients), it returns them by name: loss is
+            minimised, and all are logged as train/…. null is PPOLoss. Its parameters are trained with the policy's
+            (docs/changing_the_algorithm.md).
+        clip_range: largest change of a probability ratio; beyond it the objective is constant. A number, or {start, end} for
+            a linear schedule over the run (dimensionless).
+        clip_range_vf: largest change of a value; beyond it the critic's loss is constant (units of normalised rewards). null
+            does not clip.
+        normalize_advantage: normalise the advantages of each minibatch; their mean is 0 and their standard deviation 1 then:
+            true over each rank's own samples, all_ranks over the samples of all ranks, which makes the result independent of
+            their number.
         ent_coef: weight of the entropy bonus; a number, or {start, end} for a linear schedule over the run (advantage units
             per nat).
-        vf_coef: weight of the critic's mean squared error in the loss, which is not halved (dimensionless).
-        max_grad_norm: gradients are scaled down to this Euclidean norm over all parameters; null does not clip.
-        non_finite: on a gradient whose norm is not finite, raise ends the run, with unchanged parameters and a file to
-            reproduce it; skip leaves the step out, 10 in a row at most.
-        target_kl: end an update, before the step, when the approximate KL divergence exceeds 1.5 times this (nats);
-            null never does.
+        vf_coef: weight of the critic's mean squared error; the error is not halved (dimensionless).
+        max_grad_norm: largest Euclidean norm of the gradient; a gradient whose norm over all parameters is larger is scaled
+            down to it. null does not clip.
+        non_finite: what a gradient that is not finite does; raise ends the run, with unchanged parameters and a file to
+            reproduce it, skip leaves the step out, 10 in a row at most.
+        target_kl: approximate KL divergence that ends an update; the update ends before the step where it exceeds 1.5 times
+            this (nats). null never does.
         optimizer: class_path or callable parameters -> optimizer; its learning rate falls linearly to 0 over
             total_steps unless lr_scheduler is given.
-        lr_scheduler: class_path or callable optimizer -> scheduler, stepped once per iteration (ConstantLR with factor
-            1 keeps the learning rate); null is linear to 0.
+        lr_scheduler: class_path or callable optimizer -> scheduler; stepped once per iteration (ConstantLR with factor
+            1 keeps the learning rate). null is linear to 0.
         eval_interval: iterations between evaluations; null makes 20 evaluations over the run.
         num_eval_episodes: episodes of each evaluation, exactly (count).
-        eval_deterministic: evaluate the most probable action instead of drawing one.
-        max_env_restarts: how often environments that raise, or whose worker processes die or hang, may be restarted in one
-            run of this process, their episodes cut there; 0 ends the run (count).
-        info_keys: keys of the environments' info whose scalars are logged as env/…, beside reward_components, rewards, log
-            and metrics, which are always logged where present.
+        eval_deterministic: evaluate the most probable action; false draws one.
+        max_env_restarts: restarts of environments that fail; those that raise, or whose worker processes die or hang, are
+            restarted so often in one run of this process, their episodes cut there. 0 ends the run (count).
+        info_keys: keys of the environments' info that are logged; their scalars as env/…, beside reward_components, rewards,
+            log and metrics, which are always logged where present.
         metric_names: whose names loggers receive: sb3, cleanrl, leanrl, apexrl, pufferlib or embodichain, with that
             system's signs and scales; monitors and reports keep Stable-Baselines3's.
-        env_timeout_s: a step or reset of async environments that takes longer is an error (seconds).
-        compile: run each gradient step, and the rollouts of environments that are tensors, as one compiled graph: several
-            times as fast for small networks, after some ten seconds of compilation. auto does so where that is possible and
-            pays off: on a CPU, in runs of 50,000 gradient steps or more, without convolutions.
+        env_timeout_s: longest step or reset of async environments; a longer one is an error (seconds).
+        compile: compile gradient steps and rollouts of tensors; each gradient step, and the rollouts of environments that
+            are tensors, is one graph: several times as fast for small networks, after some ten seconds of compilation. auto
+            does so where that is possible and pays off: on a CPU, in runs of 50,000 gradient steps or more, without
+            convolutions.
 
     Raises:
         InputError: a value cannot be used; the message names it, and what to do.

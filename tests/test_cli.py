@@ -387,12 +387,13 @@ def test_help_of_fit_has_every_parameter_of_the_model_in_one_line_in_their_order
     assert own == list(inspect.signature(PPO).parameters)
     (gamma,) = [line for line in lines if "--model.gamma " in line]
     assert gamma.split(maxsplit=1)[1] == "discount factor (per environment step, 0 to 1) [0.99]"
+    assert not [line for line in lines if "…" in line]
 
 
 def test_help_of_a_part_has_type_default_unit_and_meaning(capsys):
     text = " ".join(printed_help(["fit", "--help.model"], capsys).split())
     assert "--model.gamma (a number; default: 0.99) discount factor (per environment step, 0 to 1)." in text
-    assert "a step or reset of async environments that takes longer is an error (seconds)" in text
+    assert "longest step or reset of async environments; a longer one is an error (seconds)" in text
     text = printed_help(["fit", "--help.policy"], capsys)
     assert "--model.policy.init_args.log_std_init  (a number; default: 0.0)" in text
     assert "observation_space" not in text.split("\n", 1)[0]
