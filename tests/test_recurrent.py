@@ -21,23 +21,36 @@ def network(rnn="lstm", **options):
     return partial(ActorCritic, rnn=rnn, rnn_size=8, hidden_sizes=(8,), **options)
 
 
+@pytest.mark.parametrize("often", [0.0, 0.05, 0.3, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_torchs_layer_step_by_step(kind):
+def test_equals_torchs_layer_step_by_step(kind, often):
+    """Outputs, the state after them, and the gradients of both."""
     memory = RecurrentLayer(kind, 4, 6)
     cell = (nn.LSTMCell if kind == "lstm" else nn.GRUCell)(4, 6)
     with torch.no_grad():
         for name, parameter in cell.named_parameters():
-            parameter.copy_(dict(memory.layer.named_parameters())[f"{name}_l0"])
-    inputs, state = torch.randn(10, 3, 4), torch.randn(3, memory.state_size)
-    start = torch.rand(10, 3) < 0.3
-    outputs, after = memory(inputs, state, start)
-    expected = []
+            own = dict(memory.layer.named_parameters())[f"{name}_l0"]
+            own.normal_()
+            parameter.copy_(own)
+    inputs, first = (torch.randn(*shape, requires_grad=True) for shape in ((10, 3, 4), (3, memory.state_size)))
+    start, weights = torch.rand(10, 3) < often, torch.randn(10, 3, 6)
+
+    def gradients(outputs, after, module):
+        loss = (outputs * weights).sum() + after.square().sum()
+        return torch.autograd.grad(loss, [inputs, first, *module.parameters()])
+
+    outputs, after = memory(inputs, first, start)
+    expected, state = [], first
     for row, fresh in zip(inputs, start, strict=True):
         state = torch.where(fresh[:, None], torch.zeros_like(state), state)
         state = torch.cat(cell(row, tuple(state.chunk(2, -1))), -1) if kind == "lstm" else cell(row, state)
         expected.append(state[:, :6])
     assert_close(outputs, torch.stack(expected), atol=1e-6, rtol=1e-5)
     assert_close(after, state, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        assert_close(memory(inputs, first, start), (outputs, after), atol=0, rtol=0)
+    own, theirs = gradients(outputs, after, memory.layer), gradients(torch.stack(expected), state, cell)
+    assert_close(own, theirs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
