@@ -21,7 +21,8 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 # Off with this folder, whose cuda.py torch would take for the package of that name.
-sys.path[:] = [str(HERE / "peers"), *(place for place in sys.path if Path(place).resolve() != HERE)]
+others = [place for place in sys.path if Path(place).resolve() != HERE]
+sys.path[:] = [str(HERE / "peers"), *others, str(HERE.parent)]
 
 from common import Run, run_from_arguments  # noqa: E402  # pyright: ignore[reportMissingImports]
 

@@ -52,6 +52,7 @@ WORKLOADS = {
     "w3c": Workload(1_000_000, threads=2),
     "w4": Workload(30_000),
     "w5": Workload(8_192, threads=2, variants=("",)),
+    "w7r": Workload(60_000, variants=("",)),
 }
 
 

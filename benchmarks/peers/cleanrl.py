@@ -14,6 +14,9 @@ if run.size.tensors:
         "Its scripts keep environments and what they return in NumPy (the variants on JAX or Isaac differ)."
     )
     raise SystemExit
+if run.name == "w7r":
+    run.unsupported("Its recurrent script is for images.")
+    raise SystemExit
 
 import gymnasium as gym  # noqa: E402
 import numpy as np  # noqa: E402

@@ -55,7 +55,18 @@ WORKLOADS = {
     "w3c": Workload("CartPole-v1", 1024, 32, tensors=True),
     "w4": Workload("HalfCheetah-v4", 8, 256, epochs=10, minibatches=32),
     "w5": Workload("PongNoFrameskip-v4", 8, 128, lr=2.5e-4, clip=0.1, ent_coef=0.01),
+    "w7r": Workload("CartPole-v1", 64, 128),
 }
+
+
+def cartpole_without_velocities() -> Any:
+    """One environment of w7r: its position and angle alone, so that a policy needs a memory."""
+    import gymnasium
+    import numpy as np
+
+    seen = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    env = gymnasium.make("CartPole-v1", disable_env_checker=True)
+    return gymnasium.wrappers.TransformObservation(env, lambda observation: observation[::2], seen)
 
 
 @dataclass

@@ -12,10 +12,11 @@ def main() -> None:
     run = run_from_arguments("sheeprl")
     size = run.size
     if run.name not in {"w1", "w2", "w4"}:
-        reason = (
-            "Its settings for Atari are other networks than these." if run.name == "w5" else "It has no tensor envs."
-        )
-        run.unsupported(reason)
+        reasons = {
+            "w5": "Its settings for Atari are other networks than these.",
+            "w7r": "Its recurrent PPO is not set up.",
+        }
+        run.unsupported(reasons.get(run.name, "It has no tensor envs."))
         return
     warnings.filterwarnings("ignore")
     import torch

@@ -69,10 +69,11 @@ def environment(run: Run) -> Any:
 def main() -> None:
     run = run_from_arguments("skrl")
     size = run.size
-    if run.name in {"w1t", "w5"}:
+    if run.name in {"w1t", "w5", "w7r"}:
         reason = {
             "w1t": "On tensors its environments are those of w3 and w3c.",
             "w5": "It has no Atari wrappers and stores flat float32 observations, so no fair settings are known.",
+            "w7r": "Its recurrent PPO needs models of one's own, for which no fair settings are known.",
         }
         run.unsupported(reason[run.name])
         return

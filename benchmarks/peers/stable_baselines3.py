@@ -1,10 +1,20 @@
-"""Stable-Baselines3's PPO: 64-64 tanh MLP or Nature CNN, its own vectors, its CSV logger."""
+"""Stable-Baselines3's PPO: 64-64 tanh MLP or Nature CNN, its own vectors, its CSV logger; w7r: RecurrentPPO of sb3-contrib."""
 
 import tempfile
 import warnings
 from typing import Any
 
-from common import ADAM_EPS, GAE_LAMBDA, GAMMA, HIDDEN, MAX_GRAD_NORM, VF_COEF, Run, run_from_arguments
+from common import (
+    ADAM_EPS,
+    GAE_LAMBDA,
+    GAMMA,
+    HIDDEN,
+    MAX_GRAD_NORM,
+    VF_COEF,
+    Run,
+    cartpole_without_velocities,
+    run_from_arguments,
+)
 
 
 def vector(run: Run) -> Any:
@@ -19,6 +29,8 @@ def vector(run: Run) -> Any:
 
         run.notes["ale_py"] = ale_py.__version__
         return VecFrameStack(make_atari_env(size.env, size.num_envs, env_kwargs=unchecked), 4)
+    if run.name == "w7r":
+        return make_vec_env(cartpole_without_velocities, size.num_envs)
     if run.name == "w2":
         return vectorized(size.env, size.num_envs)
     return make_vec_env(size.env, size.num_envs, env_kwargs=unchecked)
@@ -97,8 +109,14 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(run.threads)
     networks: dict[str, Any] = {"net_arch": {"pi": list(HIDDEN), "vf": list(HIDDEN)}, "activation_fn": torch.nn.Tanh}
-    model = PPO(
-        "CnnPolicy" if run.name == "w5" else "MlpPolicy",
+    algorithm, policy = PPO, "CnnPolicy" if run.name == "w5" else "MlpPolicy"
+    if run.name == "w7r":
+        from sb3_contrib import RecurrentPPO
+
+        algorithm, policy = RecurrentPPO, "MlpLstmPolicy"
+        networks["lstm_hidden_size"] = 64
+    model = algorithm(
+        policy,
         vector(run),
         learning_rate=size.lr,
         n_steps=size.num_steps,

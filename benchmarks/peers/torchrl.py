@@ -121,10 +121,11 @@ def tensors(run: Run) -> Any:
 def main() -> None:
     run = run_from_arguments("torchrl")
     size = run.size
-    if run.name in {"w1t", "w5"}:
+    if run.name in {"w1t", "w5", "w7r"}:
         reason = {
             "w1t": "On tensors its environments are those of w3 and w3c.",
             "w5": "Its Atari transforms make another pipeline of frames than the one that is compared.",
+            "w7r": "Its LSTM needs a pipeline of one's own, for which no fair settings are known.",
         }
         run.unsupported(reason[run.name])
         return

@@ -111,7 +111,7 @@ class LSTM(torch.autograd.Function):
         gates, size = projected.clone(), weight.shape[1]
         hidden, cells = (projected.new_empty(*projected.shape[:2], size) for _ in range(2))
         before, cell = (part.contiguous() for part in state.chunk(2, -1))
-        tanh, transposed = torch.empty_like(before), weight.t()
+        tanh, transposed = torch.empty_like(before), weight.t().contiguous()
         sigmoids, new = gates.split([3 * size, size], -1)
         steps = _steps(gates, sigmoids, new, *sigmoids.chunk(3, -1), hidden, cells, kept)
         for is_reset, (gate, sigmoid, add, enter, keep, out, after, next_cell, own) in zip(resets, steps, strict=True):
@@ -182,7 +182,7 @@ class GRU(torch.autograd.Function):
         hidden = projected.new_empty(*projected.shape[:2], size)
         halves = [part for whole in (projected, gates, added) for part in whole.split([2 * size, size], -1)]
         steps = _steps(*halves, *gates.chunk(3, -1)[:2], added, hidden, kept)
-        before, transposed = state, weight.t()
+        before, transposed = state, weight.t().contiguous()
         for is_reset, step in zip(resets, steps, strict=True):
             of_both, of_new, both, new, add_both, add_new, reset, update, add, after, own = step
             if is_reset:
