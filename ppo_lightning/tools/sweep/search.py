@@ -301,6 +301,7 @@ def open_study(storage: str, name: str, objectives: Sequence[str]) -> "Study":
         from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
         from optuna.storages.journal import JournalFileBackend
         from sqlalchemy.exc import DBAPIError
+        from sqlalchemy.pool import NullPool
     except ImportError as error:
         raise InputError('a sweep needs Optuna: pip install "ppo-lightning[sweep]"') from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -315,6 +316,8 @@ def open_study(storage: str, name: str, objectives: Sequence[str]) -> "Study":
                 again = RetryHeartbeatStaleTrialCallback()
                 opened = RDBStorage(
                     storage,
+                    # Each connection to a file is closed after its use: nothing else would close the last one.
+                    {"poolclass": NullPool} if storage.startswith("sqlite") else None,
                     heartbeat_interval=HEARTBEAT_S,
                     grace_period=GRACE_S,
                     heartbeat_stale_trial_callback=again,
