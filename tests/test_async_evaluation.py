@@ -384,7 +384,7 @@ def test_no_process_outlives_a_run_that_is_ended(tmp_path, kind):
         "from test_async_evaluation import Sleeper\n"
         "from ppo_lightning import PPO\n"
         "from ppo_lightning.callbacks import AsyncEvaluation\n"
-        "model = PPO(Sleeper, {'parent': os.getpid(), 'deed': 'sleep'}, num_envs=2, num_steps=8, total_steps=10**9)\n"
+        "model = PPO(Sleeper, {'parent': os.getpid(), 'deed': 'sleep'}, num_envs=2, num_steps=8, total_steps=10**9, compile=False)\n"
         "class Says(lightning.Callback):\n"
         "    def on_train_epoch_end(self, trainer, pl_module):\n"
         "        if pl_module.num_env_steps == 160: print(trainer.callbacks[0].evaluator.process.pid, flush=True)\n"

@@ -25,7 +25,7 @@ def trainer():
     )
 
 
-model = PPO("CartPole-v1", num_envs=2, num_steps=16, num_minibatches=2, total_steps=10**9)
+model = PPO("CartPole-v1", num_envs=2, num_steps=16, num_minibatches=2, total_steps=10**9, compile=False)
 """
 
 

@@ -227,7 +227,7 @@ def test_a_rank_that_diverges_alone_stops_both_before_the_same_step():
 @pytest.mark.parametrize(("given", "expected"), [({}, 180), ({"timeout": timedelta(seconds=7)}, 7)])
 def test_processes_wait_minutes_unless_the_user_says_otherwise(given, expected):
     def run(rank: int) -> float:
-        model = PPO("CartPole-v1", num_envs=2, num_steps=8, total_steps=10**9)
+        model = PPO("CartPole-v1", num_envs=2, num_steps=8, total_steps=10**9, compile=False)
         fit(model, strategy=DDPStrategy(**given), devices=2, max_epochs=1)
         return distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
 
