@@ -297,11 +297,10 @@ class CompiledStep:
             yield CompiledMinibatch(samples, index, counts, next(self.scalars), weight)
 
     def repeats(self, epoch: int) -> AbstractContextManager[Any]:
-        """Within it are the gradient steps of an epoch; those of the first one check what the graphs depend on."""
-        repeats = epoch >= (
-            1 if self.is_fused else 2
-        )  # where steps are not fused, two epochs have other calls than the rest
-        return repeated_calls(self._graphs_before, *self.functions) if repeats else nullcontext()
+        """Within it are the gradient steps of an epoch; the first epochs check what the graphs depend on."""
+        # A step that is taken with the next gradient follows the last epoch's: only from the third epoch on are calls the same.
+        first = 1 if self.is_fused else 2
+        return nullcontext() if epoch < first else repeated_calls(self._graphs_before, *self.functions)
 
     def gradient(self, minibatch: CompiledMinibatch) -> Tensor | None:
         """Take the step that was accepted before, if any, and compute the next gradient.

@@ -131,7 +131,7 @@ class EagerStep:
         return zip(parts, plan.loss_weights[epoch], strict=True)
 
     def repeats(self, epoch: int) -> AbstractContextManager[Any]:
-        """Within it are the gradient steps of an epoch."""
+        """Within it are the gradient steps of an epoch; here it changes nothing."""
         return nullcontext()
 
     def gradient(self, minibatch: tuple[Samples, float]) -> Tensor | None:
