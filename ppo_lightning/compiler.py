@@ -107,9 +107,10 @@ class CompiledFunction:
             self._count()
             return function(*args)
 
-        # Models of one process have the same functions: each counts its own graphs.
-        self._graph: Callable[..., Any] = torch.compile(  # pyright: ignore[reportCallIssue]
-            counted, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True, recompile_limit=MAX_GRAPHS
+        # torch limits the graphs of one code object, and models of one process would share it: each has its own.
+        counted.__code__ = counted.__code__.replace()
+        self._graph: Callable[..., Any] = torch.compile(
+            counted, fullgraph=True, dynamic=False, options=options, recompile_limit=MAX_GRAPHS
         )
         if cuda:
             self._graph = CudaGraphCache(self._graph, module)
@@ -130,7 +131,10 @@ class CompiledFunction:
         except Exception as error:  # the compiler raises whatever its parts raise; errors of user code pass through
             if not _is_compilers(error):
                 raise
-            raise CompilerError(f"torch could not compile it: {first_line_of_compiler_error(error)}") from error
+            reason = f"torch could not compile it: {first_line_of_compiler_error(error)}"
+            if self.graphs >= MAX_GRAPHS:
+                reason = f"after {self.graphs} graphs it would be compiled again: a value that it reads keeps changing"
+            raise CompilerError(reason) from error
 
 
 def repeated_calls(after: int, *functions: CompiledFunction) -> AbstractContextManager[Any]:
