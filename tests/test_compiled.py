@@ -265,7 +265,9 @@ def test_many_models_of_one_process_are_all_compiled(fit):
     """torch limits the graphs of each function, and models have their functions in common."""
     with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
         for index in range(3):
-            model = PPO("CartPole-v1", total_steps=64, compile=True, num_envs=2, num_steps=32, max_grad_norm=0.1 + index)
+            model = PPO(
+                "CartPole-v1", total_steps=64, compile=True, num_envs=2, num_steps=32, max_grad_norm=0.1 + index
+            )
             fit(model)
             assert model.updater.compiled is not None
 
@@ -479,7 +481,9 @@ def test_a_loss_that_is_recompiled_in_each_iteration_continues_in_eager_mode(fit
         return model
 
     monkeypatch.setattr("ppo_lightning.compiler.MAX_GRAPHS", 3)
-    with pytest.warns(UserWarning, match="no effect on the update, since after 3 graphs it would be compiled again: a value"):
+    with pytest.warns(
+        UserWarning, match="no effect on the update, since after 3 graphs it would be compiled again: a value"
+    ):
         model = train(compile=True)
     assert model.updater.compiled is None
     assert_close(parameters(model), parameters(train(compile=False)), rtol=1e-4, atol=1e-5)
