@@ -109,7 +109,7 @@ class CompiledFunction:
 
         # torch limits the graphs of one code object, and models of one process would share it: each has its own.
         counted.__code__ = counted.__code__.replace()
-        self._graph: Callable[..., Any] = torch.compile(
+        self._graph: Callable[..., Any] = torch.compile(  # pyright: ignore[reportCallIssue]
             counted, fullgraph=True, dynamic=False, options=options, recompile_limit=MAX_GRAPHS
         )
         if cuda:

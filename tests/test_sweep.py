@@ -654,7 +654,7 @@ def test_a_killed_sweep_leaves_no_process_and_resumes(tmp_path):
         time.sleep(0.2)
     assert left == []
     subprocess.run(words, env=environment, cwd=tmp_path, check=True)
-    study = optuna.load_study(study_name="cartpole", storage=f"sqlite:///{place / 'study.db'}")
+    study = search.open_study(f"sqlite:///{place / 'study.db'}", "cartpole", ["score"])
     assert states(study).count("COMPLETE") + states(study).count("PRUNED") == 4
     assert len(counted(study)) == 4
     assert 1 <= states(study).count("FAIL") <= 2
