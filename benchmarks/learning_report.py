@@ -169,22 +169,23 @@ def table(tasks: Iterable[Task], rows: list[Row]) -> str:
 def ablation_table(suite: Suite, rows: list[Row]) -> str:
     """Markdown: a line per change, with the mean return of each task and the probability that it improves."""
     names = [task.env or task.name for task in suite.ablated]
-    lines = [
-        "| change | " + " | ".join(names) + " | improves (95 % interval) |",
-        "|---|" + "---|" * (len(names) + 1),
-    ]
     base = [returns(task, rows) for task in suite.ablated]
-    if not all(base):
-        return "No runs of it are recorded yet.\n"
-    lines.append("| none: mujoco.yaml | " + " | ".join(number(statistics.fmean(one)) for one in base) + " | |")
+    lines: list[str] = []
     for change, tasks in suite.changes.items():
         changed = [returns(task, rows) for task in tasks]
-        if all(changed):
+        if all(base) and all(changed):
             better = [probability_of_improvement(*both) for both in zip(changed, base, strict=True)]
             mean, low, high = (statistics.fmean(part) for part in zip(*better, strict=True))
             cells = [number(statistics.fmean(one)) for one in changed]
             lines.append(f"| {change} | " + " | ".join(cells) + f" | {mean:.2f} ({low:.2f} – {high:.2f}) |")
-    return "\n".join(lines) + "\n"
+    if not lines:
+        return "No runs of it are recorded yet.\n"
+    header = [
+        "| change | " + " | ".join(names) + " | improves (95 % interval) |",
+        "|---|" + "---|" * (len(names) + 1),
+        "| none: mujoco.yaml | " + " | ".join(number(statistics.fmean(one)) for one in base) + " | |",
+    ]
+    return "\n".join([*header, *lines]) + "\n"
 
 
 def returns(task: Task, rows: list[Row]) -> list[float]:
