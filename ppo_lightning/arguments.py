@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import itertools
 import re
 import sys
 import types
@@ -28,6 +29,8 @@ OTHER_NAMES = {
     "activation_fn": f"{NETWORK}.activation",
     "anneal_lr": "model.lr_scheduler",
     "batch_size": "model.num_minibatches",
+    "ckpt": "checkpoint",
+    "ckpt_path": "checkpoint",
     "clip_coef": "model.clip_range",
     "clip_vloss": "model.clip_range_vf",
     "discount": "model.gamma",
@@ -72,6 +75,15 @@ class PlainParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    @override
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Parse; an unknown option is reported before what is missing."""
+        words = sys.argv[1:] if args is None else list(args)
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
+                self.error(f"unrecognized arguments: {word}")
+        return super().parse_args(words, namespace)
 
     @override
     def error(self, message: str) -> NoReturn:
@@ -225,12 +237,17 @@ def _unknown_words(found: re.Match[str], line: _Line) -> str:
     if option is None:
         return f"{line.command} takes no word {unknown[0]!r}: options are written --key value"
     name = option.partition("=")[0]
+    last = OTHER_NAMES.get(name.strip("-+"), name.strip("-+"))
+    places = {one.dest: one.metavar for one in line.parser._actions if not one.option_strings and one.metavar}
+    near = [dest for dest in places if dest.startswith(last)] or difflib.get_close_matches(last, places, 1, cutoff=0.7)
+    if near:
+        return f"{line.command} has no option {name}: write {places[near[0]]} without an option, as --help shows"
     return f"{line.command} has no option {name}{_did_you_mean(name.strip('-+'), line.parser, '--')}"
 
 
 def _unknown_command(found: re.Match[str], line: _Line) -> str:
     first = next(iter(line.words), "")
-    known = f"give one of {', '.join(COMMANDS)}, such as fit --config configs/cartpole.yaml"
+    known = f"give one of {', '.join(COMMANDS)}, such as fit --config cartpole"
     if found.lastindex is None:
         return f"there is no command: {known}"
     if first.startswith("-"):
@@ -469,9 +486,7 @@ def _subclasses(kind: type) -> Iterator[type]:
 
 def _did_you_mean(key: str, parser: argparse.ArgumentParser, dashes: str = "") -> str:
     """The nearest key of a parser, with what is written before it; a way to see all where none is near."""
-    options = [
-        action for action in parser._actions if action.dest != argparse.SUPPRESS and not action.dest.endswith(".help")
-    ]
+    options = [action for action in parser._actions if action.option_strings and not action.dest.endswith(".help")]
     known = [next((word for word in one.option_strings if len(word) > 2), one.dest).lstrip("-") for one in options]
     for action in parser._actions:
         class_path = action.default.get("class_path") if isinstance(action.default, dict) else None

@@ -1,4 +1,4 @@
-"""The configs that come with the package, by their names without a path: ``--config cartpole``, ``ppo-lightning configs``."""
+"""The configs, and spaces of sweeps, that come with the package, by their names: ``--config cartpole --space cartpole``."""
 
 import difflib
 import re
@@ -7,22 +7,22 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 
 
-def shipped_configs() -> dict[str, Path]:
-    """Paths by name: a wheel has them within the package, a checkout beside it."""
+def shipped_configs(part: str = "") -> dict[str, Path]:
+    """Paths by name, of configs or of spaces (``sweeps``): a wheel has them within the package, a checkout beside it."""
     folder = next((one for one in (PACKAGE / "configs", PACKAGE.parent / "configs") if one.is_dir()), PACKAGE)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted((folder / part).glob("*.yaml"))}
 
 
-def located(given: str) -> str:
-    """The path of the config with this name, where there is no file of that name; else what was given."""
+def located(given: str, part: str = "") -> str:
+    """The path of the file with this name, where there is none of that name here; else what was given."""
     if not re.fullmatch(r"[\w-]+", given) or Path(given).is_file():
         return given
-    return str(shipped_configs().get(given, given))
+    return str(shipped_configs(part).get(given, given))
 
 
-def near_name(given: str) -> str | None:
-    """The name of a config that is most like what was given; None where none is."""
-    return next(iter(difflib.get_close_matches(given, shipped_configs(), 1, cutoff=0.7)), None)
+def near_name(given: str, part: str = "") -> str | None:
+    """The name that is most like a name, or like the last part of a path, that was given; None where none is."""
+    return next(iter(difflib.get_close_matches(Path(given).stem, shipped_configs(part), 1, cutoff=0.7)), None)
 
 
 def description(path: Path) -> list[str]:

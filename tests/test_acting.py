@@ -92,7 +92,8 @@ def test_a_mask_in_the_observation_is_read_from_there_by_parts_too():
     [
         ((torch.zeros(3),), r"forward needs a batch of observations \('B', 3\), got \(3,\)"),
         ((torch.zeros(2, 4),), r"forward needs a batch of observations \('B', 3\), got \(2, 4\)"),
-        (({"a": torch.zeros(2, 3)},), "forward needs tensors of Box"),
+        (({"a": torch.zeros(2, 3)},), r"forward needs tensors of Box\(.*\), batched, got dict$"),
+        ((np.zeros((2, 3), np.float32),), "batched, got ndarray$"),
         ((torch.zeros(2, 3), torch.zeros(2, 8)), "was given a state, this policy is not recurrent"),
         ((torch.zeros(2, 3), None, torch.ones(2, 3)), "action_mask has 3 entries"),
     ],
@@ -100,3 +101,9 @@ def test_a_mask_in_the_observation_is_read_from_there_by_parts_too():
 def test_forward_refuses_what_does_not_fit(model, arguments, message):
     with pytest.raises(InputError, match=message):
         model(*arguments)
+
+
+def test_predict_refuses_a_state_in_the_place_of_the_flag(model):
+    """There Stable-Baselines3 takes the state."""
+    with pytest.raises(InputError, match="deterministic must be True or False, got tuple: give a state by its name"):
+        model.predict(np.zeros(3, np.float32), (np.zeros((1, 8)),))

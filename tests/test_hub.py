@@ -55,6 +55,15 @@ def test_a_policy_from_a_folder_returns_what_the_card_says(checkpoint, tmp_path,
     assert "64 environment steps with seed 3" in (folder / "README.md").read_text()
 
 
+def test_a_folder_is_loaded_without_the_library_of_the_hub(checkpoint, tmp_path, monkeypatch):
+    hub.save_folder(checkpoint, tmp_path / "policy", "me/it", episodes=1, video=False)
+    find = hub.importlib.util.find_spec
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None if name == "huggingface_hub" else find(name))
+    assert PPO.from_pretrained(tmp_path / "policy").num_env_steps == 64
+    with pytest.raises(InputError, match="huggingface_hub is not installed"):
+        PPO.from_pretrained("me/it")
+
+
 def test_no_file_is_a_pickle(checkpoint, tmp_path):
     hub.save_folder(checkpoint, tmp_path / "policy", "me/it", episodes=1, video=False)
     for path in (tmp_path / "policy").iterdir():

@@ -68,7 +68,8 @@ def act_on_tensors(
             action_mask = observation[MASK]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         given = type(observation).__name__
-        raise InputError(f"forward needs tensors of {observation_space}, batched, got a {given}: {error}") from error
+        what = f" without {error}" if isinstance(error, KeyError) else ""
+        raise InputError(f"forward needs tensors of {observation_space}, batched, got {given}{what}") from error
     mask = None if action_mask is None else flatten_mask_tensors(action_mask, action_space)
     count, device = len(next(iter(rows.values())) if isinstance(rows, dict) else rows), policy_device(policy)
     if policy.state_size and state is None:

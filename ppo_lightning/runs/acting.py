@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import Space
 from lightning import LightningModule
@@ -90,8 +91,11 @@ class ActingModule(LightningModule):
                 was trained with masks.
 
         Raises:
-            InputError: the observation, state or mask is not of its space, or fits neither.
+            InputError: the observation, state or mask is not of its space, or fits neither; ``deterministic`` is no flag.
         """
+        if not isinstance(deterministic, bool | np.bool_):
+            given = type(deterministic).__name__
+            raise InputError(f"deterministic must be True or False, got {given}: give a state by its name, state=…")
         is_masked = action_mask is not None or without_mask(self.observation_space) is not self.observation_space
         if self.trained_with_masks and not is_masked and not self._warned_of_masks:
             self._warned_of_masks = True

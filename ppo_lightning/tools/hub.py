@@ -107,8 +107,8 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"{folder / blocked[0]} is a folder, and a file of this name is to be written: remove it")
 
 
-def _check_installed() -> None:
-    for name in ("huggingface_hub", "safetensors"):
+def _check_installed(*names: str) -> None:
+    for name in names or ("huggingface_hub", "safetensors"):
         if importlib.util.find_spec(name) is None:
             raise InputError(f'{name} is not installed: pip install "ppo-lightning[hub]"')
 
@@ -201,7 +201,7 @@ class _NamedBytes(io.BytesIO):
 
 def load_pretrained(kind: type[Module], source: str | Path, revision: str | None, given: dict[str, Any]) -> Module:
     """A model of a repository, or of a folder with its files (see :meth:`PPO.from_pretrained`)."""
-    _check_installed()
+    _check_installed("safetensors")
     from safetensors import SafetensorError, safe_open
 
     folder = Path(source) if Path(source).is_dir() else _downloaded(str(source), revision)
@@ -227,6 +227,7 @@ def load_pretrained(kind: type[Module], source: str | Path, revision: str | None
 
 def _downloaded(repository: str, revision: str | None) -> Path:
     """The folder in the Hub's cache."""
+    _check_installed("huggingface_hub")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

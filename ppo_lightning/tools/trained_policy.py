@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from ppo_lightning.errors import InputError
@@ -13,7 +14,8 @@ from ppo_lightning.runs.hyperparameters import names_to_trust
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add the argument, and the option to trust the file."""
-    parser.add_argument("checkpoint", help="path of a checkpoint, or best or last: of the newest run below this folder")
+    what = "path of a checkpoint, or best or last: of the newest run below this folder"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=what)
     parser.add_argument(
         "--trust", action="store_true", help="import the environment, network and functions of your own that it names"
     )
@@ -50,5 +52,8 @@ def check_output(path: Path, *, force: bool) -> None:
         raise InputError(f"{path} is a folder: give the name of a file")
     if path.exists() and not force:
         raise InputError(f"{path} exists: give another name, or force (--force) to replace it")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"the folder {path.parent} does not exist or cannot be written to: create it")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"the folder {path.parent} does not exist or cannot be written to: create it") from error

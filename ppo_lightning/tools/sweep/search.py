@@ -72,9 +72,8 @@ def main(words: list[str]) -> None:
     )
     config_help = "config that fit takes; later ones override it, as with fit"
     parser.add_argument("--config", required=True, action="append", help=config_help)
-    parser.add_argument(
-        "--space", required=True, help="YAML: key of the config: [value, …] or {distribution, min, max}"
-    )
+    space_help = "YAML: key of the config: [value, …] or {distribution, min, max}; or a name in configs/sweeps"
+    parser.add_argument("--space", required=True, help=space_help)
     kinds: dict[str, Any] = {
         **{name: {"type": int} for name in ("trials", "seeds", "workers", "seed")},
         "threshold": {"type": float},

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from ppo_lightning.errors import InputError
+from ppo_lightning.shipped import located, near_name, shipped_configs
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -128,7 +129,8 @@ def read_space(space: str | Path | Mapping[str, Any]) -> dict[str, Range | Choic
     """Parse a space, from a YAML file or a mapping.
 
     Args:
-        space: ``{key: [value, …]}`` or ``{key: {distribution, min, max}}``; keys as in a config, with dots.
+        space: ``{key: [value, …]}`` or ``{key: {distribution, min, max}}``, keys as in a config, with dots; a YAML file of
+            that, or the name of one in ``configs/sweeps``.
 
     Raises:
         InputError: it is malformed; the message names the key and the remedy.
@@ -136,7 +138,15 @@ def read_space(space: str | Path | Mapping[str, Any]) -> dict[str, Range | Choic
     where = "space" if isinstance(space, Mapping) else str(space)
     if not isinstance(space, Mapping):
         try:
-            space = yaml.safe_load(Path(space).read_text())
+            space = yaml.safe_load(Path(located(where, "sweeps")).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            near = near_name(where, "sweeps")
+            hint = (
+                f"did you mean {near}?"
+                if near
+                else f"give the path of a YAML file, or one of {', '.join(shipped_configs('sweeps'))}"
+            )
+            raise InputError(f"there is no space {where}: {hint}") from error
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{where} cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(space, Mapping) or not space:
