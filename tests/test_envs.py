@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import functools
 import multiprocessing
@@ -10,7 +11,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
+from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from probes import Endless, Faulty, Probe, Scripted
 
@@ -819,3 +821,59 @@ def test_a_worker_that_replaces_another_draws_other_numbers():
     environments.close()
     assert again[0, 2] != first[0, 2]
     assert len(np.unique(again[:, 2])) == 2
+
+
+class Counter(gym.Env):
+    """Episodes of changing length, whose infos come and go."""
+
+    def __init__(self, space):
+        self.observation_space, self.action_space = copy.deepcopy(space), MultiDiscrete([3, 2])
+        self.number = self.steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.number = seed
+            self.observation_space.seed(seed)
+        self.steps = 0
+        return self.observation_space.sample(), {"first": self.number} if self.number % 2 else {}
+
+    def step(self, action):
+        self.steps += 1
+        info = {"action": action.copy(), "nested": {"share": self.number / 2}} if (self.steps + self.number) % 3 else {}
+        done = self.steps >= 2 + self.number
+        return (
+            self.observation_space.sample(),
+            action[0] - 0.5,
+            done and self.number != 1,
+            done and self.number == 1,
+            info,
+        )
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        Box(-1, 1, (2, 3)),
+        Box(0, 255, (4,), np.uint8),
+        Discrete(5),
+        MultiBinary(3),
+        Dict({"a": Box(-1, 1, (2,)), "b": Tuple((Discrete(3), Box(-1, 1, ())))}),
+        Text(4),
+    ],
+    ids=lambda space: type(space).__name__,
+)
+def test_environments_in_this_process_step_as_in_gymnasiums_vector(space):
+    def run(vector):
+        rng = np.random.default_rng(0)
+        results = [copy.deepcopy(vector.reset(seed=0))]
+        for step in range(30):
+            results.append(copy.deepcopy(vector.step(rng.integers([3, 2], size=(4, 2)))))
+            if step == 20:
+                results.append(
+                    copy.deepcopy(vector.reset(options={"reset_mask": np.array([True, False, False, True])}))
+                )
+        return results
+
+    make = functools.partial(Counter, space)
+    theirs = run(SyncVectorEnv([make] * 4, autoreset_mode=AutoresetMode.SAME_STEP))
+    assert data_equivalence(run(EnvFactory(make)(4, 0)), theirs, exact=True)

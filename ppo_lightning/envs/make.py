@@ -19,6 +19,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from ppo_lightning.envs.checked import Env, make_checked
+from ppo_lightning.envs.serial import SerialVectorEnv
 from ppo_lightning.envs.third_party import adapt
 from ppo_lightning.envs.workers import ForkserverAsyncVectorEnv
 from ppo_lightning.errors import InputError
@@ -233,7 +234,7 @@ class EnvFactory:
                 envs = [made.enter_context(contextlib.closing(maker())) for maker in makers]
                 made.pop_all()
             # SAME_STEP has no dummy steps, and a rollout copies what it stores.
-            return SyncVectorEnv(
+            return SerialVectorEnv(
                 [partial(_identity, env) for env in envs], copy=False, autoreset_mode=AutoresetMode.SAME_STEP
             )
         # Forking a process that runs threads can deadlock the child: workers come from a clean server that has

@@ -27,6 +27,7 @@ from ppo_lightning.envs.info import (
 )
 from ppo_lightning.envs.make import EnvFactory
 from ppo_lightning.envs.masks import ActionMasks
+from ppo_lightning.envs.serial import SerialVectorEnv
 from ppo_lightning.envs.state import deserialize, restore_vector, same_signature, serialize, vector_state
 from ppo_lightning.envs.workers import ForkserverAsyncVectorEnv, WorkerDied, WorkerMonitor, close
 from ppo_lightning.errors import EnvironmentFault, InputError
@@ -172,7 +173,7 @@ class VectorEnvAdapter:
         self.env = env
         accept_any_info(env)
         # Gymnasium copies observations into its own arrays: shapes and dtypes are right already.
-        self._needs_conversion = type(env) not in (SyncVectorEnv, ForkserverAsyncVectorEnv)
+        self._needs_conversion = type(env) not in (SyncVectorEnv, SerialVectorEnv, ForkserverAsyncVectorEnv)
         self._monitor = WorkerMonitor(env, self._first) if isinstance(env, AsyncVectorEnv) else None
         self._finalizer = None if self._factory.is_instance else weakref.finalize(self, _close, env)
 
