@@ -150,6 +150,8 @@ class PolicyGraph(nn.Module):
 
     def leave_out_unused(self, program: torch.export.ExportedProgram) -> bool:
         """Take observations that a trace does not use out of the inputs; whether there were any."""
+        if len(self.observations) == 1:  # without inputs there would be no batch
+            return False
         with _quiet():  # without changes in place, all that outputs depend on are arguments
             functional = program.run_decompositions()
         nodes, used = list(functional.graph_module.graph.nodes)[-1:], set()
@@ -161,7 +163,7 @@ class PolicyGraph(nn.Module):
         used = {node.name for node in used}
         names = dict(zip((port.name for port in self.inputs), functional.graph_signature.user_inputs, strict=True))
         unused = {name for name in self.observations if names[name] not in used}
-        if len(unused) == len(self.observations):  # without inputs there would be no batch
+        if len(unused) == len(self.observations):
             return False
         self.unused = {port.name: port for port in self.inputs if port.name in unused}
         self.inputs = [port for port in self.inputs if port.name not in unused]
