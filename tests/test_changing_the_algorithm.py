@@ -474,7 +474,10 @@ class Fixes(PPOCallback):
         pl_module.schedules.override(self.name, self.value, owner=self)
 
 
-@pytest.mark.parametrize(("name", "metric"), [("lr", "train/learning_rate"), ("clip_range", "train/clip_range")])
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("lr", "train/learning_rate"), ("clip_range", "train/clip_range"), ("ent_coef", "train/ent_coef")],
+)
 def test_a_callback_overrides_a_schedule_and_restores_it(name, metric):
     model, logged, fixes = PPO("CartPole-v1", **SMALL), Logged(), Fixes(name, 0.125)
     trained(model, fixes, logged)

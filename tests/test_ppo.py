@@ -322,7 +322,7 @@ def test_all_metrics_are_logged_once_per_rollout_over_environment_steps(fit, env
     names = {
         "rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps", "time/iterations", "time/total_timesteps",
         "time/time_elapsed", "time/collect", "time/update", "time/evaluate", "train/approx_kl", "train/clip_fraction",
-        "train/clip_range", "train/clip_range_vf", "train/entropy_loss", "train/explained_variance",
+        "train/clip_range", "train/clip_range_vf", "train/ent_coef", "train/entropy_loss", "train/explained_variance",
         "train/learning_rate", "train/loss", "train/policy_gradient_loss", "train/value_loss", "train/grad_norm",
         "train/n_updates", "train/old_approx_kl", "train/actor_grad_norm", "train/critic_grad_norm", "time/iteration",
         "rollout/ep_rew_min", "rollout/ep_rew_max", "rollout/episodes", "rollout/terminated", "rollout/truncated",

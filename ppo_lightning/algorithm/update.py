@@ -257,11 +257,15 @@ class Updater:
 
     def metrics(self, update: UpdateResult) -> dict[str, float]:
         """Metrics of an update beside its losses, of the options that are in use."""
-        metrics = {"train/clip_range": float(update.coefficients.clip_range)}
+        coefficients = update.coefficients
+        metrics = {
+            "train/clip_range": float(coefficients.clip_range),
+            "train/ent_coef": float(coefficients.ent_coef),
+        }
         if self.guard.skipped:
             metrics["train/skipped_steps"] = self.guard.skipped
-        if update.coefficients.clip_range_vf is not None:
-            metrics["train/clip_range_vf"] = update.coefficients.clip_range_vf
+        if coefficients.clip_range_vf is not None:
+            metrics["train/clip_range_vf"] = coefficients.clip_range_vf
         if self.target_kl is not None:
             metrics["train/early_stopped"] = float(update.stopped)
         return metrics
