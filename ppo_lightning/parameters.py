@@ -296,6 +296,7 @@ LIMITS = {
     **dict.fromkeys(
         (
             "num_envs",
+            "num_workers",
             "num_steps",
             "total_steps",
             "update_epochs",

@@ -83,8 +83,9 @@ class PPO(RunModule):
         env_kwargs: arguments for gymnasium.make, or for the callable.
         wrappers: Gymnasium wrappers of each environment; innermost first, in YAML by class_path.
         num_envs: environments per rank that are stepped together (count).
-        vectorization: how environments run: sync (one after another, in this process), async (one worker process
-            each), vector_entry_point (the environment's own vectorised version).
+        vectorization: how environments run: sync (one after another, in this process), async (in worker processes),
+            vector_entry_point (the environment's own vectorised version).
+        num_workers: worker processes of async, among which the environments are split; null is one for each (count).
         num_steps: steps of each environment per rollout (steps).
         total_steps: environment steps to train for; of all ranks together, rounded up to whole iterations. Every schedule
             runs on it (steps).
@@ -158,6 +159,7 @@ class PPO(RunModule):
         wrappers: Sequence[Callable[[gym.Env], gym.Env]] = (),
         num_envs: int = 8,
         vectorization: Literal["sync", "async", "vector_entry_point"] = "sync",
+        num_workers: int | None = None,
         num_steps: int = 128,
         total_steps: int = 1_000_000,
         policy: Callable[[gym.Space, gym.Space], nn.Module] = ActorCritic,
@@ -196,7 +198,7 @@ class PPO(RunModule):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         factory, wraps = plain_factory(resolve(env)), tuple(map(plain_factory, wrappers))
         super().__init__(
-            EnvFactory(factory, env_kwargs or {}, wraps, vectorization, restarts=max_env_restarts > 0),
+            EnvFactory(factory, env_kwargs or {}, wraps, vectorization, num_workers, max_env_restarts > 0),
             given,
             num_envs=num_envs,
             total_steps=total_steps,

@@ -174,6 +174,8 @@ class Faulty(Probe):
                 return np.float32(0.0), reward
             case "dtype":
                 return np.zeros(1, np.float64), reward
+            case "exit":
+                raise SystemExit(3)
             case "hang":
                 import time
 

@@ -147,6 +147,7 @@ GOOD: dict[str, list[Callable[[], Any]]] = {
     ],
     "num_envs": [lambda: 1, lambda: 2, lambda: 3, lambda: np.int8(2)],
     "vectorization": [lambda: "sync", lambda: "async", lambda: "vector_entry_point"],
+    "num_workers": [lambda: 1, lambda: 2],
     "num_steps": [lambda: 1, lambda: 4, lambda: 7, lambda: 16.0, lambda: np.int64(16)],
     "total_steps": [lambda: 1, lambda: 64, lambda: 6.4e1, lambda: np.float32(40)],
     "normalize_observation": [lambda: True, lambda: np.bool_(True)],

@@ -3,11 +3,13 @@ import dataclasses
 import functools
 import multiprocessing
 import random
+import re
 import time
 from functools import partial
 from typing import Any, ClassVar
 
 import gymnasium as gym
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -425,6 +427,58 @@ def test_a_worker_that_hangs_is_named_in_time(fit):
 def test_a_worker_that_dies_is_named(fit):
     message = run(PPO(faulty("die"), vectorization="async", **SMALL), fit)
     assert "the worker process of environment [1] died in step: killed by signal 9 (SIGKILL)" in message
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("raise", "environment 1 raised ZeroDivisionError in step: the pole is at infinity"),
+        ("exit", "environment 1 raised SystemExit: 3"),
+        ("hang", "environment [0, 1] did not answer within 1.0 s in step"),
+        ("die", "the worker process of environment [0, 1] died in step: killed by signal 9 (SIGKILL)"),
+    ],
+)
+def test_a_worker_of_several_environments_is_named_by_all_and_a_fault_by_its_own(fit, fault, message):
+    assert message in run(PPO(faulty(fault), vectorization="async", num_workers=2, env_timeout_s=1.0, **SMALL), fit)
+    assert not multiprocessing.active_children()
+
+
+def test_rollouts_do_not_depend_on_the_number_of_workers():
+    def collected(**how):
+        lightning.seed_everything(3, verbose=False)
+        model = PPO("CartPole-v1", num_envs=5, num_steps=64, num_minibatches=1, **how)
+        rollouts = [model.collect().clone() for _ in range(2)]
+        processes = len(multiprocessing.active_children())
+        model.close_environments()
+        return rollouts, processes
+
+    expected, none = collected()
+    assert none == 0
+    for num_workers, started in ((1, 1), (3, 3), (None, 5)):
+        rollouts, processes = collected(vectorization="async", num_workers=num_workers)
+        assert processes == started
+        for one, other in zip(rollouts, expected, strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in ("observation", "action", "reward", "truncated"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"num_workers": 2},
+            "num_workers=2 are processes, which vectorization=sync has none of: give vectorization=async",
+        ),
+        ({"num_workers": 9, "vectorization": "async"}, "num_workers=9 are more than num_envs=8: give 8 or fewer"),
+        ({"num_workers": 0, "vectorization": "async"}, "num_workers must be a whole number of 1 or more"),
+        (
+            {"env": lambda: SyncVectorEnv([Endless] * 2), "num_workers": 2, "vectorization": "async"},
+            "num_workers=2 are processes of single environments, and <lambda> is a vector: leave it out",
+        ),
+    ],
+)
+def test_workers_that_cannot_be_are_refused(options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        PPO(**{"env": "CartPole-v1", **options})
 
 
 def test_a_reset_that_fails_in_a_vector_without_autoreset_is_named():
@@ -862,7 +916,13 @@ class Counter(gym.Env):
     ],
     ids=lambda space: type(space).__name__,
 )
-def test_environments_in_this_process_step_as_in_gymnasiums_vector(space):
+@pytest.mark.parametrize(
+    "how", [{}, {"vectorization": "async"}, {"vectorization": "async", "num_workers": 3}], ids=["sync", "async", "3"]
+)
+def test_environments_step_as_in_gymnasiums_vector(space, how):
+    if how and isinstance(space, Text):
+        pytest.skip("Gymnasium shares no texts between processes")
+
     def run(vector):
         rng = np.random.default_rng(0)
         results = [copy.deepcopy(vector.reset(seed=0))]
@@ -872,8 +932,9 @@ def test_environments_in_this_process_step_as_in_gymnasiums_vector(space):
                 results.append(
                     copy.deepcopy(vector.reset(options={"reset_mask": np.array([True, False, False, True])}))
                 )
+        vector.close()
         return results
 
     make = functools.partial(Counter, space)
     theirs = run(SyncVectorEnv([make] * 4, autoreset_mode=AutoresetMode.SAME_STEP))
-    assert data_equivalence(run(EnvFactory(make)(4, 0)), theirs, exact=True)
+    assert data_equivalence(run(EnvFactory(make, **how)(4, 0)), theirs, exact=True)

@@ -55,6 +55,7 @@ class EnvFactory:
         env_kwargs: arguments for ``gymnasium.make`` or the callable.
         wrappers: applied to each environment, first to last, innermost first.
         vectorization: how single environments become a vector (see :class:`PPO`).
+        num_workers: processes of ``async``, at most; None is one for each environment.
         restarts: an environment that raises is restarted, and its episode ends there as truncated.
 
     Raises:
@@ -65,11 +66,17 @@ class EnvFactory:
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     wrappers: Sequence[Callable[[Env], Env]] = ()
     vectorization: Vectorization = "sync"
+    num_workers: int | None = None
     restarts: bool = False
 
     def __post_init__(self) -> None:
         if self.vectorization not in get_args(Vectorization):
             raise InputError(f"vectorization must be one of {get_args(Vectorization)}, got {self.vectorization!r}")
+        if self.num_workers is not None and self.vectorization != "async":
+            raise InputError(
+                f"num_workers={self.num_workers} are processes, which vectorization={self.vectorization} has none of: give "
+                "vectorization=async, or leave num_workers out"
+            )
         if isinstance(self.env, gym.Env):
             raise InputError(
                 f"env is one {type(self.env).__name__}, of which there are to be several: give its id, or a callable that "
@@ -245,7 +252,7 @@ class EnvFactory:
             forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return ForkserverAsyncVectorEnv(makers, first)
+        return ForkserverAsyncVectorEnv(makers, first, min(self.num_workers or num_envs, num_envs))
 
 
 def refuse_running_statistics(env: Any, name: str) -> None:

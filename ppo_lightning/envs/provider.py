@@ -50,11 +50,23 @@ class EnvProvider:
                 f"max_env_restarts={restarts} restarts single environments, and {factory.name} is a vector: leave it out, or "
                 "give single environments (vectorization sync or async)"
             )
+        if factory.num_workers is not None:
+            if self._probed is not None:
+                raise InputError(
+                    f"num_workers={factory.num_workers} are processes of single environments, and {factory.name} is a vector: "
+                    "leave it out"
+                )
+            if factory.num_workers > num_envs:
+                raise InputError(
+                    f"num_workers={factory.num_workers} are more than num_envs={num_envs}: give {num_envs} or fewer"
+                )
         self.num_envs = int(num_envs) if self._probed is None else self._probed.num_envs
         self.restarts = RestartBudget(restarts)
         self.overrides = self.eval_overrides = EnvOverrides()
         """Overrides by callbacks, of the environments of training and of evaluations."""
-        self._double_buffered = factory.vectorization == "async" and self._probed is None and self.num_envs > 1
+        self._double_buffered = (
+            factory.vectorization == "async" and self._probed is None and self.num_envs > 1 and factory.num_workers != 1
+        )
         self._make = partial(VectorEnvAdapter, timeout_s=timeout_s, restarts=self.restarts, info_keys=info_keys)
         self._eval_envs: VectorEnvAdapter | None = None
         self._num_eval_envs = 0
@@ -66,13 +78,15 @@ class EnvProvider:
         if made is not None and factory is not self.factory:  # it was made with other arguments
             made.close()
             made = None
-        make = partial(self._make, factory, attributes=self.overrides.attributes)
+        make = partial(self._make, attributes=self.overrides.attributes)
         if not self._double_buffered:
-            return make(self.num_envs, made=made)
-        sizes = split_sizes(self.num_envs, 2)
-        first = make(sizes[0])
+            return make(factory, self.num_envs, made=made)
+        sizes, workers = split_sizes(self.num_envs, 2), (None, None)
+        if factory.num_workers is not None:
+            workers = split_sizes(factory.num_workers, 2)
+        first = make(replace(factory, num_workers=workers[0]), sizes[0])
         try:
-            return DoubleBufferedEnvs(first, make(sizes[1], first=sizes[0]))
+            return DoubleBufferedEnvs(first, make(replace(factory, num_workers=workers[1]), sizes[1], first=sizes[0]))
         except BaseException:  # else its workers would stay
             first.close()
             raise

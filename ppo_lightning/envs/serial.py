@@ -2,12 +2,23 @@
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.vector import SyncVectorEnv
 from gymnasium.vector.utils import concatenate, iterate
 from typing_extensions import override
 
 from ppo_lightning.envs.info import FINAL_INFO, FINAL_OBSERVATION
+
+
+def step_and_reset(env: gym.Env[Any, Any], action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+    """A step of one environment, and the reset where its episode ends: its last observation and info are in ``info`` then."""
+    observation, reward, terminated, truncated, info = env.step(action)
+    if terminated or truncated:
+        last = {FINAL_OBSERVATION: observation, FINAL_INFO: info}
+        observation, info = env.reset()
+        info = {**last, **info}
+    return observation, reward, terminated, truncated, info
 
 
 class SerialVectorEnv(SyncVectorEnv):
@@ -24,14 +35,10 @@ class SerialVectorEnv(SyncVectorEnv):
         rewards, terminations, truncations = [], [], []
         infos: dict[str, Any] = {}
         for index, (env, action) in enumerate(zip(self.envs, iterate(self.action_space, actions), strict=True)):
-            observation, reward, terminated, truncated, info = env.step(action)
+            observations[index], reward, terminated, truncated, info = step_and_reset(env, action)
             rewards.append(reward)
             terminations.append(terminated)
             truncations.append(truncated)
-            if terminated or truncated:
-                infos = self._add_info(infos, {FINAL_OBSERVATION: observation, FINAL_INFO: info}, index)
-                observation, info = env.reset()
-            observations[index] = observation
             if info:
                 infos = self._add_info(infos, info, index)
         if isinstance(stored, np.ndarray):
