@@ -85,7 +85,7 @@ class PPO(RunModule):
         num_envs: environments per rank that are stepped together (count).
         vectorization: how environments run: sync (one after another, in this process), async (in worker processes),
             vector_entry_point (the environment's own vectorised version).
-        num_workers: worker processes of async, among which the environments are split; null is one for each (count).
+        num_workers: worker processes of async; the environments are split among them. null is one for each (count).
         num_steps: steps of each environment per rollout (steps).
         total_steps: environment steps to train for; of all ranks together, rounded up to whole iterations. Every schedule
             runs on it (steps).
