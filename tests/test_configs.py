@@ -2,6 +2,7 @@ import inspect
 import runpy
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,8 @@ def test_configs_are_listed_with_what_they_reach_and_printed(capsys):
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == sorted(path.stem for path in CONFIGS)
     place = next(place for place, line in enumerate(lines) if line.startswith("mountain_car "))
     assert lines[place + 1].strip().startswith("Reaches −99")
+    said = [after.strip() for line, after in pairwise(lines) if not line.startswith(" ")]
+    assert all(one.startswith("Reaches ") or one == "Its return has not been measured." for one in said)
     run(["configs", "hopper"])
     assert capsys.readouterr().out == (ROOT / "configs/hopper.yaml").read_text()
 

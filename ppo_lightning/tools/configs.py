@@ -1,5 +1,7 @@
 """``ppo-lightning configs``: the configs that come with the package, with what they reach."""
 
+from itertools import zip_longest
+
 from ppo_lightning.arguments import PlainParser
 from ppo_lightning.errors import InputError, exit_on_user_error
 from ppo_lightning.shipped import description, near_name, shipped_configs
@@ -16,8 +18,9 @@ def main(words: list[str]) -> None:
         given, known = parser.parse_args(words), shipped_configs()
         if given.name is None:
             for name, path in known.items():
-                first, *rest = description(path)
-                print("\n".join([f"{name:<26}{first}", *(f"{'':<26}{line}" for line in rest)]))
+                first, *reached = description(path)
+                for title, line in zip_longest([name], [first, *(reached or ["Its return has not been measured."])]):
+                    print(f"{title or '':<26}{line}")
         elif given.name in known:
             print(known[given.name].read_text(encoding="utf-8"), end="")
         else:
