@@ -706,6 +706,7 @@ def test_all_options_are_tested_here_or_by_name():
         "num_eval_episodes",
         "eval_deterministic",
         "env_timeout_s",
+        "num_workers",
         "max_env_restarts",
         "loss",
         "advantage_estimator",
