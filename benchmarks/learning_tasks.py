@@ -116,7 +116,5 @@ def append(path: Path, columns: Sequence[str], row: Row) -> None:
 
 def current(rows: Iterable[Row], task: Task) -> list[Row]:
     """The rows of a task by its present settings, in the order of their seeds."""
-    return sorted(
-        (row for row in rows if (row["task"], row["settings"]) == (task.name, task.settings)),
-        key=lambda row: row["seed"],
-    )
+    wanted = task.name, task.settings  # once: the digest reads the config
+    return sorted((row for row in rows if (row["task"], row["settings"]) == wanted), key=lambda row: row["seed"])
