@@ -1,8 +1,7 @@
 """Functions of tensors as compiled graphs."""
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Self
@@ -11,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tensordict.nn import CudaGraphModule
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from typing_extensions import override
 
 OPTIONS = {"cpp.use_decompose_tanh": True, "cpp_wrapper": True}
@@ -90,6 +89,9 @@ class CompilerError(Exception):
 class CompiledFunction:
     """A function of tensors as one graph for each combination of shapes; on CUDA captured, so that one call launches it.
 
+    A call goes through torch, which checks what the graph depends on: a fifth of the time of a small network's gradient step.
+    :meth:`repeat` calls the graph itself.
+
     Args:
         function: pure, but for tensors of its own that it writes to.
         module: whose parameters it reads.
@@ -100,8 +102,12 @@ class CompiledFunction:
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         self.graphs = 0
         """That were compiled so far (count)."""
+        self._calls: dict[Any, GraphCall] = {}
+        """The last call of the graph of each combination of shapes."""
+        self._last: GraphCall | None = None
+        self._checked: set[Any] = set()
+        """Combinations of shapes whose graph may be called without a check."""
         cuda = next(module.parameters()).is_cuda
-        options = {} if cuda else {**OPTIONS, **_matmul_pass()}
 
         def counted(*args: Any) -> Any:
             self._count()
@@ -110,8 +116,9 @@ class CompiledFunction:
         # torch limits the graphs of one code object, and models of one process would share it: each has its own.
         counted.__code__ = counted.__code__.replace()
         self._graph: Callable[..., Any] = torch.compile(  # pyright: ignore[reportCallIssue]
-            counted, fullgraph=True, dynamic=False, options=options, recompile_limit=MAX_GRAPHS
+            counted, fullgraph=True, dynamic=False, backend=self._compile, recompile_limit=MAX_GRAPHS
         )
+        self._options = {} if cuda else {**OPTIONS, **_matmul_pass()}
         if cuda:
             self._graph = CudaGraphCache(self._graph, module)
 
@@ -120,14 +127,32 @@ class CompiledFunction:
         """Runs when the compiler traces the function, not when its graph runs."""
         self.graphs += 1
 
+    def _compile(self, graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        """The backend: torch's own, with a record of what its graph was called with."""
+        from torch._dynamo import lookup_backend  # as its documentation composes backends; importing it takes a second
+
+        inductor: Callable[..., Any] = lookup_backend("inductor")
+        compiled = inductor(graph, examples, config_patches=self._options)
+
+        def recorded(*inputs: Any) -> Any:
+            outputs = compiled(*inputs)
+            self._last = GraphCall(compiled, inputs, outputs)
+            return outputs
+
+        return recorded
+
     def __call__(self, *args: Any) -> Any:
         """What the function returns.
 
         Raises:
             CompilerError: there is no compiler, or the function is not one graph.
         """
+        return self._recorded_call(*args)[0]
+
+    def _recorded_call(self, *args: Any) -> tuple[Any, "GraphCall | None"]:
+        """What the function returns, and the call of its graph; None where torch was told to run everything in eager mode."""
         try:
-            return self._graph(*args)
+            return self._graph(*args), self._last
         except Exception as error:  # the compiler raises whatever its parts raise; errors of user code pass through
             if not _is_compilers(error):
                 raise
@@ -135,22 +160,91 @@ class CompiledFunction:
             if self.graphs >= MAX_GRAPHS:
                 reason = f"after {self.graphs} graphs it would be compiled again: a value that it reads keeps changing"
             raise CompilerError(reason) from error
+        finally:
+            self._last = None
+
+    def check_again(self) -> None:
+        """Let the next call of :meth:`repeat` with any shapes be checked."""
+        self._checked.clear()
+
+    def repeat(self, *args: Any) -> Any:
+        """What the function returns, by the graph alone where that is the same.
+
+        The first call of each combination of shapes after :meth:`check_again` is checked. Later ones are not, if the graph then
+        took the same tensors beside the arguments as in the check before, and gives no more than the function returns: else
+        the function depends on something that changes, or changes something itself.
+
+        Raises:
+            CompilerError: as of a call.
+        """
+        leaves = list(_leaves(args))
+        shapes = tuple(leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        if shapes in self._checked:
+            return self._calls[shapes].repeat(leaves)
+        results, call = self._recorded_call(*args)
+        if call is not None and call.bind(leaves, results):
+            before, self._calls[shapes] = self._calls.get(shapes), call
+            if before is not None and call.is_like(before):
+                self._checked.add(shapes)
+        return results
 
 
-def repeated_calls(after: int, *functions: CompiledFunction) -> AbstractContextManager[Any]:
-    """Within it, calls do not check again what the graphs depend on, a sixth of the time of a small network's gradient step.
-
-    Each function must have been called just before with the same shapes. Functions that were compiled meanwhile may depend on
-    something that changes, such as a number that they count up themselves: their calls are checked.
+class GraphCall:
+    """A call of a compiled graph, as the compiled function made it.
 
     Args:
-        after: graphs of the functions before those calls (count).
-        functions: that are called.
+        graph: that was called.
+        inputs: it was called with.
+        outputs: it returned.
     """
-    graphs = sum(function.graphs for function in functions)
-    if graphs > after or not graphs:  # none where torch was told to run everything in eager mode
-        return nullcontext()
-    return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+
+    def __init__(self, graph: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        self.graph, self.inputs, self.outputs = graph, list(inputs), outputs
+
+    def bind(self, leaves: list[Any], results: Any) -> bool:
+        """Find the function's arguments among the inputs, and its results among the outputs.
+
+        Args:
+            leaves: of the arguments.
+            results: of the function.
+
+        Returns:
+            Whether the graph's outputs are the results, and each argument is a tensor of its own.
+        """
+        places = {id(leaf): place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        self.arguments = [(at, places[id(one)]) for at, one in enumerate(self.inputs) if id(one) in places]
+        """Pairs of the position among the inputs, and among the leaves of the arguments."""
+        found, self.structure = tree_flatten(results)
+        outputs = {id(output): place for place, output in enumerate(self.outputs)}
+        self.results = [outputs.get(id(one), -1) for one in found]
+        """Position of each result among the outputs."""
+        for at, _ in self.arguments:
+            self.inputs[at] = None
+        self.outputs = ()
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return sorted(self.results) == [*range(len(outputs))] and len(places) == len(tensors)
+
+    def is_like(self, other: "GraphCall") -> bool:
+        """Whether both called the same graph with the same tensors, but for the function's arguments."""
+        same = [one is two for one, two in zip(self.inputs, other.inputs, strict=False)]
+        return self.graph is other.graph and self.arguments == other.arguments and all(same)
+
+    def repeat(self, leaves: list[Any]) -> Any:
+        """What the function returns for other arguments."""
+        inputs = self.inputs.copy()
+        for at, place in self.arguments:
+            inputs[at] = leaves[place]
+        outputs = self.graph(*inputs)
+        return tree_unflatten([outputs[place] for place in self.results], self.structure)
+
+
+def _leaves(args: Iterable[Any]) -> Iterator[Any]:
+    """Tensors and others of nested mappings: torch's own functions for trees take five times as long."""
+    for arg in args:
+        if isinstance(arg, Mapping):
+            yield from _leaves(arg.values())
+        else:
+            yield arg
 
 
 def _is_compilers(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError, PopArt, PPOLoss
 from ppo_lightning.algorithm.update import Updater
-from ppo_lightning.compiler import CompilerError
+from ppo_lightning.compiler import CompiledFunction, CompilerError
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
 from ppo_lightning.rollout.collectors import TensorCollector
 
@@ -287,7 +287,7 @@ def test_steps_that_were_taken_are_taken_back(fit, monkeypatch):
 
     def broken(self, *args, **kwargs):
         prepare(self, *args, **kwargs)
-        whole, calls = self.compiled.fused_graph, []
+        whole, calls = self.compiled.fused_graph.repeat, []
 
         def fails(*batch):
             calls.append(1)
@@ -295,7 +295,7 @@ def test_steps_that_were_taken_are_taken_back(fit, monkeypatch):
                 raise CompilerError("it is tired")
             return whole(*batch)
 
-        self.compiled.fused_graph = fails
+        self.compiled.fused_graph.repeat = fails
 
     monkeypatch.setattr(Updater, "prepare", broken)
     with pytest.warns(UserWarning, match="since it is tired"):
@@ -396,9 +396,9 @@ def test_products_of_graphs_are_those_of_torch(monkeypatch, tmp_path):
 
     arguments = torch.randn(2048, 64), torch.randn(2048, 64), torch.randn(64, 64), torch.randn(64)
     with torch.no_grad():
-        results, code = run_and_get_code(compiler.CompiledFunction(products, model.policy), *arguments)
+        results, code = run_and_get_code(CompiledFunction(products, model.policy), *arguments)
         monkeypatch.setattr(compiler, "NARROW", 0)
-        untouched, as_written = run_and_get_code(compiler.CompiledFunction(products, model.policy), *arguments)
+        untouched, as_written = run_and_get_code(CompiledFunction(products, model.policy), *arguments)
     for one, other, third in zip(results, products(*arguments), untouched, strict=True):
         assert_close(one, other, atol=1e-3, rtol=1e-4)
         assert_close(third, other, atol=1e-3, rtol=1e-4)
@@ -491,7 +491,7 @@ def test_a_loss_that_is_recompiled_in_each_iteration_continues_in_eager_mode(fit
 
 @pytest.mark.parametrize("own", [{}, {"target_kl": 1.0}])
 def test_a_loss_that_counts_its_calls_is_not_taken_for_the_same(fit, own):
-    """Later epochs do not check what graphs depend on, unless the loss has changed it: here the third call doubles the loss."""
+    """Repeated calls do not check what graphs depend on, unless that changes: here the third call doubles the loss."""
 
     class Third(PPOLoss):
         calls = 0
@@ -511,3 +511,61 @@ def test_a_loss_that_counts_its_calls_is_not_taken_for_the_same(fit, own):
     compiled = train(compile=True)
     assert compiled.updater.compiled is not None
     assert_close(parameters(compiled), parameters(train(compile=False)), rtol=1e-4, atol=1e-5)
+
+
+class Scale(torch.nn.Module):
+    """What a compiled function may depend on, or leave behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.factor, self.kept, self.calls = torch.ones(3), torch.zeros(3), 0
+
+    def plain(self, rows):
+        return {"rows": rows["rows"] * self.weight, "sum": rows["rows"].sum() + rows["more"]["one"]}
+
+    def replaces_a_tensor(self, rows):
+        return self.plain({**rows, "rows": rows["rows"] * self.factor})
+
+    def keeps_a_tensor(self, rows):
+        self.kept = rows["rows"] + 1
+        return self.plain(rows)
+
+    def counts(self, rows):
+        self.calls = (self.calls + 1) % 3
+        return self.plain({**rows, "rows": rows["rows"] * (2 if self.calls == 0 else 1)})
+
+    def returns_an_argument(self, rows):
+        return {**self.plain(rows), "same": rows["rows"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "checked"),
+    [("plain", 3), ("replaces_a_tensor", 9), ("keeps_a_tensor", 9), ("counts", 9), ("returns_an_argument", 9)],
+)
+def test_a_graph_is_called_alone_only_where_that_is_the_same(name, checked):
+    """Two calls are checked at first, and one after check_again; where something changes, all are."""
+    ours, eager = Scale(), Scale()
+    function = CompiledFunction(getattr(ours, name), ours)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        for call in range(9):
+            if call == 5:
+                function.check_again()
+            for one in (ours, eager):
+                one.factor, one.weight.data = torch.full((3,), call + 1.0), torch.full((3,), call - 4.0)
+            rows = {"rows": torch.randn(2, 3), "more": {"one": torch.tensor(1.0)}}
+            found, expected = function.repeat(rows), getattr(eager, name)(rows)
+            assert_close(found, expected)
+            assert_close(ours.kept, eager.kept)
+            assert ours.calls == eager.calls
+    assert sum(event.name.startswith("Torch-Compiled Region") for event in profile.events()) == checked
+
+
+def test_a_graph_is_called_alone_for_each_combination_of_shapes():
+    model = Scale()
+    function = CompiledFunction(model.plain, model)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        for size in (2, 3, 2, 3, 2, 3):
+            rows = {"rows": torch.randn(size, 3), "more": {"one": torch.tensor(1.0)}}
+            assert_close(function.repeat(rows), model.plain(rows))
+    assert sum(event.name.startswith("Torch-Compiled Region") for event in profile.events()) == 4

@@ -2,7 +2,6 @@
 
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from typing_extensions import override
 from ppo_lightning.algorithm.loss import LossCoefficients, Objective, normalize_advantages
 from ppo_lightning.algorithm.minibatches import MinibatchPlan, Samples, index_samples
 from ppo_lightning.algorithm.optimizer_step import Backend, StepRecord, UpdateSettings
-from ppo_lightning.compiler import MAX_SAMPLES, CompiledFunction, CompilerError, repeated_calls
+from ppo_lightning.compiler import MAX_SAMPLES, CompiledFunction, CompilerError
 from ppo_lightning.spaces import split_sizes
 
 STEP_SCALARS = (
@@ -235,7 +234,8 @@ class CompiledStep:
         if not self._is_flat(trained):  # since a checkpoint was loaded, or the module moved
             self._flatten_parameters(trained)
             self._make_graphs()
-        self._graphs_before = sum(function.graphs for function in self.functions)
+        for function in self.functions:
+            function.check_again()
         self.scalars = iter(self._scalars([weight for weights in plan.loss_weights for weight in weights]).unbind())
         self._before = self.flat.clone(), self.moments.clone(), *(step.clone() for step in self.steps)
         self.losses: list[Tensor] = []
@@ -256,6 +256,8 @@ class CompiledStep:
         """Take the step that was accepted last, then continue with samples and a plan that the present policy computes."""
         self._take_accepted()
         self._set_samples(*samples())
+        for function in self.functions:
+            function.check_again()
 
     def _find_names(self) -> None:
         """Call the loss once, eagerly, for the names of its scalars and the keys that it reads."""
@@ -296,12 +298,6 @@ class CompiledStep:
                 index = torch.cat([index, index[:1].expand(self.size - len(index))])
             yield CompiledMinibatch(samples, index, counts, next(self.scalars), weight)
 
-    def repeats(self, epoch: int) -> AbstractContextManager[Any]:
-        """Within it are the gradient steps of an epoch; the first epochs check what the graphs depend on."""
-        # A step that is taken with the next gradient follows the last epoch's: only from the third epoch on are calls the same.
-        first = 1 if self.is_fused else 2
-        return nullcontext() if epoch < first else repeated_calls(self._graphs_before, *self.functions)
-
     def gradient(self, minibatch: CompiledMinibatch) -> Tensor | None:
         """Take the step that was accepted before, if any, and compute the next gradient.
 
@@ -309,17 +305,17 @@ class CompiledStep:
             CompilerError: torch cannot compile it; :meth:`restore` takes back steps that were taken.
         """
         if self.is_fused:
-            norms, losses = self.fused_graph(*minibatch[:4])
+            norms, losses = self.fused_graph.repeat(*minibatch[:4])
             self.norms.append(norms)
             self.losses.append(losses)
             return None
         accepted, self.accepted = self.accepted, None
         if accepted is not None and self.num_microbatches == 1:
-            norms, gradient, losses = self.next_graph(*accepted, *minibatch[:4])
+            norms, gradient, losses = self.next_graph.repeat(*accepted, *minibatch[:4])
             self.norms.append(norms)
         else:
             if accepted is not None:
-                self.norms.append(self.step_graph(*accepted))
+                self.norms.append(self.step_graph.repeat(*accepted))
             gradient, losses = self._accumulate_gradient(minibatch)
         self.losses.append(losses)
         kl = None
@@ -373,13 +369,13 @@ class CompiledStep:
     def _take_accepted(self) -> None:
         accepted, self.accepted = self.accepted, None
         if accepted is not None:
-            self.norms.append(self.step_graph(*accepted))
+            self.norms.append(self.step_graph.repeat(*accepted))
 
     def _accumulate_gradient(self, minibatch: CompiledMinibatch) -> tuple[Tensor, Tensor]:
         """Flat gradient [P] and scalars [K] of a minibatch, accumulated over its parts."""
         samples, index, valid, scalars, weight = minibatch
         if self.num_microbatches == 1:
-            return self.gradient_graph(samples, index, valid, scalars)
+            return self.gradient_graph.repeat(samples, index, valid, scalars)
         if self.settings.normalize_advantage:  # by the moments of the whole minibatch
             advantage = samples["advantage"].clone()
             advantage[index] = normalize_advantages(advantage[index], valid)
@@ -390,7 +386,7 @@ class CompiledStep:
         sums: list[Tensor] = []
         for part, own in zip(index.split(sizes), counts, strict=True):
             scalars[-1] = weight * (len(part) if own is None else int(own.sum())) / total
-            both = self.gradient_graph(samples, part, own, scalars)
+            both = self.gradient_graph.repeat(samples, part, own, scalars)
             sums = [have.add_(more) for have, more in zip(sums, both, strict=True)] if sums else list(both)
         return sums[0], sums[1]
 

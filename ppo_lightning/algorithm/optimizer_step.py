@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -129,10 +128,6 @@ class EagerStep:
             samples = {**samples, "advantage": plan.normalized_advantage(samples["advantage"], epoch)}
         parts = minibatches(samples, self.permutations[epoch], plan.sizes)
         return zip(parts, plan.loss_weights[epoch], strict=True)
-
-    def repeats(self, epoch: int) -> AbstractContextManager[Any]:
-        """Within it are the gradient steps of an epoch; here it changes nothing."""
-        return nullcontext()
 
     def gradient(self, minibatch: tuple[Samples, float]) -> Tensor | None:
         """Compute the gradient of a minibatch; its divergence where ``target_kl`` is given.

@@ -303,17 +303,16 @@ def run_epochs(
         if epoch and recompute is not None:
             step.recompute(recompute)
         samples_of_steps: Iterator[Any] = step.minibatches(epoch)
-        with step.repeats(epoch):
-            for minibatch, of_step in enumerate(samples_of_steps):
-                kl = step.gradient(of_step)
-                if kl is not None:
-                    value = kl.item()
-                    if epoch == minibatch == 0 and not math.isfinite(value):
-                        step.non_finite(value)  # no step was taken since the rollout: the policy itself is not finite
-                    stopped = not value <= limit  # NaN ends the update too
-                    if stopped:
-                        break
-                step.apply()
+        for minibatch, of_step in enumerate(samples_of_steps):
+            kl = step.gradient(of_step)
+            if kl is not None:
+                value = kl.item()
+                if epoch == minibatch == 0 and not math.isfinite(value):
+                    step.non_finite(value)  # no step was taken since the rollout: the policy itself is not finite
+                stopped = not value <= limit  # NaN ends the update too
+                if stopped:
+                    break
+            step.apply()
         if stopped:
             break
     return UpdateResult(*step.end(), settings.coefficients, epoch + 1, minibatch + 1, stopped)

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from ppo_lightning.compiler import Compilation, CompiledFunction, CompilerError, CudaGraphCache, repeated_calls
+from ppo_lightning.compiler import Compilation, CompiledFunction, CompilerError, CudaGraphCache
 from ppo_lightning.envs import TensorEnv, VectorEnvAdapter, VectorEnvs
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy, PolicyOutput, stack
@@ -383,10 +382,9 @@ class TensorCollector(Collector):
         actions, parameters, values = [], [], []
         stored = [self.observations, self.final_observations]
         stored += [self.fields[key] for key in ("reward", "terminated", "truncated")]
-        before = graph.graphs
+        graph.check_again()
         for chunk, (given, own) in enumerate(zip(noise.split(size), reset_noise.split(size), strict=True)):
-            with repeated_calls(before, graph) if chunk else nullcontext():
-                state, episode_step, results, action, *more = graph(state, episode_step, given, own)
+            state, episode_step, results, action, *more = graph.repeat(state, episode_step, given, own)
             places = [tensor[chunk * size : (chunk + 1) * size] for tensor in stored]
             torch._foreach_copy_(places, results)  # pyright: ignore[reportPrivateImportUsage]
             actions.append(action)
