@@ -102,12 +102,16 @@ class CompiledFunction:
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         self.graphs = 0
         """That were compiled so far (count)."""
-        self._calls: dict[Any, GraphCall] = {}
-        """The last call of the graph of each combination of shapes."""
-        self._last: GraphCall | None = None
-        self._checked: set[Any] = set()
-        """Combinations of shapes whose graph may be called without a check."""
         cuda = next(module.parameters()).is_cuda
+        self._backend = RecordingBackend({} if cuda else {**OPTIONS, **_matmul_pass()})
+        self._calls: dict[Any, GraphCall] = {}
+        """The first call with each combination of shapes since :meth:`check_again`."""
+        self._calls_before: dict[Any, GraphCall] = {}
+        """The same before that."""
+        self._has_repeated = self._varies = False
+        """Whether since then calls with the same shapes were alike, and whether any were not."""
+        self._is_steady = False
+        """Whether before that all calls with the same shapes were alike, so that the graph alone does the same."""
 
         def counted(*args: Any) -> Any:
             self._count()
@@ -116,9 +120,9 @@ class CompiledFunction:
         # torch limits the graphs of one code object, and models of one process would share it: each has its own.
         counted.__code__ = counted.__code__.replace()
         self._graph: Callable[..., Any] = torch.compile(  # pyright: ignore[reportCallIssue]
-            counted, fullgraph=True, dynamic=False, backend=self._compile, recompile_limit=MAX_GRAPHS
+            counted, fullgraph=True, dynamic=False, backend=self._backend, recompile_limit=MAX_GRAPHS
         )
-        self._options = {} if cuda else {**OPTIONS, **_matmul_pass()}
+        self._is_captured = cuda
         if cuda:
             self._graph = CudaGraphCache(self._graph, module)
 
@@ -126,20 +130,6 @@ class CompiledFunction:
     def _count(self) -> None:
         """Runs when the compiler traces the function, not when its graph runs."""
         self.graphs += 1
-
-    def _compile(self, graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
-        """The backend: torch's own, with a record of what its graph was called with."""
-        from torch._dynamo import lookup_backend  # as its documentation composes backends; importing it takes a second
-
-        inductor: Callable[..., Any] = lookup_backend("inductor")
-        compiled = inductor(graph, examples, config_patches=self._options)
-
-        def recorded(*inputs: Any) -> Any:
-            outputs = compiled(*inputs)
-            self._last = GraphCall(compiled, inputs, outputs)
-            return outputs
-
-        return recorded
 
     def __call__(self, *args: Any) -> Any:
         """What the function returns.
@@ -152,7 +142,7 @@ class CompiledFunction:
     def _recorded_call(self, *args: Any) -> tuple[Any, "GraphCall | None"]:
         """What the function returns, and the call of its graph; None where torch was told to run everything in eager mode."""
         try:
-            return self._graph(*args), self._last
+            return self._graph(*args), self._backend.last
         except Exception as error:  # the compiler raises whatever its parts raise; errors of user code pass through
             if not _is_compilers(error):
                 raise
@@ -161,32 +151,71 @@ class CompiledFunction:
                 reason = f"after {self.graphs} graphs it would be compiled again: a value that it reads keeps changing"
             raise CompilerError(reason) from error
         finally:
-            self._last = None
+            self._backend.last = None
 
     def check_again(self) -> None:
-        """Let the next call of :meth:`repeat` with any shapes be checked."""
-        self._checked.clear()
+        """Let the next call of :meth:`repeat` with any shapes be checked: what the function depends on may have changed."""
+        self._is_steady = (self._is_steady or self._has_repeated) and not self._varies
+        self._has_repeated = self._varies = False
+        self._calls_before, self._calls = self._calls, {}
 
     def repeat(self, *args: Any) -> Any:
         """What the function returns, by the graph alone where that is the same.
 
-        The first call of each combination of shapes after :meth:`check_again` is checked. Later ones are not, if the graph then
-        took the same tensors beside the arguments as in the check before, and gives no more than the function returns: else
-        the function depends on something that changes, or changes something itself.
+        The first call with any shapes after :meth:`check_again` is checked. Later ones are not, if all calls between the two
+        :meth:`check_again` before were alike: they called the same graph with the same tensors beside the arguments, and it
+        gave what the function returns and no more. Else the function depends on something that it changes itself, such as a
+        count of its calls. It must not keep what it returns.
 
         Raises:
             CompilerError: as of a call.
         """
+        if self._is_captured:
+            return self(*args)
         leaves = list(_leaves(args))
         shapes = tuple(leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        if shapes in self._checked:
-            return self._calls[shapes].repeat(leaves)
+        first = self._calls.get(shapes)
+        if first is not None and self._is_steady:
+            return first.repeat(leaves)
         results, call = self._recorded_call(*args)
-        if call is not None and call.bind(leaves, results):
-            before, self._calls[shapes] = self._calls.get(shapes), call
-            if before is not None and call.is_like(before):
-                self._checked.add(shapes)
+        if call is None or not call.bind(leaves, results):
+            self._is_steady, self._varies = False, True
+        elif first is None:
+            self._calls[shapes], before = call, self._calls_before.get(shapes)
+            self._is_steady = self._is_steady and before is not None and call.is_like(before)
+        elif call.is_like(first):
+            self._has_repeated = True
+        else:
+            self._varies = True
         return results
+
+
+class RecordingBackend:
+    """torch's own compiler, with a record of what a graph was called with.
+
+    torch keeps every backend for good, so this one knows neither the function nor its module.
+
+    Args:
+        options: of the compiler.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.last: GraphCall | None = None
+
+    def __call__(self, graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        """Compile a graph."""
+        from torch._dynamo import lookup_backend  # as its documentation composes backends; importing it takes a second
+
+        inductor: Callable[..., Any] = lookup_backend("inductor")
+        compiled = inductor(graph, examples, config_patches=self.options)
+
+        def recorded(*inputs: Any) -> Any:
+            outputs = compiled(*inputs)
+            self.last = GraphCall(compiled, inputs, outputs)
+            return outputs
+
+        return recorded
 
 
 class GraphCall:

@@ -1,7 +1,9 @@
 """Compiled updates are the eager ones, to the last digits."""
 
+import gc
 import pickle
 import warnings
+import weakref
 from functools import partial
 
 import lightning
@@ -541,19 +543,23 @@ class Scale(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("name", "checked"),
-    [("plain", 3), ("replaces_a_tensor", 9), ("keeps_a_tensor", 9), ("counts", 9), ("returns_an_argument", 9)],
+    [("plain", 9), ("replaces_a_tensor", 16), ("keeps_a_tensor", 16), ("counts", 16), ("returns_an_argument", 16)],
 )
 def test_a_graph_is_called_alone_only_where_that_is_the_same(name, checked):
-    """Two calls are checked at first, and one after check_again; where something changes, all are."""
+    """Of four times four calls the first four are checked, and then the first with each shape: two, two and one.
+
+    Where something changes, all are.
+    """
     ours, eager = Scale(), Scale()
     function = CompiledFunction(getattr(ours, name), ours)
     with torch.no_grad(), torch.profiler.profile() as profile:
-        for call in range(9):
-            if call == 5:
+        for call in range(16):
+            if call % 4 == 0:
                 function.check_again()
             for one in (ours, eager):
-                one.factor, one.weight.data = torch.full((3,), call + 1.0), torch.full((3,), call - 4.0)
-            rows = {"rows": torch.randn(2, 3), "more": {"one": torch.tensor(1.0)}}
+                one.weight.data = torch.full((3,), call - 4.0)
+                one.factor = torch.full((3,), call + 1.0)
+            rows = {"rows": torch.randn(2 + call % 2 * (call < 12), 3), "more": {"one": torch.tensor(1.0)}}
             found, expected = function.repeat(rows), getattr(eager, name)(rows)
             assert_close(found, expected)
             assert_close(ours.kept, eager.kept)
@@ -561,11 +567,36 @@ def test_a_graph_is_called_alone_only_where_that_is_the_same(name, checked):
     assert sum(event.name.startswith("Torch-Compiled Region") for event in profile.events()) == checked
 
 
-def test_a_graph_is_called_alone_for_each_combination_of_shapes():
+@pytest.mark.parametrize("sizes", [[3, 3, 2], [2, 3, 4]])
+def test_a_function_that_alternates_is_always_checked(sizes):
+    """Its first call of an update is always the same, and so is each call of a size of its own."""
+
+    class Alternates(Scale):
+        def forward(self, rows):
+            self.calls = 1 - self.calls
+            return rows * self.weight * (1 + self.calls)
+
+    ours, eager = Alternates(), Alternates()
+    function = CompiledFunction(ours.forward, ours)
+    with torch.no_grad():
+        for _ in range(5):
+            function.check_again()
+            ours.calls = eager.calls = 0
+            for size in sizes * 2:
+                rows = torch.randn(size, 3)
+                assert_close(function.repeat(rows), eager(rows))
+
+
+def test_a_compiled_model_is_freed():
     model = Scale()
     function = CompiledFunction(model.plain, model)
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        for size in (2, 3, 2, 3, 2, 3):
-            rows = {"rows": torch.randn(size, 3), "more": {"one": torch.tensor(1.0)}}
-            assert_close(function.repeat(rows), model.plain(rows))
-    assert sum(event.name.startswith("Torch-Compiled Region") for event in profile.events()) == 4
+    rows = {"rows": torch.randn(2, 3), "more": {"one": torch.tensor(1.0)}}
+    with torch.no_grad():
+        for call in range(9):
+            if call % 3 == 0:
+                function.check_again()
+            function.repeat(rows)
+    left = [weakref.ref(one) for one in (model, function, model.weight, rows["rows"])]
+    del model, function, rows
+    gc.collect()
+    assert [one() for one in left] == [None] * 4
