@@ -600,3 +600,21 @@ def test_a_compiled_model_is_freed():
     del model, function, rows
     gc.collect()
     assert [one() for one in left] == [None] * 4
+
+
+@pytest.mark.filterwarnings("ignore:compile. true has no effect on the update:UserWarning")
+def test_a_loss_is_called_as_often_as_there_are_minibatches(fit):
+    """Where it cannot be compiled, too, since it changes a buffer."""
+
+    class Counts(PPOLoss):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, batch, evaluate, coefficients):
+            self.calls.add_(1)
+            return super().forward(batch, evaluate, coefficients)
+
+    model = PPO("CartPole-v1", total_steps=256, loss=Counts(), compile=True, **SIZE)
+    fit(model)
+    assert model.loss.calls == 2 * 4 * 4

@@ -260,13 +260,16 @@ class CompiledStep:
             function.check_again()
 
     def _find_names(self) -> None:
-        """Call the loss once, eagerly, for the names of its scalars and the keys that it reads."""
+        """Call the loss once, eagerly, for the names of its scalars and the keys that it reads; buffers keep their values."""
         index = (
             torch.arange(len(self.samples["advantage"]), device=self.device) if self.valid is None else self.valid
         )[:2]
         recorded = RecordedKeys(index_samples(self.samples, index))
+        buffers = [(buffer, buffer.clone()) for buffer in self.objective.buffers()]
         with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             self.names = tuple(self.objective(recorded, self.settings.coefficients))
+            for buffer, before in buffers:
+                buffer.copy_(before)
         self.keys = recorded.keys_read | {"advantage"}
         if self.settings.target_kl is not None and "approx_kl" not in self.names:
             raise CompilerError("the loss does not evaluate the minibatch")
