@@ -85,7 +85,7 @@ class CompiledStep:
 
     Parameters, and Adam's moments in the optimizer's own state, become views of flat tensors, so that checkpoints, acting
     and evaluation are unaffected. Where nothing happens between a gradient and its step (one rank, no
-    ``target_kl``, no accumulation) both are one graph; else a step and the next minibatch's gradient are one.
+    ``target_kl``, no accumulation) both are one graph.
 
     Args:
         objective: that is minimised.
@@ -135,8 +135,7 @@ class CompiledStep:
         self.gradient_graph = CompiledFunction(lambda *batch: self._gradient(flat, *batch), module)
         self.step_graph = CompiledFunction(lambda gradient, row: self._step(flat, moments, gradient, row), module)
         self.fused_graph = CompiledFunction(lambda *batch: self._fused_step(flat, moments, *batch), module)
-        self.next_graph = CompiledFunction(lambda *both: self._step_and_gradient(flat, moments, *both), module)
-        self.functions = self.gradient_graph, self.step_graph, self.fused_graph, self.next_graph
+        self.functions = self.gradient_graph, self.step_graph, self.fused_graph
 
     # --- the graphs ---------------------------------------------------------------------------------------------------
 
@@ -195,12 +194,6 @@ class CompiledStep:
         gradient, losses = self._gradient(flat, *batch)
         return self._step(flat, moments, gradient, batch[-1]), losses
 
-    def _step_and_gradient(
-        self, flat: Tensor, moments: Tensor, gradient: Tensor, scalars: Tensor, *batch: Any
-    ) -> tuple[Tensor, ...]:
-        norms = self._step(flat, moments, gradient, scalars)
-        return norms, *self._gradient(flat, *batch)
-
     # --- the interface of a gradient step -----------------------------------------------------------------------------
 
     def begin(self, samples: Samples, plan: MinibatchPlan, settings: UpdateSettings) -> None:
@@ -241,9 +234,7 @@ class CompiledStep:
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.computed: tuple[Tensor, Tensor] | None = None
-        """Gradient and scalars of the last minibatch."""
-        self.accepted: tuple[Tensor, Tensor] | None = None
-        """The same of a step that is to be taken."""
+        """Gradient and scalars of a minibatch whose step is not taken yet."""
         if self.names is None:
             self._find_names()
             self._set_samples(samples, plan)
@@ -253,8 +244,7 @@ class CompiledStep:
         self.samples, self.plan = {name: leaf for name, leaf in samples.items() if name in keys}, plan
 
     def recompute(self, samples: Callable[[], tuple[Samples, MinibatchPlan]]) -> None:
-        """Take the step that was accepted last, then continue with samples and a plan that the present policy computes."""
-        self._take_accepted()
+        """Continue, between two epochs, with samples and a plan that the present policy computes."""
         self._set_samples(*samples())
         for function in self.functions:
             function.check_again()
@@ -302,7 +292,7 @@ class CompiledStep:
             yield CompiledMinibatch(samples, index, counts, next(self.scalars), weight)
 
     def gradient(self, minibatch: CompiledMinibatch) -> Tensor | None:
-        """Take the step that was accepted before, if any, and compute the next gradient.
+        """Compute the gradient of a minibatch, and take its step where both are one graph; its divergence for ``target_kl``.
 
         Raises:
             CompilerError: torch cannot compile it; :meth:`restore` takes back steps that were taken.
@@ -312,14 +302,7 @@ class CompiledStep:
             self.norms.append(norms)
             self.losses.append(losses)
             return None
-        accepted, self.accepted = self.accepted, None
-        if accepted is not None and self.num_microbatches == 1:
-            norms, gradient, losses = self.next_graph.repeat(*accepted, *minibatch[:4])
-            self.norms.append(norms)
-        else:
-            if accepted is not None:
-                self.norms.append(self.step_graph.repeat(*accepted))
-            gradient, losses = self._accumulate_gradient(minibatch)
+        gradient, losses = self._accumulate_gradient(minibatch)
         self.losses.append(losses)
         kl = None
         if self.settings.target_kl is not None:
@@ -335,8 +318,10 @@ class CompiledStep:
         return kl
 
     def apply(self) -> None:
-        """Accept the last gradient; its step is taken with the next gradient, or at the end."""
-        self.accepted = self.computed
+        """Take the step of the last gradient."""
+        if self.computed is not None:
+            self.norms.append(self.step_graph.repeat(*self.computed))
+            self.computed = None
 
     def non_finite(self, value: float) -> None:
         """The first divergence is not finite.
@@ -347,13 +332,12 @@ class CompiledStep:
         raise NonFiniteError
 
     def end(self) -> StepRecord:
-        """Take the last step.
+        """Count the steps.
 
         Raises:
             NonFiniteError: a gradient was not finite.
         """
         assert self.names is not None
-        self._take_accepted()
         norms = torch.stack(self.norms) if self.norms else torch.zeros(0, 3)
         if not norms[:, 0].isfinite().all():
             raise NonFiniteError
@@ -368,11 +352,6 @@ class CompiledStep:
             now.copy_(before)
 
     # --- inside -------------------------------------------------------------------------------------------------------
-
-    def _take_accepted(self) -> None:
-        accepted, self.accepted = self.accepted, None
-        if accepted is not None:
-            self.norms.append(self.step_graph.repeat(*accepted))
 
     def _accumulate_gradient(self, minibatch: CompiledMinibatch) -> tuple[Tensor, Tensor]:
         """Flat gradient [P] and scalars [K] of a minibatch, accumulated over its parts."""
