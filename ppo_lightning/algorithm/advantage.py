@@ -110,8 +110,7 @@ def discounted_return(reward: Tensor, done: Tensor, carry: Tensor, *, gamma: flo
 
 def _decayed_sum(term: Tensor, decay: Tensor, start: Tensor) -> Tensor:
     """Sₜ = termₜ + decayₜ Sₜ₋₁ with S₋₁ = start, over the first dimension of [T, N]."""
-    sums, tail = [], start
-    for one, weight in zip(term.unbind(), decay.unbind(), strict=True):
-        tail = torch.addcmul(one, weight, tail)
-        sums.append(tail)
-    return torch.stack(sums)
+    sums, last = term.clone(), start
+    for total, weight in zip(sums.unbind(), decay.unbind(), strict=True):
+        last = total.addcmul_(weight, last)
+    return sums
