@@ -66,10 +66,10 @@ benchmark-quick: $(VENV)/.installed-test ## speed over a plain torch loop: fails
 	$(BIN)/python benchmarks/quick.py $(ARGS)
 
 learning: export OMP_NUM_THREADS = 1
-learning: $(VENV)/.installed-test      ## returns of every task over ten seeds, beside published ones: a day on two cores, resumable
+learning: $(VENV)/.installed-test      ## returns over ten seeds beside published ones: trains what has no row in benchmarks/results yet
 	$(BIN)/python -m benchmarks.learning $(ARGS)
 
-learning-quick: $(VENV)/.installed-test ## the same of three tasks: under ten minutes
+learning-quick: $(VENV)/.installed-test ## the same of three tasks; ARGS="--results mine" trains them again: under ten minutes
 	$(BIN)/python -m benchmarks.learning --quick $(ARGS)
 
 clean:

@@ -5,8 +5,9 @@
 
 Each run is ``python -m ppo_lightning fit`` on a config, in a process and a folder of its own, then 100 deterministic episodes.
 A run is a row of results/learning.csv, and its training curve one of learning_curves.csv. Runs that have a row by the same
-settings are not repeated; a run that was interrupted resumes. From the rows come the tables in README.md and docs/results.md,
-and the pictures there; the best policy of each task is kept in policies/. Two runs at a time, each with one thread.
+settings are not repeated, unless --results names a folder without them; a run that was interrupted resumes. From the rows
+come the tables in README.md and docs/results.md, and the pictures there. Of each task with a published figure the best
+policy is kept in policies/. Two runs at a time, each with one thread.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from benchmarks.learning_tasks import (
     CURVES,
     HERE,
     POINTS,
+    RESULTS,
     ROOT,
     ROWS,
     Row,
@@ -130,18 +132,19 @@ def thinned(curve: list[tuple[float, float]], steps: int) -> Row:
     return {f"p{place}": "" if np.isnan(value) else f"{value:.5g}" for place, value in enumerate(values, 1)}
 
 
-def run_all(jobs: list[tuple[Task, int]], root: Path, workers: int) -> list[str]:
+def run_all(jobs: list[tuple[Task, int]], root: Path, workers: int, results: Path) -> list[str]:
     """Run what has no row yet, and write a row for each.
 
     Args:
         jobs: tasks with seeds.
         root: folder of the runs.
         workers: runs at a time.
+        results: folder of the rows.
 
     Returns:
         Messages of the runs that failed.
     """
-    rows = read_rows(ROWS)
+    rows = read_rows(results / ROWS)
     done = {(row["task"], row["seed"], row["settings"]) for row in rows}
     jobs = [(task, seed) for task, seed in jobs if (task.name, seed, task.settings) not in done]
     expected = {task.name: expected_seconds(task, rows) for task, _ in jobs}
@@ -161,8 +164,8 @@ def run_all(jobs: list[tuple[Task, int]], root: Path, workers: int) -> list[str]
                     failures.append(str(error))
                     progress.console.print(f"failed: {error}")
                 else:
-                    append(ROWS, COLUMNS, row)
-                    append(CURVES, list(curve), curve)
+                    append(results / ROWS, COLUMNS, row)
+                    append(results / CURVES, list(curve), curve)
                     said = f"{task.name}, seed {seed}: train {row['train']}, eval {row['eval']}, {row['seconds']} s"
                     progress.console.print(said)
                 left = time_left(list(futures.values()), expected, workers)
@@ -185,8 +188,8 @@ def time_left(jobs: Iterable[tuple[Task, int]], expected: dict[str, float], work
 
 
 def write_policy(task: Task, rows: list[Row], root: Path) -> None:
-    """Keep the weights of a task's best run among seeds 1 to 10, where this machine has trained it, to act by."""
-    own = [row for row in current(rows, task) if row["seed"] <= 10]
+    """Keep the weights of a task's best run, where this machine has trained it, to act by."""
+    own = current(rows, task)
     if len(own) < task.seeds:
         return
     best = max(own, key=lambda row: row[task.counts])
@@ -224,10 +227,17 @@ def parse(words: list[str], suite: Suite) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=sorted(tasks), metavar="TASK", help=", ".join(tasks))
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(quick)}: some minutes")
     parser.add_argument("--ablation", action="store_true", help="the changes to mujoco.yaml, five seeds each")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 1 to 10, of Pong 1 to 3")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: those that tables count, 1 to 10 or fewer")
     parser.add_argument("--tables", action="store_true", help="train nothing, write the documents from the rows")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--root", type=Path, default=ROOT / "lightning_logs/learning", help="folder of the runs")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="of the rows, to train again what this repository has; its documents and policies then stay as they are",
+    )
     options = parser.parse_args(words)
     if any(not 1 <= seed <= 100 for seed in options.seeds or []):
         parser.error("--seeds are 1 to 100: 101 and up are those by which hyperparameters are chosen")
@@ -242,10 +252,11 @@ def main() -> None:
         chosen = [*suite.ablated, *(task for changed in suite.changes.values() for task in changed)]
     jobs = [(task, seed) for task in chosen for seed in options.seeds or range(1, task.seeds + 1)]
     jobs = [] if options.tables else jobs
-    failures = run_all(jobs, options.root, options.jobs)
-    rows = read_rows(ROWS)
-    write_documents(suite, rows)
-    keep_policies(tasks, rows, options.root)
+    failures = run_all(jobs, options.root, options.jobs, options.results)
+    rows = read_rows(options.results / ROWS)
+    if options.results == RESULTS:
+        write_documents(suite, rows)
+        keep_policies(tasks, rows, options.root)
     print(ablation_table(suite, rows) if options.ablation else table(chosen, rows))
     if failures:
         sys.exit("\n".join(failures))

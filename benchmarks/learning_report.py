@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from benchmarks.learning_tasks import CURVES, POINTS, RESULTS, ROOT, Row, Suite, Task, current, read_rows
 
@@ -18,43 +18,43 @@ class Summary:
 
     mean: float
     iqm: float
-    """Mean of the middle half."""
-    low: float
-    high: float
-    """95 % interval of the mean, by 10,000 bootstrap samples of the seeds; the percentiles of the means."""
+    """Mean without the lowest and the highest quarter."""
+    interval: tuple[float, float] | None
+    """95 % interval of the mean; None below three seeds, of which a bootstrap gives nothing but their returns."""
     lowest: float
     highest: float
     count: int
 
+    @property
+    def interval_text(self) -> str:
+        """In words."""
+        return "–" if self.interval is None else " – ".join(map(number, self.interval))
+
 
 def summarize(values: Sequence[float]) -> Summary:
     """Statistics of the returns of several seeds, as Agarwal et al. 2021 propose them."""
-    from scipy.stats import bootstrap, trim_mean
+    from scipy.stats import trim_mean
 
-    low = high = values[0]
-    if len(set(values)) > 1:
-        low, high = bootstrap(
-            (values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0)
-        ).confidence_interval
-    iqm = float(trim_mean(values, 0.25))
-    return Summary(statistics.fmean(values), iqm, float(low), float(high), min(values), max(values), len(values))
+    means = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
+    low, high = np.percentile(means, (2.5, 97.5)).tolist()
+    interval = (low, high) if len(values) > 2 else None
+    return Summary(
+        statistics.fmean(values), float(trim_mean(values, 0.25)), interval, min(values), max(values), len(values)
+    )
 
 
-def probability_of_improvement(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """That a run of ``one`` has a higher return than one of ``other``, ties count half, with its 95 % interval."""
-    from scipy.stats import bootstrap
+def probability_of_improvement(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[float, float, float]:
+    """That a run of the first has a higher return than one of the second, with its 95 % interval (Agarwal et al. 2021).
 
-    def share(one: Any, other: Any) -> float:
-        difference = np.subtract.outer(np.asarray(one), np.asarray(other))
-        return float((difference > 0).mean() + (difference == 0).mean() / 2)
+    Args:
+        pairs: of each task, the returns of both. Tasks count alike, and of equal returns one half counts.
+    """
 
-    estimate = share(one, other)
-    if estimate in (0.0, 1.0):
-        return estimate, estimate, estimate
-    low, high = bootstrap(
-        (one, other), share, n_resamples=2000, method="percentile", vectorized=False, rng=np.random.default_rng(0)
-    ).confidence_interval
-    return estimate, float(low), float(high)
+    def share(scores: list[NDArray[Any]]) -> float:
+        differences = [np.subtract.outer(one, other) for one, other in zip(scores[::2], scores[1::2], strict=True)]
+        return float(np.mean([(own > 0).mean() + (own == 0).mean() / 2 for own in differences]))
+
+    return stratified(share, [returns for pair in pairs for returns in pair])
 
 
 SHARES = 0.5, 0.75, 0.9, 1.0
@@ -65,14 +65,14 @@ def normalized(tasks: Iterable[Task], rows: list[Row]) -> list[list[float]]:
     """Returns of each task that has all its runs: 0 is the mean of uniformly random actions, 1 the published figure."""
     found: list[list[float]] = []
     for task in tasks:
-        values = [row[task.counts] for row in current(rows, task)]
+        values = returns(task, rows)
         if task.published is not None and task.random is not None and len(values) >= task.seeds:
             found.append([(value - task.random) / (task.published - task.random) for value in values])
     return found
 
 
 def stratified(
-    statistic: Callable[[list[NDArray[Any]]], Any], scores: list[list[float]], samples: int = 2000
+    statistic: Callable[[list[NDArray[Any]]], Any], scores: Sequence[ArrayLike], samples: int = 2000
 ) -> tuple[Any, Any, Any]:
     """A statistic of all tasks' scores, with its 95 % interval: seeds are resampled within each task (Agarwal et al. 2021).
 
@@ -101,7 +101,7 @@ def table_over_tasks(scores: list[list[float]]) -> str:
     from scipy.stats import trim_mean
 
     lines = ["| over all tasks | | 95 % interval |", "|---|---|---|"]
-    mean = stratified(lambda one: np.mean(np.concatenate(one)), scores)
+    mean = stratified(lambda one: np.mean([own.mean() for own in one]), scores)
     middle = stratified(lambda one: trim_mean(np.concatenate(one), 0.25), scores)
     for name, (value, low, high) in {"mean": mean, "interquartile mean": middle}.items():
         lines.append(f"| {name} | {value:.2f} | {low:.2f} – {high:.2f} |")
@@ -141,7 +141,7 @@ def number(value: float | None) -> str:
 def table(tasks: Iterable[Task], rows: list[Row]) -> str:
     """Markdown: a line per task that has runs."""
     lines = [
-        "| task | steps | counts | mean | 95 % interval | IQM | lowest – highest | seeds | eval | minutes | published |",
+        "| task | steps | counts | mean | 95 % interval | IQM | lowest – highest | seeds | eval | time | published |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task in tasks:
@@ -154,12 +154,12 @@ def table(tasks: Iterable[Task], rows: list[Row]) -> str:
             f"{task.steps:,}",
             task.counts,
             f"**{number(found.mean)}**",
-            f"{number(found.low)} – {number(found.high)}",
+            found.interval_text,
             number(found.iqm),
             f"{number(found.lowest)} – {number(found.highest)}",
             f"{found.count}",
             number(evaluated.mean),
-            f"{statistics.fmean(row['seconds'] for row in own) / 60:.1f}",
+            duration(own),
             f"{number(task.published)} ({task.source})" if task.published is not None else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -174,8 +174,7 @@ def ablation_table(suite: Suite, rows: list[Row]) -> str:
     for change, tasks in suite.changes.items():
         changed = [returns(task, rows) for task in tasks]
         if all(base) and all(changed):
-            better = [probability_of_improvement(*both) for both in zip(changed, base, strict=True)]
-            mean, low, high = (statistics.fmean(part) for part in zip(*better, strict=True))
+            mean, low, high = probability_of_improvement(list(zip(changed, base, strict=True)))
             cells = [number(statistics.fmean(one)) for one in changed]
             lines.append(f"| {change} | " + " | ".join(cells) + f" | {mean:.2f} ({low:.2f} – {high:.2f}) |")
     if not lines:
@@ -189,8 +188,8 @@ def ablation_table(suite: Suite, rows: list[Row]) -> str:
 
 
 def returns(task: Task, rows: list[Row]) -> list[float]:
-    """Of the task's own seeds, what counts."""
-    return [row[task.counts] for row in current(rows, task) if row["seed"] <= task.seeds]
+    """What counts, of each seed."""
+    return [row[task.counts] for row in current(rows, task)]
 
 
 def versions(rows: list[Row]) -> str:
@@ -206,9 +205,8 @@ def draw(tasks: Sequence[Task], path: Path) -> bool:
         Whether there was anything to draw.
     """
     import matplotlib.pyplot as plt
-    from scipy.stats import bootstrap
 
-    curves = {task.name: current(read_rows(CURVES), task) for task in tasks}
+    curves = {task.name: current(read_rows(RESULTS / CURVES), task) for task in tasks}
     tasks = [task for task in tasks if curves[task.name]]
     if not tasks:
         return False
@@ -226,11 +224,9 @@ def draw(tasks: Sequence[Task], path: Path) -> bool:
         steps, values = steps[known], values[:, known]
         axis.plot(steps, values.T, color="tab:blue", alpha=0.2, linewidth=0.7)
         axis.plot(steps, values.mean(0), color="tab:blue")
-        if len(values) > 1:
-            interval = bootstrap(
-                (values,), np.mean, axis=0, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
-            ).confidence_interval
-            axis.fill_between(steps, interval.low, interval.high, color="tab:blue", alpha=0.3, linewidth=0)
+        if len(values) > 2:
+            _, low, high = stratified(lambda curves: curves[0].mean(0), [values])
+            axis.fill_between(steps, low, high, color="tab:blue", alpha=0.3, linewidth=0)
         if task.published is not None:
             axis.axhline(task.published, color="black", linestyle="--", linewidth=0.8)
         axis.set_title(f"{task.env or task.name} ({len(values)} seeds)", fontsize=9)
@@ -289,6 +285,12 @@ def documents(suite: Suite, rows: list[Row]) -> dict[Path, str]:
 REACHES = "# Reaches "
 
 
+def duration(rows: list[Row]) -> str:
+    """The median of the runs' times, in words."""
+    seconds = statistics.median(row["seconds"] for row in rows)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
 def with_figures(config: str, tasks: Iterable[Task], rows: list[Row]) -> str:
     """A config whose comment says what it reaches, in how many steps and minutes, for each task that has all its runs."""
     lines = [line for line in config.splitlines() if not line.startswith(REACHES)]
@@ -297,12 +299,11 @@ def with_figures(config: str, tasks: Iterable[Task], rows: list[Row]) -> str:
     for task in tasks:
         own = current(rows, task)
         if len(own) >= task.seeds:
-            found = summarize([row[task.counts] for row in own])
-            minutes = statistics.fmean(row["seconds"] for row in own) / 60
+            found = summarize(returns(task, rows))
             kind = {"train": "training return", "eval": "evaluation"}[task.counts]
             said.append(
                 f"{REACHES}{number(found.mean)} ({kind}, mean of {found.count} seeds) in {task.steps:,} steps"
-                f"{f' of {task.env}' if task.env else ''}, {max(1, minutes):.0f} min on one core."
+                f"{f' of {task.env}' if task.env else ''}, {duration(own)} on one core."
             )
     return "\n".join([*lines[:first], *said, *lines[first:]]) + "\n"
 
@@ -313,10 +314,8 @@ def short_table(tasks: Iterable[Task], rows: list[Row]) -> str:
     for task in tasks:
         own = current(rows, task)
         if len(own) >= task.seeds and task.published is not None:
-            found = summarize([row[task.counts] for row in own])
-            mean = (
-                f"{number(found.mean)} ({number(found.low)} – {number(found.high)}; {found.count} seeds, {task.counts})"
-            )
+            found = summarize(returns(task, rows))
+            mean = f"{number(found.mean)} ({found.interval_text}; {found.count} seeds, {task.counts})"
             lines.append(
                 f"| {task.env or task.name} | {task.steps:,} | {mean} | {number(task.published)} ({task.source}) |"
             )

@@ -14,7 +14,8 @@ import yaml
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-ROWS, CURVES = RESULTS / "learning.csv", RESULTS / "learning_curves.csv"
+ROWS, CURVES = "learning.csv", "learning_curves.csv"
+"""Files of results."""
 COLUMNS = ("task", "seed", "settings", "steps", "train", "eval", "seconds", "commit", "torch", "gymnasium", "simulator")
 POINTS = 40
 """Points of a stored training curve, at equal distances in environment steps."""
@@ -33,7 +34,6 @@ class Task:
     counts: Literal["train", "eval"]
     config: str = ""
     env: str | None = None
-    at_least: float | None = None
     published: float | None = None
     source: str = ""
     random: float | None = None
@@ -53,7 +53,7 @@ class Task:
 
     @property
     def settings(self) -> str:
-        """Digest of all that a run depends on beside seed and versions; comments in the config do not count."""
+        """Digest of the config and of what differs from it; comments in the config do not count."""
         contents = [yaml.safe_load(self.path.read_text()), self.all_flags]
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -115,6 +115,7 @@ def append(path: Path, columns: Sequence[str], row: Row) -> None:
 
 
 def current(rows: Iterable[Row], task: Task) -> list[Row]:
-    """The rows of a task by its present settings, in the order of their seeds."""
+    """The rows of a task by its present settings, of the seeds that count, in their order."""
     wanted = task.name, task.settings  # once: the digest reads the config
-    return sorted((row for row in rows if (row["task"], row["settings"]) == wanted), key=lambda row: row["seed"])
+    own = [row for row in rows if (row["task"], row["settings"]) == wanted and 1 <= row["seed"] <= task.seeds]
+    return sorted(own, key=lambda row: row["seed"])

@@ -85,16 +85,15 @@ def train(task: Task, seed: int) -> Row:
 
 def table(tasks: list[Task]) -> str:
     """Markdown: both libraries on each task that has rows of both."""
-    ours, theirs = read_rows(LEARNING_ROWS), read_rows(ROWS)
+    ours, theirs = read_rows(RESULTS / LEARNING_ROWS), read_rows(ROWS)
     lines = ["| task | ppo_lightning | Stable-Baselines3 | ours is higher |", "|---|---|---|---|"]
     for task in tasks:
         both = [[row["train"] for row in current(rows, task)] for rows in (ours, theirs)]
         if all(both):
             cells = []
             for found in map(report.summarize, both):
-                interval = f"{report.number(found.low)} – {report.number(found.high)}; {found.count} seeds"
-                cells.append(f"{report.number(found.mean)} ({interval})")
-            better = report.probability_of_improvement(*both)
+                cells.append(f"{report.number(found.mean)} ({found.interval_text}; {found.count} seeds)")
+            better = report.probability_of_improvement([(both[0], both[1])])
             cells.append("{:.2f} ({:.2f} – {:.2f})".format(*better))
             lines.append(f"| {task.env or task.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -34,39 +34,36 @@ def root(tmp_path, monkeypatch, request):
 SMALL = {"model.num_envs": 2, "model.num_steps": 32, "model.num_eval_episodes": 1}
 
 
-@pytest.fixture
-def results(root, monkeypatch):
-    """Files of results of its own."""
-    monkeypatch.setattr(learning, "ROWS", root / "rows.csv")
-    monkeypatch.setattr(learning, "CURVES", root / "curves.csv")
-    return root
+def rows_of(task):
+    """The rows in this repository."""
+    return learning.current(learning.read_rows(learning.RESULTS / learning.ROWS), task)
 
 
-def test_a_run_is_a_row_and_a_curve_and_is_not_repeated(results, monkeypatch):
+def test_a_run_is_a_row_and_a_curve_and_is_not_repeated(root, monkeypatch):
     task = Task("small", "", 640, "train", config="cartpole", flags=SMALL)
-    assert learning.run_all([(task, 5)], results / "runs", 1) == []
-    (row,) = learning.current(learning.read_rows(results / "rows.csv"), task)
+    assert learning.run_all([(task, 5)], root / "runs", 1, root / "results") == []
+    (row,) = learning.current(learning.read_rows(root / "results/learning.csv"), task)
     assert row["seed"] == 5
     assert row["steps"] == "640"
     assert 8 < row["train"] < 200
     assert 8 <= row["eval"] <= 500
-    (curve,) = learning.current(learning.read_rows(results / "curves.csv"), task)
+    (curve,) = learning.current(learning.read_rows(root / "results/learning_curves.csv"), task)
     assert float(curve[f"p{learning.POINTS}"]) == pytest.approx(row["train"], rel=1e-4)
     monkeypatch.setattr(learning, "train", None)
-    assert learning.run_all([(task, 5)], results / "runs", 1) == []
+    assert learning.run_all([(task, 5)], root / "runs", 1, root / "results") == []
     other = Task("small", "", 640, "train", config="cartpole", flags={**SMALL, "model.gamma": 0.9})
     assert learning.current([row], other) == []
 
 
-def test_a_run_that_fails_is_named_with_its_log_and_the_others_run(results, monkeypatch):
+def test_a_run_that_fails_is_named_with_its_log_and_the_others_run(root):
     bad = Task("bad", "", 64, "train", config="cartpole", flags={"model.gama": 0.9})
-    (message,) = learning.run_all([(bad, 1)], results, 1)
+    (message,) = learning.run_all([(bad, 1)], root, 1, root)
     assert message.startswith("bad, seed 1: exit status 2, see ")
     assert "gama" in Path(message.rpartition(" ")[2]).read_text()
-    assert not (results / "rows.csv").exists()
+    assert not (root / "learning.csv").exists()
 
 
-def test_an_interrupt_starts_no_further_run(results, monkeypatch):
+def test_an_interrupt_starts_no_further_run(root, monkeypatch):
     begun = []
 
     def train(task, seed, root):
@@ -77,14 +74,14 @@ def test_an_interrupt_starts_no_further_run(results, monkeypatch):
     monkeypatch.setattr(learning, "train", train)
     task = Task("small", "", 640, "train", config="cartpole")
     with pytest.raises(KeyboardInterrupt):
-        learning.run_all([(task, seed) for seed in range(1, 500)], results, 1)
+        learning.run_all([(task, seed) for seed in range(1, 500)], root, 1, root)
     assert len(begun) < 5
 
 
-def test_an_interrupted_run_resumes(results, monkeypatch):
+def test_an_interrupted_run_resumes(root, monkeypatch):
     """Its command is given the last checkpoint, and its curve has the points of both parts."""
     task = Task("small", "", 640, "train", config="cartpole", flags=SMALL)
-    folder = results / "small" / f"{task.settings}_seed_1" / "lightning_logs/version_0"
+    folder = root / "small" / f"{task.settings}_seed_1" / "lightning_logs/version_0"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/last.ckpt").touch()
     (folder / "metrics.csv").write_text("step,rollout/ep_rew_mean\n64,20\n128,\n192,22\n")
@@ -101,7 +98,7 @@ def test_an_interrupted_run_resumes(results, monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
-    row, curve = learning.train(task, 1, results)
+    row, curve = learning.train(task, 1, root)
     assert commands[0][-2:] == ["--ckpt_path", "last"]
     assert (row["train"], curve["p40"], curve["p12"], curve["p1"]) == ("30", "30", "23", "")
 
@@ -113,7 +110,7 @@ def test_settings_are_those_of_config_and_flags_alone(tmp_path, monkeypatch):
     config.write_text("# good\nmodel: {env: CartPole-v1}\n")
     before = Task("one", "", 10, "train").settings
     config.write_text("# better\nmodel:\n  env: CartPole-v1\n")
-    assert Task("one", "", 10, "eval", at_least=3).settings == before
+    assert Task("one", "", 10, "eval", seeds=3).settings == before
     changed = [Task("one", "", 11, "train"), Task("one", "", 10, "train", flags={"model.gamma": 0.9})]
     config.write_text("model: {env: CartPole-v0}\n")
     assert len({before, Task("one", "", 10, "train").settings, *(task.settings for task in changed)}) == 4
@@ -170,20 +167,31 @@ def test_summaries_are_those_of_their_definitions():
     rng = np.random.default_rng(1)
     means = np.array(values)[rng.integers(8, size=(100_000, 8))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
-    assert (found.low, found.high) == (pytest.approx(low, abs=1.0), pytest.approx(high, abs=1.0))
-    assert learning_report.summarize([2.0]) == learning_report.Summary(2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1)
+    assert found.interval == (pytest.approx(low, abs=1.0), pytest.approx(high, abs=1.0))
+    assert learning_report.summarize([2.0, 4.0]) == learning_report.Summary(3.0, 3.0, None, 2.0, 4.0, 2)
 
 
 def test_the_probability_of_improvement_counts_pairs():
-    better, low, high = learning_report.probability_of_improvement([1.0, 4.0, 3.0], [2.0, 3.0, 0.0])
+    one, other = [1.0, 4.0, 3.0], [2.0, 3.0, 0.0]
+    better, low, high = learning_report.probability_of_improvement([(one, other)])
     assert better == pytest.approx((1 + 3 + 2.5) / 9)
     assert 0 <= low < better < high <= 1
-    assert learning_report.probability_of_improvement([2.0, 3.0], [0.0, 1.0]) == (1.0, 1.0, 1.0)
+    assert learning_report.probability_of_improvement([([2.0, 3.0], [0.0, 1.0])]) == (1.0, 1.0, 1.0)
+
+
+def test_the_probability_of_improvement_over_tasks_is_their_mean_and_its_interval_narrower_than_theirs():
+    one, other = [1.0, 4.0, 3.0], [2.0, 3.0, 0.0]
+    better, low, high = learning_report.probability_of_improvement([(one, other)])
+    both, low_of_both, high_of_both = learning_report.probability_of_improvement([(one, other), (one, other)])
+    assert both == better
+    assert low < low_of_both < high_of_both < high
+    mixed, *_ = learning_report.probability_of_improvement([(one, other), (other, one)])
+    assert mixed == pytest.approx(0.5)
 
 
 def test_normalised_returns_are_0_at_random_actions_and_1_at_the_published_figure():
     task = Task("one", "", 10, "train", config="cartpole", random=-100.0, published=100.0, seeds=3)
-    rows = [{"task": "one", "settings": task.settings, "seed": i, "train": 100.0 * i - 100.0} for i in range(3)]
+    rows = [{"task": "one", "settings": task.settings, "seed": i, "train": 100.0 * i - 200.0} for i in (1, 2, 3, 4)]
     unpublished = Task("one", "", 10, "train", config="cartpole", seeds=3)
     assert learning_report.normalized([task, unpublished], rows) == [[0.0, 0.5, 1.0]]
     assert learning_report.normalized([task], rows[:2]) == []
@@ -195,7 +203,7 @@ def test_a_performance_profile_weighs_tasks_alike_and_samples_seeds_within_each(
     assert shares.tolist() == [0.75, 0.25]
     assert (low.tolist(), high.tolist()) == ([0.5, 0.0], [1.0, 0.5])
     text = learning_report.table_over_tasks(scores)
-    assert "| mean | 1.00 | 0.60 – 1.40 |" in text
+    assert "| mean | 1.00 | 0.50 – 1.50 |" in text
     assert "| interquartile mean | 1.00 | 0.67 – 1.33 |" in text
     assert "| runs that reach 75 % of the published figure | 75 % | 50 % – 100 % |" in text
 
@@ -230,7 +238,7 @@ def test_random_actions_return_what_the_benchmark_says(name):
 
 
 def test_documents_show_what_the_rows_say():
-    for path, text in learning_report.documents(SUITE, learning.read_rows(learning.ROWS)).items():
+    for path, text in learning_report.documents(SUITE, learning.read_rows(learning.RESULTS / learning.ROWS)).items():
         assert path.read_text() == text, (
             f"{path.name} is older than learning.csv: python -m benchmarks.learning --tables"
         )
@@ -244,7 +252,7 @@ def test_the_page_of_results_shows_every_picture():
 
 
 def test_every_row_is_of_one_run_and_of_a_seed_that_no_search_has_seen():
-    rows = learning.read_rows(learning.ROWS)
+    rows = learning.read_rows(learning.RESULTS / learning.ROWS)
     assert len({(row["task"], row["seed"], row["settings"]) for row in rows}) == len(rows)
     assert all(row["seed"] <= 100 for row in rows)
 
@@ -267,8 +275,7 @@ def test_policies_are_small():
 def test_a_policy_evaluates_to_its_figure(path):
     """Within three standard errors of the difference of two means of 100 episodes; the episodes are others."""
     model, seed = PPO.load_from_checkpoint(path), torch.load(path, weights_only=True)["ppo_lightning"]["seed"]
-    rows = learning.current(learning.read_rows(learning.ROWS), TASKS[path.stem])
-    (row,) = [row for row in rows if row["seed"] == seed]
+    (row,) = [row for row in rows_of(TASKS[path.stem]) if row["seed"] == seed]
     found = model.evaluate(num_episodes=100, deterministic=True)
     error = found["eval/std_reward"] / 10
     assert abs(found["eval/mean_reward"] - row["eval"]) <= 3 * 2**0.5 * error + 1e-3
@@ -290,9 +297,7 @@ def train(config, seed, root, steps=None, **flags) -> float:
 @pytest.mark.parametrize("name", QUICK)
 def test_a_run_gives_what_the_table_says(name, root):
     task = TASKS[name]
-    known = learning_report.summarize(
-        [row[task.counts] for row in learning.current(learning.read_rows(learning.ROWS), task)]
-    )
+    known = learning_report.summarize([row[task.counts] for row in rows_of(task)])
     row, _ = learning.train(task, 11, root)
     spread = known.highest - known.lowest
     assert known.lowest - spread <= float(row[task.counts]) <= known.highest + spread
