@@ -289,22 +289,12 @@ def index_rows(leaf: Tensor, order: Tensor) -> Tensor:
 def to_tensor(given: Any, dtype: torch.dtype) -> Tensor:
     """An array as a tensor of this dtype, whatever dtype of NumPy's it has; the array's own memory where it fits."""
     array, wanted = np.asarray(given), numpy_dtype(dtype)
+    if min(array.strides, default=0) < 0:  # a flipped view, which torch does not take
+        array = array.copy()
     if array.dtype != wanted:
         with np.errstate(over="ignore"):  # what becomes infinite is refused where observations are checked
             array = array.astype(wanted)
     return torch.from_numpy(array)
-
-
-def to_tensors_fn(space: Space[Any], device: torch.device) -> Callable[[Tree], Tree]:
-    """Function from observations of Gymnasium to what a rollout stores: tensors of the right dtype, on ``device``."""
-    dtypes = {name: spec.dtype for name, spec in flat_specs(space).items()}
-
-    def to_tensors(tree: Tree) -> Tree:
-        if "" in dtypes:
-            return to_tensor(tree, dtypes[""]).to(device)
-        return {name: to_tensor(tree[name], dtype).to(device) for name, dtype in dtypes.items()}
-
-    return to_tensors
 
 
 def wrong_values(space: Space[Any], samples: Array) -> str | None:

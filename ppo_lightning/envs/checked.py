@@ -34,7 +34,7 @@ RESERVED = frozenset((FINAL_OBSERVATION, FINAL_INFO))
 
 
 def make_checked(make: Callable[[], Env], index: int, restarts: bool, entropy: int | None) -> "CheckedEnv":
-    """A checked environment in this process, or in its own: then ``entropy`` seeds the shared generators."""
+    """A checked environment in this process, or in a worker's: then ``entropy`` seeds the shared generators."""
     try:
         if entropy is not None:
             seed_shared(entropy, 1 + index)  # a seed that differs from those of resets
@@ -54,7 +54,7 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
         env: the environment, wrapped as the user asked.
         index: its place in the vector, from 0.
         make: restarts it; None ends the run.
-        has_process: it is alone in a process: resets with a seed also seed the process's shared generators.
+        has_process: it is in a worker process: resets with a seed also seed the process's shared generators.
 
     Raises:
         EnvironmentFault: from ``reset`` and ``step``, with the environment's own traceback.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppo_lightning.envs.info import add_info
 from ppo_lightning.errors import EnvironmentFault
-from ppo_lightning.spaces import MASK, Array, subspaces, without_mask
+from ppo_lightning.spaces import MASK, Array, subspaces, tensor_spec, without_mask
 
 OLD_API = "the API before Gym 0.26"
 """Name of the interface whose ``step`` returned four values and whose ``reset`` returned only an observation."""
@@ -29,7 +29,7 @@ class SpaceConverter:
 
     Values of the right shape and dtype pass through, at two comparisons each. Others are converted where that is
     unambiguous: another dtype that holds the same values, lists, one trailing dimension of size 1 more or less. All else is
-    refused, with the environment's number, the key and the value.
+    refused, with the environment's number, the key and the value, and so are values outside of a discrete space.
 
     Args:
         name: of the vector, in messages.
@@ -143,8 +143,9 @@ class SpaceConverter:
             converted = {key: self._nested(where, parts[key], inner[key], _joined(path, key), index) for key in inner}
             return converted if isinstance(space, Dict) else tuple(converted.values())
         shape, dtype = (*(self._rows if index is None else ()), *(space.shape or ())), space.dtype
+        key = f"observation {path}".strip()
         if type(given) is np.ndarray and given.dtype == dtype and given.shape == shape:
-            return given
+            return self._within(key, given, space, index)
         array = _array(given)
         fitting = None if array is None else _aligned(array, shape)
         if fitting is None or array is None:
@@ -153,7 +154,14 @@ class SpaceConverter:
                 f"{self.name} returned from {where} observations {path and path + ' '}{got}, its space says "
                 f"{shape} {dtype}: correct the environment or its single_observation_space"
             )
-        return self._cast(f"observation {path}".strip(), fitting, np.dtype(dtype), index)
+        return self._within(key, self._cast(key, fitting, np.dtype(dtype), index), space, index)
+
+    def _within(self, key: str, array: Array, space: Space[Any], index: int | None = None) -> Array:
+        """The same values, if they are of a discrete space; of a Box, a rollout takes those outside with a warning."""
+        if not isinstance(space, Box):
+            spec = tensor_spec(space)
+            self._each(key, array, (array >= spec.low) & (array <= spec.high), f"of {space}", index)
+        return array
 
     def _nested_tensors(self, where: str, given: Any, space: Space[Any], path: str, device: torch.device) -> Any:
         inner = subspaces(space)
@@ -167,9 +175,9 @@ class SpaceConverter:
         if type(given) is not Tensor or given.shape != shape:
             given = self._tensor(f"observation {path}".strip(), given, shape, device, "numbers")
         key, dtype = f"observation {path}".strip(), np.dtype(space.dtype)
-        if given.is_floating_point() and dtype.kind in "biu" and key not in self._seen:
+        if dtype.kind in "biu" and key not in self._seen:  # once, since it synchronises the device
             self._seen.add(key)
-            self._cast(key, given.cpu().numpy(), dtype)
+            self._within(key, self._cast(key, given.cpu().numpy(), dtype), space)
         return given
 
     def _cast(self, key: str, array: Array, dtype: np.dtype[Any], index: int | None = None) -> Array:

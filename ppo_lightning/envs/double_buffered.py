@@ -22,9 +22,6 @@ class DoubleBufferedEnvs:
         second: the remaining ones.
     """
 
-    tensor_observation = None
-    """Worker processes give arrays."""
-
     def __init__(self, first: VectorEnvAdapter, second: VectorEnvAdapter) -> None:
         self._envs = first, second
         self.name, self.num_envs = first.name, first.num_envs + second.num_envs

@@ -72,7 +72,7 @@ class InfoAccumulator:
             done: [N] bool array or tensor, the episode ended.
             valid: [N] bool, False where the call was a reset; None where every call was a step.
         """
-        if self.keys.isdisjoint(info) and "final_info" not in info and not self.episode_sums and not self._saved:
+        if self.keys.isdisjoint(info) and FINAL_INFO not in info and not self.episode_sums and not self._saved:
             return
         if self._saved:
             on_device = isinstance(done, Tensor)
@@ -80,7 +80,7 @@ class InfoAccumulator:
                 self.episode_sums[name] = sums.to(done.device, copy=True) if on_device else sums.numpy().copy()
             self._saved = {}
         last = final_info(info)
-        if last is None or last is info:
+        if last is None:
             self._add(info, done, valid)
         else:  # of a finished episode: the other entries are of the reset
             self._add(info, done, ~done)
@@ -130,15 +130,9 @@ class InfoAccumulator:
         for name, value in metrics.items():
             self._accumulate(f"env/{name}", np.nan_to_num(value), value == value, self._ends)
 
-    def pop(self) -> SumsAndCounts:
-        """SumsAndCounts over steps since the last call."""
-        sums = merge_sums([_plain(self._sums), _plain(self._metrics)])
-        self._sums, self._metrics, self._ends = {}, {}, {}
-        return sums
-
-    def pop_evaluation(self) -> SumsAndCounts:
-        """SumsAndCounts of :data:`METRICS` at the ends of episodes since the last call."""
-        sums = merge_sums([_plain(self._sums), _plain(self._ends)])
+    def pop(self, *, evaluation: bool = False) -> SumsAndCounts:
+        """Sums and counts since the last call, of each step; of an evaluation :data:`METRICS` at the ends of episodes."""
+        sums = merge_sums([_plain(self._sums), _plain(self._ends if evaluation else self._metrics)])
         self._sums, self._metrics, self._ends = {}, {}, {}
         return sums
 
@@ -147,7 +141,7 @@ class InfoAccumulator:
         self.episode_sums, self._saved = {}, {}
 
     def state(self) -> dict[str, Tensor]:
-        """SumsAndCounts of the unfinished episodes."""
+        """Sums [N] of the unfinished episodes, by name."""
         return {
             **self._saved,
             **{name: torch.as_tensor(sums).cpu().clone() for name, sums in self.episode_sums.items()},

@@ -20,6 +20,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from ppo_lightning.envs.checked import Env, make_checked
 from ppo_lightning.envs.serial import SerialVectorEnv
+from ppo_lightning.envs.streams import temporarily_seeded
 from ppo_lightning.envs.third_party import adapt
 from ppo_lightning.envs.workers import ForkserverAsyncVectorEnv
 from ppo_lightning.errors import InputError
@@ -231,7 +232,7 @@ class EnvFactory:
         return self._wrapped(env)
 
     def _vectorize(self, make: Callable[[], Env], num_envs: int, first: int) -> VectorEnv:
-        # Environments that are random when they are made depend on the run's seed, and differ between workers.
+        # Environments that are random when they are made depend on the seed of this process, and differ between workers.
         entropy = None if self.vectorization == "sync" else torch.initial_seed() % 2**64
         makers = [
             partial(make_checked, make, index, self.restarts, entropy) for index in range(first, first + num_envs)
@@ -252,7 +253,8 @@ class EnvFactory:
             forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return ForkserverAsyncVectorEnv(makers, first, min(self.num_workers or num_envs, num_envs))
+        with temporarily_seeded(torch.initial_seed() % 2**64):  # one environment is made here, to ask for its spaces
+            return ForkserverAsyncVectorEnv(makers, first, min(self.num_workers or num_envs, num_envs))
 
 
 def refuse_running_statistics(env: Any, name: str) -> None:

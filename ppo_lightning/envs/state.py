@@ -13,7 +13,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from ppo_lightning.envs.workers import ForkserverAsyncVectorEnv
@@ -65,19 +65,13 @@ def vector_state(env: VectorEnv, ask: Callable[[AsyncVectorEnv, str], Any]) -> l
     while isinstance(env, gym.vector.VectorWrapper):
         layers.append(_layer_state(env))
         env = env.env
-    if isinstance(env, AsyncVectorEnv):
-        # ForkserverAsyncVectorEnv do not report which episodes the next step resets.
-        alike = env.metadata["autoreset_mode"] is not AutoresetMode.NEXT_STEP
-        inner = (
-            [{"envs": list(ask(env, "run_state"))}] if alike and isinstance(env, ForkserverAsyncVectorEnv) else [None]
-        )
+    if isinstance(env, AsyncVectorEnv):  # Gymnasium's own does not report which episodes the next step resets
+        inner = {"envs": list(ask(env, "run_state"))} if isinstance(env, ForkserverAsyncVectorEnv) else None
     elif isinstance(env, SyncVectorEnv):
-        inner = [{"envs": list(map(environment_state, env.envs)), "autoreset": serialize(env._autoreset_envs)}]
+        inner = {"envs": list(map(environment_state, env.envs)), "autoreset": serialize(env._autoreset_envs)}
     else:
-        inner = [_layer_state(env)]
-    layers += inner
-    envs = layers[-1].get("envs", []) if isinstance(layers[-1], dict) else []
-    return None if None in layers or None in envs else layers
+        inner = _layer_state(env)
+    return None if inner is None or None in layers or None in inner.get("envs", []) else [*layers, inner]
 
 
 def restore_vector(env: VectorEnv, state: list[Any]) -> None:

@@ -42,7 +42,7 @@ class TensorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
 
     Args:
         num_envs: N.
-        observation_space: of one environment, a Box.
+        observation_space: of one environment, a Box or Discrete.
         action_space: of one environment.
         reset_noise_size: U, uniform numbers that one reset takes.
         max_episode_steps: steps after which an episode is truncated; None never does.

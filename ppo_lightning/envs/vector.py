@@ -229,7 +229,11 @@ class VectorEnvAdapter:
 
     def _missing_attributes(self, values: Mapping[str, Any]) -> list[str | None]:
         """Set attributes, and return the first name that each environment, or the vector, lacks."""
-        inner = wrapper_chain(self.env)[-1]
+        *outer, inner = wrapper_chain(self.env)
+        own = {name for name in values for layer in outer if name in vars(layer)}  # of a wrapper around the vector
+        if own and isinstance(inner, SyncVectorEnv | AsyncVectorEnv):
+            set_attributes(self.env, {name: values[name] for name in own})
+            values = {name: value for name, value in values.items() if name not in own}
         if isinstance(inner, ForkserverAsyncVectorEnv):
             return self._call_each_worker(inner, "set_env_attributes", dict(values))
         if isinstance(inner, AsyncVectorEnv):
@@ -287,6 +291,7 @@ class VectorEnvAdapter:
             return observation
         self.info_accumulator.step({}, reset_mask, None)
         given, info = self._reset_masked(reset_mask.copy())
+        self._consume_restarts(info)
         self._masks.reset_envs(given, info, reset_mask)
         self._done[reset_mask] = False
         return self._flatten(given)
@@ -469,13 +474,13 @@ class VectorEnvAdapter:
         self.close()
         self._attach(self._factory(self.num_envs, self._first))
         self._set_attributes(self._attributes)
-        self.crashed[:] = True
         none, everyone = np.zeros(self.num_envs, dtype=bool), np.ones(self.num_envs, dtype=bool)
         self.info_accumulator.step({}, everyone, None)
         final, seed = self._last_observation, self._seed
         if seed is not None:  # not the same episodes again
             seed = int(np.random.SeedSequence([seed, self._restarts.count]).generate_state(1)[0])
         observation, reward = self.reset(seed), np.zeros(self.num_envs)
+        self.crashed[:] = True
         ended = np.arange(self.num_envs)
         return Transition(observation, reward, none, everyone, None, ended, everyone, final, None, None, {})
 

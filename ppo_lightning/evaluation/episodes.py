@@ -15,7 +15,7 @@ from ppo_lightning.envs.info import SumsAndCounts, means, merge_sums
 from ppo_lightning.envs.streams import temporarily_seeded
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.policy import Policy, in_eval_mode
-from ppo_lightning.spaces import Tree, to_tensors_fn, without_mask
+from ppo_lightning.spaces import Tree, flat_specs, to_tensor, tree_map, without_mask
 
 if TYPE_CHECKING:
     from ppo_lightning.runs.ranks import Ranks
@@ -68,7 +68,7 @@ def evaluate_over_ranks(
         except BaseException:
             provider.close_eval_envs()  # the next evaluation makes new ones
             raise
-        info = environments.info_accumulator.pop_evaluation()
+        info = environments.info_accumulator.pop(evaluation=True)
     row = torch.cat([episodes.flatten(), episodes.new_tensor([bool(info)])])
     rows = ranks.gather(row).view(world_size, -1)
     if rows[:, -1].any():
@@ -144,13 +144,14 @@ def _episodes(
     results: list[list[tuple[float, ...]]] = [[] for _ in range(num_envs)]
     state = torch.zeros(num_envs, policy.state_size, device=device) if policy.state_size else None
     start = np.ones(num_envs, dtype=bool)
-    stored, step, noise = to_tensors_fn(observation_space, device), 0, None
+    specs, step, noise = flat_specs(observation_space), 0, None
+    specs = specs.get("", specs)
     while (done < quota).any():
         if not deterministic and step % NOISE_STEPS == 0:
             noise = policy.distribution.noise(NOISE_STEPS, num_envs, generator=generator).to(device)
         mask = environments.action_mask
         chosen = policy.act(
-            stored(observation),
+            tree_map(lambda leaf, spec: to_tensor(leaf, spec.dtype).to(device), observation, specs),
             None if noise is None else noise[step % NOISE_STEPS],
             None if mask is None else torch.from_numpy(mask).to(device),
             state,
@@ -158,24 +159,23 @@ def _episodes(
         )
         after = environments.step(policy.distribution.to_numpy(chosen.action))
         state, step = chosen.state, step + 1
-        _check_finite(after, int(lengths.max()))
+        _check_finite(after, step - 1)
         totals += after.reward if after.valid is None else np.where(after.valid, after.reward, 0.0)
         lengths += 1 if after.valid is None else after.valid
         observation, start = after.observation, after.is_first
         cut = (lengths >= limit) & (done < quota)
         cut[after.done_indices] = False
-        for index in np.union1d(after.done_indices, np.flatnonzero(cut)).astype(int):
-            outcome = (np.nan, np.nan)
-            if after.success_failure is not None and index in after.done_indices:
-                outcome = after.success_failure[np.searchsorted(after.done_indices, index)]
+        rows = {int(index): row for row, index in enumerate(after.done_indices)}
+        for index in sorted({*rows, *np.flatnonzero(cut).tolist()}):
+            row = rows.get(index)
             if done[index] < quota[index] and not environments.crashed[index]:
+                is_known = row is not None and after.success_failure is not None
+                outcome = after.success_failure[row] if is_known else (np.nan, np.nan)
                 results[index].append((totals[index], lengths[index], *map(float, outcome), float(cut[index])))
                 done[index] += 1
-                if index in after.done_indices:
-                    row = np.searchsorted(after.done_indices, index)
-                    environments.info_accumulator.end_episode(
-                        {name: float(rows[row]) for name, rows in after.metrics.items()}
-                    )
+                if row is not None:
+                    metrics = {name: float(values[row]) for name, values in after.metrics.items()}
+                    environments.info_accumulator.end_episode(metrics)
             totals[index] = lengths[index] = 0
         cut &= done < quota
         if cut.any():

@@ -226,7 +226,7 @@ def evaluate_snapshot(
             deterministic=evaluation.deterministic,
             max_steps=evaluation.max_steps,
         )
-    return {**summarize(episodes), **info_metrics(environments.info_accumulator.pop_evaluation())}
+    return {**summarize(episodes), **info_metrics(environments.info_accumulator.pop(evaluation=True))}
 
 
 def _exit_with_parent(parent: int) -> None:

@@ -165,7 +165,8 @@ class MultiCategorical(ActionDistribution):
     @override
     def to_env_action(self, action: Tensor) -> Tensor:
         shifted = action if self.start is None else action + _start(self, action.device)
-        return shifted.to(torch_dtype(self.dtype))
+        # A copy: environments may change what they are given in place.
+        return shifted.to(torch_dtype(self.dtype), copy=self.start is None)
 
 
 class Categorical(MultiCategorical):

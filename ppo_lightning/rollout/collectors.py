@@ -360,11 +360,11 @@ class TensorCollector(Collector):
             terminated[step].copy_(after.terminated)
             truncated[step].copy_(after.truncated)
             if after.final_observation is not None:
-                copy_tree(final[step], after.final_observation)
+                tree_map(Tensor.copy_, final[step], after.final_observation)
             else:
                 is_missing_final |= (terminated[step] | truncated[step]).any()
             outcomes.append(after.success_failure)
-            copy_tree(stored[step + 1], after.observation)
+            tree_map(Tensor.copy_, stored[step + 1], after.observation)
         if is_missing_final:
             raise EnvironmentFault(envs.missing_final_obs_message)
         return CollectedSteps(*stack_steps([steps]), self._episode_ends(outcomes))
@@ -458,15 +458,6 @@ def write_step(arrays: Tree, step: int, values: Tree) -> None:
         torch.from_numpy(arrays)[step].copy_(torch.from_numpy(np.ascontiguousarray(values)))
     else:
         arrays[step] = values
-
-
-def copy_tree(target: Tree, values: Tree) -> None:
-    """Copy a tree of tensors into another."""
-    if isinstance(target, dict):
-        for name, leaf in target.items():
-            leaf.copy_(values[name])
-    else:
-        target.copy_(values)
 
 
 def unbind_tree(tree: Tree) -> list[Tree]:

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from ppo_lightning.compiler import MAX_SAMPLES, Compilation, CompiledFunction, CompilerError
 from ppo_lightning.envs import EnvOverrides, EnvProvider, VectorEnvAdapter, VectorEnvs
 from ppo_lightning.envs.info import SumsAndCounts
-from ppo_lightning.envs.streams import get_rng_state, set_rng_state
+from ppo_lightning.envs.streams import get_rng_state, set_rng_state, temporarily_seeded
 from ppo_lightning.errors import InputError
 from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import check_memory, check_samples, check_sequences, physical_memory
@@ -113,8 +113,11 @@ class RolloutDataset(IterableDataset[TensorDict]):
     def start(self) -> Collector:
         """Make and reset the environments, and allocate the rollout's tensors."""
         learner = self.learner
-        self.environments = environments = self._make_environments()
-        first = environments.reset(learner.environment_seed())
+        seed = learner.environment_seed()
+        # Environments may be random when they are made: those of a resumed run are made as they were.
+        with temporarily_seeded(seed - learner.num_env_steps):
+            self.environments = environments = self._make_environments()
+        first = environments.reset(seed)
         self.running_return = torch.zeros(environments.num_envs)
         self.episodes.restart(environments.num_envs)
         collector = self._make_collector(environments, first)
@@ -391,7 +394,7 @@ def rollout_memory(
     return {
         f"num_steps · num_envs = {num_steps} · {num_envs}": num_steps * num_envs * sample,
         f"update_epochs = {update_epochs}": update_epochs * num_steps * num_envs * 8,
-        f"num_eval_episodes = {num_eval_episodes}": num_eval_episodes * 32,
+        f"num_eval_episodes = {num_eval_episodes}": num_eval_episodes * 40,
     }
 
 
