@@ -87,10 +87,10 @@ class CompilerError(Exception):
 
 
 class CompiledFunction:
-    """A function of tensors as one graph for each combination of shapes; on CUDA captured, so that one call launches it.
+    """A function of tensors as one graph for each combination of shapes.
 
     A call goes through torch, which checks what the graph depends on: a fifth of the time of a small network's gradient step.
-    :meth:`repeat` calls the graph itself.
+    :meth:`repeat` calls the graph itself, on CUDA captured, so that one call launches all of its kernels.
 
     Args:
         function: pure, but for tensors of its own that it writes to.
@@ -122,9 +122,8 @@ class CompiledFunction:
         self._graph: Callable[..., Any] = torch.compile(  # pyright: ignore[reportCallIssue]
             counted, fullgraph=True, dynamic=False, backend=self._backend, recompile_limit=MAX_GRAPHS
         )
-        self._is_captured = cuda
-        if cuda:
-            self._graph = CudaGraphCache(self._graph, module)
+        self.captures = cuda
+        """Whether repeated calls are CUDA graphs."""
 
     @torch.compiler.assume_constant_result
     def _count(self) -> None:
@@ -154,7 +153,10 @@ class CompiledFunction:
             self._backend.last = None
 
     def check_again(self) -> None:
-        """Let the next call of :meth:`repeat` with any shapes be checked: what the function depends on may have changed."""
+        """Let the next call of :meth:`repeat` with each combination of shapes be checked.
+
+        What the function depends on may have changed.
+        """
         self._is_steady = (self._is_steady or self._has_repeated) and not self._varies
         self._has_repeated = self._varies = False
         self._calls_before, self._calls = self._calls, {}
@@ -162,16 +164,14 @@ class CompiledFunction:
     def repeat(self, *args: Any) -> Any:
         """What the function returns, by the graph alone where that is the same.
 
-        The first call with any shapes after :meth:`check_again` is checked. Later ones are not, if all calls between the two
-        :meth:`check_again` before were alike: they called the same graph with the same tensors beside the arguments, and it
-        gave what the function returns and no more. Else the function depends on something that it changes itself, such as a
-        count of its calls. It must not keep what it returns.
+        The first call with each combination of shapes after :meth:`check_again` is checked. Later ones are not, if all calls
+        between the two :meth:`check_again` before were alike: they called the same graph with the same tensors beside the
+        arguments, and it gave what the function returns and no more. Else the function depends on something that it changes
+        itself, such as a count of its calls. It must not keep what it returns.
 
         Raises:
             CompilerError: as of a call.
         """
-        if self._is_captured:
-            return self(*args)
         leaves = list(_leaves(args))
         shapes = tuple(leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         first = self._calls.get(shapes)
@@ -182,7 +182,10 @@ class CompiledFunction:
             self._is_steady, self._varies = False, True
         elif first is None:
             self._calls[shapes], before = call, self._calls_before.get(shapes)
-            self._is_steady = self._is_steady and before is not None and call.is_like(before)
+            if before is None or not call.is_like(before):
+                self._is_steady = False
+            elif self.captures:
+                call.run = before.captured()
         elif call.is_like(first):
             self._has_repeated = True
         else:
@@ -229,6 +232,8 @@ class GraphCall:
 
     def __init__(self, graph: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         self.graph, self.inputs, self.outputs = graph, list(inputs), outputs
+        self.run: Callable[..., Any] = self._run
+        """The graph's outputs, for the leaves of other arguments."""
 
     def bind(self, leaves: list[Any], results: Any) -> bool:
         """Find the function's arguments among the inputs, and its results among the outputs.
@@ -260,11 +265,20 @@ class GraphCall:
 
     def repeat(self, leaves: list[Any]) -> Any:
         """What the function returns for other arguments."""
+        outputs = self.run(*leaves)
+        return tree_unflatten([outputs[place] for place in self.results], self.structure)
+
+    def captured(self) -> Callable[..., Any]:
+        """:attr:`run` as a CUDA graph, which copies its arguments, and reads all other tensors where they are."""
+        if not isinstance(self.run, CudaGraphModule):
+            self.run = CudaGraphModule(self._run)
+        return self.run
+
+    def _run(self, *leaves: Any) -> Any:
         inputs = self.inputs.copy()
         for at, place in self.arguments:
             inputs[at] = leaves[place]
-        outputs = self.graph(*inputs)
-        return tree_unflatten([outputs[place] for place in self.results], self.structure)
+        return self.graph(*inputs)
 
 
 def _leaves(args: Iterable[Any]) -> Iterator[Any]:

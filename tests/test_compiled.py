@@ -85,6 +85,10 @@ CASES = {
         "Pendulum-v1",
         {"policy": partial(ActorCritic, distribution="gsde", log_std_range=(-1e-3, 1e-3)), "ent_coef": 0.01},
     ),
+    "decoupled": (
+        "CartPole-v1",
+        {"optimizer": partial(torch.optim.Adam, lr=1e-3, weight_decay=0.5, decoupled_weight_decay=True)},
+    ),
     "recomputed": ("Pendulum-v1", {"recompute_advantages": True, "clip_range_vf": 0.2, "num_minibatches": 3}),
     "recomputed between halves": (
         "CartPole-v1",
@@ -496,7 +500,9 @@ def test_a_loss_that_counts_its_calls_is_not_taken_for_the_same(fit, own):
     """Repeated calls do not check what graphs depend on, unless that changes: here the third call doubles the loss."""
 
     class Third(PPOLoss):
-        calls = 0
+        def __init__(self, calls):
+            super().__init__()
+            self.calls = calls
 
         def forward(self, batch, evaluate, coefficients):
             self.calls = (self.calls + 1) % 3
@@ -505,14 +511,92 @@ def test_a_loss_that_counts_its_calls_is_not_taken_for_the_same(fit, own):
 
     def train(*, compile):
         lightning.seed_everything(1, verbose=False)
-        options = {**SIZE, "num_minibatches": 1, "update_epochs": 4, **own}  # an epoch is one call
-        model = PPO("CartPole-v1", total_steps=4 * 128, loss=Third(), compile=compile, **options)
+        options = {
+            **SIZE,
+            "num_minibatches": 1,
+            "update_epochs": 4,
+            "max_grad_norm": None,
+            **own,
+        }  # an epoch is one call
+        loss = Third(-1 if compile else 0)  # a compiled step calls it once more
+        optimizer = partial(torch.optim.AdamW, lr=1e-3, eps=1e-1)  # which does not undo a factor of the gradient
+        model = PPO("CartPole-v1", total_steps=4 * 128, loss=loss, optimizer=optimizer, compile=compile, **options)
         fit(model)
         return model
 
-    compiled = train(compile=True)
+    compiled, eager = train(compile=True), train(compile=False)
     assert compiled.updater.compiled is not None
-    assert_close(parameters(compiled), parameters(train(compile=False)), rtol=1e-4, atol=1e-5)
+    assert_close(parameters(compiled), parameters(eager), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_sees_what_comes_into_the_rollout_later(fit):
+    """A key that it asks for, and that is not there at first."""
+
+    class Asks(PPOLoss):
+        def forward(self, batch, evaluate, coefficients):
+            losses = super().forward(batch, evaluate, coefficients)
+            more = batch.get("more")
+            factor = (2.0 if "bonus" in batch else 1.0) + (0.0 if more is None else more.mean())
+            return {**losses, "loss": losses["loss"] * factor}
+
+    class Adds(Callback):
+        def on_train_batch_start(self, trainer, model, batch, batch_idx):
+            if model.iterations >= 2:
+                batch["bonus"], batch["more"] = batch["reward"].clone(), torch.full_like(batch["reward"], 3.0)
+
+    def train(*, compile):
+        lightning.seed_everything(1, verbose=False)
+        optimizer = partial(torch.optim.AdamW, lr=1e-3, eps=1e-1)
+        options = {**SIZE, "max_grad_norm": None, "optimizer": optimizer}
+        model = PPO("CartPole-v1", total_steps=4 * 128, loss=Asks(), compile=compile, **options)
+        fit(model, callbacks=[Adds()])
+        assert (model.updater.compiled is None) != compile
+        return parameters(model)
+
+    assert_close(train(compile=True), train(compile=False), rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_may_need_as_many_samples_as_a_minibatch_has(fit):
+    class Best(PPOLoss):
+        def forward(self, batch, evaluate, coefficients):
+            losses = super().forward(batch, evaluate, coefficients)
+            return {**losses, "best": batch["advantage"].topk(16).values.mean()}
+
+    model = trained(fit, "CartPole-v1", 2, loss=Best())
+    assert model.trainer.callback_metrics["train/best"] > 0
+
+
+class Captures:
+    """Stands for a CUDA graph: counts those that are captured."""
+
+    count = 0
+
+    def __init__(self, function):
+        Captures.count, self.function = Captures.count + 1, function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+def test_what_a_captured_graph_depends_on_is_checked_again(monkeypatch):
+    """Each combination of shapes is captured once, and again where what it depends on has changed."""
+    monkeypatch.setattr("ppo_lightning.compiler.CudaGraphModule", Captures)
+    model, Captures.count = Scale(), 0
+    function = CompiledFunction(model.plain, model)
+    function.captures = True
+    captured = []
+    with torch.no_grad():
+        for call in range(32):
+            if call % 4 == 0:
+                function.check_again()
+            if call == 16:
+                model.weight = torch.nn.Parameter(torch.full((3,), 2.0))
+            rows = {"rows": torch.randn(2 + call % 2, 3), "more": {"one": torch.tensor(1.0)}}
+            assert_close(function.repeat(rows), model.plain(rows))
+            captured.append(Captures.count)
+    assert captured[:4] == [0] * 4
+    assert captured[15] == captured[19] == 2
+    assert captured[-1] == 4
 
 
 class Scale(torch.nn.Module):

@@ -475,6 +475,18 @@ def test_the_settings_of_a_resumed_run_win_over_the_checkpoints(fit, tmp_path, s
     assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.1
 
 
+class Doubles(schedulers.LRScheduler):
+    """Counts in an attribute of its own."""
+
+    def __init__(self, optimizer):
+        self.halvings = -1
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        self.halvings += 1
+        return [rate * 0.5**self.halvings for rate in self.base_lrs]
+
+
 SCHEDULERS = {
     "sequential": lambda o: schedulers.SequentialLR(
         o, [schedulers.ConstantLR(o, 0.5, 2), schedulers.ExponentialLR(o, 0.9)], milestones=[3]
@@ -486,6 +498,8 @@ SCHEDULERS = {
     "cosine": lambda o: schedulers.CosineAnnealingLR(o, T_max=8),
     "cyclic": lambda o: schedulers.CyclicLR(o, 1e-4, 1e-3, step_size_up=3, cycle_momentum=False),
     "lambda": lambda o: schedulers.LambdaLR(o, lambda epoch: 0.8**epoch),
+    "one cycle": lambda o: schedulers.OneCycleLR(o, max_lr=1e-3, total_steps=9),
+    "own": Doubles,
 }
 
 
@@ -493,9 +507,20 @@ SCHEDULERS = {
 def test_schedulers_of_torch_resume_where_they_were(fit, tmp_path, name):
     kwargs = {**SMALL, "total_steps": 1024, "lr_scheduler": SCHEDULERS[name]}
     whole, first, second = Memory(), Memory(), Memory()
-    fit(PPO("CartPole-v1", **kwargs), logger=whole)
-    fit(PPO("CartPole-v1", **kwargs), logger=first, max_epochs=4).save_checkpoint(tmp_path / "a.ckpt")
-    fit(PPO("CartPole-v1", **kwargs), logger=second, ckpt_path=tmp_path / "a.ckpt")
+
+    def run(logger, **options):
+        betas = []
+        watch = PPOCallback(
+            on_update_start=lambda trainer, *_: betas.append(trainer.optimizers[0].param_groups[0]["betas"])
+        )
+        return fit(PPO("CartPole-v1", **kwargs), logger=logger, callbacks=[watch], **options), betas
+
+    _, expected = run(whole)
+    trainer, before = run(first, max_epochs=4)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    _, after = run(second, ckpt_path=tmp_path / "a.ckpt")
+    assert before + after == expected
+    assert len(set(expected)) > 1 or name != "one cycle"
     rates = [[row["train/learning_rate"] for _, row in logger.rows] for logger in (whole, first, second)]
     assert rates[1] + rates[2] == pytest.approx(rates[0])
     assert len(set(rates[0])) > 1

@@ -9,7 +9,7 @@ import torch
 from processes import fit, forked
 from torch import distributed
 
-from ppo_lightning import PPO
+from ppo_lightning import PPO, InputError
 from ppo_lightning.runs import shared_memory
 from ppo_lightning.runs.shared_memory import SharedMemoryAllReduce
 
@@ -96,6 +96,23 @@ def test_a_process_that_ended_is_missed_at_once_and_leaves_no_file(tmp_path, mon
     seconds, _ = forked(lambda rank: in_group(rank, 2, dies))
     assert seconds < 2
     assert not list(tmp_path.glob("ppo_lightning_*"))
+
+
+def test_ranks_whose_gradients_are_of_different_parameters_are_named():
+    def averages(rank):
+        sums = SharedMemoryAllReduce(rank, 2, 10)
+        parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+        for one in parameters:
+            one.grad = torch.full((2,), 1.0 + rank)
+        sums.average_gradients(parameters)
+        means = torch.cat([one.grad for one in parameters])
+        parameters[1 + rank].grad = None
+        with pytest.raises(InputError, match="other parameters on one rank than on another: let it use each of"):
+            sums.average_gradients(parameters)
+        return means
+
+    for means in forked(lambda rank: in_group(rank, 2, averages)):
+        assert torch.equal(means, torch.full((6,), 1.5))
 
 
 def test_where_there_is_no_room_messages_are_sent_and_a_warning_says_so():

@@ -535,6 +535,13 @@ def test_each_epoch_has_the_advantages_of_the_critic_as_it_then_is(fit, kind):
         assert_close(epoch["advantage"][:-1][goes], sums[goes], atol=1e-4, rtol=1e-4)
 
 
+def test_each_epoch_has_the_critics_present_values_in_half_precision_too(fit):
+    """Autocast keeps converted weights, which steps in between have changed."""
+    _, _, epochs = recorded(partial(fit, precision="bf16-mixed"), "Pendulum-v1", 1.0, update_epochs=4)
+    for epoch in epochs[1:]:
+        assert_close(epoch["state_value"], epoch["value"].to(epoch["state_value"]), atol=2e-2, rtol=2e-2)
+
+
 class Seen(PPOLoss):
     """Keeps the advantages of each minibatch."""
 

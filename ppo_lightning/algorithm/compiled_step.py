@@ -79,6 +79,16 @@ class RecordedKeys(UserDict[str, Any]):
         self.keys_read.add(name)
         return super().__getitem__(name)
 
+    @override
+    def __contains__(self, name: object) -> bool:
+        self.keys_read.add(str(name))
+        return super().__contains__(name)
+
+    @override
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict; an absent key may come later, and is recorded too."""
+        return self[name] if name in self else default  # noqa: SIM401 - this is what `get` does
+
 
 class CompiledStep:
     """Forward, backward, clipping and Adam on parameters that are contiguous in memory.
@@ -105,7 +115,7 @@ class CompiledStep:
     ) -> None:
         self.objective, self.optimizer, self.backend, self.world_size = objective, optimizer, backend, world_size
         self.max_grad_norm = max_grad_norm
-        self.decoupled = isinstance(optimizer, torch.optim.AdamW)
+        self.decoupled = bool(optimizer.param_groups[0]["decoupled_weight_decay"])
         self.names: tuple[str, ...] | None = None
         """Of the scalars that the loss returns; None before its first call."""
         self._given: LossCoefficients | None = None
@@ -253,7 +263,7 @@ class CompiledStep:
         """Call the loss once, eagerly, for the names of its scalars and the keys that it reads; buffers keep their values."""
         index = (
             torch.arange(len(self.samples["advantage"]), device=self.device) if self.valid is None else self.valid
-        )[:2]
+        )[: -(-self.size // self.num_microbatches)]
         recorded = RecordedKeys(index_samples(self.samples, index))
         buffers = [(buffer, buffer.clone()) for buffer in self.objective.buffers()]
         with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -270,9 +280,7 @@ class CompiledStep:
         Raises:
             CompilerError: torch cannot compile it.
         """
-        minibatch = next(self.minibatches(0))
-        self.scalars = iter([minibatch.scalars, *self.scalars])
-        self._accumulate_gradient(minibatch)
+        self._accumulate_gradient(next(self.minibatches(0)))
 
     def minibatches(self, epoch: int) -> Iterator[CompiledMinibatch]:
         """The minibatches of an epoch."""

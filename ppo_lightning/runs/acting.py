@@ -139,6 +139,7 @@ class ActingModule(LightningModule):
             yield
             return
         with self.trainer.precision_plugin.forward_context():
-            # Lightning casts weights in every call; here they do not change between calls.
+            # Lightning casts weights in every call; here they do not change between calls, but before the first they may have.
+            torch.clear_autocast_cache()
             torch.set_autocast_cache_enabled(True)
             yield

@@ -15,9 +15,10 @@ from ppo_lightning.runs.schedules import SCHEDULED_LR
 
 
 class OptimizerHparams:
-    """Settings of this run's optimiser and scheduler, to restore after a checkpoint has replaced them.
+    """Settings of this run's optimizer and scheduler, to restore after a checkpoint has replaced them.
 
-    The optimiser's and scheduler's moments and counts come from the checkpoint; what the user set is this run's.
+    The optimizer's and scheduler's moments and counts come from the checkpoint; what the user set is this run's,
+    but for momentum that a scheduler cycles, and attributes of schedulers that are not torch's.
 
     Args:
         optimizer: as it was made, before anything is restored.
@@ -44,9 +45,14 @@ class OptimizerHparams:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
             group[SCHEDULED_LR] = group["lr"]
-        self.groups = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+        cycles = self.scheduled and any(getattr(part, "cycle_momentum", False) for part in self.schedulers)
+        not_ours = {"params", *(("betas", "momentum") if cycles else ())}
+        self.groups = [{key: group[key] for key in group if key not in not_ours} for group in optimizer.param_groups]
+        # A scheduler that is not torch's may count in any attribute.
         self.constants = [
             {key: value for key, value in vars(part).items() if key not in self.COUNTED and is_plain(value)}
+            if type(part).__module__.startswith("torch.")
+            else {}
             for part in self.schedulers
         ]
 

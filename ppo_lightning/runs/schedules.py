@@ -113,6 +113,11 @@ class Schedules:
                 continue
             if current is None:
                 rate = group["initial_lr"] * (1 - progress)
+            elif groups[0]["initial_lr"] == 0:
+                raise InputError(
+                    "the learning rate of the first parameter group is 0, to which no other can keep its ratio: put a group "
+                    "with another rate first, or let no callback set the learning rate"
+                )
             else:
                 rate = current.at(progress) * (group["initial_lr"] / groups[0]["initial_lr"])
             group["lr"] = group[SCHEDULED_LR] = rate

@@ -18,6 +18,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 
+from ppo_lightning.errors import InputError
+
 FOLDER = Path("/dev/shm")
 SPIN_S, YIELD_S, LOOK_S = 2e-3, 0.05, 0.1
 """Seconds to spin, then to yield without sleeping, and between two checks that the other ranks are alive."""
@@ -39,7 +41,7 @@ def make_shared_memory(trainer: Any, parameters: list[nn.Parameter]) -> "SharedM
     strategy, single = trainer.strategy, all(one.dtype == torch.float32 for one in parameters)
     if trainer.world_size == 1 or not (single and can_share(trainer.num_nodes, strategy.root_device)):
         return None
-    size = sum(one.numel() for one in parameters) + 1  # the divergence is reduced with the gradients
+    size = sum(one.numel() for one in parameters) + 1  # and the divergence, or which parameters have gradients
     size = max(size + size % 2, ROW)
     try:
         shared = SharedMemoryAllReduce(trainer.global_rank, trainer.world_size, size)
@@ -133,11 +135,21 @@ class SharedMemoryAllReduce:
         return values
 
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Replace the gradients by their means over all ranks, as DDP would, without its hook per parameter."""
+        """Replace the gradients by their means over all ranks, as DDP would, without its hook per parameter.
+
+        Raises:
+            InputError: other parameters have gradients on another rank.
+        """
         gradients = [one.grad for one in parameters if one.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        which = float(sum(place for place, one in enumerate(parameters, 1) if one.grad is not None))
+        flat = torch.cat([gradients[0].new_tensor([which]), *(gradient.flatten() for gradient in gradients)])
         self.all_reduce(flat)
-        pieces = flat.div_(len(self.pids)).split([gradient.numel() for gradient in gradients])
+        if flat[0] != which * len(self.pids):
+            raise InputError(
+                "the loss gave gradients to other parameters on one rank than on another: let it use each of its parameters "
+                "on all ranks, with weight 0 where a minibatch does not need it"
+            )
+        pieces = flat[1:].div_(len(self.pids)).split([gradient.numel() for gradient in gradients])
         means = [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
         torch._foreach_copy_(gradients, means)  # pyright: ignore[reportPrivateImportUsage]
 

@@ -47,12 +47,12 @@ class Rollback:
         self._copies: list[Tensor] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._slots: list[tuple[Tensor, str]] = []
-        """Parameter and name of each tensor of the optimiser's state, whose copies are the last."""
+        """Parameter and name of each tensor of the optimizer's state, whose copies are the last."""
         self._saved = False
 
     @torch.no_grad()
     def save(self, tensors: list[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
-        """Copy tensors, and those of the optimiser's state."""
+        """Copy tensors, and those of the optimizer's state."""
         self._slots = _slots(optimizer)
         found = [*tensors, *_at(optimizer, self._slots)]
         if [id(one) for one in found] != [id(one) for one in self._tensors]:
