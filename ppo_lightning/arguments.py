@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import itertools
+import os
 import re
 import sys
 import types
@@ -68,6 +69,12 @@ OTHER_VALUES = {
 
 PLACES = {list, tuple, set, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection}
 UNIONS = (Union, types.UnionType)
+
+
+def import_from_here() -> None:
+    """Make modules in the working directory importable, as with ``python -m``: configs and checkpoints may name some."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
 
 
 class PlainParser(argparse.ArgumentParser):

@@ -26,10 +26,11 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from ppo_lightning.arguments import ConfigFile, Parser, part_of_help
+from ppo_lightning.arguments import ConfigFile, Parser, import_from_here, part_of_help
 from ppo_lightning.callbacks import has_tools, load_tools
 from ppo_lightning.compiler import MAX_SAMPLES
 from ppo_lightning.errors import InputError, UsageError, exit_on_user_error, refused_settings
+from ppo_lightning.parameters import usable_cores
 from ppo_lightning.ppo import PPO
 from ppo_lightning.runs.checkpoint import (
     CHECKPOINT_KEY,
@@ -295,6 +296,10 @@ class PPOCLI(LightningCLI):
         given, root = config["logger"], config["default_root_dir"] or "."
         check_trainer_settings(config)
         if self.subcommand == "fit":
+            if "://" in str(root):
+                raise InputError(
+                    f"trainer.default_root_dir {root} is no folder of this machine: train here, and copy the run"
+                )
             for key, folder in _folders(config, root):
                 check_writable(key, folder)
         if given in (None, True):
@@ -343,8 +348,8 @@ class PPOCLI(LightningCLI):
         places = {
             "logs": run if trainer.loggers else None,
             "checkpoints": run / "checkpoints",
-            "plot": draw_learning_curve(run),
-            "report": run / "report.html",
+            "plot": draw_learning_curve(run) if trainer.loggers else None,
+            "report": run / "report.html" if trainer.loggers else None,
         }
         model = cast(PPO, self.model)
         episodes = model.rollouts.episodes
@@ -400,6 +405,9 @@ def _folders(config: Any, root: str) -> Iterator[tuple[str, str | Path]]:
     )
 
 
+# Defaults of Lightning's callbacks are members of enumerations, for which YAML has no word.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+
 CLI_OPTIONS: dict[str, Any] = {
     "trainer_defaults": {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
     "save_config_kwargs": {"overwrite": True},
@@ -417,8 +425,7 @@ def num_threads_for(model: PPO, processes: int) -> int:
     """
     samples = min(model.num_steps * model.num_envs // model.num_minibatches, MAX_SAMPLES)
     products = samples * sum(parameter.numel() for parameter in model.policy.parameters())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes) if products >= 10_000_000 else 1
+    return max(1, usable_cores() // processes) if products >= 10_000_000 else 1
 
 
 def main(args: list[str] | None = None) -> PPOCLI:
@@ -428,14 +435,11 @@ def main(args: list[str] | None = None) -> PPOCLI:
         The command line, with ``model`` and ``trainer``.
     """
     torch.set_float32_matmul_precision("high")
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())  # as `python -m` does, so that configs can name modules that lie here
+    import_from_here()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # until it is known how much there is to do
     # Lightning 2.6.6 asks torch 2.13's pytree in a way that torch calls deprecated.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
-    # Defaults of Lightning's callbacks are members of enumerations, for which YAML has no word.
-    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
     with exit_on_user_error(), finishing_wandb_run():
         return PPOCLI(PPO, **CLI_OPTIONS, args=args)
 

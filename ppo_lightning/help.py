@@ -90,7 +90,7 @@ def short_help(parser: argparse.ArgumentParser, command: str) -> str:
         "",
         "A later file or flag wins. VALUE is YAML: 3, 1e-4, true, null, [64, 64]. KEY+ VALUE appends to a list.",
         "",
-        *[f"  {'--seeds':<38} runs on so many seeds, side by side, and one report of all"] * (command == "fit"),
+        *[f"  {'--seeds':<38} runs on so many seeds, --jobs at once, and one report of all"] * (command == "fit"),
         *_lines(
             options[name]
             for name in ("config", "seed_everything", "name", "ckpt_path", "print_config")

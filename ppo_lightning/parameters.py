@@ -401,6 +401,11 @@ def check_memory(needs: Mapping[str, int], available: int = ADDRESSABLE) -> None
             )
 
 
+def usable_cores() -> int:
+    """Cores that this process may use (count)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def physical_memory() -> int:
     """Bytes of this machine's memory, where the system reports them."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):

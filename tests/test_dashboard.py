@@ -321,7 +321,8 @@ def test_what_is_printed_stands_above_the_last_picture(terminal, monkeypatch):
     monkeypatch.setattr(Dashboard, "SHARE", 1e9)  # after every iteration
     streams = sys.stdout, sys.stderr
     train(Dashboard(), Talks())
-    assert (sys.stdout, sys.stderr) == streams
+    assert sys.stdout is streams[0]
+    assert sys.stderr is streams[1]
     assert handler.stream is sys.stderr
     written = terminal.readouterr().out
     shown = screen(written)
@@ -360,12 +361,25 @@ def test_errors_and_interrupts_leave_the_terminal_as_it_was(terminal, error):
     streams, bar = (sys.stdout, sys.stderr), Dashboard()
     with pytest.raises((ZeroDivisionError, SystemExit)):
         train(Fails(), bar)
-    assert (sys.stdout, sys.stderr) == streams
+    assert sys.stdout is streams[0]
+    assert sys.stderr is streams[1]
     written = terminal.readouterr().out
     assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
     assert "stopped · 384 of 1,024 steps · iteration 3" in screen(written)
     bar._trainer = None
     assert pickle.loads(pickle.dumps(bar)).live is None, "it can be sent to another process"
+
+
+def test_errors_without_a_terminal_leave_the_streams_as_they_were():
+    class Fails(lightning.Callback):
+        def on_train_batch_end(self, *_):
+            raise ZeroDivisionError("planted")
+
+    streams = sys.stdout, sys.stderr
+    with pytest.raises(ZeroDivisionError):
+        train(Fails(), Dashboard())
+    assert sys.stdout is streams[0]
+    assert sys.stderr is streams[1]
 
 
 def test_numbers_of_a_run_are_those_that_are_logged(terminal):

@@ -40,6 +40,16 @@ def test_without_a_display_a_video_is_written_and_returns_are_those_of_evaluate(
     assert np.mean(returns(printed)) == pytest.approx(found["eval/mean_reward"], abs=0.01)
 
 
+def test_a_video_that_is_there_is_kept_unless_it_is_to_be_replaced(checkpoint):
+    video = checkpoint.with_suffix(".mp4")
+    video.write_text("another")
+    with pytest.raises(SystemExit, match="run.mp4 exists: give another name, or force"):
+        run(["enjoy", str(checkpoint)])
+    assert video.read_text() == "another"
+    run(["enjoy", str(checkpoint), "--force"])
+    assert video.stat().st_size > 100
+
+
 def test_with_a_display_a_window_is_opened_and_no_file_is_written(checkpoint, capsys, monkeypatch):
     monkeypatch.setenv("DISPLAY", ":0")
     before = sorted(checkpoint.parent.iterdir())

@@ -22,6 +22,7 @@ from ppo_lightning import PPO, EnvironmentFault, InputError
 from ppo_lightning.envs import EnvFactory, RestartBudget, VectorEnvAdapter
 from ppo_lightning.envs.classic_control import CartPole
 
+CartPoles = partial(gym.make, "CartPole-v1", disable_env_checker=True)
 SMALL = {"num_envs": 3, "num_steps": 16, "total_steps": 96, "num_minibatches": 2}
 
 
@@ -247,6 +248,91 @@ def test_a_native_vector_with_wrong_observations_is_named(fit):
         fit(PPO(Native, **SMALL))
 
 
+@pytest.mark.parametrize(
+    ("space", "wrong", "said"),
+    [
+        (MultiDiscrete([3, 3]), [4, 0], "of MultiDiscrete([3 3])"),
+        (MultiBinary(2), [7, 0], "of MultiBinary(2)"),
+        (Discrete(3), 4, "of Discrete(3)"),
+        (Dict({"at": Discrete(3, start=-1), "more": Box(0, 1, (2,))}), {"at": 2, "more": [0, 0]}, "of Discrete(3, start=-1)"),
+    ],
+)  # fmt: skip
+def test_a_native_vector_with_values_outside_of_a_discrete_space_is_named(space, wrong, said):
+    class Native(VectorEnv):
+        num_envs = 2
+        metadata: ClassVar = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+        single_observation_space, single_action_space = space, Discrete(2)
+
+        def see(self, second):
+            rows = [self.single_observation_space.sample(), second]
+            if isinstance(space, Dict):
+                return {key: np.array([row[key] for row in rows], part.dtype) for key, part in space.items()}
+            return np.array(rows, space.dtype)
+
+        def reset(self, *, seed=None, options=None):
+            return self.see(self.single_observation_space.sample()), {}
+
+        def step(self, actions):
+            none = np.zeros(2, bool)
+            return self.see(wrong), np.zeros(2), none, none, {}
+
+    with pytest.raises(EnvironmentFault, match=rf"environment 1 of .* returned the observation .*{re.escape(said)}$"):
+        PPO(Native, **SMALL).collect()
+
+
+def test_what_a_step_is_given_is_its_own(fit):
+    """An environment may change its action in place."""
+
+    class Turns(gym.Env):
+        observation_space, action_space = Box(0, 9, (2,)), MultiDiscrete([4, 3])
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            seen = action.astype(np.float32)
+            action %= 2
+            return seen, 0.0, False, False, {}
+
+    model = PPO(Turns, num_envs=2, num_steps=8, num_minibatches=2)
+    model.seed = 1
+    rollout = model.collect()
+    assert (rollout["action"] > 1).any()
+    assert torch.equal(rollout["observation"][1:], rollout["action"][:-1].float())
+
+
+def test_a_vector_may_return_flipped_views():
+    class Flips(VectorWrapper):
+        def turned(self, observation):
+            return np.ascontiguousarray(observation[:, ::-1])[:, ::-1]
+
+        def reset(self, **how):
+            observation, info = self.env.reset(**how)
+            return self.turned(observation), info
+
+        def step(self, actions):
+            observation, *rest = self.env.step(actions)
+            return self.turned(observation), *rest
+
+    plain, flipped = (
+        collected(lambda make=make: make(gym.make_vec("CartPole-v1", 2))) for make in (lambda env: env, Flips)
+    )
+    assert torch.equal(plain["observation"], flipped["observation"])
+
+
+def test_attributes_of_a_wrapper_around_a_vector_can_be_set():
+    class Scales(VectorWrapper):
+        def __init__(self, env):
+            super().__init__(env)
+            self.scale = 1.0
+
+    vector = VectorEnvAdapter(EnvFactory(lambda: Scales(SyncVectorEnv([CartPoles] * 2))), 2, 60.0)
+    vector.set_env_attributes({"scale": 2.0, "gravity": 3.0})
+    assert (vector.env.scale, [env.unwrapped.gravity for env in vector.env.env.envs]) == (2.0, [3.0, 3.0])
+    with pytest.raises(InputError, match="has no attribute or method 'size'"):
+        vector.set_env_attributes({"size": 2.0})
+
+
 class Returns(VectorWrapper):
     """A vector whose steps, or resets, return something else than Gymnasium's do."""
 
@@ -441,6 +527,19 @@ def test_a_worker_that_dies_is_named(fit):
 def test_a_worker_of_several_environments_is_named_by_all_and_a_fault_by_its_own(fit, fault, message):
     assert message in run(PPO(faulty(fault), vectorization="async", num_workers=2, env_timeout_s=1.0, **SMALL), fit)
     assert not multiprocessing.active_children()
+
+
+def test_making_worker_processes_leaves_the_random_generators_of_this_one_alone():
+    random.seed(7)
+    torch.manual_seed(7)
+    expected = random.Random(7).random(), torch.rand((), generator=torch.Generator().manual_seed(7))
+    model = PPO("CartPole-v1", num_envs=2, num_steps=8, num_minibatches=1, vectorization="async")
+    random.seed(7)
+    torch.manual_seed(7)
+    model.seed = 1
+    model.collect()
+    model.close_environments()
+    assert (random.random(), torch.rand(())) == expected
 
 
 def test_rollouts_do_not_depend_on_the_number_of_workers():

@@ -348,6 +348,28 @@ def test_the_learning_curve_is_drawn_from_summary_or_table():
     assert draw_learning_curve("nowhere") is None
 
 
+def test_a_learning_curve_that_cannot_be_drawn_is_a_warning(monkeypatch):
+    def fails(*_):
+        raise AttributeError("_ARRAY_API not found")
+
+    monkeypatch.setattr("ppo_lightning.tools.charts.draw", fails)
+    run = leave("ended")
+    with pytest.warns(UserWarning, match="learning_curve.png was not drawn .AttributeError: _ARRAY_API not found"):
+        assert draw_learning_curve(run) is None
+
+
+def test_killed_runs_of_a_trainer_that_differ_in_their_seed_are_one_group():
+    runs = []
+    for seed in (1, 2):
+        run = Path(f"logs/version_{seed}")
+        log(run, 5)
+        (run / "hparams.yaml").write_text(f"env: CartPole-v1\ngamma: 0.9\nseed: {seed}\nprocesses: 1\n")
+        runs.append(read_run(run))
+    assert [run.config["seed_everything"] for run in runs] == [1, 2]
+    (group,) = grouped(runs)
+    assert group.runs == runs
+
+
 def test_the_command_draws_one_page_of_a_folder_of_runs(monkeypatch, capsys):
     for index in (0, 1, 10):
         leave(f"logs/version_{index}", seed=index, clip_range=0.1 if index else 0.2)

@@ -296,6 +296,19 @@ def test_what_a_curriculum_cannot_do_is_reported(options, steps, says, fit):
     assert "\n" not in str(caught.value)
 
 
+def test_a_metric_that_comes_later_is_waited_for(fit):
+    class Says(Hill):
+        def step(self, action):
+            observation, reward, terminated, truncated, info = super().step(action)
+            ended = terminated or truncated
+            return observation, reward, terminated, truncated, {**info, "metrics": {"done": 1.0}} if ended else info
+
+    levels = [Level({"length": 40}), Level({"length": 5}, metric="env/done", at_least=1)]
+    curriculum = Curriculum(levels)
+    fit(PPO(Says, **SMALL, total_steps=8 * 32), callbacks=[curriculum])
+    assert curriculum.stage == 2
+
+
 def test_a_metric_that_never_was_is_reported_at_the_end(fit):
     curriculum = Curriculum([Level(), Level(metric="rollout/ep_rew_maen", at_least=0)])
     with pytest.warns(

@@ -44,7 +44,12 @@ def fits(monkeypatch):
     monkeypatch.setattr(objective, "POLL_S", 0.0)
     # The command line is parsed once for all tests: that each key and value is tried there has a test of its own.
     monkeypatch.setattr(
-        search, "full_config", lambda config, flags=(), what="": {"model": {**DEFAULTS, **config["model"]}}
+        search,
+        "full_config",
+        lambda config, flags=(), what="": {
+            "model": {**DEFAULTS, **config["model"]},
+            "ckpt_path": config.get("ckpt_path"),
+        },
     )
 
     monkeypatch.setattr(results, "plot_study", lambda study, spec: None)
@@ -206,13 +211,33 @@ def test_a_space_that_cannot_be_searched_is_refused_in_one_sentence(space, said)
         ({"trials": 0}, "trials must be 1 or more"),
         ({"config": {"model": {"envv": "CartPole-v1"}}}, "config: "),
         ({"storage": "nonsense://x"}, "storage nonsense://x cannot be opened"),
+        ({"flags": ["--ckpt_path", "FILE"]}, "a sweep begins new runs: leave ckpt_path out"),
     ],
 )
-def test_a_search_that_cannot_be_is_refused_in_one_sentence(asked, said):
+def test_a_search_that_cannot_be_is_refused_in_one_sentence(asked, said, fit, tmp_path):
+    if "flags" in asked:
+        file = tmp_path / "at.ckpt"
+        fit(PPO("CartPole-v1", num_envs=2, num_steps=16, num_minibatches=2, total_steps=32)).save_checkpoint(file)
+        asked = {"flags": [*asked["flags"][:-1], str(file)]}
     with pytest.raises(InputError) as error:
         sweep(**{"config": CONFIG, "space": SPACE, **asked})
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_config_of_a_sweep_may_name_what_lies_here_and_lightnings_callbacks(tmp_path, monkeypatch):
+    """As one of fit may."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    (tmp_path / "lies_here.py").write_text("from ppo_lightning import PPOLoss\n\n\nclass Mine(PPOLoss):\n    pass\n")
+    timer = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"duration": "00:01:00:00"}}
+    config = {
+        "model": {"env": "CartPole-v1", "loss": {"class_path": "lies_here.Mine"}},
+        "trainer": {"callbacks": [timer]},
+    }
+    found = search.full_config(config)
+    assert found["model"]["loss"]["class_path"] == "lies_here.Mine"
+    assert found["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -225,10 +250,11 @@ def test_a_run_that_reaches_the_threshold_beats_all_that_do_not_and_these_rank_b
 
     assert steps(20, 480, 490) == 200
     assert steps(20, 475) == 200
-    assert steps(75, 275) == 1000 * (1 + 0.5)
-    assert steps(75, 75) == 2000
-    assert 1000 < steps(20, 470) < steps(20, 300) < steps(20, 20)
+    assert steps(75, 0) == pytest.approx(1000 * (2 - 1 / (1 + 400 / 475)))
+    assert 1000 < steps(20, 470) < steps(20, 300) < steps(20, 20) < steps(-500, -400) < 2000
+    assert steps(90, 300) < steps(-1000, 100), "wherever a run began"
     assert steps(math.nan, 20, math.nan, 300) == steps(20, 300)
+    assert steps(*[20] * 10, 475) == 1000, "its last iteration ends beyond the budget"
 
 
 def test_a_score_is_the_last_value_and_costs_are_the_last_steps_and_seconds():

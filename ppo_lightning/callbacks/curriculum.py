@@ -12,6 +12,7 @@ from ppo_lightning.callbacks.async_evaluation import AsyncEvaluation
 from ppo_lightning.callbacks.events import EvaluationCallback, callbacks_of
 from ppo_lightning.envs import EnvOverrides
 from ppo_lightning.errors import InputError
+from ppo_lightning.metric_names import may_come_later
 from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import FINITE, INDEX, ONE_OR_MORE, check_fields, checked
 
@@ -221,7 +222,7 @@ class Curriculum(EvaluationCallback):
         if value is not None:
             if is_new:
                 self.reached = self.reached + 1 if self.levels[self.stage].accepts(value) else 0
-        elif not metric.startswith("rollout/"):  # which are logged once an episode has ended
+        elif not (metric.startswith("rollout/") or may_come_later(metric)):
             raise InputError(
                 f"level {self.stage + 1} of the Curriculum waits for {metric}, which there is not: take one of "
                 f"{', '.join(sorted(metrics))}, or of an evaluation (eval/mean_reward)"

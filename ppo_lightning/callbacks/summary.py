@@ -39,7 +39,7 @@ class RunSummary(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = trainer.log_dir  # all ranks ask: the answer is broadcast
-        self._folder = Path(folder) if trainer.loggers and folder is not None else None
+        self._folder = None if not trainer.loggers or folder is None or "://" in folder else Path(folder)
         if self._records.begun_at is None:
             self._records.begun_at = cast(PPOModule, pl_module).num_env_steps
         self._since = time.perf_counter()

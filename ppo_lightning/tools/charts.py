@@ -202,19 +202,19 @@ def draw_learning_curve(run: Path | str) -> Path | None:
         run: folder of the run.
 
     Returns:
-        ``learning_curve.png`` in that folder; None if matplotlib is not installed or the run logged nothing.
+        ``learning_curve.png`` in that folder; None where none was drawn: matplotlib is not installed, or there are no logs.
     """
+    file = Path(run) / "learning_curve.png"
     if not can_draw():
         return None
     try:
         found = read_run(Path(run))
+        figure = draw(RETURN, RETURN.curves(found), (7, 4))
+        figure.axes[0].set(ylabel="return", title=f"{found.environment} · {Path(run).resolve().name}")
+        write_atomically(file, to_png(figure, 150))
     except InputError:
         return None
-    figure = draw(RETURN, RETURN.curves(found), (7, 4))
-    figure.axes[0].set(ylabel="return", title=f"{found.environment} · {Path(run).resolve().name}")
-    file = Path(run) / "learning_curve.png"
-    try:
-        write_atomically(file, to_png(figure, 150))
-    except OSError as error:  # a full disk
-        rank_zero_warn(f"{file} could not be written ({error})")
+    except Exception as error:  # of matplotlib, or a full disk: no reason to fail the run
+        rank_zero_warn(f"{file} was not drawn ({type(error).__name__}: {error})")
+        return None
     return file

@@ -367,6 +367,7 @@ class Dashboard(StepProgressBar):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop("stopped")
+        super().on_exception(trainer, pl_module, exception)
 
     @override
     def print(self, *args: Any, **kwargs: Any) -> None:

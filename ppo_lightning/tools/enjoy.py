@@ -38,11 +38,12 @@ def main(words: list[str]) -> None:
             raise InputError(f"--episodes must be 1 or more, got {given.episodes}")
         if given.out is not None and given.out.suffix != ".mp4":
             raise InputError(f"--out {given.out} is no video: give a name that ends in .mp4")
-        if given.out is not None:
-            check_output(given.out, force=given.force)
         checkpoint, deterministic = checkpoint_path(given), not given.stochastic
+        file = given.out or (None if has_display() else checkpoint.with_suffix(".mp4"))
+        if file is not None:
+            check_output(file, force=given.force)
         model = load(given, checkpoint)
-        if given.out is None and has_display():
+        if file is None:
             environments = rendering_environment(model, "human", lambda env: env)
             try:
                 for number in range(given.episodes):
@@ -51,7 +52,6 @@ def main(words: list[str]) -> None:
             finally:
                 environments.close()
         else:
-            file = given.out or checkpoint.with_suffix(".mp4")
             episodes = record_to(file.resolve(), model, episodes=given.episodes, deterministic=deterministic)
             print(f"video  {file}")
             for number, episode in enumerate(episodes.tolist()):

@@ -117,7 +117,7 @@ class HealthMonitor(Callback):
     def __init__(self, act: bool = False, thresholds: Thresholds | None = None) -> None:
         self.act = act
         self.thresholds = Thresholds() if thresholds is None else thresholds
-        self._given: Linear | None = None
+        self._is_applied = False
         self._folder: Path | None = None
         self._skipped = 0.0
         self._critic_parameters: list[Parameter] = []
@@ -188,7 +188,7 @@ class HealthMonitor(Callback):
         module = cast(PPOModule, pl_module)
         folder = trainer.log_dir if trainer.loggers else None  # a broadcast, in which all ranks take part
         self._folder = None if folder is None or "://" in folder else Path(folder)
-        self._given, self._skipped = None, 0.0
+        self._is_applied, self._skipped = False, 0.0
         policy = cast(Policy, pl_module.policy)
         self._critic_parameters = policy.critic_parameters  # once, since the search takes as long as an inspection
         self._network_parameters = _configurable(policy.network)
@@ -199,11 +199,10 @@ class HealthMonitor(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._given is None:  # by now Lightning has restored the optimizer's state
-            module = cast(PPOModule, pl_module)
-            self._given = module.schedules["ent_coef"]
+        if not self._is_applied:  # by now Lightning has restored the optimizer's state
+            self._is_applied = True
             for act in self.acts:
-                _apply(act, trainer, module, self)
+                _apply(act, trainer, cast(PPOModule, pl_module), self)
 
     @override
     def on_train_batch_end(
@@ -375,9 +374,9 @@ class HealthMonitor(Callback):
 
     def _restore(self, pl_module: LightningModule) -> None:
         """Restore the user's schedule; another fit applies the interventions again."""
-        if self._given is not None:
+        if self._is_applied:
             cast(PPOModule, pl_module).schedules.release(self)
-            self._given = None
+            self._is_applied = False
 
     def _log(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:

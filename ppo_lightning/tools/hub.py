@@ -303,11 +303,12 @@ def push(
         try:
             if api.token is None and not os.environ.get("HF_TOKEN"):
                 api.whoami()  # reads the stored token, and raises where there is none
-            mean = save_folder(checkpoint, folder, repository, **options)
-            api.create_repo(repository, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=folder, commit_message="PPO by ppo_lightning")
         except LocalTokenNotFoundError:
             raise InputError("the Hub needs to know who you are: `hf auth login`, or set HF_TOKEN") from None
+        mean = save_folder(checkpoint, folder, repository, **options)
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=folder, commit_message="PPO by ppo_lightning")
         except (HfHubHTTPError, OSError) as error:
             raise InputError(
                 f"{repository} could not be uploaded ({_first_line(error)}): check the name, that HF_TOKEN may write there, "

@@ -44,7 +44,7 @@ def number(value: float | None) -> str:
     size = abs(value)
     if size < 0.1 or size >= 1e6:
         return f"{value:.2g}" if size < 1e-3 else f"{value:.3g}"
-    return f"{value:,.0f}" if size >= 1e4 else f"{value:.4g}"
+    return f"{value:,.0f}" if size >= 9999.5 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

@@ -45,7 +45,7 @@ class RunReport(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = trainer.log_dir  # a broadcast, in which all ranks take part
-        self._folder = Path(folder) if trainer.loggers and folder is not None else None
+        self._folder = None if not trainer.loggers or folder is None or "://" in folder else Path(folder)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

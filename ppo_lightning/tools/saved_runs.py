@@ -77,9 +77,11 @@ def read_run(folder: Path) -> SavedRun:
     elif found is not None and "hyperparameters" in found:
         config = {"model": found["hyperparameters"], "seed_everything": found["seed"]}
     else:
-        config = {"model": _yaml(folder / "hparams.yaml")} if (folder / "hparams.yaml").is_file() else {}
+        values = _yaml(folder / "hparams.yaml") if (folder / "hparams.yaml").is_file() else {}
+        config = {"seed_everything": values.pop("seed", None), "model": values} if values else {}
+        values.pop("processes", None)
     if table.is_file():
-        logged = _logged(table, config.get("model", {}).get("metric_names", "sb3"), folder)
+        logged = _logged(table, config.get("model", {}).get("metric_names", "sb3"))
         if found is None or logged["global_step"] > found["global_step"]:  # killed after a resume
             found = {**({} if found is None else found), **logged}
     assert found is not None
@@ -88,7 +90,7 @@ def read_run(folder: Path) -> SavedRun:
     return SavedRun(folder, found, config, health, videos)
 
 
-def _logged(table: Path, names: str, folder: Path) -> dict[str, Any]:
+def _logged(table: Path, names: str) -> dict[str, Any]:
     """The summary of a killed run, computed from ``metrics.csv``."""
     text = table.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line may be incomplete
     kinds = [(row["step"], ELAPSED_KEY in row) for row in _rows(table, text, names)]
@@ -112,7 +114,7 @@ def _logged(table: Path, names: str, folder: Path) -> dict[str, Any]:
         records.seconds["elapsed"] += clock - before if clock > before else clock  # a resume resets it
         for part in PARTS:
             records.seconds[part] += row.get(f"time/{part}", 0.0)
-    files = {name: folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "best")}
+    files = {name: table.parent / "checkpoints" / f"{name}.ckpt" for name in ("last", "best")}
     latest, best = (str(file) if file.is_file() else None for file in files.values())
     summary = summarize_records(
         records, env_steps=steps, iterations=iterations, episodes=[], latest_checkpoint=latest, best_checkpoint=best

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ppo_lightning.arguments import PlainParser
 from ppo_lightning.errors import InputError, exit_on_user_error
+from ppo_lightning.parameters import usable_cores
 from ppo_lightning.runs.checkpoint import write_atomically
 from ppo_lightning.tools.charts import can_draw
 from ppo_lightning.tools.comparison import comparison, grouped
@@ -109,9 +110,8 @@ def main(words: list[str]) -> None:
     with exit_on_user_error():
         given, rest = parser.parse_known_args(words)
         _check(given, rest)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         seeds = range(given.seed_everything, given.seed_everything + given.seeds)
-        folders = fit_seeds(rest, seeds, given.jobs or min(len(seeds), cores), given.name)
+        folders = fit_seeds(rest, seeds, given.jobs or min(len(seeds), usable_cores()), given.name)
         if not folders or not can_draw():
             return
         name = re.sub(r"(_s\d+)?_\d+$", "", folders[0].name)

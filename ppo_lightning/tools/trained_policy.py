@@ -1,11 +1,10 @@
 """What the commands on a trained policy have in common: the checkpoint that they are given, and the file that they write."""
 
 import argparse
-import os
-import sys
 import tempfile
 from pathlib import Path
 
+from ppo_lightning.arguments import import_from_here
 from ppo_lightning.errors import InputError
 from ppo_lightning.ppo import PPO
 from ppo_lightning.runs.checkpoint import located_checkpoint
@@ -32,8 +31,7 @@ def trusted(given: argparse.Namespace, checkpoint: Path) -> dict[str, object]:
     """Hyperparameters to load the checkpoint with: those that no checkpoint may choose, where the user trusts it."""
     if not given.trust:
         return {}
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())  # as `fit` does
+    import_from_here()
     return names_to_trust(checkpoint)
 
 

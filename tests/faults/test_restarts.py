@@ -196,3 +196,24 @@ def test_an_evaluation_survives_a_crash(monkeypatch):
     monkeypatch.setattr(model, "evaluation_seed", lambda *_: FIRST_SEED)
     with pytest.warns(UserWarning, match="environment 0 raised ZeroDivisionError in step.*restarted \\(1 of 1\\)"):
         assert model.evaluate(2)["eval/mean_ep_length"] == 5.0  # the one that crashed does not count
+
+
+def test_an_evaluation_does_not_count_the_episodes_of_a_worker_that_died(monkeypatch):
+    model = PPO(partial(Crash, "kill", index=0), max_env_restarts=1, num_envs=2, vectorization="async")
+    model.seed = FIRST_SEED
+    monkeypatch.setattr(model, "evaluation_seed", lambda *_: FIRST_SEED)
+    with pytest.warns(UserWarning, match=r"the worker process of environment \[0\] died in step"):
+        found = model.evaluate(2)
+    model.close_environments()
+    assert found["eval/mean_ep_length"] == 5.0
+
+
+def test_a_restart_in_a_reset_after_a_cut_episode_is_counted():
+    environments = VectorEnvAdapter(
+        EnvFactory(partial(Crash, "raise in reset"), restarts=True), 2, 60.0, restarts=RestartBudget(limit=1)
+    )
+    observation = environments.reset(FIRST_SEED)
+    for _ in range(3):
+        observation = environments.step(np.zeros(2, dtype=np.int64)).observation
+    with pytest.warns(UserWarning, match=r"environment 1 raised ZeroDivisionError in reset.*restarted \(1 of 1\)"):
+        environments.reset_envs(np.array([False, True]), observation)

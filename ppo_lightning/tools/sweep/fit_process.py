@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from ppo_lightning.callbacks import EvaluationCallback
 from ppo_lightning.errors import InputError
+from ppo_lightning.metric_names import may_come_later
 
 GRACE_S = 10.0
 """Time that a process gets to shut down after SIGTERM; the end of a long iteration takes five seconds."""
@@ -80,7 +81,7 @@ class Progress(EvaluationCallback):
 
     def _write(self, trainer: Trainer, step: int) -> None:
         if self.metric not in trainer.callback_metrics:
-            if self.metric.startswith("rollout/"):  # until an episode has ended
+            if may_come_later(self.metric):
                 return
             near = difflib.get_close_matches(self.metric, trainer.callback_metrics, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(trainer.callback_metrics)}"

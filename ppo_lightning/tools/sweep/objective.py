@@ -1,7 +1,6 @@
 """The options of a sweep, and the objective of its study: trains the runs of a trial and measures them."""
 
 import math
-import os
 import statistics
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from ppo_lightning.errors import InputError
-from ppo_lightning.parameters import ONE_OR_MORE, check_fields
+from ppo_lightning.parameters import ONE_OR_MORE, check_fields, usable_cores
 from ppo_lightning.tools.sweep.fit_process import FitProcess, Measurement
 from ppo_lightning.tools.sweep.space import Range, Space, with_values
 
@@ -70,8 +69,8 @@ class SweepOptions:
     pruner: Literal["median", "none"] | None = field(
         default=None,
         metadata={
-            "help": "median stops a trial that is worse than the median of earlier trials at a 20th of its steps "
-            "(default: median with one objective)"
+            "help": "median stops a trial that is worse than the median of earlier ones, asked at each 20th of its steps "
+            "from the fourth on (default: median with one objective)"
         },
     )
     seeds: int = field(default=1, metadata={"help": "runs of each trial, whose mean counts (count)"})
@@ -141,7 +140,7 @@ class SearchSpec:
 
     @property
     def budget(self) -> int:
-        """Environment steps of the longest possible trial."""
+        """The most environment steps that a trial may ask for."""
         longest = int(self.config["model"]["total_steps"])
         steps = self.space.get("model.total_steps")
         return longest if steps is None else max(longest, *steps.examples())
@@ -158,14 +157,15 @@ class SearchSpec:
 def objective_value(rows: Sequence[Measurement], objective: str, threshold: float | None, budget: int) -> float:
     """The value of one run for one objective.
 
-    A run that never reaches the threshold counts as ``budget`` steps, plus as many times the share that it lacks: worse than
-    every run that reaches it, and better the nearer it came.
+    A run that never reaches the threshold counts as more than ``budget`` steps, and as fewer the nearer it came: as ``budget``
+    · (2 - 1 / (1 + d)), where d is the distance of its best value from the threshold, in thresholds. One that reaches it counts
+    as ``budget`` steps at most, though its last iteration may end beyond these.
 
     Args:
         rows: measurements of the run, the last of them finite.
         objective: a key of :data:`DIRECTIONS`.
         threshold: of steps_to, in the metric's units.
-        budget: environment steps of the longest possible trial.
+        budget: the most environment steps that a trial may ask for.
     """
     if objective == "score":
         return rows[-1].value
@@ -175,9 +175,9 @@ def objective_value(rows: Sequence[Measurement], objective: str, threshold: floa
         return rows[-1].steps
     reached = [row.steps for row in rows if row.value >= threshold]
     if reached:
-        return reached[0]
-    values = [row.value for row in rows if math.isfinite(row.value)]
-    return budget * (1 + (threshold - max(values)) / (threshold - values[0]))
+        return min(reached[0], budget)
+    best = max(row.value for row in rows if math.isfinite(row.value))
+    return budget * (2 - 1 / (1 + (threshold - best) / (abs(threshold) or 1)))
 
 
 def retry_history(trial: "FrozenTrial") -> list[int]:
@@ -261,8 +261,7 @@ class Objective:
     def _train(self, trial: "Trial") -> list[list[Measurement]]:
         """Measurements of each of the trial's runs."""
         options = self.spec.options
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, cores // options.workers) if options.workers > 1 else None
+        threads = max(1, usable_cores() // options.workers) if options.workers > 1 else None
         config = self.spec.config_of({key: item.suggest(trial, key) for key, item in self.spec.space.items()})
         folder = self.spec.folder / "trials" / f"{trial.number:04}"
         folder.mkdir(parents=True, exist_ok=True)

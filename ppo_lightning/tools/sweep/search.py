@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 import yaml
 
-from ppo_lightning.arguments import PlainParser
+from ppo_lightning.arguments import PlainParser, import_from_here
 from ppo_lightning.cli import CLI_OPTIONS, PPOCLI
 from ppo_lightning.errors import InputError, exit_on_user_error
 from ppo_lightning.parameters import LIMITS, converted
@@ -141,6 +141,8 @@ def sweep(
     """
     given, ranges = SweepOptions(**options), read_space(space)
     base = full_config(config, flags)
+    if base["ckpt_path"] is not None:
+        raise InputError("a sweep begins new runs: leave ckpt_path out")
     name = given.study or ("sweep" if isinstance(config, Mapping) else Path(config).stem)
     spec = SearchSpec(ranges, base, Path(given.folder or Path("sweeps") / name).resolve(), given)
     _check_space(ranges, base)
@@ -260,6 +262,7 @@ def full_config(config: str | Path | Mapping[str, Any], flags: Sequence[str] = (
                 return full_config(file, flags)
             except InputError as error:
                 raise InputError((what or "config: ") + str(error).removeprefix(f"{file}: ")) from error
+    import_from_here()
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):  # --print_config exits
         PPOCLI(PPO, **CLI_OPTIONS, args=["fit", f"--config={config}", *flags, "--print_config"])
