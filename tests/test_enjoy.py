@@ -43,7 +43,7 @@ def test_without_a_display_a_video_is_written_and_returns_are_those_of_evaluate(
 def test_a_video_that_is_there_is_kept_unless_it_is_to_be_replaced(checkpoint):
     video = checkpoint.with_suffix(".mp4")
     video.write_text("another")
-    with pytest.raises(SystemExit, match="run.mp4 exists: give another name, or force"):
+    with pytest.raises(SystemExit, match=r"run\.mp4 exists: give another name, or force"):
         run(["enjoy", str(checkpoint)])
     assert video.read_text() == "another"
     run(["enjoy", str(checkpoint), "--force"])

@@ -169,8 +169,8 @@ def _episodes(
         for index in sorted({*rows, *np.flatnonzero(cut).tolist()}):
             row = rows.get(index)
             if done[index] < quota[index] and not environments.crashed[index]:
-                is_known = row is not None and after.success_failure is not None
-                outcome = after.success_failure[row] if is_known else (np.nan, np.nan)
+                known = after.success_failure
+                outcome = (np.nan, np.nan) if row is None or known is None else known[row]
                 results[index].append((totals[index], lengths[index], *map(float, outcome), float(cut[index])))
                 done[index] += 1
                 if row is not None:
