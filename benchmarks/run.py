@@ -112,6 +112,7 @@ def measure(workload: str, contestants: list[str], repeats: int, scale: float) -
             result = run(script, python, workload, int(size.steps * scale), flags)
             if "unsupported" in result:
                 missing[name] = result["unsupported"]
+                runs.pop(name, None)
                 del calls[name]
                 continue
             runs.setdefault(name, []).append(result)
@@ -152,13 +153,12 @@ def table(results: dict[str, Any]) -> str:
             lines += [f"\nOver the best of {', '.join(peers)} ({best}): **{ours / peers[best]:.2f}**."]
         if "rejax" in result["runs"] and ours:
             lines += [f"\nOver rejax: **{ours / rate(result['runs']['rejax']):.2f}**."]
-        beside = {"plain": "Lightning's share", "bare": "The share of HealthMonitor and RunSummary"}
+        beside = {"plain": "Lightning", "bare": "HealthMonitor and RunSummary"}
         for kind, without in itertools.product(("", " eager"), beside):
             through, rest = result["runs"].get(f"{OURS}{kind}"), result["runs"].get(f"{OURS}{kind} {without}")
             if through and rest:
-                lines += [
-                    f"\n{beside[without]} of the time{kind or ' compiled'}: {rate(rest) / rate(through) - 1:.1%}."
-                ]
+                over = rate(rest) / rate(through) - 1
+                lines += [f"\nOverhead of {beside[without]},{kind or ' compiled'}: {over:.1%} over the time without."]
         if result["parts_s"]:
             total = sum(result["parts_s"].values())
             shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in result["parts_s"].items())
