@@ -193,6 +193,7 @@ GOOD: dict[str, list[Callable[[], Any]]] = {
 }  # fmt: skip
 
 NETWORK: dict[str, list[Callable[[], Any]]] = {
+    "critic_hidden_sizes": [lambda: None, lambda: [8], lambda: (), lambda: (0,), lambda: 8],
     "hidden_sizes": [lambda: [8], lambda: (), lambda: (8, np.int64(8)), lambda: (0,), lambda: 8, lambda: [10**12]],
     "activation": [lambda: nn.ReLU, lambda: nn.ReLU(), lambda: nn.Linear, lambda: nn.Module, lambda: nn.Identity],
     "layer_norm": [lambda: True, lambda: "false"],

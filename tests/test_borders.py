@@ -292,6 +292,8 @@ def test_predict_needs_the_mask_that_the_observation_has():
         ({"log_std_init": 5.0}, "must lie within log_std_range"),
         ({"hidden_sizes": 64}, "hidden_sizes must be 1 or more"),
         ({"hidden_sizes": (0,)}, "hidden_sizes must be 1 or more"),
+        ({"critic_hidden_sizes": (0,)}, "critic_hidden_sizes must be 1 or more"),
+        ({"critic_hidden_sizes": (8,), "shared": True}, "leave out critic_hidden_sizes"),
         ({"rnn": "lstm", "rnn_size": 0}, "rnn_size must be 1 or more"),
         ({"encoders": {"": lambda space: 7}}, "is a int: it must be a torch.nn.Module"),
         ({"encoders": {"": lambda space: nn.Linear(9, 9)}}, "the encoder Linear raised RuntimeError"),

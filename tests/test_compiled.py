@@ -73,6 +73,7 @@ CASES = {
             "ent_coef": 0.01,
         },
     ),
+    "critic of other sizes": ("CartPole-v1", {"policy": partial(ActorCritic, critic_hidden_sizes=(16, 8))}),
     "std of each state": (
         "Pendulum-v1",
         {

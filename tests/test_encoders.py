@@ -134,6 +134,19 @@ def test_each_part_of_a_dict_has_its_encoder_and_they_are_concatenated():
         assert not torch.equal(policy(policy.features(changed))[0], before)
 
 
+@pytest.mark.parametrize("rnn", [None, "lstm"])
+def test_the_value_may_have_hidden_layers_of_its_own(rnn):
+    network = ActorCritic(
+        Box(-1, 1, (3,)), Discrete(2), hidden_sizes=(8,), critic_hidden_sizes=(16, 4), rnn=rnn, rnn_size=5
+    )
+    widths = [
+        [layer.out_features for layer in trunk.layers if isinstance(layer, nn.Linear)]
+        for trunk in (network.actor_trunk, network.critic_trunk)
+    ]
+    assert widths == [[8], [16, 4]]
+    assert network.value_head.in_features == (4 if rnn is None else 5)
+
+
 def test_an_image_alone_has_no_further_hidden_layers_by_default():
     assert len(ActorCritic(pixels(4, 84, 84), Discrete(2)).actor_trunk.layers) == 0
     assert len(ActorCritic(OBSERVATIONS["both"], Discrete(2)).actor_trunk.layers) == 4

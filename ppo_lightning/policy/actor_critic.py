@@ -26,6 +26,9 @@ from ppo_lightning.policy.encoders import Encoder, ImpalaCNN, NatureCNN, linear,
 from ppo_lightning.policy.recurrent import RecurrentLayer, RNNType
 from ppo_lightning.spaces import Tree, flatten_spaces, is_image, subspaces, tensor_spec, tree_map
 
+UNITS = Limit("be 1 or more (a list of whole numbers)", lambda size: size >= 1)
+"""Of each layer."""
+
 
 class ActorCritic(nn.Module):
     """Encoders, hidden layers and recurrent layers of policy and value, separate or shared, with orthogonal initialisation.
@@ -38,6 +41,7 @@ class ActorCritic(nn.Module):
         observation_space: of the environment.
         action_space: of the environment.
         hidden_sizes: units of each hidden layer; null is 64, 64, and no hidden layers after images alone.
+        critic_hidden_sizes: the same for the value; null is hidden_sizes.
         activation: class of the activation after each hidden layer.
         layer_norm: normalise each hidden layer's output before its activation.
         image_encoder: class_path or callable (space) -> network for images; null is NatureCNN from 36 × 36 pixels,
@@ -61,7 +65,8 @@ class ActorCritic(nn.Module):
     """
 
     @checked(
-        hidden_sizes=Limit("be 1 or more (a list of whole numbers)", lambda size: size >= 1),
+        hidden_sizes=UNITS,
+        critic_hidden_sizes=UNITS,
         rnn_size=ONE_OR_MORE,
         log_std_init=FINITE,
         log_std_range=FINITE,
@@ -72,6 +77,7 @@ class ActorCritic(nn.Module):
         observation_space: Space[Any],
         action_space: Space[Any],
         hidden_sizes: Sequence[int] | None = None,
+        critic_hidden_sizes: Sequence[int] | None = None,
         activation: type[nn.Module] = nn.Tanh,
         layer_norm: bool = False,
         image_encoder: Encoder | None = None,
@@ -91,6 +97,10 @@ class ActorCritic(nn.Module):
         super().__init__()
         if shared and (actor_keys is not None or critic_keys is not None):
             raise InputError("shared: true gives policy and value the same input: leave out actor_keys and critic_keys")
+        if shared and critic_hidden_sizes is not None:
+            raise InputError(
+                "shared: true gives policy and value the same hidden layers: leave out critic_hidden_sizes"
+            )
         if entropy_weights and subspaces(action_space) is None:
             raise InputError(
                 f"entropy_weights are for the parts of a Dict or Tuple, the action space is {action_space}"
@@ -98,12 +108,12 @@ class ActorCritic(nn.Module):
         std = StdOptions(float(log_std_init), *log_std_range, state_dependent_std)
         std.check(action_space, distribution)
 
-        def trunk(keys: Sequence[str] | None, option: str) -> Trunk:
+        def trunk(keys: Sequence[str] | None, option: str, sizes: Sequence[int] | None) -> Trunk:
             spaces = select_spaces(flatten_spaces(observation_space), keys, option)
             layers = build_encoders(spaces, image_encoder, encoders or {}, flatten_spaces(observation_space))
-            return Trunk(layers, spaces, hidden_sizes, activation, layer_norm, rnn, rnn_size)
+            return Trunk(layers, spaces, sizes, activation, layer_norm, rnn, rnn_size)
 
-        self.actor_trunk = trunk(actor_keys, "actor_keys")
+        self.actor_trunk = trunk(actor_keys, "actor_keys", hidden_sizes)
         self.distribution = action_distribution(
             action_space,
             distribution,
@@ -112,7 +122,8 @@ class ActorCritic(nn.Module):
             entropy_weights=entropy_weights,
         )
         self.action_head = action_head(self.distribution, self.actor_trunk.size, std)
-        self.critic_trunk = self.actor_trunk if shared else trunk(critic_keys, "critic_keys")
+        of_critic = hidden_sizes if critic_hidden_sizes is None else critic_hidden_sizes
+        self.critic_trunk = self.actor_trunk if shared else trunk(critic_keys, "critic_keys", of_critic)
         self.value_head = linear(self.critic_trunk.size, 1, gain=1.0)
         self.shared = shared
         self.state_size = self.actor_trunk.state_size * (1 if shared else 2)
