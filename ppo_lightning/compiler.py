@@ -51,7 +51,7 @@ class Compilation:
 
         Args:
             choice: the user's.
-            gradient_steps: of the run, on one rank.
+            gradient_steps: of the run, were it on one rank: several ranks take as many together.
             network: that is trained; convolutions gain nothing, since their time is arithmetic.
         """
         if choice != "auto":

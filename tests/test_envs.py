@@ -333,6 +333,24 @@ def test_attributes_of_a_wrapper_around_a_vector_can_be_set():
         vector.set_env_attributes({"size": 2.0})
 
 
+@pytest.mark.parametrize("like", [np.zeros, torch.zeros])
+def test_an_attribute_of_whole_numbers_takes_no_fractions(like):
+    class Holds(gym.Wrapper):
+        def __init__(self):
+            super().__init__(CartPoles())
+            self.flags, self.fractions = like(3) > 0, like(3)
+
+    vector = VectorEnvAdapter(EnvFactory(Holds), 1, 60.0)
+    vector.set_env_attributes({"flags": 1, "fractions": 0.5})
+    env = vector.env.envs[0]
+    assert env.get_wrapper_attr("flags").tolist() == [True] * 3
+    assert env.get_wrapper_attr("fractions").tolist() == [0.5] * 3
+    with pytest.raises(
+        InputError, match=r"the attribute flags is of .*bool, which does not hold 0.5: give another value"
+    ):
+        vector.set_env_attributes({"flags": 0.5})
+
+
 class Returns(VectorWrapper):
     """A vector whose steps, or resets, return something else than Gymnasium's do."""
 

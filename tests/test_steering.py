@@ -327,6 +327,8 @@ def test_a_metric_that_never_was_is_reported_at_the_end(fit):
         lambda: Level(metric="rollout/ep_rew_mean"),
         lambda: Level(metric="rollout/ep_rew_mean", at_least=3.0, at_most=2.0),
         lambda: Level(at_least=3.0),
+        lambda: Level({"length": np.zeros(2)}),
+        lambda: Level(env_kwargs={"length": torch.zeros(2)}),
         lambda: Level(metric="rollout/ep_rew_mean", at_least=3.0, times=0),
         lambda: Stages([]),
         lambda: Stages([Stage(from_steps=5)]),

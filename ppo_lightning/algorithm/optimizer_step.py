@@ -104,7 +104,6 @@ class EagerStep:
         """Prepare an update."""
         self.settings = settings
         self._set_samples(samples, plan)
-        self.permutations = plan.permutations.to(samples["advantage"].device)
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.norms_of_parameters: list[Tensor] = []
@@ -126,7 +125,7 @@ class EagerStep:
         samples, plan = self.samples, self.plan
         if plan.moments is not None:
             samples = {**samples, "advantage": plan.normalized_advantage(samples["advantage"], epoch)}
-        parts = minibatches(samples, self.permutations[epoch], plan.sizes)
+        parts = minibatches(samples, plan.permutations[epoch].to(samples["advantage"].device), plan.sizes)
         return zip(parts, plan.loss_weights[epoch], strict=True)
 
     def gradient(self, minibatch: tuple[Samples, float]) -> Tensor | None:

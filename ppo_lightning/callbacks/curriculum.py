@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
@@ -41,10 +43,16 @@ class Level:
     """How often in a row the metric must be within its bounds: iterations, or evaluations for ``eval/…`` (count)."""
 
     def __post_init__(self) -> None:
-        """Refuse bounds without a metric, and a metric without bounds."""
+        """Refuse bounds without a metric, a metric without bounds, and values that cannot be compared or saved."""
         check_fields(
             self, "{} of a Curriculum's Level", from_steps=INDEX, at_least=FINITE, at_most=FINITE, times=ONE_OR_MORE
         )
+        for name, value in (*self.attributes.items(), *self.env_kwargs.items()):
+            if isinstance(value, np.ndarray | torch.Tensor):
+                raise InputError(
+                    f"a Level of a Curriculum gives {name} as {type(value).__name__}: give a number or a list, with which an "
+                    "attribute that is an array or tensor is filled"
+                )
         if (self.metric is None) != (self.at_least is None and self.at_most is None):
             raise InputError(
                 f"a Level of a Curriculum has metric {self.metric}, at_least {self.at_least} and at_most {self.at_most}: "

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ppo_lightning.envs.third_party import IsaacLabVectorEnv
+from ppo_lightning.errors import InputError
 
 
 def wrapper_chain(env: Any) -> list[Any]:
@@ -47,6 +48,9 @@ def set_attributes(env: Any, values: Mapping[str, Any]) -> str | None:
 
     Returns:
         The first name that no layer has; None where all were set.
+
+    Raises:
+        InputError: an array or tensor of whole numbers or flags cannot hold a value.
     """
     for name, value in values.items():
         *path, last = name.split(".")
@@ -57,12 +61,23 @@ def set_attributes(env: Any, values: Mapping[str, Any]) -> str | None:
         if callable(now):
             now(value)
             continue
-        if isinstance(now, torch.Tensor):
-            value = torch.as_tensor(value).to(now).expand_as(now).clone()
-        elif isinstance(now, np.ndarray):
-            value = np.broadcast_to(np.asarray(value, now.dtype), now.shape).copy()
-        setattr(owner, last, value)
+        setattr(owner, last, _filled(name, now, value) if isinstance(now, torch.Tensor | np.ndarray) else value)
     return None
+
+
+def _filled(name: str, now: Any, value: Any) -> Any:
+    """A tensor or array like ``now`` with the value in each place."""
+    if isinstance(now, torch.Tensor):
+        given = torch.as_tensor(value).to(now.device)
+        one, holds_fractions = given.to(now.dtype), now.is_floating_point()
+        filled: Any = one.expand_as(now).clone()
+    else:
+        given = np.asarray(value)
+        one, holds_fractions = given.astype(now.dtype), now.dtype.kind not in "biu"
+        filled = np.broadcast_to(one, now.shape).copy()
+    if not holds_fractions and (one != given).any():
+        raise InputError(f"the attribute {name} is of {now.dtype}, which does not hold {value}: give another value")
+    return filled
 
 
 def _follow(owner: Any, path: list[str]) -> Any:

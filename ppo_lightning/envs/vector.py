@@ -208,8 +208,7 @@ class VectorEnvAdapter:
             EnvironmentFault: it raised, or its worker process died.
         """
         before, self._attributes = self._attributes, dict(attributes)
-        # By their text: arrays have no single truth value.
-        same = {name for name, value in attributes.items() if name in before and repr(before[name]) == repr(value)}
+        same = {name for name, value in attributes.items() if name in before and before[name] == value}
         self._set_attributes({name: value for name, value in attributes.items() if name not in same})
 
     def _set_attributes(self, attributes: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ class Ranks:
 
     def check_in_sync(self, fingerprints: Tensor, iteration: int) -> None:
         """Refuse to continue with parameters whose fingerprints [ranks, 2] differ between ranks (:class:`ProcessFault`)."""
-        others = out_of_sync_ranks(fingerprints)
+        others = (fingerprints != fingerprints[0]).any(1).nonzero().flatten().tolist()
         if others:
             names = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
             raise ProcessFault(
@@ -183,8 +183,3 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, int]:
         state.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     digest = state.digest()
     return int.from_bytes(digest[:4]), int.from_bytes(digest[4:])
-
-
-def out_of_sync_ranks(rows: Tensor) -> list[int]:
-    """Ranks whose row of ``rows`` [ranks, P] differs from rank 0's."""
-    return (rows != rows[0]).any(1).nonzero().flatten().tolist()
