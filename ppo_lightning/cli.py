@@ -38,7 +38,7 @@ from ppo_lightning.runs.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
-from ppo_lightning.runs.hyperparameters import LIGHTNING_KEYS, check_names, disallowed_names
+from ppo_lightning.runs.hyperparameters import LIGHTNING_KEYS, TRAINING_ONLY, check_names, disallowed_names
 from ppo_lightning.runs.loggers import (
     TolerantCSVLogger,
     TolerantLogger,
@@ -57,6 +57,8 @@ class RunWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         file = Path(self.metrics_file_path)
         if file.exists():
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # a row that was cut off, by a full disk or kill -9
+        if file.exists() and file.stat().st_size:
             self.metrics_keys = file.read_text().partition("\n")[0].strip().split(",")
 
 
@@ -187,7 +189,7 @@ class PPOCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse with the checkpoint's hyperparameters as defaults, so that files and flags win over them."""
-        given, refused = self._given, None
+        given, refused, unsaved = self._given, None, list[str]()
         path = checkpoint_seed = None
         try:
             self.config = _parse(parser, given, prints=False)
@@ -203,12 +205,19 @@ class PPOCLI(LightningCLI):
                 checkpoint = read_checkpoint(path)
                 checkpoint_seed = checkpoint[CHECKPOINT_KEY]["seed"]
                 self._set_hyperparameters(path, checkpoint.get("hyper_parameters", {}), named)
+                unsaved = sorted(set(checkpoint[CHECKPOINT_KEY]["not_saved"]) - named)
         if path is not None or _prints_config(given):
             self.config = _parse(parser, given)
         config = self.config[self.config.subcommand]
         _refuse_values_in_the_place_of_keys(config)
         if path is not None:
             config.ckpt_path = path
+            missing = [name for name in unsaved if self.config.subcommand == "fit" or name not in TRAINING_ONLY]
+            if missing and not _prints_config(given):
+                raise InputError(
+                    f"{path} was made with a value of {missing[0]} which a file of plain data cannot hold: give "
+                    f"--model.{missing[0]}"
+                )
         check_logger_config(config.trainer.logger)
         if config.seed_everything is True or config.seed_everything is None:
             # Lightning would take 0. Processes started by this one find its seed in their environment.

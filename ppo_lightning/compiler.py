@@ -329,7 +329,14 @@ class CudaGraphCache:
         shapes = tuple(leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         if shapes not in self.graphs:
             self.graphs[shapes] = CudaGraphModule(self.function)
-        return self.graphs[shapes](*args)
+        caches = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(
+            False
+        )  # else weights that were converted before would be read in every later call
+        try:
+            return self.graphs[shapes](*args)
+        finally:
+            torch.set_autocast_cache_enabled(caches)
 
 
 @cache

@@ -5,6 +5,7 @@ are normalised, advantages estimated. training_step: update → Updater.update �
 Objective → PPOLoss; step.apply → optimizer.step), then count and log_metrics (runs/module.py), metrics → iteration_metrics.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -333,7 +334,10 @@ class PPO(RunModule):
         if self.lr_scheduler is not None:
             # Torch's scheduler looks for a call of the optimizer's step, which a compiled update does not make.
             cast(Any, self._optimizer)._opt_called = True
-            cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers()).step()
+            scheduler = cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers())
+            # Vectors that reset in a step of their own take a few more iterations than a OneCycleLR was made for.
+            if scheduler.last_epoch < getattr(scheduler, "total_steps", math.inf):
+                scheduler.step()
         metrics = self.metrics(batch, update, seconds=time.perf_counter() - started, learning_rate=learning_rate)
         self.log_metrics(metrics)
         call_event(self, "on_iteration_end", metrics)

@@ -21,6 +21,7 @@ from ppo_lightning.errors import InputError
 from ppo_lightning.evaluation.process import EvalProcess, Evaluation, EvaluationFailed
 from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import SECONDS, Limit, checked
+from ppo_lightning.runs.trainer import is_last_iteration
 
 
 class Snapshot(NamedTuple):
@@ -136,7 +137,7 @@ class AsyncEvaluation(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(PPOModule, pl_module)
-        last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        last = is_last_iteration(trainer)
         every = module.iterations_between_evaluations if self.every is None else self.every
         due = last or module.policy_version % every == 0
         if due:

@@ -97,8 +97,10 @@ class CallbackSchedule(EvaluationCallback):
         logs_next = first and _has_hooks(pl_module, "on_train_epoch_end")
         evaluates = trainer.enable_validation and not self._has_evaluated
         evaluates_async = not self._has_evaluated and bool(callbacks_of(trainer, AsyncEvaluation))
-        logs_then = evaluates and any(
-            _has_hooks(one, "validation") for one in (pl_module, *callbacks_of(trainer, Callback))
+        logs_then = any(
+            (evaluates and _has_hooks(one, "validation"))
+            or ((evaluates or evaluates_async) and _has_hooks(one, "on_evaluation"))
+            for one in (pl_module, *callbacks_of(trainer, Callback))
         )
         for callback, name in self._without_metric(trainer):
             of_evaluation = name.startswith("eval/") and (evaluates or evaluates_async)

@@ -27,6 +27,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
     _stage = ""
+    _resumed = ""
     _written = True
 
     @property
@@ -39,13 +40,15 @@ class RunCheckpoint(ModelCheckpoint):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Checkpoint directory")  # a resumed run replaces its own files
             super().setup(trainer, pl_module, stage)
-        self._stage = stage
+        self._stage, self._resumed = stage, str(trainer.ckpt_path or "")
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage != "fit":  # a validation has no scores to resume
             return
-        if Path(str(state_dict["dirpath"])).resolve() != Path(str(self.dirpath)).resolve():
+        # Its folder may have moved since, or its path have been relative to another one.
+        there = Path(str(state_dict["dirpath"])).resolve(), Path(self._resumed).resolve().parent
+        if Path(str(self.dirpath)).resolve() not in there:
             return  # another run's files: this one has none yet
         # The paths are untrusted: Lightning deletes the file when it saves a better one. It compares paths as strings:
         # under another spelling, it would delete the new file as the old one.

@@ -53,7 +53,10 @@ class PPOCallback(Callback):
         """The rollout [T, N] is collected, without advantages; it may be changed in place."""
 
     def on_update_start(self, trainer: Trainer, pl_module: LightningModule, rollout: TensorDict) -> None:
-        """The rollout has advantages and value targets; they may be changed in place."""
+        """The rollout has advantages and value targets; they may be changed in place.
+
+        With ``recompute_advantages`` that holds for the first epoch: give an ``advantage_estimator`` then.
+        """
 
     def on_update_end(self, trainer: Trainer, pl_module: LightningModule, update: UpdateResult) -> None:
         """The policy is updated on the rollout."""
@@ -101,8 +104,12 @@ class EvaluationCallback(Callback):
 
 def notify_evaluation(trainer: Trainer, module: LightningModule, step: int, statistics: dict[str, float]) -> None:
     """Notify callbacks of an asynchronous evaluation, :class:`EarlyStopping` included."""
+    before = dict(trainer.callback_metrics)
     for callback in callbacks_of(trainer, Callback):
         if isinstance(callback, EvaluationCallback):
             callback.on_evaluation(trainer, module, step, statistics)
-        elif isinstance(callback, EarlyStopping) and callback.monitor in statistics:
+    now = trainer.callback_metrics
+    logged = {*statistics, *(name for name in now if now[name] is not before.get(name))}  # by these callbacks
+    for callback in callbacks_of(trainer, EarlyStopping):
+        if callback.monitor in logged:
             callback.on_validation_end(trainer, module)

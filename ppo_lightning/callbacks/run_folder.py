@@ -1,13 +1,16 @@
 """The folder of a run: opened after every check has passed, for one run at a time, and never another run's."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from filelock import FileLock, Timeout
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
@@ -79,6 +82,16 @@ class RunFolder(Callback):
         self._root, root = given, Path(given).resolve()
         cast(Any, trainer)._default_root_dir = str(_free_folder(root, _resumed(trainer), module.run_folder))
 
+    @contextmanager
+    def root_of_jobs(self, trainer: Trainer) -> Iterator[None]:
+        """Let Lightning save a job that SLURM starts again where it then looks: in the folder that the user gave."""
+        before = str(trainer.default_root_dir)
+        cast(Any, trainer)._default_root_dir = self._root or before
+        try:
+            yield
+        finally:
+            cast(Any, trainer)._default_root_dir = before
+
     def open(self, trainer: Trainer, module: PPOModule) -> None:
         """Lock the folder, then let the loggers open their files; collective.
 
@@ -90,8 +103,9 @@ class RunFolder(Callback):
             folder = Path(place).resolve()
             if not folder.exists():  # a CSVLogger warns of a folder that holds a lock
                 _open_loggers(trainer)
-            # Loggers without a folder (W&B, MLflow) leave checkpoints where the user's Trainer has always put them.
-            own = module.run_folder if _has_folder(trainer) or not trainer.loggers else folder
+            own = module.run_folder
+            if _continues_by_itself(trainer, folder):
+                own = folder
             refusal = self._lock_folder(folder, _resumed(trainer), own) if trainer.is_global_zero else None
             refusal = trainer.strategy.broadcast(refusal)
             if refusal is not None:
@@ -161,6 +175,15 @@ def _open_loggers(trainer: Trainer) -> None:
 
 def _has_folder(trainer: Trainer) -> bool:
     return bool(trainer.loggers) and isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger)
+
+
+def _continues_by_itself(trainer: Trainer, folder: Path) -> bool:
+    """Whether the folder is named after the run: by the logger's service, or by a job that SLURM has started again."""
+    requeued = Path(str(trainer.ckpt_path)).name.startswith("hpc_ckpt_")
+    is_jobs = requeued and folder.name == f"version_{os.environ.get('SLURM_JOB_ID')}"
+    return is_jobs or (
+        bool(trainer.loggers) and isinstance(trainer.loggers[0], WandbLogger | MLFlowLogger | CometLogger)
+    )
 
 
 def _writers(trainer: Trainer) -> list[Callback]:

@@ -1,5 +1,6 @@
 """How a run ends: on signals, with a last evaluation, and without leaving simulators."""
 
+import contextlib
 import signal
 import sys
 import threading
@@ -13,6 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from ppo_lightning.callbacks.events import callbacks_of
+from ppo_lightning.callbacks.run_folder import RunFolder
 from ppo_lightning.errors import EnvironmentFault
 from ppo_lightning.module import PPOModule
 from ppo_lightning.runs.trainer import STOP_SIGNALS
@@ -80,7 +83,10 @@ class GracefulShutdown(Callback):
         module = cast(PPOModule, pl_module)
         if module.agreed_stop_signal is not None and module.agreed_stop_signal not in self.SIGNALS:
             number, module.stop_signal, module.agreed_stop_signal = module.agreed_stop_signal, None, None
-            self._requeue(number, None)
+            with contextlib.ExitStack() as roots:
+                for folder in callbacks_of(trainer, RunFolder):
+                    roots.enter_context(folder.root_of_jobs(trainer))
+                self._requeue(number, None)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,6 +177,6 @@ class CloseEnvironments(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         module = cast(PPOModule, pl_module)
-        if not isinstance(exception, EnvironmentFault):  # failed environments have no state to save
+        with contextlib.suppress(EnvironmentFault):  # failed environments have no state to save
             module.rollouts.resume_state = module.rollouts.state()
         module.close_environments()

@@ -63,6 +63,8 @@ class InfoAccumulator:
         """Metrics of each step under :data:`METRICS`."""
         self._ends: dict[str, list[Any]] = {}
         """The same at the ends of episodes, from :meth:`end_episode`."""
+        self.counted: Array | None = None
+        """[N] bool, environments whose steps count: in an evaluation those that have episodes left. None counts all."""
 
     def step(self, info: dict[str, Any], done: Any, valid: Array | None) -> None:
         """Accumulate one step.
@@ -79,16 +81,16 @@ class InfoAccumulator:
             for name, sums in self._saved.items():
                 self.episode_sums[name] = sums.to(done.device, copy=True) if on_device else sums.numpy().copy()
             self._saved = {}
-        last = final_info(info)
-        if last is None:
-            self._add(info, done, valid)
-        else:  # of a finished episode: the other entries are of the reset
-            self._add(info, done, ~done)
-            self._add(last, done, done)
+        last, ended, going = final_info(info), done, valid if final_info(info) is None else ~done
+        if self.counted is not None:
+            ended, going = done & self.counted, self.counted if going is None else going & self.counted
+        self._add(info, done, going)
+        if last is not None:  # of a finished episode: the other entries are of the reset
+            self._add(last, done, ended)
         if isinstance(done, np.ndarray) and not done.any():
             return
         for name, episode_sums in self.episode_sums.items():
-            self._accumulate(f"reward_components/{name}", _where(done, episode_sums), done.sum(), self._sums)
+            self._accumulate(f"reward_components/{name}", _where(ended, episode_sums), ended.sum(), self._sums)
             episode_sums[done] = 0.0
 
     def _add(self, info: Mapping[str, Any], like: Any, counts: Any) -> None:

@@ -27,7 +27,7 @@ MIN_EPISODE_STEPS = 100
 """Steps that an evaluation episode may take in any case."""
 
 NOISE_STEPS = 64
-"""Steps for which the noise of actions is drawn at once."""
+"""Steps for which the noise of actions is drawn at once, or more where it is kept for several."""
 
 
 def evaluate_over_ranks(
@@ -91,8 +91,8 @@ def evaluate_episodes(
     """Run ``num_episodes`` episodes from fresh resets and return their results.
 
     Episodes are distributed evenly over environments beforehand, since taking the first N that finish would favour short
-    ones. Actions are sampled from a separate generator. The process's shared generators (``random``, ``numpy.random``,
-    torch's defaults) are seeded by ``seed`` for the environments, and restored afterwards.
+    ones. Actions are sampled by a generator for each environment. The process's shared generators (``random``,
+    ``numpy.random``, torch's defaults) are seeded by ``seed`` for the environments, and restored afterwards.
 
     Args:
         policy: acts; its normalisers are frozen.
@@ -138,7 +138,7 @@ def _episodes(
 ) -> Tensor:
     num_envs = environments.num_envs
     device = next(policy.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(num_envs)]
     quota = (num_episodes + np.arange(num_envs)[::-1]) // num_envs
     totals, lengths, done = np.zeros(num_envs), np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
     results: list[list[tuple[float, ...]]] = [[] for _ in range(num_envs)]
@@ -146,13 +146,17 @@ def _episodes(
     start = np.ones(num_envs, dtype=bool)
     specs, step, noise = flat_specs(observation_space), 0, None
     specs = specs.get("", specs)
+    period = policy.distribution.noise_period
+    steps_of_noise = -(-NOISE_STEPS // period) * period
     while (done < quota).any():
-        if not deterministic and step % NOISE_STEPS == 0:
-            noise = policy.distribution.noise(NOISE_STEPS, num_envs, generator=generator).to(device)
+        environments.info_accumulator.counted = done < quota
+        if not deterministic and step % steps_of_noise == 0:
+            each = [policy.distribution.noise(steps_of_noise, 1, generator=own) for own in generators]
+            noise = torch.cat(each, 1).to(device)
         mask = environments.action_mask
         chosen = policy.act(
             tree_map(lambda leaf, spec: to_tensor(leaf, spec.dtype).to(device), observation, specs),
-            None if noise is None else noise[step % NOISE_STEPS],
+            None if noise is None else noise[step % steps_of_noise],
             None if mask is None else torch.from_numpy(mask).to(device),
             state,
             None if state is None else torch.from_numpy(start).to(device),

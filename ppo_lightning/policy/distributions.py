@@ -44,6 +44,8 @@ class ActionDistribution(ABC):
     """Z: random numbers that drawing one action needs."""
     has_std = False
     """Whether the family has standard deviations."""
+    noise_period = 1
+    """Steps for which noise is kept."""
 
     @abstractmethod
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
@@ -407,7 +409,7 @@ class StateDependentExploration(DiagonalGaussian):
 
     def __init__(self, space: Box, num_latent: int, sample_freq: int) -> None:
         super().__init__(space)
-        self.num_latent, self.sample_freq, dims = num_latent, sample_freq, self.num_noise
+        self.num_latent, self.noise_period, dims = num_latent, sample_freq, self.num_noise
         self.num_noise = num_latent * dims
         self.num_parameters = dims + self.num_noise
 
@@ -415,7 +417,7 @@ class StateDependentExploration(DiagonalGaussian):
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:
         if len(shape) < 2:
             return super().noise(*shape, generator=generator)
-        steps = torch.arange(shape[0]) // self.sample_freq
+        steps = torch.arange(shape[0]) // self.noise_period
         return super().noise(int(steps[-1]) + 1, *shape[1:], generator=generator)[steps]
 
     def _split_parameters(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -496,6 +498,7 @@ class Composite(ActionDistribution):
         self.mask_sizes = [sum(action_dims(leaf)) for leaf in flatten_spaces(space).values()]
         self.num_parameters, self.num_noise = sum(self.parameter_sizes), sum(self.noise_sizes)
         self.has_std = any(part.has_std for part in parts.values())
+        self.noise_period = math.lcm(*(part.noise_period for part in parts.values()))
 
     @override
     def noise(self, *shape: int, generator: torch.Generator) -> Tensor:

@@ -193,7 +193,7 @@ def disallowed_names(hparams: Mapping[str, Any]) -> dict[str, list[str]]:
             text for text, is_path in _strings(value) if is_path or not _is_allowed(text, inert=name == "env_kwargs")
         ]
         for name, value in hparams.items()
-        if name != "_instantiator"
+        if name not in ("_instantiator", "info_keys")
     }
     if not isinstance(hparams.get("env_kwargs"), dict | None):  # jsonargparse would read a file of this name
         found["env_kwargs"] = [str(hparams["env_kwargs"])]
@@ -201,10 +201,14 @@ def disallowed_names(hparams: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _strings(value: object, *, is_path: bool = False) -> Iterator[tuple[str, bool]]:
-    """All strings in a hyperparameter, keys included, and whether an argument takes it as a file or folder."""
+    """The strings in a hyperparameter, and whether an argument takes it as a file or folder.
+
+    Keys, and lists of keys of observations, are never imported or opened.
+    """
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _strings(key, is_path=is_path)
+            if key in ("actor_keys", "critic_keys") and isinstance(item, list):
+                continue
             takes_path = key != "class_path" and PATH_ARGUMENT.search(str(key).lower()) is not None
             yield from _strings(item, is_path=is_path or (takes_path and not isinstance(item, Mapping)))
     elif isinstance(value, list | tuple | set):

@@ -324,6 +324,9 @@ class RunModule(ActingModule):
         except BaseException:
             restore_training_weights(self.trainer)
             raise
+        metrics = self.trainer.callback_metrics  # where Lightning keeps those of earlier evaluations
+        for name in [name for name in metrics if name.startswith("eval/") and name not in statistics]:
+            del metrics[name]
         # All ranks have gathered the same statistics; sync_dist tells Lightning so.
         renames = bool(self.loggers) and self.metric_writer.names != "sb3"
         self.log_dict(statistics, sync_dist=self.ranks.world_size > 1, logger=False if renames else None)

@@ -39,7 +39,8 @@ class OptimizerHparams:
     ) -> None:
         if checkpoint is not None:
             _check_optimizer(checkpoint, optimizer, scheduler)
-        self.scheduled = checkpoint is None or bool(checkpoint.get("lr_schedulers"))
+        self.had_scheduler = checkpoint is not None and bool(checkpoint.get("lr_schedulers"))
+        self.scheduled = checkpoint is None or self.had_scheduler
         self.optimizer = optimizer
         self.schedulers = [] if scheduler is None else _with_parts(scheduler)
         for group in optimizer.param_groups:
@@ -59,7 +60,8 @@ class OptimizerHparams:
     def restore(self) -> None:
         """Restore them. A learning rate that a scheduler had set keeps its ratio to the initial one."""
         for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
-            rate, is_a_callbacks = own["lr"], group.get(SCHEDULED_LR, group["lr"]) != group["lr"]
+            is_a_callbacks = not self.had_scheduler and group.get(SCHEDULED_LR, group["lr"]) != group["lr"]
+            rate = own["lr"]
             if (self.scheduled or is_a_callbacks) and group["initial_lr"] != 0:
                 rate = group["lr"] * (own["initial_lr"] / group["initial_lr"])
             group.update(own)

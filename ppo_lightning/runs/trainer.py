@@ -289,8 +289,15 @@ def end_iteration(trainer: Any, *, done: bool, stop_signal: signal.Signals | Non
     trainer.should_stop = trainer.should_stop or done or stop_signal in STOP_SIGNALS
     if stop_signal in STOP_SIGNALS:
         trainer.check_val_every_n_epoch = sys.maxsize  # there is no time for an evaluation
-    elif trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
+    elif is_last_iteration(trainer):
         trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
+
+
+def is_last_iteration(trainer: Any) -> bool:
+    """Whether the run ends after this iteration; whatever asks it to stop, Lightning goes on until min_epochs and min_steps."""
+    done = trainer.current_epoch + 1
+    enough = done >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+    return (trainer.should_stop and enough) or done == trainer.max_epochs
 
 
 class _StepLoop(_TrainingEpochLoop):

@@ -401,14 +401,21 @@ def mean(values: Iterable[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
-def inspect_rollout(batch: TensorDict) -> dict[str, float]:
-    """Fields of :class:`IterationStats` of a rollout [T, N] with value targets; the critic's only with rewards."""
+def inspect_rollout(
+    batch: TensorDict, normalize: Callable[[Tensor], Tensor] = lambda values: values
+) -> dict[str, float]:
+    """Fields of :class:`IterationStats` of a rollout [T, N] with value targets; the critic's only with rewards.
+
+    Args:
+        batch: the rollout.
+        normalize: values as the loss has them.
+    """
     seen = batch["observation"]
     parts = cast(list[Tensor], list(seen.values(True, True)) if isinstance(seen, TensorDict) else [seen])
     found = {"constant_observation": float(all(map(_is_constant, parts)))}
     valid = batch["valid"]
     if batch["reward"][valid].any():
-        target, value = batch["value_target"][valid], batch["state_value"][valid]
+        target, value = (normalize(batch[name][valid]) for name in ("value_target", "state_value"))
         size, error = torch.stack([target, target - value]).square().mean(1).sqrt().tolist()
         found |= {"value_size": size, "value_error": error}
     return found

@@ -7,6 +7,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import Any, TypedDict, cast
@@ -27,6 +28,7 @@ from ppo_lightning.policy import ActorCritic, Policy
 from ppo_lightning.policy.distributions import Composite, DiagonalGaussian
 from ppo_lightning.rollout.episodes import EpisodeStatistics
 from ppo_lightning.runs.checkpoint import write_atomically
+from ppo_lightning.runs.loggers import TolerantLogger
 from ppo_lightning.runs.ranks import fingerprint
 from ppo_lightning.spaces import action_dims, flatten_spaces
 from ppo_lightning.tools.diagnosis import (
@@ -215,7 +217,11 @@ class HealthMonitor(Callback):
         if not row.explained_variance >= t.explained_variance_alert:
             found = {"constant_observation": math.nan, "frozen_critic": math.nan}
             if self.iterations % max(1, t.window // 3) == 0:
-                found |= {**inspect_rollout(batch), "frozen_critic": self._is_frozen(pl_module)}
+                normalizer = cast(Policy, pl_module.policy).value_normalizer
+                inspected = (
+                    inspect_rollout(batch) if normalizer is None else inspect_rollout(batch, normalizer.normalize)
+                )
+                found |= {**inspected, "frozen_critic": self._is_frozen(pl_module)}
             row = row._replace(**found)
         self._remember(row, metrics, module)
 
@@ -384,7 +390,12 @@ class HealthMonitor(Callback):
             if isinstance(logger, TensorBoardLogger):
                 text = [f"**{finding['name']}** {finding['evidence']}. {finding['advice']}" for finding in self.alerts]
                 done = [_describe(act) for act in self.acts]
-                logger.experiment.add_text("health", "\n\n".join([*text, *done]) or "nothing found", self.steps)
+                said = "\n\n".join([*text, *done]) or "nothing found"
+                write = partial(logger.experiment.add_text, "health", said, self.steps)
+                if isinstance(logger, TolerantLogger):
+                    logger.attempt(write)
+                else:
+                    write()
 
     def _write(self, trainer: Trainer) -> None:
         if self._folder is None or not trainer.is_global_zero:

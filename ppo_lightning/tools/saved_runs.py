@@ -74,12 +74,14 @@ def read_run(folder: Path) -> SavedRun:
     found = _json(summary) if summary.is_file() else None
     if (folder / "config.yaml").is_file():
         config = _yaml(folder / "config.yaml")
+    elif (folder / "hparams.yaml").is_file():
+        values = _yaml(folder / "hparams.yaml")
+        config = {"seed_everything": values.pop("seed", None), "model": values} if values else {}
+        values.pop("processes", None)
     elif found is not None and "hyperparameters" in found:
         config = {"model": found["hyperparameters"], "seed_everything": found["seed"]}
     else:
-        values = _yaml(folder / "hparams.yaml") if (folder / "hparams.yaml").is_file() else {}
-        config = {"seed_everything": values.pop("seed", None), "model": values} if values else {}
-        values.pop("processes", None)
+        config = {}
     if table.is_file():
         logged = _logged(table, config.get("model", {}).get("metric_names", "sb3"))
         if found is None or logged["global_step"] > found["global_step"]:  # killed after a resume

@@ -32,6 +32,8 @@ from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.evaluation.episodes import evaluate_episodes
 from ppo_lightning.module import PPOModule
 from ppo_lightning.parameters import ONE_OR_MORE, checked
+from ppo_lightning.policy import in_eval_mode
+from ppo_lightning.runs.trainer import is_last_iteration
 from ppo_lightning.spaces import without_mask
 
 MAX_FRAMES = 1000
@@ -107,7 +109,7 @@ def run_episodes(
     skip: int = 0,
 ) -> Tensor:
     """The first episodes that ``model.evaluate()`` would run now, or with ``skip`` others; [episodes, 5]."""
-    with module.autocast():
+    with in_eval_mode(module.policy), module.autocast():
         return evaluate_episodes(
             module.policy,
             environments,
@@ -235,20 +237,21 @@ class EvaluationVideo(Callback):
         self._evaluations, self._gave_up = 0, False
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Record right after the evaluation, while weights are those that it had (:class:`WeightAveraging`)."""
         if not trainer.sanity_checking:
             self._on_evaluation(trainer, cast(PPOModule, pl_module))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(PPOModule, pl_module)
-        due = _is_last_iteration(trainer) or module.policy_version % module.iterations_between_evaluations == 0
+        due = is_last_iteration(trainer) or module.policy_version % module.iterations_between_evaluations == 0
         if due and trainer.limit_val_batches == 0 and module.agreed_stop_signal not in GracefulShutdown.SIGNALS:
             self._on_evaluation(trainer, module)
 
     def _on_evaluation(self, trainer: Trainer, module: PPOModule) -> None:
         self._evaluations += 1
-        if trainer.state.fn == TrainerFn.FITTING and self._evaluations % self.every and not _is_last_iteration(trainer):
+        if trainer.state.fn == TrainerFn.FITTING and self._evaluations % self.every and not is_last_iteration(trainer):
             return
         folder = _run_folder(trainer) / "videos" if self.folder is None else self.folder
         with long_rank_zero_task(trainer):
@@ -269,10 +272,6 @@ class EvaluationVideo(Callback):
                 "(see docs/evaluation.md)"
             )
         module.exclude_from_fps(time.perf_counter() - started)
-
-
-def _is_last_iteration(trainer: Trainer) -> bool:
-    return trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
 
 
 def _first_line(error: Exception) -> str:
