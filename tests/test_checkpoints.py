@@ -197,3 +197,16 @@ def test_a_run_that_fails_keeps_the_file_that_resumes_exactly(fit, tmp_path):
     last, newer = (read_checkpoint(tmp_path / f"checkpoints/{name}.ckpt") for name in ("last", "on_exception"))
     assert [int(one["state_dict"]["iterations"]) for one in (last, newer)] == [5, 7]
     assert [resumes_exactly(one, world_size=1) for one in (last, newer)] == [True, False]
+
+
+def test_a_run_whose_folder_has_moved_keeps_its_best_score(fit, tmp_path):
+    def run(root, **kwargs):
+        return fit_with_files(fit, make(**kwargs.pop("of")), default_root_dir=root, **kwargs).checkpoint_callback
+
+    before = run(tmp_path / "here", of={"iterations": 2})
+    (tmp_path / "here").rename(tmp_path / "there")
+    after = run(tmp_path / "there", of={"iterations": 3}, ckpt_path=tmp_path / "there/checkpoints/last.ckpt")
+    assert after.best_model_score >= before.best_model_score
+    assert Path(after.best_model_path).resolve() == (tmp_path / "there/checkpoints/best.ckpt").resolve()
+    contents = read_checkpoint(tmp_path / "there/checkpoints/best.ckpt")
+    assert contents["state_dict"]["env_steps"] > 0

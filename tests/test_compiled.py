@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from ppo_lightning import PPO, ActorCritic, InputError, PopArt, PPOLoss
 from ppo_lightning.algorithm.update import Updater
-from ppo_lightning.compiler import CompiledFunction, CompilerError
+from ppo_lightning.compiler import CompiledFunction, CompilerError, CudaGraphCache
 from ppo_lightning.envs.classic_control import CartPole, Pendulum
 from ppo_lightning.rollout.collectors import TensorCollector
 
@@ -577,6 +577,20 @@ class Captures:
 
     def __call__(self, *args):
         return self.function(*args)
+
+
+def test_a_captured_function_converts_its_weights_in_each_call(monkeypatch):
+    """Autocast would convert them once, and the graph read what was converted then."""
+    monkeypatch.setattr("ppo_lightning.compiler.CudaGraphModule", Captures)
+    layer = torch.nn.Linear(2, 2)
+    seen = []
+    function = CudaGraphCache(lambda rows: seen.append(torch.is_autocast_cache_enabled()) or layer(rows), layer)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        before = function(torch.ones(1, 2))
+        layer.weight.mul_(2)
+        assert not torch.equal(function(torch.ones(1, 2)), before)
+        assert torch.is_autocast_cache_enabled()
+    assert seen == [False, False]
 
 
 def test_what_a_captured_graph_depends_on_is_checked_again(monkeypatch):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from lightning.pytorch.callbacks import EarlyStopping
 from probes import ActionMustMatch, Endless, Faulty, Probe, Scripted, Uneven
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, EnvironmentFault, InputError
+from ppo_lightning import PPO, ActorCritic, EnvironmentFault, InputError
+from ppo_lightning.callbacks import EvaluationCallback
 from ppo_lightning.evaluation import episodes as evaluation
 from ppo_lightning.evaluation.episodes import summarize
 
@@ -287,3 +289,84 @@ def test_a_run_whose_environments_draw_from_shared_streams_is_the_same_without_e
         runs.append((model.state_dict(), shared_streams()))
     assert_close(runs[0][0], runs[1][0], rtol=0, atol=0)
     assert runs[0][1] == runs[1][1]
+
+
+def test_steps_of_environments_without_episodes_left_do_not_count():
+    """With one component that is the whole reward, its mean over episodes is that of the returns."""
+
+    class Told(Uneven):
+        def step(self, action):
+            observation, reward, terminated, truncated, info = super().step(action)
+            return observation, reward, terminated, truncated, {**info, "reward_components": {"all": reward}}
+
+    model = PPO(Told, num_envs=20)
+    model.seed = 0
+    found = model.evaluate(20)
+    assert 5 < found["eval/mean_reward"] < 45
+    assert found["eval/reward_components/all"] == pytest.approx(found["eval/mean_reward"])
+
+
+def test_noise_of_gsde_is_kept_for_its_steps_in_evaluations_too(monkeypatch):
+    drawn = []
+
+    class Keeps(Endless):
+        def __init__(self):
+            super().__init__()
+            self.action_space = Box(-1, 1, (1,))
+
+        def step(self, action):
+            return self.observation_space.low.astype(np.float32), 0.0, False, False, {}
+
+    model = PPO(
+        Keeps, num_envs=1, policy=partial(ActorCritic, distribution="gsde", sde_sample_freq=10, log_std_init=0.0)
+    )
+    model.seed = 0
+    act = type(model.policy).act
+
+    def watched(policy, observation, noise, *rest, **how):
+        drawn.append(noise)
+        return act(policy, observation, noise, *rest, **how)
+
+    monkeypatch.setattr(type(model.policy), "act", watched)
+    monkeypatch.setattr(evaluation, "MAX_EPISODE_STEPS", 150)
+    with pytest.warns(UserWarning, match="has not ended an evaluation episode"):
+        model.evaluate(1, deterministic=False)
+    changes = [step for step in range(1, len(drawn)) if not torch.equal(drawn[step], drawn[step - 1])]
+    assert changes[:12] == list(range(10, 130, 10))
+
+
+def test_what_an_evaluation_does_not_log_is_not_that_of_an_earlier_one(fit, monkeypatch):
+    model, seen = PPO("CartPole-v1", num_envs=2, num_steps=16, total_steps=96, num_minibatches=1, eval_interval=1), []
+    more = iter([{"eval/cut_episodes": 1.0}, {}, {"eval/success_rate": 1.0}])
+    monkeypatch.setattr(model, "evaluate", lambda **_: {"eval/mean_reward": 1.0, **next(more)})
+
+    class Hears(EvaluationCallback):
+        def on_evaluation(self, trainer, pl_module, step, statistics):
+            seen.append(set(statistics) - {"eval/mean_reward"})
+
+    fit(model, callbacks=[Hears()], limit_val_batches=1)
+    assert seen == [{"eval/cut_episodes"}, set(), {"eval/success_rate"}]
+
+
+def test_a_run_that_is_to_stop_before_min_epochs_is_evaluated_at_its_interval(fit):
+    model, seen = PPO("CartPole-v1", num_envs=2, num_steps=16, total_steps=960, num_minibatches=1, eval_interval=10), []
+
+    class Hears(EvaluationCallback):
+        def on_evaluation(self, trainer, pl_module, step, statistics):
+            seen.append(pl_module.policy_version)
+
+    stop = EarlyStopping("time/iterations", mode="max", stopping_threshold=5.0)
+    fit(model, callbacks=[stop, Hears()], limit_val_batches=1, min_epochs=20)
+    assert seen == [10, 20]
+    assert model.policy_version == 20
+
+
+def test_what_a_callback_logs_of_an_evaluation_may_be_monitored(fit):
+    class Logs(EvaluationCallback):
+        def on_evaluation(self, trainer, pl_module, step, statistics):
+            pl_module.log_metrics({"my/score": -float(pl_module.policy_version)})
+
+    model = PPO("CartPole-v1", num_envs=2, num_steps=16, total_steps=320, num_minibatches=1, eval_interval=2)
+    stop = EarlyStopping("my/score", mode="max", patience=1)
+    fit(model, callbacks=[Logs(), stop], limit_val_batches=1)
+    assert model.policy_version < 10

@@ -20,13 +20,14 @@ from processes import fit as fit_here
 from processes import forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ppo_lightning import PPO, ActorCritic, action_distribution
+from ppo_lightning import PPO, ActorCritic, PopArt, action_distribution
 from ppo_lightning.callbacks import AdaptiveLearningRate, HealthMonitor, Stage, Stages, Thresholds
 from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
 from ppo_lightning.parameters import Linear
+from ppo_lightning.policy.moments import RunningMoments
 from ppo_lightning.tools import health as module
-from ppo_lightning.tools.diagnosis import METRICS, REMEDIES, IterationStats, RunStats, diagnose
+from ppo_lightning.tools.diagnosis import METRICS, REMEDIES, IterationStats, RunStats, diagnose, inspect_rollout
 from ppo_lightning.tools.health import LOWER_LR_ON
 
 ROOT = Path(__file__).parent.parent
@@ -795,3 +796,22 @@ def test_every_number_it_needs_is_logged(fit):
     logged = fit(pendulum(iterations=1)).callback_metrics
     assert set(METRICS) - logged.keys() <= {"rollout/ep_rew_mean"}  # no episode has ended
     assert set(LOWER_LR_ON) <= REMEDIES.keys()
+
+
+def test_values_are_judged_as_the_loss_has_them():
+    """With PopArt large rewards are no reason for alarm."""
+    looks = []
+    options = {"num_envs": 2, "num_steps": 32, "num_minibatches": 1, "env_kwargs": {"max_episode_steps": 20}}
+    for popart in (None, PopArt()):
+        model = PPO("Pendulum-v1", popart=popart, **options)
+        model.seed = 1
+        rollout = model.collect()
+        rollout["reward"] *= 1e4
+        rollout["value_target"] *= 1e4
+        normalizer = model.policy.value_normalizer
+        if normalizer is not None:
+            normalizer.merge(RunningMoments.batch_moments(rollout["value_target"].flatten())[None])
+        looks.append(inspect_rollout(rollout) if normalizer is None else inspect_rollout(rollout, normalizer.normalize))
+    plain, normalized = looks
+    assert plain["value_size"] > 1000
+    assert normalized["value_size"] < 100

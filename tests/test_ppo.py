@@ -526,6 +526,31 @@ def test_schedulers_of_torch_resume_where_they_were(fit, tmp_path, name):
     assert len(set(rates[0])) > 1
 
 
+def test_a_run_that_leaves_its_scheduler_out_falls_linearly(fit, tmp_path):
+    kwargs, logger = {**SMALL, "total_steps": 1024}, Memory()
+    halves = lambda o: schedulers.StepLR(o, step_size=1, gamma=0.5)  # noqa: E731
+    fit(PPO("CartPole-v1", **kwargs, lr_scheduler=halves), max_epochs=4).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="lr_scheduler"):
+        fit(PPO("CartPole-v1", **kwargs), ckpt_path=tmp_path / "a.ckpt")
+    contents = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    contents["ppo_lightning"]["not_saved"] = []  # as of a command line, whose null leaves it out
+    torch.save(contents, tmp_path / "b.ckpt")
+    fit(PPO("CartPole-v1", **kwargs), logger=logger, ckpt_path=tmp_path / "b.ckpt")
+    rates = [row["train/learning_rate"] for _, row in logger.rows]
+    assert rates == pytest.approx([3e-4 * (1 - done / 8) for done in range(4, 8)])
+
+
+def test_a_scheduler_that_has_ended_is_not_stepped(fit):
+    """A vector that resets in a step of its own takes more iterations than steps say."""
+    model = PPO(
+        lambda num_envs: SyncVectorEnv([ConstantReward] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP),
+        num_envs=2, num_steps=6, total_steps=48, num_minibatches=2,
+        lr_scheduler=lambda o: schedulers.OneCycleLR(o, max_lr=1e-3, total_steps=4),
+    )  # fmt: skip
+    fit(model)
+    assert model.policy_version > 4
+
+
 def test_a_scheduler_that_a_resumed_run_adds_begins_with_the_initial_learning_rate(fit, tmp_path):
     fit(PPO("CartPole-v1", **SMALL)).save_checkpoint(tmp_path / "a.ckpt")
     logger = Memory()

@@ -368,6 +368,11 @@ def test_killed_runs_of_a_trainer_that_differ_in_their_seed_are_one_group():
     assert [run.config["seed_everything"] for run in runs] == [1, 2]
     (group,) = grouped(runs)
     assert group.runs == runs
+    finished = leave("logs/version_3", seed=3)
+    (Path("logs/version_3/hparams.yaml")).write_text("env: CartPole-v1\ngamma: 0.9\nseed: 3\nprocesses: 1\n")
+    runs.append(read_run(finished))
+    (group,) = grouped(runs)
+    assert group.runs == runs, "one that has ended is in it, too"
 
 
 def test_the_command_draws_one_page_of_a_folder_of_runs(monkeypatch, capsys):

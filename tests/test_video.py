@@ -17,6 +17,7 @@ import pytest
 import torch
 from gymnasium.vector import SyncVectorEnv
 from lightning import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from probes import Probe, Recall, Uneven
@@ -363,3 +364,35 @@ def test_of_two_processes_the_first_evaluates_and_records_and_both_know_the_resu
     assert best.num_env_steps in (128, 256)
     without = forked(partial(run, callbacks=[]))
     assert_close(without[0][0], first[0], rtol=0, atol=0)
+
+
+def test_a_video_is_recorded_without_dropout_and_of_the_averaged_weights(fit, tmp_path, monkeypatch):
+    seen = []
+    original = video.run_episodes
+
+    def watched(module, environments, **how):
+        act = type(module.policy).act
+
+        def watch(policy, *given, **more):
+            seen.append((policy.training, next(policy.parameters()).detach().clone()))
+            return act(policy, *given, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(module.policy), "act", watch)
+            return original(module, environments, **how)
+
+    evaluated = []
+
+    class Hears(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            evaluated.append(next(pl_module.policy.parameters()).detach().clone())
+
+    monkeypatch.setattr(video, "run_episodes", watched)
+    model = PPO(
+        "CartPole-v1", num_envs=2, num_steps=16, total_steps=64, num_minibatches=2, eval_interval=1, num_eval_episodes=1
+    )
+    average = EMAWeightAveraging(update_every_n_steps=1, decay=0.5)
+    fit(model, callbacks=[average, video.EvaluationVideo(), Hears()], limit_val_batches=1)
+    assert not any(training for training, _ in seen)
+    assert torch.equal(seen[-1][1], evaluated[-1])
+    assert not torch.equal(seen[0][1], seen[-1][1])

@@ -13,7 +13,7 @@ from outcomes import outcome, same
 from ppo_lightning import PPO, ActorCritic
 from ppo_lightning.cli import main
 from ppo_lightning.envs.classic_control import CartPole
-from ppo_lightning.errors import InputError
+from ppo_lightning.errors import EnvironmentFault, InputError
 from ppo_lightning.rollout.collectors import TensorCollector
 
 
@@ -206,6 +206,31 @@ def test_an_environment_may_say_itself_what_its_state_is(fit, vectorization):
     expected = outcome(model, fit(model, callbacks=[SaveAt(3)]))
     model = PPO(**options)
     same(outcome(model, fit(model, ckpt_path="at.ckpt")), expected)
+
+
+def test_a_failure_in_an_evaluation_leaves_the_state_of_training(fit, tmp_path):
+    class FailsLater(RememberedWalk):
+        fails = False
+
+        def step(self, action):
+            if FailsLater.fails:
+                raise ValueError("of an evaluation")
+            return super().step(action)
+
+    class Evaluates(Callback):
+        def on_validation_start(self, *_):
+            FailsLater.fails = True
+
+    options = {
+        "callbacks": [Evaluates()],
+        "enable_checkpointing": True,
+        "limit_val_batches": 1,
+        "default_root_dir": tmp_path,
+    }
+    with pytest.raises(EnvironmentFault, match="of an evaluation"):
+        fit(PPO(FailsLater, **SMALL, eval_interval=2, num_eval_episodes=1), **options)
+    contents = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert contents["ppo_lightning"]["processes"][0]["rollouts"] is not None
 
 
 def test_one_that_does_not_restarts_and_the_log_says_so(fit, caplog):

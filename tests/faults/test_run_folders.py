@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 import warnings
@@ -12,13 +13,17 @@ import pytest
 import torch
 from filelock import FileLock
 from lightning import Callback
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from ppo_lightning import PPO
 from ppo_lightning.callbacks import AdaptiveLearningRate, Stage, Stages
+from ppo_lightning.callbacks.run_folder import RunFolder
 from ppo_lightning.cli import main
 from ppo_lightning.errors import InputError
+from ppo_lightning.runs.hyperparameters import disallowed_names
+from ppo_lightning.tools.saved_runs import read_run
 
 SMALL = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "num_eval_episodes": 1}
 FLAGS = [word for name, value in SMALL.items() for word in (f"--model.{name}", str(value))]
@@ -297,3 +302,84 @@ def test_a_resumed_run_that_fails_before_it_has_trained_leaves_its_checkpoints(t
     with pytest.raises(ZeroDivisionError):
         train(PPO("CartPole-v1", total_steps=256, **SMALL), "last", default_root_dir=tmp_path, callbacks=[Fails()])
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+class Printer(Logger):
+    """A logger of one's own, whose runs all have one version."""
+
+    name, version = "printer", 0
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+def test_a_run_of_a_logger_of_ones_own_does_not_replace_another():
+    train(logger=Printer())
+    before = contents()
+    with pytest.raises(InputError, match="printer/version_0 holds another run"):
+        train(logger=Printer())
+    assert contents() == before
+    model = PPO("CartPole-v1", total_steps=96, **SMALL)
+    train(model, logger=Printer(), ckpt_path=Path("printer/version_0/checkpoints/last.ckpt").resolve())
+    assert model.num_env_steps == 96
+
+
+@pytest.mark.parametrize("logger", [True, False])
+def test_a_job_that_slurm_starts_again_continues_its_run_however_often(logger, monkeypatch):
+    for name in ("NTASKS", "PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "1" if name == "NTASKS" else "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    monkeypatch.setattr(SLURMEnvironment, "validate_settings", lambda self, *_, **__: None)
+
+    class Requeues(Callback):
+        """What Lightning does at the signal."""
+
+        def on_train_end(self, trainer, pl_module):
+            (folder,) = [one for one in trainer.callbacks if isinstance(one, RunFolder)]
+            with folder.root_of_jobs(trainer):
+                trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+
+    for started in (1, 2, 3):
+        model = PPO("CartPole-v1", total_steps=320, **SMALL)
+        train(model, logger=logger, callbacks=[Requeues()], max_epochs=started, plugins=[SLURMEnvironment()])
+        assert model.policy_version == started
+
+
+def test_a_command_that_resumes_wants_again_what_the_checkpoint_could_not_hold():
+    model = PPO(
+        "CartPole-v1", total_steps=64, **SMALL, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2)
+    )
+    train(model)
+    last = "lightning_logs/version_0/checkpoints/last.ckpt"
+    resumed = ["fit", "--ckpt_path", last, "--model.total_steps", "96", "--trainer.accelerator", "cpu"]
+    said = f"{last} was made with a value of optimizer which a file of plain data cannot hold: give --model.optimizer"
+    with pytest.raises(SystemExit, match=re.escape(said)):
+        main(resumed)
+    assert main(["validate", "--ckpt_path", last, "--trainer.accelerator", "cpu"]).model.num_env_steps == 64
+    assert main([*resumed, "--model.optimizer", "Adam", "--model.optimizer.lr", "0.01"]).model.num_env_steps == 96
+
+
+def test_a_row_that_was_cut_off_is_left_out_when_the_run_is_resumed():
+    main(CARTPOLE)
+    table = RUN / "metrics.csv"
+    whole = table.read_text()
+    table.write_text(whole[:-7])
+    main(["fit", "--ckpt_path", "last", "--model.total_steps", "96", *FLAGS])
+    lines = table.read_text().splitlines()
+    assert lines[: len(whole.splitlines()) - 1] == whole.splitlines()[:-1]
+    assert {len(line.split(",")) for line in lines} == {len(lines[0].split(","))}
+    assert read_run(RUN).summary["global_step"] == 96
+
+
+def test_names_that_are_never_imported_may_be_any():
+    options = {"actor_keys": ["pose.x"], "entropy_weights": {"arm.grip": 0.1}}
+    policy = {"class_path": "ppo_lightning.ActorCritic", "init_args": options}
+    assert disallowed_names({"info_keys": ["reward/forward", "pose.x"], "policy": policy}) == {}
+    options["encoders"] = {"pose.x": "os.system"}
+    assert disallowed_names({"policy": policy}) == {"policy": ["os.system"]}
+    options["actor_keys"] = "os.system"
+    assert disallowed_names({"policy": policy}) == {"policy": ["os.system", "os.system"]}
