@@ -68,7 +68,7 @@ def set_attributes(env: Any, values: Mapping[str, Any]) -> str | None:
 def _filled(name: str, now: Any, value: Any) -> Any:
     """A tensor or array like ``now`` with the value in each place."""
     if isinstance(now, torch.Tensor):
-        given = torch.as_tensor(value).to(now.device)
+        given: Any = torch.as_tensor(value).to(now.device)
         one, holds_fractions = given.to(now.dtype), now.is_floating_point()
         filled: Any = one.expand_as(now).clone()
     else:

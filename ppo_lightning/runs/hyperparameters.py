@@ -203,12 +203,15 @@ def disallowed_names(hparams: Mapping[str, Any]) -> dict[str, list[str]]:
 def _strings(value: object, *, is_path: bool = False) -> Iterator[tuple[str, bool]]:
     """The strings in a hyperparameter, and whether an argument takes it as a file or folder.
 
-    Keys, and lists of keys of observations, are never imported or opened.
+    Keys, and lists of keys of observations, are never imported or opened; one that holds a class's path counts, since
+    jsonargparse would import it.
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
             if key in ("actor_keys", "critic_keys") and isinstance(item, list):
                 continue
+            if "class_path" in str(key):
+                yield str(key), is_path
             takes_path = key != "class_path" and PATH_ARGUMENT.search(str(key).lower()) is not None
             yield from _strings(item, is_path=is_path or (takes_path and not isinstance(item, Mapping)))
     elif isinstance(value, list | tuple | set):

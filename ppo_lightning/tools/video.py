@@ -237,7 +237,15 @@ class EvaluationVideo(Callback):
         self._evaluations, self._gave_up = 0, False
 
     @override
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """Record right after the evaluation, while weights are those that it had (:class:`WeightAveraging`)."""
         if not trainer.sanity_checking:
             self._on_evaluation(trainer, cast(PPOModule, pl_module))
