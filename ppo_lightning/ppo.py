@@ -5,7 +5,6 @@ are normalised, advantages estimated. training_step: update → Updater.update �
 Objective → PPOLoss; step.apply → optimizer.step), then count and log_metrics (runs/module.py), metrics → iteration_metrics.
 """
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -336,7 +335,8 @@ class PPO(RunModule):
             cast(Any, self._optimizer)._opt_called = True
             scheduler = cast(torch.optim.lr_scheduler.LRScheduler, self.lr_schedulers())
             # Vectors that reset in a step of their own take a few more iterations than a OneCycleLR was made for.
-            if scheduler.last_epoch < getattr(scheduler, "total_steps", math.inf):
+            ends = isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR)
+            if not ends or scheduler.last_epoch < scheduler.total_steps:
                 scheduler.step()
         metrics = self.metrics(batch, update, seconds=time.perf_counter() - started, learning_rate=learning_rate)
         self.log_metrics(metrics)

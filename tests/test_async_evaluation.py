@@ -135,7 +135,7 @@ def processes():
     return found
 
 
-def test_a_snapshot_has_the_statistics_that_evaluate_gives_at_its_step_and_training_is_the_same_without(fit):
+def test_a_snapshot_has_the_statistics_that_evaluate_gives_at_its_step_and_training_is_the_same_without(fit, tmp_path):
     """Normalisers and PopArt included: all statistics, all steps, all digits; and drawn actions are the same draws."""
     logger, compare = Kept(), Compare(deterministic=False)
     runs = []
@@ -143,7 +143,8 @@ def test_a_snapshot_has_the_statistics_that_evaluate_gives_at_its_step_and_train
         torch.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002
         model = cartpole(normalize_observation=True, normalize_reward=True, popart={"beta": 0.01})
-        trainer = fit(model, logger=logger, callbacks=callbacks, enable_checkpointing=True)
+        folder = tmp_path / f"{len(callbacks)} callbacks"
+        trainer = fit(model, logger=logger, callbacks=callbacks, enable_checkpointing=True, default_root_dir=folder)
         random = torch.get_rng_state(), torch.from_numpy(np.random.get_state()[1].copy())  # noqa: NPY002
         runs.append((model.state_dict(), random, model.generator.get_state()))
     assert_close(runs[0], runs[1], rtol=0, atol=0)
