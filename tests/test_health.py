@@ -815,3 +815,18 @@ def test_values_are_judged_as_the_loss_has_them():
     plain, normalized = looks
     assert plain["value_size"] > 1000
     assert normalized["value_size"] < 100
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_level_of_a_curriculum_is_judged_by_its_own_iterations(fit, levels):
+    """A policy that is certain by then, with lower returns, has not collapsed."""
+
+    def numbers(model):
+        begun = model.policy_version > 4
+        model.schedule_metrics["curriculum/stage"] = 2.0 if begun and levels == 2 else 1.0
+        entropy, returned = (1e-4, 1.0) if begun else (0.5, 2.0)
+        return {**kl(0.02)(model), "train/entropy_loss": -entropy, "rollout/ep_rew_mean": returned}
+
+    watch = Planted(numbers, thresholds=SHORT)
+    fit(small(8), callbacks=[watch])
+    assert [finding["name"] for finding in watch.findings] == ([] if levels == 2 else ["entropy_collapsed"])

@@ -144,7 +144,7 @@ class IterationStats(NamedTuple):
 
 @dataclass
 class RunStats:
-    """Statistics of a run before the present window, as plain data."""
+    """Statistics of a run before the present window, as plain data; of a curriculum, of its present level."""
 
     progress: float = 0.0
     """Share of total_steps."""
@@ -153,7 +153,7 @@ class RunStats:
     settled: bool = False
     """The return may be judged: it contains none of the first episodes."""
     first: IterationStats | None = None
-    """The run's first iteration."""
+    """The first iteration."""
     start: tuple[float, float] | None = None
     """Mean return of the first episodes, and the standard error of its difference to the mean of 100 later ones."""
     worst_kl: float = -math.inf
@@ -168,6 +168,8 @@ class RunStats:
     """Episodes after those of ``start``."""
     last_unhealthy: int = 0
     """Last iteration with an unhealthy metric."""
+    level: float = 1.0
+    """Of a curriculum."""
 
 
 METRICS = {
@@ -293,7 +295,7 @@ def diagnose(rows: Sequence[IterationStats], run: RunStats, t: Thresholds) -> Di
     """
     now = IterationStats(*map(mean, zip(*rows, strict=True)))
     iterations = f"iterations {rows[0].iteration:.0f} to {rows[-1].iteration:.0f}"
-    rises = return_has_risen(now.ep_return, run.start, t)
+    rises = return_has_risen(now.ep_return, run, t)
     if now.constant_observation == 1:
         return Diagnosis("observation_constant", 0.0, f"all observations of {iterations} were the same")
 
@@ -347,9 +349,7 @@ def _diagnose_critic(
     explained = 0.0 if math.isnan(explained) else explained  # constant targets, and a critic that misses them
     frozen = now.frozen_critic == 1
     judged = run.warm or frozen or now.value_size > t.value_size
-    missed = (
-        now.value_error > t.value_error[return_has_risen(now.ep_return, run.start, t) and not frozen] * now.value_size
-    )
+    missed = now.value_error > t.value_error[return_has_risen(now.ep_return, run, t) and not frozen] * now.value_size
     if judged and missed and explained < t.explained_variance_alert:
         seen = (
             f"explained_variance {explained:.2g} (healthy above {t.explained_variance:g}), the critic misses values of "
@@ -376,9 +376,12 @@ def is_healthy(row: IterationStats, t: Thresholds, most_entropy: float) -> bool:
     )
 
 
-def return_has_risen(ep_return: float, start: tuple[float, float] | None, t: Thresholds) -> bool:
-    """Whether the return is above that of the first episodes (mean and standard error) by more than chance."""
-    return start is not None and ep_return > start[0] + t.rise * start[1]
+def return_has_risen(ep_return: float, run: RunStats, t: Thresholds) -> bool:
+    """Whether the return is above that of the first episodes by more than chance.
+
+    A further level of a curriculum begins with a trained policy, whose return need not rise: there it counts as risen.
+    """
+    return run.level > 1 or (run.start is not None and ep_return > run.start[0] + t.rise * run.start[1])
 
 
 def _moves(now: IterationStats, t: Thresholds) -> str:

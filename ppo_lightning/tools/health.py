@@ -223,6 +223,10 @@ class HealthMonitor(Callback):
                 )
                 found |= {**inspected, "frozen_critic": self._is_frozen(pl_module)}
             row = row._replace(**found)
+        level = module.schedule_metrics.get("curriculum/stage", 1.0)
+        if level != self._run.level:  # whose returns are not comparable with those of the level before
+            self._rows.clear()
+            self._run = RunStats(level=level, most_entropy=self._run.most_entropy)
         self._remember(row, metrics, module)
 
         diagnoses: list[Diagnosis | None] = []
@@ -316,7 +320,7 @@ class HealthMonitor(Callback):
         """Whether a metric was unhealthy lately; a diagnosis takes ten times as long as this check."""
         t, run = self.thresholds, self._run
         return self.iterations - run.last_unhealthy < t.window or (
-            run.progress >= t.stall and not return_has_risen(mean(row.ep_return for row in self._rows), run.start, t)
+            run.progress >= t.stall and not return_has_risen(mean(row.ep_return for row in self._rows), run, t)
         )
 
     def _record(self, diagnosis: Diagnosis, pl_module: LightningModule | None) -> bool:
