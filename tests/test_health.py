@@ -824,7 +824,7 @@ def test_a_level_of_a_curriculum_is_judged_by_its_own_iterations(fit, levels):
     def numbers(model):
         begun = model.policy_version > 4
         model.schedule_metrics["curriculum/stage"] = 2.0 if begun and levels == 2 else 1.0
-        entropy, returned = (1e-4, 1.0) if begun else (0.5, 2.0)
+        entropy, returned = (1e-4, -100.0) if begun else (0.5, 0.0)
         return {**kl(0.02)(model), "train/entropy_loss": -entropy, "rollout/ep_rew_mean": returned}
 
     watch = Planted(numbers, thresholds=SHORT)
