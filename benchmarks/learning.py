@@ -230,7 +230,9 @@ def parse(words: list[str], suite: Suite) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those that tables count, 1 to 10 or fewer")
     parser.add_argument("--tables", action="store_true", help="train nothing, write the documents from the rows")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--root", type=Path, default=ROOT / "lightning_logs/learning", help="folder of the runs")
+    parser.add_argument(
+        "--root", type=Path, help="folder of the runs (default: lightning_logs/learning, or runs in that of --results)"
+    )
     parser.add_argument(
         "--results",
         type=Path,
@@ -239,6 +241,8 @@ def parse(words: list[str], suite: Suite) -> argparse.Namespace:
         help="of the rows, to train again what this repository has; its documents and policies then stay as they are",
     )
     options = parser.parse_args(words)
+    here = options.results.resolve() == RESULTS
+    options.root = options.root or (ROOT / "lightning_logs/learning" if here else options.results / "runs")
     if any(not 1 <= seed <= 100 for seed in options.seeds or []):
         parser.error("--seeds are 1 to 100: 101 and up are those by which hyperparameters are chosen")
     return options
@@ -254,7 +258,7 @@ def main() -> None:
     jobs = [] if options.tables else jobs
     failures = run_all(jobs, options.root, options.jobs, options.results)
     rows = read_rows(options.results / ROWS)
-    if options.results == RESULTS:
+    if options.results.resolve() == RESULTS:
         write_documents(suite, rows)
         keep_policies(tasks, rows, options.root)
     print(ablation_table(suite, rows) if options.ablation else table(chosen, rows))

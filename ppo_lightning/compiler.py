@@ -185,7 +185,7 @@ class CompiledFunction:
             if before is None or not call.is_like(before):
                 self._is_steady = False
             elif self.captures:
-                call.run = before.captured()
+                call.continue_captured(before)
         elif call.is_like(first):
             self._has_repeated = True
         else:
@@ -232,8 +232,10 @@ class GraphCall:
 
     def __init__(self, graph: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         self.graph, self.inputs, self.outputs = graph, list(inputs), outputs
-        self.run: Callable[..., Any] = self._run
-        """The graph's outputs, for the leaves of other arguments."""
+        self.places: list[int] = []
+        """Of the tensors beside the arguments, when they were captured."""
+        self.captured: Callable[..., Any] | None = None
+        """:meth:`run` as a CUDA graph, which copies its arguments, and reads all other tensors where they were."""
 
     def bind(self, leaves: list[Any], results: Any) -> bool:
         """Find the function's arguments among the inputs, and its results among the outputs.
@@ -265,16 +267,17 @@ class GraphCall:
 
     def repeat(self, leaves: list[Any]) -> Any:
         """What the function returns for other arguments."""
-        outputs = self.run(*leaves)
+        outputs = self.run(*leaves) if self.captured is None else self.captured(*leaves)
         return tree_unflatten([outputs[place] for place in self.results], self.structure)
 
-    def captured(self) -> Callable[..., Any]:
-        """:attr:`run` as a CUDA graph, which copies its arguments, and reads all other tensors where they are."""
-        if not isinstance(self.run, CudaGraphModule):
-            self.run = CudaGraphModule(self._run)
-        return self.run
+    def continue_captured(self, before: "GraphCall") -> None:
+        """Capture the graph, or take over the capture of a call that was like this one, unless its tensors have moved."""
+        places = [tensor.data_ptr() for tensor in self.inputs if isinstance(tensor, Tensor)]
+        moved = before.captured is None or places != before.places
+        self.captured, self.places = CudaGraphModule(self.run) if moved else before.captured, places
 
-    def _run(self, *leaves: Any) -> Any:
+    def run(self, *leaves: Any) -> Any:
+        """The graph's outputs, for the leaves of other arguments."""
         inputs = self.inputs.copy()
         for at, place in self.arguments:
             inputs[at] = leaves[place]

@@ -9,7 +9,7 @@ MetricNames = Literal["sb3", "cleanrl", "leanrl", "apexrl", "pufferlib", "embodi
 LATER = (
     *(f"rollout/ep_{name}" for name in ("rew_mean", "rew_min", "rew_max", "len_mean")),
     *(f"rollout/{name}" for name in ("success_rate", "fail_rate", "successes", "failures")),
-    *(f"eval/{name}" for name in ("success_rate", "fail_rate")),
+    *(f"eval/{name}" for name in ("success_rate", "fail_rate", "cut_episodes")),
     *(f"train/{name}" for name in ("grad_norm", "actor_grad_norm", "critic_grad_norm", "skipped_steps")),
     "time/fps",
     "time/env_restarts",

@@ -606,12 +606,15 @@ def test_what_a_captured_graph_depends_on_is_checked_again(monkeypatch):
                 function.check_again()
             if call == 16:
                 model.weight = torch.nn.Parameter(torch.full((3,), 2.0))
+            if call == 24:  # the same object elsewhere
+                model.weight.data = torch.full((3,), 3.0)
             rows = {"rows": torch.randn(2 + call % 2, 3), "more": {"one": torch.tensor(1.0)}}
             assert_close(function.repeat(rows), model.plain(rows))
             captured.append(Captures.count)
     assert captured[:4] == [0] * 4
     assert captured[15] == captured[19] == 2
-    assert captured[-1] == 4
+    assert captured[23] == 4
+    assert captured[-1] == 6
 
 
 class Scale(torch.nn.Module):

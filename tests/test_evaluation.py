@@ -337,7 +337,7 @@ def test_noise_of_gsde_is_kept_for_its_steps_in_evaluations_too(monkeypatch):
 
 def test_what_an_evaluation_does_not_log_is_not_that_of_an_earlier_one(fit, monkeypatch):
     model, seen = PPO("CartPole-v1", num_envs=2, num_steps=16, total_steps=96, num_minibatches=1, eval_interval=1), []
-    more = iter([{"eval/cut_episodes": 1.0}, {}, {"eval/success_rate": 1.0}])
+    more = iter([{"eval/cut_episodes": 1.0}, {}, {"eval/success_rate": 1.0}])  # what a run may log
     monkeypatch.setattr(model, "evaluate", lambda **_: {"eval/mean_reward": 1.0, **next(more)})
 
     class Hears(EvaluationCallback):

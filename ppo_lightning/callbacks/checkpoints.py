@@ -46,13 +46,13 @@ class RunCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage != "fit":  # a validation has no scores to resume
             return
+        here, own = Path(str(self.dirpath)).resolve(), self.format_checkpoint_name({})
         # Its folder may have moved since, or its path have been relative to another one.
-        there = Path(str(state_dict["dirpath"])).resolve(), Path(self._resumed).resolve().parent
-        if Path(str(self.dirpath)).resolve() not in there:
+        has_moved = Path(self._resumed).resolve().parent == here and Path(own).is_file()
+        if Path(str(state_dict["dirpath"])).resolve() != here and not has_moved:
             return  # another run's files: this one has none yet
         # The paths are untrusted: Lightning deletes the file when it saves a better one. It compares paths as strings:
         # under another spelling, it would delete the new file as the old one.
-        own = self.format_checkpoint_name({})
         scores = [score for score in state_dict["best_k_models"].values() if isinstance(score, Tensor)]
         super().load_state_dict(
             {

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MAX_EPISODE_STEPS = 100_000
 """An evaluation episode that has not ended by then is truncated, with a warning."""
 
+MAX_NOISE_STEPS = 1024
+"""The most of these, which take memory: noise that is kept for longer is drawn again then."""
+
 MIN_EPISODE_STEPS = 100
 """Steps that an evaluation episode may take in any case."""
 
@@ -147,7 +150,7 @@ def _episodes(
     specs, step, noise = flat_specs(observation_space), 0, None
     specs = specs.get("", specs)
     period = policy.distribution.noise_period
-    steps_of_noise = -(-NOISE_STEPS // period) * period
+    steps_of_noise = min(-(-NOISE_STEPS // period) * period, MAX_NOISE_STEPS)
     while (done < quota).any():
         environments.info_accumulator.counted = done < quota
         if not deterministic and step % steps_of_noise == 0:

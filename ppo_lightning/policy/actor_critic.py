@@ -185,7 +185,7 @@ def fast_layer(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """A layer as a function, with its present parameters, unless something is hooked to it."""
     if _is_hooked(layer):
         return layer
-    if type(layer) is nn.Linear and layer.bias is not None:
+    if type(layer) is nn.Linear and layer.bias is not None and not torch.is_autocast_enabled(layer.weight.device.type):
         # What torch's linear calls, with a fifth less time for a small layer: nothing is asked about gradients.
         bias, weight = layer.bias.detach(), layer.weight.detach().t()
         return lambda latent: torch.addmm(bias, latent, weight)

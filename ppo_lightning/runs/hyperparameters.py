@@ -190,33 +190,40 @@ def disallowed_names(hparams: Mapping[str, Any]) -> dict[str, list[str]]:
     """Strings that a checkpoint may not choose, by hyperparameter, which the user must give again."""
     found = {
         name: [
-            text for text, is_path in _strings(value) if is_path or not _is_allowed(text, inert=name == "env_kwargs")
+            text
+            for text, is_path in _strings(value, has_keys=name == "policy")
+            if is_path or not _is_allowed(text, inert=name == "env_kwargs")
         ]
         for name, value in hparams.items()
-        if name not in ("_instantiator", "info_keys")
+        if name != "_instantiator" and not (name == "info_keys" and _are_strings(value))
     }
     if not isinstance(hparams.get("env_kwargs"), dict | None):  # jsonargparse would read a file of this name
         found["env_kwargs"] = [str(hparams["env_kwargs"])]
     return {name: strings for name, strings in found.items() if strings}
 
 
-def _strings(value: object, *, is_path: bool = False) -> Iterator[tuple[str, bool]]:
+def _are_strings(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+
+
+def _strings(value: object, *, is_path: bool = False, has_keys: bool = False) -> Iterator[tuple[str, bool]]:
     """The strings in a hyperparameter, and whether an argument takes it as a file or folder.
 
-    Keys, and lists of keys of observations, are never imported or opened; one that holds a class's path counts, since
-    jsonargparse would import it.
+    Keys are never imported or opened, nor are those of observations that a policy names (``has_keys``); one that holds a
+    class's path counts, since jsonargparse would import that.
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if key in ("actor_keys", "critic_keys") and isinstance(item, list):
+            if has_keys and key in ("actor_keys", "critic_keys") and _are_strings(item):
                 continue
             if "class_path" in str(key):
                 yield str(key), is_path
             takes_path = key != "class_path" and PATH_ARGUMENT.search(str(key).lower()) is not None
-            yield from _strings(item, is_path=is_path or (takes_path and not isinstance(item, Mapping)))
+            is_file = is_path or (takes_path and not isinstance(item, Mapping))
+            yield from _strings(item, is_path=is_file, has_keys=has_keys)
     elif isinstance(value, list | tuple | set):
         for item in value:
-            yield from _strings(item, is_path=is_path)
+            yield from _strings(item, is_path=is_path, has_keys=has_keys)
     elif isinstance(value, str | bytes):
         yield str(value), is_path
 

@@ -22,7 +22,7 @@ from ppo_lightning.compiler import Compilation
 from ppo_lightning.envs import EnvFactory, EnvProvider
 from ppo_lightning.envs.info import means, merge_sums
 from ppo_lightning.evaluation.episodes import evaluate_over_ranks
-from ppo_lightning.metric_names import MetricNames
+from ppo_lightning.metric_names import MetricNames, may_come_later
 from ppo_lightning.parameters import ONE_OR_MORE, checked
 from ppo_lightning.policy import RunningMoments, statistics_of
 from ppo_lightning.rollout.dataset import RolloutDataset
@@ -325,8 +325,9 @@ class RunModule(ActingModule):
             restore_training_weights(self.trainer)
             raise
         metrics = self.trainer.callback_metrics  # where Lightning keeps those of earlier evaluations
-        for name in [name for name in metrics if name.startswith("eval/") and name not in statistics]:
-            del metrics[name]
+        for name in [name for name in metrics if name.startswith("eval/") and may_come_later(name)]:
+            if name not in statistics:
+                del metrics[name]
         # All ranks have gathered the same statistics; sync_dist tells Lightning so.
         renames = bool(self.loggers) and self.metric_writer.names != "sb3"
         self.log_dict(statistics, sync_dist=self.ranks.world_size > 1, logger=False if renames else None)

@@ -305,6 +305,10 @@ def push(
                 api.whoami()  # reads the stored token, and raises where there is none
         except LocalTokenNotFoundError:
             raise InputError("the Hub needs to know who you are: `hf auth login`, or set HF_TOKEN") from None
+        except (HfHubHTTPError, OSError) as error:
+            raise InputError(
+                f"the Hub does not say who you are ({_first_line(error)}): check HF_TOKEN or `hf auth login`, and the network"
+            ) from None
         mean = save_folder(checkpoint, folder, repository, **options)
         try:
             api.create_repo(repository, private=private, exist_ok=True)

@@ -175,6 +175,16 @@ NAMES = {
         "policy": {"class_path": "ppo_lightning.ActorCritic", "init_args": {"activation": "evil.Network"}}
     },
     "a class among arguments": {"env_kwargs": {"x": {"class_path": "evil.Network"}}},
+    "a class among arguments, as a key of observations": {
+        "env_kwargs": {"actor_keys": [{"class_path": "evil.Network"}]}
+    },
+    "a class among keys of observations": {
+        "policy": {
+            "class_path": "ppo_lightning.ActorCritic",
+            "init_args": {"actor_keys": [{"class_path": "evil.Network"}]},
+        }
+    },
+    "a class among keys of info": {"info_keys": [{"class_path": "evil.Network"}]},
     "text among arguments": {"env_kwargs": {"x": '{"class_path": "evil.Network"}'}},
     "text in the place of arguments": {"env_kwargs": "evil.yaml"},
     "a wrapper": {"wrappers": [{"class_path": "evil.Network"}]},
