@@ -332,10 +332,9 @@ class CudaGraphCache:
         shapes = tuple(leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         if shapes not in self.graphs:
             self.graphs[shapes] = CudaGraphModule(self.function)
+        # A graph that was captured with cached casts would read the weights as they were converted then.
         caches = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(
-            False
-        )  # else weights that were converted before would be read in every later call
+        torch.set_autocast_cache_enabled(False)
         try:
             return self.graphs[shapes](*args)
         finally:

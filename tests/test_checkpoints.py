@@ -209,7 +209,7 @@ def test_a_run_whose_folder_has_moved_keeps_its_best_score(fit, tmp_path):
     (tmp_path / "alone/checkpoints").mkdir(parents=True)
     shutil.copy(tmp_path / "there/checkpoints/last.ckpt", tmp_path / "alone/checkpoints")
     last = tmp_path / "alone/checkpoints/last.ckpt"
-    assert Path(run(tmp_path / "alone", of={"iterations": 3}, ckpt_path=last).best_model_path).is_file(), "begins anew"
+    assert Path(run(tmp_path / "alone", of={"iterations": 3}, ckpt_path=last).best_model_path).is_file()
     after = run(tmp_path / "there", of={"iterations": 3}, ckpt_path=tmp_path / "there/checkpoints/last.ckpt")
     assert after.best_model_score >= before.best_model_score
     assert Path(after.best_model_path).resolve() == (tmp_path / "there/checkpoints/best.ckpt").resolve()

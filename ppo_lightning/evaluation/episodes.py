@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 MAX_EPISODE_STEPS = 100_000
 """An evaluation episode that has not ended by then is truncated, with a warning."""
 
-MAX_NOISE_STEPS = 1024
-"""The most of these, which take memory: noise that is kept for longer is drawn again then."""
-
 MIN_EPISODE_STEPS = 100
 """Steps that an evaluation episode may take in any case."""
 
 NOISE_STEPS = 64
 """Steps for which the noise of actions is drawn at once, or more where it is kept for several."""
+
+MAX_NOISE_STEPS = 1024
+"""At most, since noise takes memory: what is kept for longer is drawn again after so many steps."""
 
 
 def evaluate_over_ranks(

@@ -294,7 +294,7 @@ def end_iteration(trainer: Any, *, done: bool, stop_signal: signal.Signals | Non
 
 
 def is_last_iteration(trainer: Any) -> bool:
-    """Whether the run ends after this iteration; whatever asks it to stop, Lightning goes on until min_epochs and min_steps."""
+    """Whether the run ends after this iteration: ``should_stop`` has no effect before ``min_epochs`` and ``min_steps``."""
     done = trainer.current_epoch + 1
     enough = done >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
     return (trainer.should_stop and enough) or done == trainer.max_epochs

@@ -214,7 +214,8 @@ def draw_learning_curve(run: Path | str) -> Path | None:
         write_atomically(file, to_png(figure, 150))
     except InputError:
         return None
-    except Exception as error:  # of matplotlib, or a full disk: no reason to fail the run
+    # A matplotlib that does not fit NumPy, or a full disk, is no reason to fail the run.
+    except (ImportError, AttributeError, RuntimeError, ValueError, OSError) as error:
         rank_zero_warn(f"{file} was not drawn ({type(error).__name__}: {error})")
         return None
     return file
