@@ -58,8 +58,8 @@ from ppo_lightning.runs.ranks import LightningBackend, can_bypass_strategy
 from ppo_lightning.runs.schedules import Schedules
 from ppo_lightning.runs.state import resolve_seed
 from ppo_lightning.runs.trainer import (
+    STOP_SIGNALS,
     check_supported_features,
-    end_iteration,
     gradient_hooks,
     set_global_step,
     shorten_timeout,
@@ -339,10 +339,10 @@ class PPO(RunModule):
             if not ends or scheduler.last_epoch < scheduler.total_steps:
                 scheduler.step()
         metrics = self.metrics(batch, update, seconds=time.perf_counter() - started, learning_rate=learning_rate)
-        self.log_metrics(metrics)
+        stops = self.num_env_steps >= self.total_steps or self.agreed_stop_signal in STOP_SIGNALS
+        self.trainer.should_stop = self.trainer.should_stop or stops
+        self.log_iteration(metrics)
         call_event(self, "on_iteration_end", metrics)
-        done = self.num_env_steps >= self.total_steps
-        end_iteration(self.trainer, done=done, stop_signal=self.agreed_stop_signal)
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

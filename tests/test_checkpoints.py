@@ -8,7 +8,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
@@ -215,3 +215,38 @@ def test_a_run_whose_folder_has_moved_keeps_its_best_score(fit, tmp_path):
     assert Path(after.best_model_path).resolve() == (tmp_path / "there/checkpoints/best.ckpt").resolve()
     contents = read_checkpoint(tmp_path / "there/checkpoints/best.ckpt")
     assert contents["state_dict"]["env_steps"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("options", [{"save_last": True, "save_weights_only": True}, {"save_last": "link"}])
+def test_a_last_checkpoint_of_the_user_does_not_replace_that_of_the_run(fit, options):
+    own = ModelCheckpoint(**options)
+    trainer = fit_with_files(fit, make(iterations=4), own)
+    folder = Path(trainer.default_root_dir) / "checkpoints"
+    assert own.last_model_path == str(folder / "last-v1.ckpt")
+    assert own.CHECKPOINT_NAME_LAST == "last"
+    last, previous = (read_checkpoint(folder / name) for name in ("last.ckpt", "previous.ckpt"))
+    assert (last["global_step"], previous["global_step"]) == (4, 3)
+    fit_with_files(fit, make(iterations=5), ModelCheckpoint(**options), ckpt_path=folder / "last.ckpt")
+
+
+@pytest.mark.parametrize("name", ["best", "last", "previous", "on_exception"])
+def test_a_file_that_the_run_writes_is_nobody_elses(fit, tmp_path, name):
+    with pytest.raises(InputError, match=f"would write .*{name}.ckpt, which this run writes itself: give another"):
+        fit_with_files(fit, make(), ModelCheckpoint(filename=name, monitor="rollout/ep_rew_mean"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    fit_with_files(fit, make(), ModelCheckpoint("elsewhere", filename=name))
+
+
+@pytest.mark.filterwarnings("ignore:.*ckpt_path:UserWarning")  # Lightning resumes by itself with such a callback
+def test_a_callback_that_saves_on_exceptions_leaves_the_checkpoints_of_the_run(fit, tmp_path):
+    fit_with_files(fit, make(), OnExceptionCheckpoint(tmp_path / "checkpoints"))
+    assert {path.stem for path in tmp_path.rglob("*.ckpt")} == {"best", "last", "previous"}
+
+
+def test_metrics_are_logged_at_the_interval_of_the_trainer_and_at_the_end(fit, tmp_path):
+    logger = CSVLogger(tmp_path, name="", version=0)
+    fit_with_files(fit, make(iterations=10), logger=logger, log_every_n_steps=4, limit_val_batches=0)
+    with (tmp_path / "version_0/metrics.csv").open() as file:
+        rows = [int(row["step"]) for row in csv.DictReader(file) if row["train/value_loss"]]
+    assert rows == [4 * ITERATION, 8 * ITERATION, 10 * ITERATION]

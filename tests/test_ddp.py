@@ -116,6 +116,9 @@ def test_fewer_episodes_than_ranks_and_spawned_processes(tmp_path, monkeypatch):
     assert first["evaluated"] == second["evaluated"]
     assert first["evaluated"]["eval/std_reward"] == 0
     assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
+    # Spawned processes share tensors, unless each makes its own: counters would count the steps of both twice.
+    assert first["state_dict"]["env_steps"] == 256 * first["state_dict"]["iterations"]
+    assert first["state_dict"]["iterations"] == 8
 
 
 def test_a_rank_whose_own_divergence_would_stop_it_hangs_no_other_rank(tmp_path):

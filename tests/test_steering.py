@@ -13,7 +13,7 @@ import torch
 import yaml
 from hills import Fragile, Hill, Hills, Line, Simulation, nearness, vector
 from lightning import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from outcomes import outcome, same
 from processes import fit as train
 from processes import forked
@@ -258,10 +258,18 @@ def test_monitors_outlive_a_level_on_which_no_episode_has_ended_yet(fit):
         Level(metric="rollout/ep_len_mean", at_least=2, times=2),
     ]
     record = Record()
-    monitor = EarlyStopping("rollout/ep_rew_mean", patience=100)
-    fit(PPO(Hill, **SMALL, total_steps=9 * ITERATION), callbacks=[Curriculum(steps), monitor, record])
+    monitors = [
+        EarlyStopping("rollout/ep_rew_mean", patience=100),
+        EarlyStopping("rollout/ep_len_mean", patience=4, mode="max"),
+        ModelCheckpoint("saved", filename="{step}", monitor="rollout/ep_len_mean", mode="max", save_top_k=-1),
+    ]
+    model = PPO(Hill, **SMALL, total_steps=9 * ITERATION)
+    fit(model, callbacks=[Curriculum(steps), *monitors, record], enable_checkpointing=True)
     # What the level before has left counts for nothing: the first episode of 30 steps ends in the seventh iteration.
     assert record.column("curriculum/stage") == [1, 1, 1, 2, 2, 2, 2, 2, 3]
+    lengths = [row.get("rollout/ep_len_mean") for row in model.summary()["train_history"]]
+    assert lengths == [2, 2, 2, None, None, None, 30, 30, None]
+    assert {path.stem for path in Path("saved").iterdir()} == {f"step={n * ITERATION}" for n in (1, 2, 3, 7, 8)}
 
 
 def test_a_changed_level_is_put_on_when_a_run_resumes(fit):

@@ -13,13 +13,14 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ModelSummary
 from probes import ActionMustMatch, Faulty
 
 from ppo_lightning import PPO, PPOLoss
 from ppo_lightning.callbacks import RunReport, RunSummary
 from ppo_lightning.cli import RunCSVLogger, main
 from ppo_lightning.errors import EnvironmentFault
+from ppo_lightning.runs.history import Records
 
 pytestmark = pytest.mark.paints
 
@@ -102,6 +103,18 @@ def test_the_summary_of_a_resumed_run_is_whole(logged):
     assert summary == {**summary, **json.loads(json.dumps(again.summary()))}
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_checkpoint_that_a_callback_saves_has_the_record_of_its_iteration(logged):
+    logs = LambdaCallback(on_train_batch_end=lambda trainer, model, *_: model.log("own", float(model.policy_version)))
+    logged(small(), logs, ModelCheckpoint("saved", filename="{epoch}", every_n_train_steps=3, save_top_k=-1))
+    model = small()
+    every = ModelCheckpoint("saved", every_n_train_steps=3, save_top_k=0)
+    logged(model, every, ckpt_path="saved/epoch=2.ckpt", logger=RunCSVLogger(".", name="runs", version=1))
+    history = model.summary()["train_history"]
+    assert [row["time/iterations"] for row in history] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row.get("own") for row in history] == [1, 2, *[None] * 6]  # a callback logs after that save
+
+
 def test_a_second_fit_of_a_model_resumes_with_its_history(fit):
     model = small(total_steps=256)
     fit(model)
@@ -118,6 +131,7 @@ def test_records_change_nothing_in_training(fit):
         with pytest.MonkeyPatch.context() as patch:
             if not watched:
                 patch.setattr(RunSummary, "on_train_batch_end", lambda *_: None)
+                patch.setattr(Records, "add_iteration", lambda *_: None)
             fit(model)
         assert bool(model.summary()["train_history"]) == watched
         weights.append(model.state_dict())

@@ -3,6 +3,7 @@
 import difflib
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -41,10 +42,12 @@ class CallbackSchedule(EvaluationCallback):
         self._changed: list[tuple[Callback, str, Any]] = []
         """The user's callbacks, with the attributes that this one has set and their previous values."""
         self._has_evaluated = False
+        self._seen: set[str] = set()
+        """Monitored metrics that were logged, though the last iteration may lack them."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._has_evaluated = False
+        self._has_evaluated, self._seen = False, set()
         if stage != "fit":
             return
         for callback in _monitors(trainer):
@@ -57,6 +60,23 @@ class CallbackSchedule(EvaluationCallback):
     def _set(self, callback: Callback, name: str, value: Any) -> None:
         self._changed.append((callback, name, getattr(callback, name)))
         setattr(callback, name, value)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the user's checkpoints apart from those of the run."""
+        own = [path for one in callbacks_of(trainer, RunCheckpoint) for path in one.paths()]
+        for callback in callbacks_of(trainer, ModelCheckpoint):
+            if isinstance(callback, RunCheckpoint):
+                continue
+            path = Path(callback.format_checkpoint_name({}))
+            if path in own:
+                raise InputError(
+                    f"ModelCheckpoint(filename={callback.filename!r}) would write {path}, which this run writes itself: give "
+                    "another filename or dirpath"
+                )
+            if callback.save_last and Path(callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST)) in own:
+                # The name that Lightning takes where the file exists already.
+                self._set(callback, "CHECKPOINT_NAME_LAST", f"{callback.CHECKPOINT_NAME_LAST}-v1")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -89,6 +109,7 @@ class CallbackSchedule(EvaluationCallback):
                 callback._last_time_checked = time.monotonic()
                 callback._save_topk_checkpoint(trainer, metrics)
                 callback._save_last_checkpoint(trainer, metrics)
+                _skip_save(callback, trainer)  # also where save_top_k is 0
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,9 +123,10 @@ class CallbackSchedule(EvaluationCallback):
             or ((evaluates or evaluates_async) and _has_hooks(one, "on_evaluation"))
             for one in (pl_module, *callbacks_of(trainer, Callback))
         )
+        self._seen |= {one.monitor for one in _monitors(trainer)} & trainer.callback_metrics.keys()
         for callback, name in self._without_metric(trainer):
             of_evaluation = name.startswith("eval/") and (evaluates or evaluates_async)
-            if may_come_later(name) or of_evaluation or logs_next or logs_then:
+            if may_come_later(name) or name in self._seen or of_evaluation or logs_next or logs_then:
                 _skip_save(callback, trainer)
             else:
                 raise _unknown_metric_error(callback, name, trainer)

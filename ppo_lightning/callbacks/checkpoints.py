@@ -35,6 +35,10 @@ class RunCheckpoint(ModelCheckpoint):
     def state_key(self) -> str:
         return type(self).__name__  # whatever its interval: a resumed run may have another
 
+    def paths(self) -> list[Path]:
+        """The files that it writes."""
+        return [Path(self.format_checkpoint_name({}))]
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         with warnings.catch_warnings():
@@ -157,6 +161,11 @@ class LastCheckpoint(RunCheckpoint):
         self._saved_at = time.monotonic()
         self._started_at: int | None = None
         """Iterations before this run; None until training starts."""
+
+    @override
+    def paths(self) -> list[Path]:
+        last = super().paths()[0]
+        return [last, last.with_name(PREVIOUS), last.with_name(ON_EXCEPTION)]
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -46,7 +46,7 @@ def attach_callbacks(trainer: Any, save_interval: int, *, evaluates: bool) -> No
     if not evaluates and not trainer.fast_dev_run:
         check_evaluation_monitors(trainer.callbacks)
     needed += [FinalEvaluation(), CallbackSchedule()]
-    if callbacks_of(trainer, ModelCheckpoint):
+    if trainer.checkpoint_callbacks:
         if evaluates:
             needed.append(BestCheckpoint())
         needed.append(LastCheckpoint(save_interval))

@@ -19,7 +19,7 @@ from ppo_lightning.runs.history import SUMMARY, Records
 
 
 class RunSummary(Callback):
-    """Records metrics for ``model.summary()``, and writes ``summary.json`` into the run's folder.
+    """Records evaluations and times for ``model.summary()``, and writes ``summary.json`` into the run's folder.
 
     Rank 0 writes it however the run ends. A run without a logger has no folder, and no file. Checkpoints hold the records,
     so that those of a resumed run are complete.
@@ -48,12 +48,10 @@ class RunSummary(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        records, found = self._records, trainer.callback_metrics
+        """Add what callbacks have logged to the iteration's record."""
+        found = trainer.callback_metrics
         metrics = {name: found[name].item() for name in found if name[:5] != "eval/" and name != "step"}
-        records.train.add(cast(PPOModule, pl_module).num_env_steps, metrics)
-        for part in ("collect", "update"):
-            if f"time/{part}" in metrics:  # a training_step of the user's own may log none
-                records.seconds[part] += metrics[f"time/{part}"]
+        self._records.train.add(cast(PPOModule, pl_module).num_env_steps, metrics)
         self._count_time()
 
     @override

@@ -38,7 +38,13 @@ class History:
         self._kept: list[dict[str, float]] = []
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a record of metrics, which may differ from those of the previous one, at ``step`` environment steps."""
+        """Add a record of metrics, which may differ from those of the previous one, at ``step`` environment steps.
+
+        Metrics at the step of the previous record complete that one.
+        """
+        if self.last is not None and self.last["step"] == step:
+            self.last.update(metrics)
+            return
         self.count += 1
         self.last = {"step": step, **metrics}
         highest = -math.inf if self.best is None else self.best[self.best_by]
@@ -98,6 +104,12 @@ class Records:
     """Wall-clock time of training, and of each of :data:`PARTS`."""
     begun_at: int | None = None
     """Environment steps that the model had when the records began."""
+
+    def add_iteration(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the metrics of an iteration, at ``step`` environment steps."""
+        self.train.add(step, metrics)
+        for part in ("collect", "update"):
+            self.seconds[part] += metrics.get(f"time/{part}", 0.0)
 
     def state(self) -> dict[str, Any]:
         """All of it as plain data."""

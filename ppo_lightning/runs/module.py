@@ -45,6 +45,7 @@ from ppo_lightning.runs.state import RunState, derive_seed, env_signature, resol
 from ppo_lightning.runs.trainer import (
     check_trainer,
     find_checkpoints,
+    is_last_iteration,
     prepare_trainer,
     restart_epoch,
     restore_modes,
@@ -109,6 +110,8 @@ class RunModule(ActingModule):
         self.seed: int | None = None
         self.generator = torch.Generator()
         self.ranks, self.records, self.clock = Ranks(), Records(), Clock()
+        self._logged: set[str] = set()
+        """Names of the last iteration's metrics."""
         self.schedule_metrics: dict[str, float] = {}
         """Metrics of callbacks that change schedules or environments, logged with each iteration."""
         self.stop_signal: Signals | None = None
@@ -146,15 +149,17 @@ class RunModule(ActingModule):
     @override
     def setup(self, stage: str) -> None:
         """Agree on a seed, refuse misleading settings, and replace Lightning's defaults by those that suit PPO."""
+        for _, buffer in self.all_buffers():
+            # Spawned ranks share all tensors. Lightning gives each rank buffers of its own, but knows not those that count.
+            if buffer.device.type == "cpu" and buffer.is_shared():
+                buffer.data = buffer.data.clone()
         prepare_trainer(self.trainer)
         self.seed = self.trainer.strategy.broadcast(resolve_seed(self.seed))
         if stage != "fit":
             return
         remaining = ceil((self.total_steps - self.num_env_steps) / self.steps_per_iteration)
         has_moments = any(isinstance(one, RunningMoments) for one in self.modules())
-        self._check_val_every_n_epoch = check_trainer(
-            self.trainer, remaining, self.iterations_between_evaluations, running_moments=has_moments
-        )
+        check_trainer(self.trainer, remaining, running_moments=has_moments)
         if self.env_factory.for_evaluation() is None:
             rank_zero_info(
                 f"no evaluations: {self.env_factory.name} was given as a VectorEnv, and evaluation needs environments of "
@@ -231,14 +236,35 @@ class RunModule(ActingModule):
             "train/n_updates": int(self.n_updates),
         }
 
+    def log_iteration(self, metrics: dict[str, float]) -> None:
+        """Log, by the Trainer's ``log_every_n_steps``, and record all metrics of this iteration.
+
+        Metrics of the last iteration that this one lacks (no episode has ended since a level began) are forgotten.
+
+        Args:
+            metrics: under our names, the same on all ranks.
+        """
+        for name in self._logged - metrics.keys():
+            self.trainer.callback_metrics.pop(name, None)
+        self._logged = set(metrics)
+        self.records.add_iteration(self.num_env_steps, metrics)
+        if is_last_iteration(self.trainer) or cast(Any, self.trainer)._logger_connector.should_update_logs:
+            self.log_metrics(metrics)
+        else:
+            self._publish(metrics)
+
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log all metrics of this iteration at once: one ``self.log`` per metric costs more than an update.
+        """Log metrics at once: one ``self.log`` per metric costs more than an update.
 
         Args:
             metrics: under our names, the same on all ranks.
             step: environment steps that they belong to; None is now.
         """
         self.metric_writer.write(self.loggers, metrics, self.num_env_steps if step is None else step)
+        self._publish(metrics)
+
+    def _publish(self, metrics: dict[str, float]) -> None:
+        """Let callbacks monitor metrics."""
         values = torch.tensor(list(metrics.values()), dtype=torch.float64)  # one by one they take five times as long
         self.trainer.callback_metrics.update(zip(metrics, values.unbind(), strict=True))
 
@@ -249,8 +275,7 @@ class RunModule(ActingModule):
 
     @override
     def on_fit_end(self) -> None:
-        """Restore the Trainer's evaluation interval, and save the state for another fit."""
-        self.trainer.check_val_every_n_epoch = self._check_val_every_n_epoch
+        """Save the state for another fit."""
         self._save_for_refit()
 
     def rollback_update(self) -> None:

@@ -4,8 +4,8 @@ import difflib
 import logging
 import os
 import signal
-import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -247,23 +247,21 @@ def check_supported_features(trainer: Any, module: LightningModule) -> None:
 
 def prepare_trainer(trainer: Any) -> None:
     """Let a Trainer write verified checkpoints, continue where loggers cannot write, and log over environment steps."""
+    # Lightning's warning counts the batches of an epoch, which is one here, against iterations.
+    warnings.filterwarnings("ignore", r"The number of training batches \(1\) is smaller than the logging interval")
     trainer.strategy.checkpoint_io = verified_io(trainer.strategy.checkpoint_io)
     trainer.loggers = [as_tolerant(logger) for logger in trainer.loggers]
     trainer.fit_loop.epoch_loop.__class__ = _StepLoop
     trainer._logger_connector.__class__ = _StepLogger
 
 
-def check_trainer(trainer: Any, iterations: int, evaluation_interval: int, *, running_moments: bool) -> int | None:
+def check_trainer(trainer: Any, iterations: int, *, running_moments: bool) -> None:
     """Refuse misleading settings, and replace Lightning's defaults by those that suit PPO.
 
     Args:
         trainer: of a fit.
         iterations: that ``total_steps`` leaves to train.
-        evaluation_interval: iterations.
         running_moments: the model has running statistics.
-
-    Returns:
-        ``check_val_every_n_epoch`` as it was.
     """
     validate_trainer(trainer, running_moments=running_moments)
     budget = trainer.current_epoch + max(0, iterations)
@@ -273,24 +271,11 @@ def check_trainer(trainer: Any, iterations: int, evaluation_interval: int, *, ru
                 f"{name}={least} would train beyond total_steps, which is reached after {budget} iterations: raise "
                 f"total_steps, or leave {name} out"
             )
-    before = trainer.check_val_every_n_epoch
     if trainer.max_epochs in (None, 1000):
         trainer.fit_loop.max_epochs = -1
-    if trainer.check_val_every_n_epoch == 1:
-        trainer.check_val_every_n_epoch = evaluation_interval
     trainer.num_sanity_val_steps = 0
     if trainer.log_every_n_steps == 50:
         trainer.log_every_n_steps = 1
-    return before
-
-
-def end_iteration(trainer: Any, *, done: bool, stop_signal: signal.Signals | None) -> None:
-    """Decide whether the run stops after this iteration (``done``: ``total_steps`` are trained), and whether it evaluates."""
-    trainer.should_stop = trainer.should_stop or done or stop_signal in STOP_SIGNALS
-    if stop_signal in STOP_SIGNALS:
-        trainer.check_val_every_n_epoch = sys.maxsize  # there is no time for an evaluation
-    elif is_last_iteration(trainer):
-        trainer.check_val_every_n_epoch = 1  # the final policy is evaluated, whatever the interval
 
 
 def is_last_iteration(trainer: Any) -> bool:
@@ -301,10 +286,23 @@ def is_last_iteration(trainer: Any) -> bool:
 
 
 class _StepLoop(_TrainingEpochLoop):
-    """Lightning's loop over batches, whose counter for x-axes is environment steps.
+    """Lightning's loop over batches, which evaluates by the model's ``eval_interval``, and counts environment steps.
 
     Lightning's callbacks (LearningRateMonitor, DeviceStatsMonitor) give this counter to loggers.
     """
+
+    @override
+    def _should_check_val_epoch(self) -> bool:
+        trainer, module = cast(Any, self.trainer), cast(Any, self.trainer.lightning_module)
+        if not hasattr(module, "iterations_between_evaluations"):  # the Trainer now trains another module
+            return super()._should_check_val_epoch()
+        if not trainer.enable_validation or module.agreed_stop_signal in STOP_SIGNALS:
+            return False  # a signal leaves no time for an evaluation
+        if trainer.check_val_every_n_epoch == 1:  # not set by the user
+            due = module.policy_version % module.iterations_between_evaluations == 0
+        else:
+            due = super()._should_check_val_epoch()
+        return due or is_last_iteration(trainer)
 
     @property
     def _batches_that_stepped(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -375,11 +373,15 @@ def restart_epoch(trainer: Any, iterations: int) -> None:
     Lightning would continue within it, without the ``on_train_epoch_start`` in which callbacks prepare a rollout. Old
     checkpoints counted more than their ``iterations`` where an update was aborted.
     """
-    set_global_step(trainer, min(trainer.global_step, iterations))
     progress = trainer.fit_loop.epoch_progress
+    # An error after an iteration leaves Lightning's count of epochs one behind that of iterations.
+    epochs = trainer.global_step if trainer.global_step <= iterations else progress.current.processed
+    set_global_step(trainer, min(trainer.global_step, iterations))
     for count in (progress.total, progress.current):
-        count.ready = count.started = count.processed
-    trainer.fit_loop.reset_restart_stage()
+        count.ready = count.started = count.processed = count.completed = epochs
+    for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop):
+        loop.reset_restart_stage()
+    trainer.fit_loop.restarting = False
 
 
 def restore_modes(trainer: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from outcomes import outcome, same
 from test_resume import SMALL, SaveAt, Walk
 
@@ -55,6 +56,47 @@ def test_what_fails_between_iterations_keeps_the_environments(fit):
     last = max(Path().rglob("last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     model = PPO("CartPole-v1", **SMALL)
     same(outcome(model, fit(model, ckpt_path=last, **kwargs)), expected)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    ["on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_validation_start"],
+)
+@pytest.mark.parametrize("again", ["another Trainer", "the same Trainer"])
+def test_whatever_failed_epochs_are_iterations(hook, again, fit):
+    """The run that continues ends after as many iterations as ``max_epochs`` says, and evaluates after every second."""
+    options = {"limit_val_batches": 1, "enable_checkpointing": True, "max_epochs": 6}
+    model = PPO("CartPole-v1", **{**SMALL, "total_steps": 10 * 96}, eval_interval=2)
+    fails = Fails(hook, 4 if hook == "on_validation_start" else 3, ZeroDivisionError())
+    evaluated = []
+    evaluations = LambdaCallback(on_validation_end=lambda trainer, model: evaluated.append(model.policy_version))
+    trainers = []
+    keep = LambdaCallback(setup=lambda trainer, model, stage: trainers.append(trainer))
+    with pytest.raises(ZeroDivisionError):
+        fit(model, callbacks=[fails, keep, evaluations], **options)
+    if again == "the same Trainer":
+        trainer = trainers[0]
+        trainer.fit(model)
+    else:
+        last = max(Path().rglob("last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        model = PPO("CartPole-v1", **{**SMALL, "total_steps": 10 * 96}, eval_interval=2)
+        trainer = fit(model, ckpt_path=last, callbacks=[evaluations], **options)
+    assert (trainer.current_epoch, trainer.global_step, model.policy_version) == (6, 6, 6)
+    assert set(evaluated) >= {2, 6}
+    assert set(evaluated) <= {2, 4, 6}
+
+
+def test_a_trainer_evaluates_the_next_model_by_its_own_interval(fit):
+    trainers, evaluated = [], []
+    keep = LambdaCallback(
+        setup=lambda trainer, model, stage: trainers.append(trainer),
+        on_validation_end=lambda trainer, model: evaluated.append(model.policy_version),
+    )
+    fails = Fails("on_train_batch_end", 3, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        fit(PPO("CartPole-v1", **SMALL, eval_interval=50), callbacks=[fails, keep], limit_val_batches=1)
+    trainers[0].fit(PPO("CartPole-v1", **SMALL, eval_interval=3))
+    assert evaluated == [3, 6]
 
 
 def test_environments_that_a_callable_makes_otherwise_restart(fit, caplog):
