@@ -49,7 +49,7 @@ TRAINER_KEYS = {
     "devices": "devices, or processes on CPUs (count)",
     "num_nodes": "machines (count)",
     "strategy": "ddp for several devices",
-    "precision": "32-true, bf16-mixed, 16-mixed or 64-true",
+    "precision": "32-true, bf16-mixed or 16-mixed",
     "max_time": "the run stops after it, such as 00:12:00:00",
     "callbacks": "callbacks by class_path",
     "logger": "loggers by class_path, or false",

@@ -146,7 +146,8 @@ def _checked(name: str, value: Any, hint: Any, limit: Limit | None) -> Any:
         )
         kind = "" if value is None or is_number(value) else f" ({type(value).__name__})"
         raise InputError(f"{name} {says}, got {shown(value)}{kind}")
-    numbers = found if isinstance(found, list | tuple) else [found]
+    several = list(found.values()) if isinstance(found, dict) else found
+    numbers = several if isinstance(several, list | tuple) else [found]
     if limit is not None and not all(limit.accepts(number) for number in numbers if is_number(number)):
         raise InputError(f"{name} must {limit.rule}, got {shown(value)}")
     if type(found) is int and abs(found) >= 2**63:  # counters are int64

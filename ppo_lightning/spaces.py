@@ -327,10 +327,10 @@ def flatten_mask(mask: Any, action_space: Space[Any]) -> Array:
     Its values are those that were given: :func:`mask_flags` says whether they are a mask's.
     """
     try:
-        if isinstance(mask, Mapping | tuple):
+        if isinstance(mask, Mapping) or is_nested_mask(mask, action_space):
             sizes = _mask_sizes(action_space)
             parts = _pick(mask, {name: path for name, (path, _) in sizes.items()})
-            flat = {name: np.asarray(part).reshape(len(part), -1) for name, part in parts.items()}
+            flat = {name: _rows(part, sizes[name][1]) for name, part in parts.items()}
             if any(part.shape[1] != sizes[name][1] for name, part in flat.items()):
                 raise ValueError({name: part.shape[1] for name, part in flat.items()})
             return _concatenated(list(flat.values()), 1)
@@ -345,13 +345,51 @@ def flatten_mask(mask: Any, action_space: Space[Any]) -> Array:
         ) from error
 
 
-def flatten_mask_tensors(mask: Any, action_space: Space[Any]) -> Tensor:
-    """A batch of masks as one tensor [B, M] bool: concatenated already, or in the parts of a Dict or Tuple action space."""
-    if not isinstance(mask, Tensor):
+def flatten_mask_tensors(mask: Any, action_space: Space[Any], count: int) -> Tensor:
+    """A batch of masks as one tensor [B, M] bool: concatenated already, or in the parts of a Dict or Tuple action space.
+
+    Args:
+        mask: tensors of bools or integers.
+        action_space: of the policy.
+        count: B.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if isinstance(mask, Mapping) or is_nested_mask(mask, action_space):
         paths = {name: path for name, (path, _) in _mask_sizes(action_space).items()}
-        mask = torch.cat([part.flatten(1) for part in _pick(mask, paths).values()], -1)
-    check_mask_length(mask.flatten(1).shape[1], action_space)
-    return mask.flatten(1).bool()
+        try:
+            parts = list(_pick(mask, paths).values())
+        except (KeyError, IndexError, TypeError) as error:
+            raise InputError(
+                f"forward needs an {MASK} with the parts {list(paths)}, got one without {error}"
+            ) from error
+    else:
+        parts = [mask]
+    for part in parts:
+        if not isinstance(part, Tensor) or part.is_floating_point() or part.ndim < 2 or len(part) != count:
+            given = f"{tuple(part.shape)} of {part.dtype}" if isinstance(part, Tensor) else type(part).__name__
+            raise InputError(
+                f"forward needs an {MASK} of tensors with {count} rows of bools or integers, got {given} (what is added to "
+                "logits, 0 and -inf, is no mask)"
+            )
+    flat = torch.cat([part.flatten(1).bool() for part in parts], -1)
+    check_mask_length(flat.shape[1], action_space)
+    return flat
+
+
+def is_nested_mask(mask: Any, action_space: Space[Any]) -> bool:
+    """Whether a tuple is the parts of a Tuple action space; else it is the choices of a basic one."""
+    return isinstance(mask, tuple) and subspaces(action_space) is not None
+
+
+def _rows(part: Any, size: int) -> Array:
+    """The masks [N, size] of one part of a Dict or Tuple, which environments may have given as lists."""
+    array = np.asarray(part)
+    if array.dtype == object:
+        rows = [np.ones(size, dtype=bool) if one is None else np.asarray(one).flatten() for one in array]
+        array = _concatenated([row[None] for row in rows], 0)
+    return array.reshape(len(array), -1)
 
 
 def _mask_sizes(action_space: Space[Any]) -> dict[str, tuple[tuple[Any, ...], int]]:
@@ -364,7 +402,7 @@ def _flat_one(mask: Any, action_space: Space[Any]) -> Array:
     """The mask of one environment, from nested or plain lists."""
     if mask is None:
         return np.ones(sum(action_dims(action_space)), dtype=bool)
-    if isinstance(mask, tuple) and subspaces(action_space) is not None:
+    if is_nested_mask(mask, action_space):
         paths = {name: path for name, (path, _) in _mask_sizes(action_space).items()}
         parts = list(_pick(mask, paths).values())
     else:

@@ -1,5 +1,7 @@
 """``forward`` and ``Trainer.predict``: raw observations as tensors, actions as the environment takes them."""
 
+from functools import partial
+
 import gymnasium
 import lightning
 import numpy as np
@@ -11,7 +13,7 @@ from test_grid import SAMPLE, make, tensors_of
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from ppo_lightning import PPO, InputError
+from ppo_lightning import PPO, ActorCritic, InputError
 from ppo_lightning.spaces import action_dims
 
 OBSERVATIONS = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
@@ -95,12 +97,48 @@ def test_a_mask_in_the_observation_is_read_from_there_by_parts_too():
         (({"a": torch.zeros(2, 3)},), r"forward needs tensors of Box\(.*\), batched, got dict$"),
         ((np.zeros((2, 3), np.float32),), "batched, got ndarray$"),
         ((torch.zeros(2, 3), torch.zeros(2, 8)), "was given a state, this policy is not recurrent"),
-        ((torch.zeros(2, 3), None, torch.ones(2, 3)), "action_mask has 3 entries"),
+        ((torch.zeros(2, 3), None, torch.ones(2, 3, dtype=torch.bool)), "action_mask has 3 entries"),
+        (
+            (torch.zeros(2, 3), None, torch.tensor([[0.0, -torch.inf]] * 2)),
+            r"float32 \(what is added to logits, 0 and -inf",
+        ),
+        ((torch.zeros(2, 3), None, torch.ones(3, dtype=torch.bool)), r"with 2 rows of bools or integers, got \(3,\)"),
+        (
+            (torch.zeros(2, 3), None, torch.ones(1, 3, dtype=torch.bool)),
+            r"with 2 rows of bools or integers, got \(1, 3\)",
+        ),
+        ((torch.zeros(2, 3), None, np.ones((2, 3), bool)), "bools or integers, got ndarray"),
+        ((torch.zeros(2, 3), None, None, torch.zeros(2, 99)), r"forward needs noise of \(2, \d\), got \(2, 99\)"),
     ],
 )
 def test_forward_refuses_what_does_not_fit(model, arguments, message):
     with pytest.raises(InputError, match=message):
         model(*arguments)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_predict_refuses_states_that_are_not_its_own(cell):
+    model = PPO("CartPole-v1", num_envs=4, policy=partial(ActorCritic, rnn=cell, rnn_size=4))
+    size, observations = model.policy.state_size, np.zeros((2, 4), np.float32)
+    for state in (np.zeros((size, 2)), np.zeros(2 * size), np.zeros((2, 1, size)), "x"):
+        with pytest.raises(
+            InputError, match=rf"predict needs a state of \(2, {size}\), got .*: pass on what it returned"
+        ):
+            model.predict(observations, state=state)
+    with pytest.raises(InputError, match="a state of finite numbers"):
+        model.predict(observations[0], state=np.full(size, np.nan))
+    action, state = model.predict(observations[:0])
+    assert (action.shape, state.shape) == ((0,), (0, size))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_predict_acts_as_the_checkpoint_does_whatever_the_precision_of_training(precision, fit, tmp_path):
+    model = PPO("Pendulum-v1", num_envs=2, num_steps=16, total_steps=64)
+    trainer = fit(model, precision=precision)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    expected = PPO.load_from_checkpoint(tmp_path / "model.ckpt").predict(OBSERVATIONS.numpy())
+    with torch.autocast("cpu", torch.bfloat16):  # as within a hook of a Trainer
+        assert (model.predict(OBSERVATIONS.numpy()) == expected).all()
 
 
 def test_predict_refuses_a_state_in_the_place_of_the_flag(model):

@@ -137,6 +137,19 @@ def test_beta_equals_torch():
     assert_close(distribution.mode(parameters), mode, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("concentration", [1e2, 1e4, 1e6])
+def test_a_precise_beta_is_exact(concentration):
+    """Terms as large as the concentrations cancel."""
+    distribution = action_distribution(Box(0, 1, (1,)), "beta")
+    parameters = torch.full((B, 2), concentration)
+    x = drawn(distribution, parameters)
+    alpha, beta = (1 + torch.nn.functional.softplus(parameters.double())).chunk(2, -1)
+    other = td.Beta(alpha, beta)
+    log_prob, entropy = distribution.log_prob_and_entropy(parameters, x)
+    assert_close(log_prob.double(), other.log_prob(x.double()).sum(-1), rtol=1e-5, atol=1e-5)
+    assert_close(entropy.double(), other.entropy().sum(-1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("raw", [(-8.0, -8.0), (0.0, 0.0), (3.0, -2.0), (60.0, 40.0)])
 def test_beta_samples_have_the_moments_of_beta(raw):
     distribution = action_distribution(Box(0, 1, (1,)), "beta")
@@ -310,8 +323,10 @@ def test_refuses_unknown_families_and_parts():
         action_distribution(Dict({"a": Discrete(2)}), entropy_weights={"z": 1.0})
 
 
-@pytest.mark.parametrize("family", ["normal", "tanh", "gsde"])
-@pytest.mark.parametrize("state_dependent", [False, True])
+@pytest.mark.parametrize(
+    ("family", "state_dependent"),
+    [("normal", False), ("tanh", False), ("gsde", False), ("normal", True), ("tanh", True)],
+)
 def test_log_std_is_clamped_and_can_come_back(family, state_dependent):
     space, low, high = Box(-1, 1, (2,)), -1.0, 0.5
     for init, inside in ((3.0, high), (-4.0, low), (0.2, 0.2)):
@@ -320,7 +335,7 @@ def test_log_std_is_clamped_and_can_come_back(family, state_dependent):
             state_dependent_std=state_dependent, hidden_sizes=(4,),
         )  # fmt: skip
         head = network.action_head
-        values = head.log_std if not (state_dependent and family != "gsde") else head.log_std_layer.bias
+        values = head.log_std_layer.bias if state_dependent else head.log_std
         with torch.no_grad():
             values.fill_(init)
         parameters = network.actor(torch.ones(5, 3))
@@ -360,7 +375,20 @@ def test_continuous_distributions_are_refused_where_no_action_is_continuous(fami
             make()
 
 
-@pytest.mark.parametrize("options", [{"state_dependent_std": True}, {"log_std_init": -1.0}])
+def test_options_without_an_effect_are_refused():
+    policy = partial(ActorCritic, distribution="gsde", state_dependent_std=True)
+    with pytest.raises(InputError, match=r"state_dependent_std is for normal and tanh, .* of gsde .*: leave it out"):
+        PPO("Pendulum-v1", policy=policy, **SMALL)
+    space = Dict({"arm": Box(-1, 1, (2,)), "tool": Discrete(3)})
+    for weight in (math.nan, math.inf):
+        policy = partial(ActorCritic, entropy_weights={"arm": weight})
+        with pytest.raises(InputError, match="entropy_weights must be finite"):
+            PPO(partial(Anything, None, space), policy=policy, **SMALL)
+
+
+@pytest.mark.parametrize(
+    "options", [{"state_dependent_std": True}, {"log_std_init": -1.0}, {"log_std_range": (-3.0, 1.0)}]
+)
 def test_options_of_standard_deviations_are_refused_where_there_are_none(options):
     with pytest.raises(InputError, match=f"{next(iter(options))} is for .*leave it out"):
         PPO("CartPole-v1", policy=partial(ActorCritic, **options), **SMALL)

@@ -142,6 +142,39 @@ def test_predict_takes_a_mask():
         model.predict(np.zeros(1, np.float32), action_mask=np.zeros(4))
 
 
+@pytest.mark.parametrize("numbers", [[2, 2], [2, 3]])
+def test_predict_takes_the_mask_of_each_choice_as_environments_give_it(numbers):
+    mask = ([1, 0], [0, *[1] * (numbers[1] - 1)])
+
+    class Choices(InInfo):
+        def __init__(self) -> None:
+            super().__init__()
+            self.action_space = MultiDiscrete(numbers)
+
+        def info(self):
+            return {"action_mask": mask}
+
+        def step(self, action):
+            return super().step(self.steps % 4)
+
+    actions = rollout_of(Choices)["action"]
+    assert (actions[..., 0] == 0).all()
+    assert (actions[..., 1] > 0).all()
+    model = PPO(Choices, **SMALL)
+    for deterministic in (True, False):
+        action = model.predict(np.zeros(1, np.float32), deterministic, action_mask=mask)
+        assert action[0] == 0 < action[1]
+
+
+def test_predict_refuses_masks_of_as_many_numbers_in_other_rows():
+    model, observations = PPO(InInfo, **SMALL), np.zeros((2, 1), np.float32)
+    for mask in (np.ones((4, 2)), np.ones(8), np.ones((1, 8))):
+        with pytest.raises(InputError, match=r"for each of 2 observations|has 8 entries"):
+            model.predict(observations, action_mask=mask)
+    assert model.predict(observations[:0], action_mask=np.ones((0, 4), bool)).shape == (0,)
+    assert model.predict(observations[:1], action_mask=np.arange(4) == 2).tolist() == [2]
+
+
 def test_async_workers_give_masks_too():
     vector = AsyncVectorEnv([InInfo] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
     model = PPO(vector, **{**SMALL, "num_envs": 2})
@@ -153,9 +186,9 @@ def test_async_workers_give_masks_too():
 class Parts(Spaces):
     """A mask in the parts of a Dict action, in info or in the observation."""
 
-    def __init__(self, observed: bool) -> None:
+    def __init__(self, observed: bool, as_lists: bool = False) -> None:
         super().__init__("flat", "dict", masked=True)
-        self.observed = observed
+        self.observed, self.as_lists = observed, as_lists
         if observed:
             masks = Dict({"tool": MultiBinary(3), "bits": MultiBinary(4)})
             self.observation_space = Dict({"state": self.observation_space, "action_mask": masks})
@@ -166,12 +199,14 @@ class Parts(Spaces):
         self.observation_space = space
         flat = info["action_mask"].astype(np.int8)
         parts = {"bits": flat[:4], "tool": flat[4:]}
+        if self.as_lists:
+            parts = {name: part.tolist() for name, part in parts.items()}
         return ({"state": state, "action_mask": parts}, {}) if self.observed else (state, {"action_mask": parts})
 
 
-@pytest.mark.parametrize("observed", [False, True])
-def test_a_dict_of_masks_fits_a_dict_of_actions(fit, observed):
-    model = PPO(partial(Parts, observed), **SMALL)
+@pytest.mark.parametrize(("observed", "as_lists"), [(False, False), (True, False), (False, True)])
+def test_a_dict_of_masks_fits_a_dict_of_actions(fit, observed, as_lists):
+    model = PPO(partial(Parts, observed, as_lists), **SMALL)
     fit(model)
     assert model.rollouts.collect()["action_mask"].shape == (16, 3, 7)
 

@@ -30,6 +30,10 @@ UNITS = Limit("be 1 or more (a list of whole numbers)", lambda size: size >= 1)
 """Of each layer."""
 
 
+LOG_STD_RANGE = (-20.0, 2.0)
+"""Lowest and highest log standard deviation, unless they are set."""
+
+
 class ActorCritic(nn.Module):
     """Encoders, hidden layers and recurrent layers of policy and value, separate or shared, with orthogonal initialisation.
 
@@ -71,6 +75,7 @@ class ActorCritic(nn.Module):
         log_std_init=FINITE,
         log_std_range=FINITE,
         sde_sample_freq=ONE_OR_MORE,
+        entropy_weights=FINITE,
     )
     def __init__(
         self,
@@ -89,7 +94,7 @@ class ActorCritic(nn.Module):
         critic_keys: Sequence[str] | None = None,
         distribution: Family = "normal",
         log_std_init: float = 0.0,
-        log_std_range: tuple[float, float] = (-20.0, 2.0),
+        log_std_range: tuple[float, float] = LOG_STD_RANGE,
         state_dependent_std: bool = False,
         sde_sample_freq: int = 4,
         entropy_weights: dict[str, float] | None = None,
@@ -236,7 +241,7 @@ class Trunk(nn.Module):
         """Latents [L, B, H] behind the recurrent layer, and its state [B, S] after them."""
         assert self.recurrent is not None
         latent = self(tree_map(lambda leaf: leaf.flatten(0, 1), observation))
-        return self.recurrent(latent.view(*start.shape, -1), state, start)
+        return self.recurrent(latent.unflatten(0, start.shape), state, start)
 
 
 def select_spaces(spaces: Mapping[str, Space[Any]], keys: Sequence[str] | None, option: str) -> dict[str, Space[Any]]:
@@ -337,11 +342,21 @@ class StdOptions(NamedTuple):
         if not self.low <= self.init <= self.high:
             raise InputError(f"log_std_init = {self.init} must lie within log_std_range = {(self.low, self.high)}")
         boxes = any(isinstance(space, Box) for space in flatten_spaces(action_space).values())
-        option = "state_dependent_std" if self.state_dependent else "log_std_init" if self.init else None
+        changed = {
+            "state_dependent_std": self.state_dependent,
+            "log_std_init": self.init != 0.0,
+            "log_std_range": (self.low, self.high) != LOG_STD_RANGE,
+        }
+        option = next((name for name, is_changed in changed.items() if is_changed), None)
         if option is not None and (distribution == "beta" or not boxes):
             kind = "beta" if boxes else "discrete actions"
             raise InputError(
                 f"{option} is for the standard deviations of normal, tanh and gsde, which {kind} do not have: leave it out"
+            )
+        if self.state_dependent and distribution == "gsde":
+            raise InputError(
+                "state_dependent_std is for normal and tanh, the standard deviation of gsde depends on the state by itself: "
+                "leave it out"
             )
 
 

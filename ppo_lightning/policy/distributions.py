@@ -369,9 +369,11 @@ class Beta(ActionDistribution):
 
     @override
     def log_prob_and_entropy(self, parameters: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, beta = self.concentrations(parameters).chunk(2, -1)
+        # In float64, since terms as large as the concentrations cancel; MPS has none.
+        wide = torch.float32 if parameters.device.type == "mps" else torch.float64
+        alpha, beta = self.concentrations(parameters).to(wide).chunk(2, -1)
         total = alpha + beta
-        x = action.reshape(alpha.shape)
+        x = action.reshape(alpha.shape).to(wide)
         log_beta = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(total)
         log_prob = (alpha - 1) * x.log() + (beta - 1) * torch.log1p(-x) - log_beta
         entropy = (
@@ -380,7 +382,7 @@ class Beta(ActionDistribution):
             - (beta - 1) * torch.digamma(beta)
             + (total - 2) * torch.digamma(total)
         )
-        return log_prob.sum(-1) - self.log_width, entropy.sum(-1) + self.log_width
+        return log_prob.sum(-1).float() - self.log_width, entropy.sum(-1).float() + self.log_width
 
     @override
     def to_env_action(self, action: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ppo_lightning.spaces import (
     flatten_mask,
     flatten_mask_tensors,
     flatten_spaces,
+    is_nested_mask,
     mask_error,
     mask_flags,
     to_tensor,
@@ -70,8 +71,11 @@ def act_on_tensors(
         given = type(observation).__name__
         what = f" without {error}" if isinstance(error, KeyError) else ""
         raise InputError(f"forward needs tensors of {observation_space}, batched, got {given}{what}") from error
-    mask = None if action_mask is None else flatten_mask_tensors(action_mask, action_space)
     count, device = len(next(iter(rows.values())) if isinstance(rows, dict) else rows), policy_device(policy)
+    mask = None if action_mask is None else flatten_mask_tensors(action_mask, action_space, count)
+    if noise is not None and noise.shape != (count, policy.distribution.num_noise):
+        needed = (count, policy.distribution.num_noise)
+        raise InputError(f"forward needs noise of {needed}, got {tuple(noise.shape)}: take policy.distribution.noise")
     if policy.state_size and state is None:
         state = torch.zeros(count, policy.state_size, device=device)
     elif state is not None and not policy.state_size:
@@ -173,12 +177,14 @@ def masks(given: Any, action_space: Space[Any], count: int, single: bool, device
     Raises:
         InputError: they do not fit the action space, or allow nothing.
     """
-    flat = flatten_mask(_batch_of_one(given) if single else given, action_space)
-    length, rest = divmod(flat.size, count)
-    if rest:
+    if not count:
+        return torch.ones(0, sum(action_dims(action_space)), dtype=torch.bool, device=device)
+    flat = flatten_mask(_batch_of_one(given, action_space) if single else given, action_space)
+    values = flat.reshape(1, -1) if count == 1 else flat
+    if len(np.atleast_1d(values)) != count:
         raise InputError(f"predict needs an {MASK} for each of {count} observations, got {flat.shape}")
-    check_mask_length(length, action_space)
-    values = flat.reshape(count, -1)
+    values = values.reshape(count, -1)
+    check_mask_length(values.shape[1], action_space)
     mask, wrong = mask_flags(values)
     if wrong is not None:
         raise InputError(f"the {MASK} given to predict has {mask_error(values, wrong)}")
@@ -190,11 +196,11 @@ def masks(given: Any, action_space: Space[Any], count: int, single: bool, device
     return torch.from_numpy(mask).to(device)
 
 
-def _batch_of_one(masks: Any) -> Any:
+def _batch_of_one(masks: Any, space: Space[Any]) -> Any:
     if isinstance(masks, dict):
-        return {key: _batch_of_one(part) for key, part in masks.items()}
-    if isinstance(masks, tuple):
-        return tuple(map(_batch_of_one, masks))
+        return {key: _batch_of_one(part, space) for key, part in masks.items()}
+    if is_nested_mask(masks, space):
+        return tuple(_batch_of_one(part, space) for part in masks)
     try:
         return np.asarray(masks)[None]
     except ValueError:  # lists of several lengths, one for each choice
@@ -207,11 +213,18 @@ def recurrent_states(state: Any, count: int, size: int, device: torch.device) ->
     """States as rows [B, S]; zeros for None.
 
     Raises:
-        InputError: they are of another size.
+        InputError: they are of another shape, or not finite.
     """
     if state is None:
         return torch.zeros(count, size, device=device)
-    array = np.array(state, dtype=np.float32)
-    if array.size != count * size:
+    try:
+        array = np.array(state, dtype=np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"predict needs a state of {(count, size)}, got {state!r}: pass on what it returned"
+        ) from error
+    if array.shape != (count, size) and not (count == 1 and array.shape == (size,)):
         raise InputError(f"predict needs a state of {(count, size)}, got {array.shape}: pass on what it returned")
+    if not np.isfinite(array).all():
+        raise InputError("predict needs a state of finite numbers: pass on what it returned")
     return torch.from_numpy(array).view(count, size).to(device)

@@ -43,8 +43,8 @@ class ActingModule(LightningModule):
         Args:
             observation: [B, *shape] of the observation space, unnormalised; of a Dict or Tuple its entries.
             state: [B, S] of a recurrent policy, from the previous call; None, or rows of zeros, at the start of episodes.
-            action_mask: [B, M] true where an action is allowed, or the parts of a Dict or Tuple; one that is part of the
-                observation is read from there. None allows all.
+            action_mask: [B, M] of bools or integers, not 0 where an action is allowed, or the parts of a Dict or Tuple; one
+                that is part of the observation is read from there. None allows all.
             noise: [B, Z] of ``policy.distribution.noise``, which draws actions; None takes the most probable ones.
 
         Returns:
@@ -77,7 +77,7 @@ class ActingModule(LightningModule):
         )
 
     def predict(self, observation: Any, deterministic: bool = True, state: Any = None, action_mask: Any = None) -> Any:
-        """Action for one observation, or actions for a batch; numpy in, numpy out, in the environment's units.
+        """Action for one observation, or actions for a batch, in float32; numpy in, numpy out, in the environment's units.
 
         A recurrent policy returns the pair (action, state): pass the state with the next observation of the episode, and
         None with the first.
@@ -103,7 +103,8 @@ class ActingModule(LightningModule):
                 f"predict got no action_mask, though the policy was trained with masks of {self.env_factory.name}: all actions "
                 "are allowed, also those that are impossible; pass action_mask as the environment gives it"
             )
-        with in_eval_mode(self.policy), self.autocast():
+        # In float32, as exported files and models of a checkpoint act.
+        with in_eval_mode(self.policy), torch.autocast(self.device.type, enabled=False):
             return predict(
                 self.policy,
                 self.observation_space,
