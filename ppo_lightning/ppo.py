@@ -132,7 +132,7 @@ class PPO(RunModule):
             total_steps unless lr_scheduler is given.
         lr_scheduler: class_path or callable optimizer -> scheduler; stepped once per iteration (ConstantLR with factor
             1 keeps the learning rate). null is linear to 0.
-        eval_interval: iterations between evaluations; null makes 20 evaluations over the run.
+        eval_interval: iterations between evaluations; null makes at most 20 evaluations over the run.
         num_eval_episodes: episodes of each evaluation, exactly (count).
         eval_deterministic: evaluate the most probable action; false draws one.
         max_env_restarts: restarts of environments that fail; those that raise, or whose worker processes die or hang, are

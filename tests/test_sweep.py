@@ -645,12 +645,19 @@ def test_a_metric_that_there_is_not_ends_the_run_with_one_sentence(fit, tmp_path
         fit(model, callbacks=[Progress(str(tmp_path / "told.jsonl"), "train/los")])
 
 
-def test_the_example_space_and_the_documents_example_can_be_searched(fits, tmp_path):
-    space = read_space(ROOT / "configs/sweeps/cartpole.yaml")
-    config = yaml.safe_load((ROOT / "configs/cartpole.yaml").read_text())
-    assert (
-        points_of(space, {"model": {**DEFAULTS, **config["model"]}}) is not None
-    )  # the config itself is the first trial
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/sweeps").glob("*.yaml")))
+def test_the_first_trial_of_each_space_is_its_config(name):
+    config = search.full_config(str(ROOT / f"configs/{name}.yaml"))
+    assert None not in points_of(read_space(ROOT / f"configs/sweeps/{name}.yaml"), config).values()
+
+
+def test_a_config_outside_of_the_space_is_said_to_be_no_trial(fits, capsys):
+    fits(lambda model, seed: [(1000, model["gamma"])])
+    sweep(CONFIG, {"model.gamma": [0.5, 0.6], "model.gae_lambda": [0.95]}, trials=2)
+    assert "the config itself is no trial, its model.gamma 0.99 lies outside of the space" in capsys.readouterr().out
+
+
+def test_the_documents_example_can_be_searched(fits, tmp_path):
     text = (ROOT / "docs/sweeps.md").read_text()
     (tmp_path / "space.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     assert len(read_space(tmp_path / "space.yaml")) == 6

@@ -64,7 +64,7 @@ class RunModule(ActingModule):
         given: all arguments of the subclass by name, which checkpoints keep.
         num_envs: environments per rank, where the factory has no number of its own.
         total_steps: environment steps to train for, over all environments and ranks.
-        eval_interval: iterations between evaluations; None makes 20 evaluations over the run.
+        eval_interval: iterations between evaluations; None makes at most 20 evaluations over the run.
         num_eval_episodes: of each evaluation.
         eval_deterministic: evaluate the most probable action instead of drawing one.
         max_env_restarts: of environments that fail.
@@ -463,8 +463,8 @@ class RunModule(ActingModule):
 
     @property
     def iterations_between_evaluations(self) -> int:
-        """``eval_interval``, or what makes 20 evaluations over the run."""
-        return self.eval_interval or max(1, ceil(self.total_steps / self.steps_per_iteration) // 20)
+        """``eval_interval``, or what makes at most 20 evaluations over the run."""
+        return self.eval_interval or ceil(self.total_steps / (20 * self.steps_per_iteration))
 
     @property
     def steps_per_eval_episode(self) -> int:

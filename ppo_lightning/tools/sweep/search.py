@@ -24,7 +24,7 @@ import yaml
 from ppo_lightning.arguments import PlainParser, import_from_here
 from ppo_lightning.cli import CLI_OPTIONS, PPOCLI
 from ppo_lightning.errors import InputError, exit_on_user_error
-from ppo_lightning.parameters import LIMITS, converted
+from ppo_lightning.parameters import LIMITS, converted, shown
 from ppo_lightning.ppo import PPO
 from ppo_lightning.tools.sweep.objective import (
     DIRECTIONS,
@@ -38,7 +38,7 @@ from ppo_lightning.tools.sweep.objective import (
     first_attempts,
 )
 from ppo_lightning.tools.sweep.results import BASELINE, describe_trial, show, write_best, write_results
-from ppo_lightning.tools.sweep.space import Space, check_keys, points_of, read_space, with_values
+from ppo_lightning.tools.sweep.space import Space, check_keys, points_of, read_space, value_at, with_values
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -154,8 +154,12 @@ def sweep(
         study = open_study(given.storage or f"sqlite:///{spec.folder / 'study.db'}", name, given.objectives)
         _check_same_search(study, spec)
         baseline = points_of(ranges, base)
-        if baseline is not None and not study.get_trials(deepcopy=False):
-            study.enqueue_trial(baseline, user_attrs={BASELINE: True})  # the result is never worse than the config
+        outside = [f"{key} {shown(value_at(base, key))}" for key, point in baseline.items() if point is None]
+        if not study.get_trials(deepcopy=False):
+            if not outside:
+                study.enqueue_trial(baseline, user_attrs={BASELINE: True})  # the result is never worse than the config
+            elif not quiet:
+                print(f"the config itself is no trial, its {', '.join(outside)} lies outside of the space")
         _run_trials(study, Objective(spec), quiet)
         best_config, best_file = write_results(study, spec)
     if not quiet:

@@ -240,10 +240,9 @@ def value_at(config: Any, key: str) -> Any:
     return reduce(getitem, key.split("."), config)
 
 
-def points_of(space: Space, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The points of a config in a space; None if it lies outside."""
-    points = {key: of.point(value_at(config, key)) for key, of in space.items()}
-    return None if None in points.values() else points
+def points_of(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The points of a config in a space; None for keys whose value lies outside."""
+    return {key: of.point(value_at(config, key)) for key, of in space.items()}
 
 
 def short_names(keys: list[str]) -> dict[str, str]:
