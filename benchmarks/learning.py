@@ -226,7 +226,7 @@ def parse(words: list[str], suite: Suite) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=sorted(tasks), metavar="TASK", help=", ".join(tasks))
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(quick)}: some minutes")
-    parser.add_argument("--ablation", action="store_true", help="the changes to mujoco.yaml, five seeds each")
+    parser.add_argument("--ablation", action="store_true", help="the changes to mujoco.yaml, five seeds each (--tasks: on these alone)")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those that tables count, 1 to 10 or fewer")
     parser.add_argument("--tables", action="store_true", help="train nothing, write the documents from the rows")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
@@ -253,7 +253,9 @@ def main() -> None:
     options, tasks = parse(sys.argv[1:], suite), suite.tasks
     chosen = [tasks[name] for name in options.tasks or (suite.quick if options.quick else tasks)]
     if options.ablation:
-        chosen = [*suite.ablated, *(task for changed in suite.changes.values() for task in changed)]
+        among = options.tasks or [task.name for task in suite.ablated]
+        every = [*suite.ablated, *(task for changed in suite.changes.values() for task in changed)]
+        chosen = [task for task in every if task.name.partition(":")[0] in among]
     jobs = [(task, seed) for task in chosen for seed in options.seeds or range(1, task.seeds + 1)]
     jobs = [] if options.tables else jobs
     failures = run_all(jobs, options.root, options.jobs, options.results)

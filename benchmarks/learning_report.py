@@ -167,22 +167,29 @@ def table(tasks: Iterable[Task], rows: list[Row]) -> str:
 
 
 def ablation_table(suite: Suite, rows: list[Row]) -> str:
-    """Markdown: a line per change, with the mean return of each task and the probability that it improves."""
+    """Markdown: a line per change, with the mean return of each task and the probability that it improves.
+
+    Tasks on which not all seeds of a change have been run are left open.
+    """
     names = [task.env or task.name for task in suite.ablated]
     base = [returns(task, rows) for task in suite.ablated]
     lines: list[str] = []
     for change, tasks in suite.changes.items():
         changed = [returns(task, rows) for task in tasks]
-        if all(base) and all(changed):
-            mean, low, high = probability_of_improvement(list(zip(changed, base, strict=True)))
-            cells = [number(statistics.fmean(one)) for one in changed]
+        pairs = [
+            (one, before) if before and len(one) == task.seeds else None
+            for one, before, task in zip(changed, base, tasks, strict=True)
+        ]
+        if any(pairs):
+            mean, low, high = probability_of_improvement([pair for pair in pairs if pair is not None])
+            cells = ["" if pair is None else number(statistics.fmean(pair[0])) for pair in pairs]
             lines.append(f"| {change} | " + " | ".join(cells) + f" | {mean:.2f} ({low:.2f} – {high:.2f}) |")
     if not lines:
         return "No runs of it are recorded yet.\n"
     header = [
         "| change | " + " | ".join(names) + " | improves (95 % interval) |",
         "|---|" + "---|" * (len(names) + 1),
-        "| none: mujoco.yaml | " + " | ".join(number(statistics.fmean(one)) for one in base) + " | |",
+        "| none: mujoco.yaml | " + " | ".join(number(statistics.fmean(one)) if one else "" for one in base) + " | |",
     ]
     return "\n".join([*header, *lines]) + "\n"
 
