@@ -226,7 +226,9 @@ def parse(words: list[str], suite: Suite) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=sorted(tasks), metavar="TASK", help=", ".join(tasks))
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(quick)}: some minutes")
-    parser.add_argument("--ablation", action="store_true", help="the changes to mujoco.yaml, five seeds each (--tasks: on these alone)")
+    parser.add_argument(
+        "--ablation", action="store_true", help="the changes to mujoco.yaml, five seeds each (--tasks: on these alone)"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those that tables count, 1 to 10 or fewer")
     parser.add_argument("--tables", action="store_true", help="train nothing, write the documents from the rows")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")

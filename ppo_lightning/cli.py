@@ -2,12 +2,14 @@
 
 import copy
 import inspect
+import json
 import os
 import random
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from enum import Enum
 from functools import partial
 from importlib import import_module
@@ -38,7 +40,7 @@ from ppo_lightning.runs.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
-from ppo_lightning.runs.hyperparameters import LIGHTNING_KEYS, TRAINING_ONLY, check_names, disallowed_names
+from ppo_lightning.runs.hyperparameters import LIGHTNING_KEYS, TRAINING_ONLY, check_names, defaults_of, disallowed_names
 from ppo_lightning.runs.loggers import (
     TolerantCSVLogger,
     TolerantLogger,
@@ -134,11 +136,27 @@ class PPOCLI(LightningCLI):
 
     @override
     def __init__(self, *classes: Any, args: ArgsType = None, **options: Any) -> None:
-        given = sys.argv[1:] if args is None else args
-        self._help_part, self._given = part_of_help(given) if isinstance(given, list) else (None, given)
-        first = next(iter(self._given), None) if isinstance(self._given, list) else self._given.get("subcommand")
-        self._command = first if first in self.subcommands() else None
-        super().__init__(*classes, args=self._given, **options)
+        # Words of the process's own command line may be mistyped: one sentence, not a traceback.
+        with exit_on_user_error() if args is None else nullcontext():
+            self._check_options(options)
+            given = sys.argv[1:] if args is None else args
+            self._help_part, self._given = part_of_help(given) if isinstance(given, list) else (None, given)
+            first = next(iter(self._given), None) if isinstance(self._given, list) else self._given.get("subcommand")
+            self._command = first if first in self.subcommands() else None
+            if self._command is not None and not isinstance(self._given, list) and self._command not in self._given:
+                raise InputError(
+                    f"args names the subcommand {self._command} and has no settings under that name: give "
+                    f"{{'subcommand': '{self._command}', '{self._command}': {{…}}}}"
+                )
+            super().__init__(*classes, args=self._given, **options)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        for name, value, instead in (
+            ("run", False, "make PPO and Trainer in Python instead"),
+            ("subclass_mode_model", True, "give your class itself, PPOCLI(MyPPO)"),
+        ):
+            if options.get(name, not value) is value:
+                raise InputError(f"PPOCLI does not support {name}={value}: {instead}")
 
     @staticmethod
     @override
@@ -182,7 +200,7 @@ class PPOCLI(LightningCLI):
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Trainer and model; PPO makes its own data."""
-        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
         parser.add_lightning_class_args(self._model_class, "model")
 
@@ -235,7 +253,7 @@ class PPOCLI(LightningCLI):
         """
         outline = copy.copy(self)
         names = self._model_keys()
-        outline._model_class = _outline_of(names)
+        outline._model_class = _outline_of(names | self._linked_keys())
         outline.setup_parser(True, *outline._setup_parser_kwargs(outline.parser_kwargs))
         try:
             with_defaults, without = (
@@ -255,8 +273,12 @@ class PPOCLI(LightningCLI):
         return None if path is None else str(path), named
 
     def _model_keys(self) -> set[str]:
-        """The parameters of the model's class."""
+        """The parameters of the model's class that can be given."""
         return set(vars(self._used_parsers()[0].get_defaults(skip_validation=True).model))
+
+    def _linked_keys(self) -> set[str]:
+        """Those that ``link_arguments`` sets from others."""
+        return set(defaults_of(cast(type, self._model_class))) - self._model_keys()
 
     def _set_hyperparameters(self, path: str, hyperparameters: dict[str, Any], named: set[str]) -> None:
         """Make a checkpoint's hyperparameters the parsers' defaults.
@@ -270,6 +292,7 @@ class PPOCLI(LightningCLI):
             InputError: this version does not have one of them, or no checkpoint may choose it and it is not named.
         """
         found = {name: value for name, value in hyperparameters.items() if name not in LIGHTNING_KEYS}
+        found = {name: value for name, value in found.items() if name not in self._linked_keys()}
         unknown = sorted(found.keys() - self._model_keys())
         if unknown:
             raise InputError(f"{path} sets {unknown[0]}, which this version of PPO has not: use the one that wrote it")
@@ -482,7 +505,45 @@ def _parse(parser: LightningArgumentParser, given: Given, *, prints: bool = True
     """
     if not isinstance(given, list):
         return parser.parse_object(copy.deepcopy(given), **how)
-    return parser.parse_args([word for word in given if prints or not _is_print_config(word)], **how)
+    silent = [word for word in given if not _is_print_config(word)]
+    words, parts = _without_parts_of_env_kwargs(given if prints else silent)
+    if parts:
+        rest, _ = _without_parts_of_env_kwargs(silent)
+        config = parser.parse_args(rest, **how)
+        whole = copy.deepcopy(config[config.subcommand].get("model.env_kwargs") or {})
+        for keys, value in parts:
+            inner = whole
+            for key in keys[:-1]:
+                inner[key] = inner = inner[key] if isinstance(inner.get(key), dict) else {}
+            inner[keys[-1]] = value
+        words = [
+            *words,
+            *(
+                f"--model.env_kwargs.{key}={json.dumps(whole[key])}"
+                for key in dict.fromkeys(keys[0] for keys, _ in parts)
+            ),
+        ]
+    return parser.parse_args(words, **how)
+
+
+def _without_parts_of_env_kwargs(words: list[str]) -> tuple[list[str], list[tuple[list[str], Any]]]:
+    """Words without flags within an argument of environments (``--model.env_kwargs.task.size 3``), and their keys and values.
+
+    jsonargparse would replace the whole argument by its part.
+    """
+    kept: list[str] = []
+    parts: list[tuple[list[str], Any]] = []
+    left = iter(words)
+    for word in left:
+        key, equals, value = word.partition("=")
+        if not re.fullmatch(r"--model\.env_kwargs(\.[^.]+){2,}", key):
+            kept.append(word)
+            continue
+        text = value if equals else next(left, None)
+        if text is None:
+            raise UsageError(f"{key} needs a value")
+        parts.append((key.split(".")[2:], yaml.safe_load(text)))
+    return kept, parts
 
 
 def _outline_of(names: Iterable[str]) -> type[LightningModule]:

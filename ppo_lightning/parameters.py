@@ -226,17 +226,17 @@ def _real(value: Any) -> Any:
         return _MISMATCH
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Any value, with plain Python values instead of scalars, within dictionaries, lists and tuples too."""
     if type(value) is dict:
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {plain_values(key): plain_values(item) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(map(_plain, value))
+        return type(value)(map(plain_values, value))
     return _scalar(value)
 
 
 _PLAIN: dict[Any, Callable[[Any], Any]] = {
-    Any: _plain,
+    Any: plain_values,
     NoneType: lambda value: None if value is None else _MISMATCH,
     bool: lambda value: value if isinstance(value, bool) else _MISMATCH,
     int: _whole,
@@ -564,6 +564,8 @@ def check_callable(name: str, function: Any, *args: Any, **kwargs: Any) -> None:
         InputError: its signature does not take them.
     """
     called = function.forward if isinstance(function, nn.Module) else function
+    if isinstance(function, type) and issubclass(function, nn.Module):
+        raise InputError(f"{name} is the class {function.__name__}: give an object, {function.__name__}()")
     try:
         signature = inspect.signature(called)
     except ValueError:  # of a builtin, which has none

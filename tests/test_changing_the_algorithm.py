@@ -2,6 +2,7 @@
 
 import ast
 import math
+import pickle
 import re
 import warnings
 from functools import partial
@@ -9,14 +10,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning
+import numpy as np
 import pytest
 import torch
 from processes import forked
 from torch import nn
 from torch.testing import assert_close
 
-from ppo_lightning import PPO, InputError, PPOCallback, PPOLoss, gae
+from ppo_lightning import PPO, ActorCritic, InputError, PPOCallback, PPOLoss, gae
 from ppo_lightning.callbacks import AdaptiveLearningRate, RolloutDetails, Stage, Stages
+from ppo_lightning.cli import CLI_OPTIONS, PPOCLI
 
 SMALL = {"num_envs": 2, "num_steps": 16, "total_steps": 4 * 32, "update_epochs": 2, "num_minibatches": 2}
 
@@ -604,3 +607,86 @@ model:
     main(["fit", "--config", "config.yaml", "--model.total_steps", "128", "--ckpt_path", str(checkpoint)])
     model = PPO.load_from_checkpoint(checkpoint)  # acts without what a file may not name
     assert model.predict(model.observation_space.sample()).shape == (1,)
+
+
+class WithBonus(PPO):
+    """A subclass with an argument of its own."""
+
+    def __init__(self, *args: Any, bonus: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bonus = bonus
+
+
+class Saving(PPO):
+    """The idiom of Lightning, and arguments that it passes on changed."""
+
+    def __init__(self, env: str = "CartPole-v1", num_envs: int = 1, scale: Any = None, **kwargs: Any) -> None:
+        super().__init__(env, num_envs=2 * num_envs, **kwargs)
+        self.save_hyperparameters()
+        self.scale = scale
+
+
+SHORT = {"num_steps": 8, "total_steps": 64, "num_eval_episodes": 1, "compile": False}
+
+
+def saved(model: PPO, fit) -> Path:
+    fit(model).save_checkpoint("model.ckpt")
+    return Path("model.ckpt")
+
+
+def test_a_checkpoint_has_the_arguments_of_a_subclass(fit):
+    assert (
+        WithBonus.load_from_checkpoint(saved(WithBonus("CartPole-v1", num_envs=2, bonus=5.0, **SHORT), fit)).bonus == 5
+    )
+    loaded = Saving.load_from_checkpoint(saved(Saving(num_envs=np.int64(2), scale=3, **SHORT), fit))
+    assert (loaded.num_envs, loaded.scale) == (4, 3)
+
+
+@pytest.mark.parametrize("name", ["policy", "scale"])
+def test_what_a_subclass_saves_and_no_file_can_hold_is_asked_for(name, fit):
+    value = partial(ActorCritic, hidden_sizes=[4])
+    path = saved(Saving(num_envs=1, **{name: value}, **SHORT), fit)
+    with pytest.raises(InputError, match=f"made with a value of {name} which a file of plain data cannot hold"):
+        Saving.load_from_checkpoint(path)
+    assert Saving.load_from_checkpoint(path, **{name: value}).num_envs == 2
+
+
+def test_a_run_of_the_command_line_that_python_continues_stays_loadable(fit, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    flags = {
+        "env": "CartPole-v1",
+        "num_envs": 2,
+        "bonus": 2.0,
+        "optimizer": "torch.optim.SGD",
+        "optimizer.lr": 0.01,
+        **SHORT,
+    }
+    words = [f"--model.{key}={str(value).lower() if value is False else value}" for key, value in flags.items()]
+    PPOCLI(WithBonus, **CLI_OPTIONS, args=["fit", *words, "--trainer.accelerator=cpu", "--name=mine"])
+    first = Path("lightning_logs/mine_0/checkpoints/last.ckpt")
+    model = WithBonus.load_from_checkpoint(first, total_steps=96)
+    assert model.hyperparameters.unsaved == []
+    path = saved(model, fit)
+    again = WithBonus.load_from_checkpoint(path, total_steps=128)
+    assert (again.num_env_steps, again.bonus) == (96, 2.0)
+    trainer = fit(again)
+    assert type(trainer.optimizers[0]) is torch.optim.SGD
+    PPOCLI(WithBonus, **CLI_OPTIONS, args=["validate", "--ckpt_path", str(path), "--trainer.accelerator=cpu"])
+    replaced = WithBonus.load_from_checkpoint(first, total_steps=96, policy=partial(ActorCritic, hidden_sizes=[64, 64]))
+    path = saved(replaced, fit)
+    with pytest.raises(InputError, match="made with a value of policy which a file of plain data cannot hold"):
+        WithBonus.load_from_checkpoint(path)
+
+
+def test_a_loaded_model_can_be_sent_to_another_process(fit):
+    path = saved(PPO("CartPole-v1", num_envs=2, **SHORT), fit)
+    model = pickle.loads(pickle.dumps(PPO.load_from_checkpoint(path, total_steps=128)))
+    expected = PPO.load_from_checkpoint(path, total_steps=128)
+    fit(model)
+    fit(expected)
+    assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_a_class_in_the_place_of_a_loss_is_refused():
+    with pytest.raises(InputError, match=r"loss is the class PPOLoss: give an object, PPOLoss\(\)"):
+        PPO("CartPole-v1", loss=PPOLoss)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import gymnasium as gym
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,8 @@ import yaml
 from ppo_lightning import PPO
 from ppo_lightning.__main__ import run
 from ppo_lightning.arguments import COMMANDS
-from ppo_lightning.cli import main
+from ppo_lightning.cli import CLI_OPTIONS, PPOCLI, main
+from ppo_lightning.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -718,3 +720,81 @@ def test_names_of_tasks_are_names_of_folders(env, expected):
     factory = EnvFactory(resolve(env), {}, (), "sync", restarts=False)
     cli = SimpleNamespace(model=SimpleNamespace(env_factory=factory), config={"seed_everything": 3}, _get=dict.get)
     assert RUN_NAME(cli) == expected
+
+
+class Linked(PPOCLI):
+    """A command line with an option of its own that sets one of the model."""
+
+    def add_arguments_to_parser(self, parser):
+        parser.add_argument("--steps", type=int, default=16)
+        parser.link_arguments("steps", "model.num_steps")
+
+
+class OwnTrainer(lightning.Trainer):
+    """A Trainer with an argument of its own."""
+
+    def __init__(self, *args, mine: int = 1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mine = mine
+
+
+def test_options_that_are_linked_resume():
+    options = [word for word in SMALL if word not in ("--model.num_steps", "32")]
+    Linked(PPO, **CLI_OPTIONS, args=["fit", *options, "--model.total_steps", "64", "--steps", "8", "--name", "linked"])
+    again = Linked(
+        PPO, **CLI_OPTIONS, args=["fit", "--ckpt_path", "last", "--model.total_steps", "128", "--steps", "8"]
+    )
+    assert (again.model.num_steps, again.model.num_env_steps) == (8, 128)
+
+
+def test_a_trainer_of_ones_own_has_its_arguments():
+    words = ["fit", *SMALL, "--model.total_steps", "128", "--trainer.mine", "4"]
+    assert PPOCLI(PPO, trainer_class=OwnTrainer, **CLI_OPTIONS, args=words).trainer.mine == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"run": False, "args": []}, "PPOCLI does not support run=False: make PPO and Trainer in Python"),
+        (
+            {"subclass_mode_model": True, "args": ["fit"]},
+            r"does not support subclass_mode_model=True: .*PPOCLI\(MyPPO\)",
+        ),
+        ({"args": {"subcommand": "fit", "model": {}}}, "names the subcommand fit and has no settings under that name"),
+    ],
+)
+def test_what_the_class_does_not_support_is_one_sentence(options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        PPOCLI(PPO, **CLI_OPTIONS, **options)
+
+
+def test_a_script_that_makes_the_class_ends_in_one_sentence_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--model.gama", "0.9"])
+    with pytest.raises(SystemExit, match="2"):
+        PPOCLI(PPO, **CLI_OPTIONS)
+    assert capsys.readouterr().err == "error: fit has no option --model.gama: did you mean --model.gamma?\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--model.env_kwargs.top 5", {"cfg": {"a": 1, "b": 2}, "top": 5}),
+        ("--model.env_kwargs.cfg.a 9", {"cfg": {"a": 9, "b": 2}, "top": 3}),
+        ("--model.env_kwargs.cfg.b.c=[1,2] --model.env_kwargs.cfg.a x", {"cfg": {"a": "x", "b": {"c": [1, 2]}}, "top": 3}),
+        ("--model.env_kwargs.n.a 1 --model.env_kwargs.n.b 2", {"cfg": {"a": 1, "b": 2}, "top": 3, "n": {"a": 1, "b": 2}}),
+    ],
+)  # fmt: skip
+def test_a_part_of_an_argument_of_environments_keeps_the_other_parts(flags, expected, capsys):
+    Path("nested.yaml").write_text("model: {env: CartPole-v1, env_kwargs: {cfg: {a: 1, b: 2}, top: 3}}\n")
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", "nested.yaml", *flags.split(), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["env_kwargs"] == expected
+    assert "needs a value" in fails_with_usage(
+        "fit", "--config", "nested.yaml", "--model.env_kwargs.cfg.a", capsys=capsys
+    )
+
+
+def fails_with_usage(*words: str, capsys) -> str:
+    with pytest.raises(SystemExit, match="2"):
+        main(list(words))
+    return capsys.readouterr().err

@@ -81,7 +81,7 @@ def restore_vector(env: VectorEnv, state: list[Any]) -> None:
         _restore_layer(env, own)
         env = env.env  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(env, AsyncVectorEnv):
-        env.set_attr("run_state", _as_arrays(inner["envs"]))
+        env.set_attr("run_state", as_arrays(inner["envs"]))
     elif isinstance(env, SyncVectorEnv):
         for one, own in zip(env.envs, inner["envs"], strict=True):
             restore_environment(one, own)
@@ -257,15 +257,15 @@ def as_tensors(serialized: Any) -> Any:
     return torch.from_numpy(serialized.copy()) if isinstance(serialized, np.ndarray) else serialized
 
 
-def _as_arrays(serialized: Any) -> Any:
-    """The reverse: a pipe would share a tensor's memory between processes."""
+def as_arrays(serialized: Any) -> Any:
+    """The reverse: a pipe would share a tensor's memory between processes, and torch pickles no unsigned integers."""
     if type(serialized) in (list, tuple):
-        return type(serialized)(_as_arrays(item) for item in serialized)
+        return type(serialized)(as_arrays(item) for item in serialized)
     if not isinstance(serialized, dict):
         return serialized
-    if TYPE_KEY in serialized and isinstance(serialized["value"], Tensor):
+    if TYPE_KEY in serialized and isinstance(serialized.get("value"), Tensor):
         return {**serialized, "value": serialized["value"].numpy()}
-    return {key: _as_arrays(item) for key, item in serialized.items()}
+    return {key: as_arrays(item) for key, item in serialized.items()}
 
 
 def deserialize(value: Any) -> Any:

@@ -316,7 +316,6 @@ def checkpoint_contents(module: Any) -> dict[str, Any]:
         "lr_scheduler": [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs],
         "seed": module.seed,
         "episodes": list(module.rollouts.episodes.ep_info_buffer),
-        "not_saved": module.hyperparameters.unsaved,
         "masked": module.trained_with_masks,
     }
 

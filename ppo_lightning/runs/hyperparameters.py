@@ -21,7 +21,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from ppo_lightning.algorithm.advantage import gae
 from ppo_lightning.envs import isaac_lab_env, mjlab_env
 from ppo_lightning.errors import InputError
-from ppo_lightning.parameters import Linear, PopArt
+from ppo_lightning.parameters import Linear, PopArt, plain_values
 from ppo_lightning.runs.checkpoint import CHECKPOINT_KEY, read_verified, validated_contents
 
 LIGHTNING_KEYS = ("_instantiator", "_class_path")
@@ -41,32 +41,42 @@ TRAINING_ONLY = ("optimizer", "lr_scheduler", "loss", "advantage_estimator")
 _given_to_load: ContextVar[frozenset[str]] = ContextVar("given_to_load", default=frozenset())
 """Hyperparameters that load_from_checkpoint was given, whether they equal the defaults or not."""
 
+_configuration: ContextVar[dict[str, Any] | None] = ContextVar("configuration", default=None)
+"""The parsed configuration in a checkpoint of the command line that is being loaded, with what was given instead."""
+
 
 class Hyperparameters:
     """The arguments of a model. Checkpoints keep those that are plain data, loggers also the names of the others.
 
-    Under LightningCLI, Lightning keeps the parsed configuration instead, in which classes are paths.
+    Under LightningCLI, and in a model that is loaded from what it has saved, they are the parsed configuration instead, in
+    which classes are paths.
 
     Args:
         module: that was made with them.
         given: its arguments by name.
+        base: class of ours, whose subclasses' constructors may have further arguments.
     """
 
-    def __init__(self, module: LightningModule, given: Mapping[str, Any]) -> None:
+    def __init__(self, module: LightningModule, given: Mapping[str, Any], base: type) -> None:
         self._names: dict[str, str] = {}
         self.unresolved: list[str] = []
         """Those of a checkpoint that were neither saved nor given again, and that only training needs."""
         self.unsaved: list[str] = []
         """Those that differ from their defaults and that no checkpoint can hold."""
-        self._explicit = set(given)
+        self._explicit, self._defaults = set(given), defaults_of(type(module))
+        configuration = _configuration.get()
         if _given_hyperparameters.get() is not None:
             module.save_hyperparameters()
         else:
+            if configuration is None:
+                given = {**given, **_arguments_of_subclasses(module, base, given)}
+                self._explicit = self._changed(given)
+            else:
+                _configuration.set(None)  # it is of this model alone
+                given, self._explicit = configuration, set(_given_to_load.get())
             plain = serializable_hparams(given)
             module.save_hyperparameters(plain)
             self._names = {name: qualified_name(value) for name, value in given.items() if name not in plain}
-            defaults = defaults_of(type(module))
-            self._explicit = {name for name, value in given.items() if value is not defaults.get(name)}
             self.unsaved = sorted(self._explicit - plain.keys())
         self._values: Mapping[str, Any] = module.hparams
 
@@ -77,6 +87,19 @@ class Hyperparameters:
             InputError: one that acting needs was neither saved nor given again.
         """
         self.unresolved = check_unsaved(contents, _given_to_load.get().union(self._explicit))
+
+    def _changed(self, given: Mapping[str, Any]) -> set[str]:
+        return {name for name, value in given.items() if value is not self._defaults.get(name)}
+
+    def for_checkpoint(self, saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """What a file can hold of hyperparameters, and the names of the others.
+
+        Args:
+            saved: by Lightning; a subclass may have called ``save_hyperparameters``.
+        """
+        plain = serializable_hparams(saved)
+        lost = self._changed({name: value for name, value in saved.items() if name not in plain})
+        return plain, sorted({*self.unsaved, *self.unresolved, *lost})
 
     def check_trainable(self) -> None:
         """Refuse to train without what was not given again."""
@@ -94,6 +117,28 @@ class Hyperparameters:
             },
             **more,
         }
+
+
+def _arguments_of_subclasses(module: LightningModule, base: type, given: Container[str]) -> dict[str, Any]:
+    """Arguments of the constructors of subclasses, which are running, except those that they pass on as ``**kwargs``.
+
+    Args:
+        module: an instance of them.
+        base: class whose direct subclass is ours, with the arguments ``given``.
+        given: names.
+    """
+    kinds = type(module).__mro__[: type(module).__mro__.index(base) - 1]
+    constructors = {inspect.unwrap(vars(kind)["__init__"]).__code__ for kind in kinds if "__init__" in vars(kind)}
+    found: dict[str, Any] = {}
+    frame = inspect.currentframe()
+    while frame is not None:  # the outermost one is the last
+        if frame.f_code in constructors and frame.f_locals.get(frame.f_code.co_varnames[0]) is module:
+            names, _, rest, values = inspect.getargvalues(frame)
+            more = values.get(rest, {}) if rest is not None else {}
+            found |= {name: values[name] for name in names[1:] if name in values}
+            found |= {name: value for name, value in more.items() if name not in given}
+        frame = frame.f_back
+    return found
 
 
 def qualified_name(value: Any) -> str:
@@ -143,6 +188,8 @@ def loading(
     unresolved = (disallowed_names(saved).keys() & {"loss", "advantage_estimator"}) - given.keys()
     check_names(saved, {*given, *unresolved})
     token = _given_to_load.set(frozenset(given))
+    is_configuration = "_instantiator" in saved
+    outer = _configuration.set({**saved, **given} if is_configuration else None)
     try:
         replaced = {name: defaults[name] for name in unresolved}
         yield io.BytesIO(data), {**given, **replaced, "weights_only": True}, unresolved
@@ -152,6 +199,7 @@ def loading(
         ) from error
     finally:
         _given_to_load.reset(token)
+        _configuration.reset(outer)
 
 
 def check_names(hparams: Mapping[str, Any], given: Container[str] = ()) -> None:
@@ -276,7 +324,10 @@ def missing_hparam_error(name: str) -> InputError:
 
 def serializable_hparams(given: Mapping[str, Any]) -> dict[str, Any]:
     """Those hyperparameters that ``weights_only`` loading can restore, converted to plain data."""
-    plain = {name: asdict(value) if isinstance(value, Linear | PopArt) else value for name, value in given.items()}
+    plain = {
+        name: asdict(value) if isinstance(value, Linear | PopArt) else plain_values(value)
+        for name, value in given.items()
+    }
     return {name: value for name, value in plain.items() if is_plain(value)}
 
 

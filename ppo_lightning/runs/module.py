@@ -95,7 +95,7 @@ class RunModule(ActingModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.hyperparameters = Hyperparameters(self, given)
+        self.hyperparameters = Hyperparameters(self, given, RunModule)
         self.env_factory, self.info_keys, self.env_timeout_s = factory, tuple(info_keys), env_timeout_s
         self.env_provider = EnvProvider(
             factory, num_envs, timeout_s=env_timeout_s, restarts=max_env_restarts, info_keys=self.info_keys
@@ -365,9 +365,10 @@ class RunModule(ActingModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a policy needs beyond weights, and the state from which a run resumes."""
-        checkpoint["hyper_parameters"]["total_steps"] = self.total_steps  # it may have been raised since
+        plain, not_saved = self.hyperparameters.for_checkpoint(checkpoint["hyper_parameters"])
+        checkpoint["hyper_parameters"] = {**plain, "total_steps": self.total_steps}  # it may have been raised since
         checkpoint["state_dict"] = with_run_buffers(self, checkpoint["state_dict"])
-        checkpoint[CHECKPOINT_KEY] = checkpoint_contents(self)
+        checkpoint[CHECKPOINT_KEY] = {**checkpoint_contents(self), "not_saved": not_saved}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ppo_lightning.algorithm.optimizer_step import parameters_of
+from ppo_lightning.envs.state import as_arrays
 from ppo_lightning.envs.streams import get_rng_state, set_rng_state
 from ppo_lightning.runs.checkpoint import CHECKPOINT_KEY
 from ppo_lightning.runs.optimizer import continue_optimizer
@@ -137,7 +138,7 @@ class RunState:
 
     def load(self, checkpoint: dict[str, Any], *, fits: bool) -> None:
         """Keep the states of a checkpoint for the next fit, or all of it where a fit is resuming (``fits``)."""
-        self._loaded, self._refit = checkpoint[CHECKPOINT_KEY]["processes"], None
+        self._loaded, self._refit = as_arrays(checkpoint[CHECKPOINT_KEY]["processes"]), None
         self._checkpoint = checkpoint if fits else None
 
     def pop_checkpoint(self) -> dict[str, Any] | None:
