@@ -155,6 +155,8 @@ class ConfigFile(ActionConfigFile):
         Raises:
             InputError: it cannot be read, or holds something else than keys.
         """
+        if not values:
+            raise InputError("config is empty: give a YAML file, or a name of `ppo-lightning configs`")
         values = located(values)
         if "://" not in values:
             read_config(values)

@@ -255,6 +255,7 @@ FILES = {
         ("fit --model.env ALE/Pong-v5", "until ale_py is imported: write ale_py:ALE/Pong-v5"),
         ("fit --model.env ale_py:ALE/Pongg-v5", "did you mean ale_py:ALE/Pong-v5"),
         ("fit --config folder", "config folder is a folder: give a YAML file"),
+        ("fit --config=", "config is empty: give a YAML file, or a name of `ppo-lightning configs`"),
         ("fit --config typ.yaml", "there is no config file typ.yaml: did you mean typo.yaml?"),
         ("fit --config typo.yaml", "typo.yaml: there is no key model.num_env: did you mean model.num_envs?"),
         ("fit --config section.yaml", "section.yaml: there is no key modle.env: did you mean model.env?"),
