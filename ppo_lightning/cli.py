@@ -536,14 +536,29 @@ def _without_parts_of_env_kwargs(words: list[str]) -> tuple[list[str], list[tupl
     left = iter(words)
     for word in left:
         key, equals, value = word.partition("=")
-        if not re.fullmatch(r"--model\.env_kwargs(\.[^.]+){2,}", key):
+        if not re.fullmatch(r"--model\.env_kwargs(\.[^.]+)*", key):
+            kept.append(word)
+            continue
+        path = key.split(".")[2:]
+        if len(path) < 2:  # it replaces what came before
+            parts = [part for part in parts if path and part[0][0] != path[0]]
             kept.append(word)
             continue
         text = value if equals else next(left, None)
         if text is None:
             raise UsageError(f"{key} needs a value")
-        parts.append((key.split(".")[2:], yaml.safe_load(text)))
+        parts.append((path, _plain_value(text)))
     return kept, parts
+
+
+def _plain_value(text: str) -> Any:
+    """What YAML makes of a word, or the word itself where that is no plain data (a date), or nothing."""
+    try:
+        value = yaml.safe_load(text)
+        json.dumps(value)
+    except (yaml.YAMLError, TypeError):
+        return text
+    return value
 
 
 def _outline_of(names: Iterable[str]) -> type[LightningModule]:

@@ -613,8 +613,10 @@ class WithBonus(PPO):
     """A subclass with an argument of its own."""
 
     def __init__(self, *args: Any, bonus: float = 0.1, **kwargs: Any) -> None:
+        bonus = bonus / 2  # what the constructor makes of its arguments is not what it was given
+        scale = kwargs.pop("scale", 1)
         super().__init__(*args, **kwargs)
-        self.bonus = bonus
+        self.bonus, self.scale = 2 * bonus, scale
 
 
 class Saving(PPO):
@@ -635,9 +637,9 @@ def saved(model: PPO, fit) -> Path:
 
 
 def test_a_checkpoint_has_the_arguments_of_a_subclass(fit):
-    assert (
-        WithBonus.load_from_checkpoint(saved(WithBonus("CartPole-v1", num_envs=2, bonus=5.0, **SHORT), fit)).bonus == 5
-    )
+    given = WithBonus("CartPole-v1", num_envs=2, bonus=5.0, scale=3, **SHORT)
+    loaded = WithBonus.load_from_checkpoint(saved(given, fit))
+    assert (loaded.bonus, loaded.scale) == (5, 3)
     loaded = Saving.load_from_checkpoint(saved(Saving(num_envs=np.int64(2), scale=3, **SHORT), fit))
     assert (loaded.num_envs, loaded.scale) == (4, 3)
 

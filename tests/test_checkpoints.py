@@ -246,7 +246,10 @@ def test_a_callback_that_saves_on_exceptions_leaves_the_checkpoints_of_the_run(f
 
 def test_metrics_are_logged_at_the_interval_of_the_trainer_and_at_the_end(fit, tmp_path):
     logger = CSVLogger(tmp_path, name="", version=0)
-    fit_with_files(fit, make(iterations=10), logger=logger, log_every_n_steps=4, limit_val_batches=0)
+    own = PPOCallback(on_iteration_end=lambda trainer, model, metrics: model.log_metrics({"own": 1.0}))
+    fit_with_files(fit, make(iterations=10), own, logger=logger, log_every_n_steps=4, limit_val_batches=0)
     with (tmp_path / "version_0/metrics.csv").open() as file:
-        rows = [int(row["step"]) for row in csv.DictReader(file) if row["train/value_loss"]]
-    assert rows == [4 * ITERATION, 8 * ITERATION, 10 * ITERATION]
+        rows = list(csv.DictReader(file))
+    for name in ("train/value_loss", "own"):
+        steps = [int(row["step"]) for row in rows if row[name]]
+        assert steps == [4 * ITERATION, 8 * ITERATION, 10 * ITERATION]

@@ -782,6 +782,8 @@ def test_a_script_that_makes_the_class_ends_in_one_sentence_too(monkeypatch, cap
         ("--model.env_kwargs.top 5", {"cfg": {"a": 1, "b": 2}, "top": 5}),
         ("--model.env_kwargs.cfg.a 9", {"cfg": {"a": 9, "b": 2}, "top": 3}),
         ("--model.env_kwargs.cfg.b.c=[1,2] --model.env_kwargs.cfg.a x", {"cfg": {"a": "x", "b": {"c": [1, 2]}}, "top": 3}),
+        ("--model.env_kwargs.cfg.a 2020-01-01 --model.env_kwargs.cfg.b={", {"cfg": {"a": "2020-01-01", "b": "{"}, "top": 3}),
+        ("--model.env_kwargs.cfg.a 5 --model.env_kwargs.cfg {\"b\":7}", {"cfg": {"b": 7}, "top": 3}),
         ("--model.env_kwargs.n.a 1 --model.env_kwargs.n.b 2", {"cfg": {"a": 1, "b": 2}, "top": 3, "n": {"a": 1, "b": 2}}),
     ],
 )  # fmt: skip

@@ -103,6 +103,20 @@ def test_the_summary_of_a_resumed_run_is_whole(logged):
     assert summary == {**summary, **json.loads(json.dumps(again.summary()))}
 
 
+def test_the_seconds_of_an_update_of_ones_own_are_counted(logged):
+    class Own(PPO):
+        def training_step(self, batch, batch_idx):
+            update = self.update(batch)
+            self.count(batch, epochs=update.epochs)
+            self.log_metrics(self.metrics(batch, update, seconds=2.0, learning_rate=0.0))
+            self.trainer.should_stop = self.num_env_steps >= self.total_steps
+
+    model = Own(ActionMustMatch, **SMALL, total_steps=256)
+    logged(model)
+    assert model.summary()["time_split"]["update"] == 8.0
+    assert [row["time/update"] for row in model.summary()["train_history"]] == [2.0] * 4
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_a_checkpoint_that_a_callback_saves_has_the_record_of_its_iteration(logged):
     logs = LambdaCallback(on_train_batch_end=lambda trainer, model, *_: model.log("own", float(model.policy_version)))

@@ -51,7 +51,7 @@ class RunSummary(Callback):
         """Add what callbacks have logged to the iteration's record."""
         found = trainer.callback_metrics
         metrics = {name: found[name].item() for name in found if name[:5] != "eval/" and name != "step"}
-        self._records.train.add(cast(PPOModule, pl_module).num_env_steps, metrics)
+        self._records.add_iteration(cast(PPOModule, pl_module).num_env_steps, metrics)
         self._count_time()
 
     @override

@@ -106,9 +106,10 @@ class Records:
     """Environment steps that the model had when the records began."""
 
     def add_iteration(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the metrics of an iteration, at ``step`` environment steps."""
+        """Add the metrics of an iteration, at ``step`` environment steps, or complete its record."""
+        is_new = self.train.last is None or self.train.last["step"] != step
         self.train.add(step, metrics)
-        for part in ("collect", "update"):
+        for part in ("collect", "update") if is_new else ():
             self.seconds[part] += metrics.get(f"time/{part}", 0.0)
 
     def state(self) -> dict[str, Any]:

@@ -54,10 +54,10 @@ class Hyperparameters:
     Args:
         module: that was made with them.
         given: its arguments by name.
-        base: class of ours, whose subclasses' constructors may have further arguments.
+        of_subclass: what a subclass was called with (:func:`subclass_arguments`).
     """
 
-    def __init__(self, module: LightningModule, given: Mapping[str, Any], base: type) -> None:
+    def __init__(self, module: LightningModule, given: Mapping[str, Any], of_subclass: Mapping[str, Any]) -> None:
         self._names: dict[str, str] = {}
         self.unresolved: list[str] = []
         """Those of a checkpoint that were neither saved nor given again, and that only training needs."""
@@ -69,7 +69,7 @@ class Hyperparameters:
             module.save_hyperparameters()
         else:
             if configuration is None:
-                given = {**given, **_arguments_of_subclasses(module, base, given)}
+                given = {**given, **of_subclass}
                 self._explicit = self._changed(given)
             else:
                 _configuration.set(None)  # it is of this model alone
@@ -119,25 +119,26 @@ class Hyperparameters:
         }
 
 
-def _arguments_of_subclasses(module: LightningModule, base: type, given: Container[str]) -> dict[str, Any]:
-    """Arguments of the constructors of subclasses, which are running, except those that they pass on as ``**kwargs``.
+def subclass_arguments(kind: type, base: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a class was called with, by name, where its constructor is one of a user's.
 
     Args:
-        module: an instance of them.
-        base: class whose direct subclass is ours, with the arguments ``given``.
-        given: names.
+        kind: the class.
+        base: whose direct subclass is the last with a constructor of ours.
+        args: positional arguments of the call.
+        kwargs: by keyword.
     """
-    kinds = type(module).__mro__[: type(module).__mro__.index(base) - 1]
-    constructors = {inspect.unwrap(vars(kind)["__init__"]).__code__ for kind in kinds if "__init__" in vars(kind)}
+    ours = kind.__mro__[kind.__mro__.index(base) - 1]
+    if kind.__init__ is ours.__init__:
+        return {}
+    bound = inspect.signature(kind).bind(*args, **kwargs)
+    bound.apply_defaults()
     found: dict[str, Any] = {}
-    frame = inspect.currentframe()
-    while frame is not None:  # the outermost one is the last
-        if frame.f_code in constructors and frame.f_locals.get(frame.f_code.co_varnames[0]) is module:
-            names, _, rest, values = inspect.getargvalues(frame)
-            more = values.get(rest, {}) if rest is not None else {}
-            found |= {name: values[name] for name in names[1:] if name in values}
-            found |= {name: value for name, value in more.items() if name not in given}
-        frame = frame.f_back
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= bound.arguments[name]
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            found[name] = bound.arguments[name]
     return found
 
 

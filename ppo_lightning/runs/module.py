@@ -37,7 +37,7 @@ from ppo_lightning.runs.checkpoint import (
 )
 from ppo_lightning.runs.clock import Clock
 from ppo_lightning.runs.history import Records, summarize_records
-from ppo_lightning.runs.hyperparameters import Hyperparameters, defaults_of, loading
+from ppo_lightning.runs.hyperparameters import Hyperparameters, defaults_of, loading, subclass_arguments
 from ppo_lightning.runs.loggers import MetricWriter
 from ppo_lightning.runs.optimizer import OptimizerHparams
 from ppo_lightning.runs.ranks import CHECK_INTERVAL, Counts, Ranks, fingerprint, gather_counts
@@ -74,9 +74,18 @@ class RunModule(ActingModule):
     """
 
     rollouts: RolloutDataset
+    constructor_arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    """What the class was called with, until the constructor has kept it."""
     env_steps: Tensor
     iterations: Tensor
     n_updates: Tensor
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """An instance that knows what it is made with, whatever the constructors of subclasses make of it."""
+        made = super().__new__(cls)
+        if args or kwargs:  # not where a copy is made
+            made.constructor_arguments = args, kwargs
+        return made
 
     def __init__(
         self,
@@ -95,7 +104,8 @@ class RunModule(ActingModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.hyperparameters = Hyperparameters(self, given, RunModule)
+        args, kwargs = vars(self).pop("constructor_arguments", ((), {}))
+        self.hyperparameters = Hyperparameters(self, given, subclass_arguments(type(self), RunModule, args, kwargs))
         self.env_factory, self.info_keys, self.env_timeout_s = factory, tuple(info_keys), env_timeout_s
         self.env_provider = EnvProvider(
             factory, num_envs, timeout_s=env_timeout_s, restarts=max_env_restarts, info_keys=self.info_keys
@@ -237,7 +247,7 @@ class RunModule(ActingModule):
         }
 
     def log_iteration(self, metrics: dict[str, float]) -> None:
-        """Log, by the Trainer's ``log_every_n_steps``, and record all metrics of this iteration.
+        """Log and record all metrics of this iteration.
 
         Metrics of the last iteration that this one lacks (no episode has ended since a level began) are forgotten.
 
@@ -248,23 +258,21 @@ class RunModule(ActingModule):
             self.trainer.callback_metrics.pop(name, None)
         self._logged = set(metrics)
         self.records.add_iteration(self.num_env_steps, metrics)
-        if is_last_iteration(self.trainer) or cast(Any, self.trainer)._logger_connector.should_update_logs:
-            self.log_metrics(metrics)
-        else:
-            self._publish(metrics)
+        self.log_metrics(metrics)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Log metrics at once: one ``self.log`` per metric costs more than an update.
+
+        Loggers receive those of an iteration by the Trainer's ``log_every_n_steps``, callbacks can monitor all.
 
         Args:
             metrics: under our names, the same on all ranks.
             step: environment steps that they belong to; None is now.
         """
-        self.metric_writer.write(self.loggers, metrics, self.num_env_steps if step is None else step)
-        self._publish(metrics)
-
-    def _publish(self, metrics: dict[str, float]) -> None:
-        """Let callbacks monitor metrics."""
+        trainer = cast(Any, self.trainer)
+        of_iteration = step is None and trainer.training
+        if not of_iteration or is_last_iteration(trainer) or trainer._logger_connector.should_update_logs:
+            self.metric_writer.write(self.loggers, metrics, self.num_env_steps if step is None else step)
         values = torch.tensor(list(metrics.values()), dtype=torch.float64)  # one by one they take five times as long
         self.trainer.callback_metrics.update(zip(metrics, values.unbind(), strict=True))
 
