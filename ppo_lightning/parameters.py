@@ -139,9 +139,10 @@ def _checked(name: str, value: Any, hint: Any, limit: Limit | None) -> Any:
     found = _converted(name, value, hint)
     if found is _MISMATCH:
         is_built = any(member in BUILT for member in _members(hint))
+        is_mapping = any(get_origin(member) in (dict, Mapping) for member in _members(hint))
         says = (
             f"must {limit.rule}"
-            if limit and not is_built
+            if limit and not is_built and not is_mapping
             else f"{'takes' if is_built else 'must be'} {_described(hint)}"
         )
         kind = "" if value is None or is_number(value) else f" ({type(value).__name__})"
