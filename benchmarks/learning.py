@@ -245,6 +245,9 @@ def parse(words: list[str], suite: Suite) -> argparse.Namespace:
     options = parser.parse_args(words)
     here = options.results.resolve() == RESULTS
     options.root = options.root or (ROOT / "lightning_logs/learning" if here else options.results / "runs")
+    ablated = [task.name for task in suite.ablated]
+    if options.ablation and not set(options.tasks or ablated) <= set(ablated):
+        parser.error(f"--ablation changes mujoco.yaml alone: take --tasks of {', '.join(ablated)}")
     if any(not 1 <= seed <= 100 for seed in options.seeds or []):
         parser.error("--seeds are 1 to 100: 101 and up are those by which hyperparameters are chosen")
     return options

@@ -326,3 +326,10 @@ def test_masks_reach_in_a_quarter_of_the_steps_what_is_not_reached_without(root)
 @pytest.mark.parametrize(("config", "bound"), [("pendulum", -210), ("pendulum_tanh", -250), ("pendulum_beta", -250)])
 def test_every_seed_of_every_distribution_reaches(config, bound, root):
     assert min(train(config, seed, root) for seed in SEEDS) >= bound
+
+
+def test_an_ablation_of_a_task_that_it_does_not_change_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        learning.parse(["--ablation", "--tasks", "hopper"], SUITE)
+    assert "--ablation changes mujoco.yaml alone: take --tasks of mujoco_half_cheetah" in capsys.readouterr().err
+    assert learning.parse(["--ablation", "--tasks", "mujoco_hopper"], SUITE).tasks == ["mujoco_hopper"]
